@@ -80,17 +80,17 @@ def __getattr__(name: str) -> _typing.Any:
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")
-    from llmrec.registry import FUNCTIONS, attribute
+    from llmrec.registry import FUNCTIONS, import_attribute
 
     target = _FUNCTIONS.get(name) or FUNCTIONS.get(name)
     if target is None:
         raise AttributeError(f"llmrec.{name} belongs to an extension that is not installed")
-    result = attribute(target)
+    result = import_attribute(target)
     if not isinstance(result, type):
-        from llmrec.keywords import speaks_python
+        from llmrec.keywords import with_keywords_in_errors
 
         # The command line uses the original functions, whose errors name command options.
-        result = speaks_python(result)
+        result = with_keywords_in_errors(result)
         result.__module__, result.__name__, result.__qualname__ = __name__, name, name
     globals()[name] = result
     return result

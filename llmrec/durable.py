@@ -19,16 +19,16 @@ Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json
 
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
-"""The last key of files of `write_checked`."""
-# The last key of a file of `write_checked`; a file rewritten by another program lacks it and is not verified.
-_END = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n\}\n\Z')
-WRITING = "while writing "
-"""The start of a note of `writing_to`."""
-_CHUNK = 2**20
+"""The last key of files of `write_checked_json`."""
+# The last key of a file of `write_checked_json`; a file rewritten by another program lacks it and is not verified.
+_CHECKSUM_END = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n\}\n\Z')
+WRITING_NOTE = "while writing "
+"""The start of a note of `note_written_path`."""
+_CHUNK_BYTES = 2**20
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a draft path next to a file or folder, and rename it when the block succeeds.
 
     The draft has a fixed name, so that the draft of a killed process is overwritten; use a lock against other
@@ -39,14 +39,14 @@ def replacing(path: Path) -> Iterator[Path]:
             file.
     """
     if path.is_dir():
-        refuse_link(path)
+        check_not_link(path)
     elif path.exists() and not path.is_file():
         raise LlmrecError(f"{path} is a device or a pipe, not a file; choose another path", kind="exists", at=path)
     draft = path.with_name(f".{path.name}.llmrec.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(draft)
     try:
-        with writing_to(path):
+        with note_written_path(path):
             yield draft
         if draft.is_dir() and path.is_dir():
             _remove(path)
@@ -62,23 +62,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_to(path: Path) -> Iterator[None]:
+def note_written_path(path: Path) -> Iterator[None]:
     """Add the name of the written file or folder to errors that lack it."""
     try:
         yield
     except Exception as error:
-        if not any(note.startswith(WRITING) for note in getattr(error, "__notes__", ())):
-            error.add_note(f"{WRITING}{path}")
+        if not any(note.startswith(WRITING_NOTE) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{WRITING_NOTE}{path}")
         raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with replacing(path) as draft:
+    with replace_atomically(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
-def loads(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Parse JSON from a file.
 
     Raises:
@@ -101,8 +101,8 @@ def write_json(path: Path, value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_checked(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON object atomically with a checksum as its last key, which `checked` verifies.
+def write_checked_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON object atomically with a checksum as its last key, which `parse_checked_json` verifies.
 
     Args:
         path: The file.
@@ -121,14 +121,14 @@ class ChecksumMismatch(ValueError):
     """Raised if a file does not match its checksum."""
 
 
-def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
-    """Parse JSON written by `write_checked`, and verify and remove its checksum.
+def parse_checked_json(content: bytes, parse: Callable[[bytes], Any] = parse_json) -> Any:
+    """Parse JSON written by `write_checked_json`, and verify and remove its checksum.
 
     Raises:
         Changed: If it does not match its checksum.
         ValueError: If ``parse`` rejects it.
     """
-    end = _END.search(content)
+    end = _CHECKSUM_END.search(content)
     if end is not None and checksum(content[: end.start()]) != end[1].decode():
         raise ChecksumMismatch("the file does not match its checksum")
     result = parse(content)
@@ -140,19 +140,19 @@ def checksum(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> dict[str, Any]:
+def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = parse_json) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: The file.
         fix: How to fix a damaged file, for the error.
-        parse: See `checked`.
+        parse: See `parse_checked_json`.
 
     Raises:
         DataError: If it cannot be read, does not match its checksum, or is not a JSON object.
     """
     try:
-        result = checked(path.read_bytes(), parse)
+        result = parse_checked_json(path.read_bytes(), parse)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise DataError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
@@ -172,13 +172,13 @@ def sha256_of(*files: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
+            while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write a manifest with the checksums of all files in a folder, for `verifies`."""
+def write_manifest(folder: Path) -> None:
+    """Write a manifest with the checksums of all files in a folder, for `matches_manifest`."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.rglob("*"))
@@ -187,7 +187,7 @@ def seal(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
-def verifies(folder: Path) -> bool:
+def matches_manifest(folder: Path) -> bool:
     """Whether a folder has a manifest and all listed files exist with the same content."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -199,27 +199,27 @@ def verifies(folder: Path) -> bool:
         return False
 
 
-def unchanged(folder: Path) -> bool:
-    """Like `verifies`, but skips files that have not changed since an earlier call."""
+def matches_manifest_cached(folder: Path) -> bool:
+    """Like `matches_manifest`, but skips files that have not changed since an earlier call."""
     try:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        states = tuple((str(file), *_state(file)) for file in files)
+        states = tuple((str(file), *_file_state(file)) for file in files)
     except OSError:
         return False
-    return _verified(folder, states)
+    return _matches_manifest_at(folder, states)
 
 
-def _state(file: Path) -> tuple[int, int, int]:
+def _file_state(file: Path) -> tuple[int, int, int]:
     result = file.stat()
     return result.st_size, result.st_mtime_ns, result.st_ctime_ns
 
 
 @lru_cache(maxsize=64)
-def _verified(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> bool:
-    return verifies(folder)
+def _matches_manifest_at(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> bool:
+    return matches_manifest(folder)
 
 
-def refuse_link(path: Path) -> None:
+def check_not_link(path: Path) -> None:
     """Reject a symbolic link, so that its target is not written, locked or removed.
 
     Raises:

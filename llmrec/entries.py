@@ -40,11 +40,11 @@ class StrategyEntry:
     positional: bool = False
 
 
-Kind = Literal["ranking", "lists", "rating", "probability", "text"]
+MetricKind = Literal["ranking", "lists", "rating", "probability", "text"]
 """The input of a metric: ranks of targets, lists, ratings, yes/no probabilities or texts."""
 
 
-Better = Literal["higher", "lower"]
+MetricDirection = Literal["higher", "lower"]
 """Whether higher or lower figures of a metric are better."""
 
 
@@ -84,7 +84,7 @@ class MetricEntry:
         fixed: Further arguments of the function.
     """
 
-    kind: Kind
+    kind: MetricKind
     about: str
     function: str = ""
     several: str = ""
@@ -107,7 +107,7 @@ class Command:
 
     Attributes:
         target: ``module:function`` of one options record, or a mapping of names to such functions; see
-            `llmrec.cli.options.takes`.
+            `llmrec.cli.options.expand_options`.
         panel: Its heading in ``llmrec --help``.
         help: The first line of the function's docstring.
         resumes: Whether the same command resumes where it was stopped.

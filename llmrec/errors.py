@@ -156,7 +156,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether an optional package is installed, checked without an import."""
     return find_spec(package) is not None
 

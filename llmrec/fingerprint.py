@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 
 from llmrec import __version__
 from llmrec.durable import Json
-from llmrec.registry import Table, address_of, stamps
+from llmrec.registry import Table, component_address, plugin_digests
 
 Stage = Literal["data", "index", "tokens", "train", "rows", "engine", "evaluate", "augment"]
 """``data``: tables, splits and related files. ``index``: codes of items. ``tokens``: the base model with the
@@ -31,7 +31,7 @@ A stage also depends on the results of those before it, which enter its fingerpr
 """
 
 _PACKAGE = Path(__file__).resolve().parent
-_TYPED = re.compile(rb"^if TYPE_CHECKING:\n(?:[ \t]+[^\n]*\n|\n)+", re.MULTILINE)
+_TYPE_CHECKING_BLOCK = re.compile(rb"^if TYPE_CHECKING:\n(?:[ \t]+[^\n]*\n|\n)+", re.MULTILINE)
 _IMPORT = re.compile(rb"^[ \t]*(?:from (llmrec[\w.]*) import (\([^)]*\)|[^\n]*)|import (llmrec[\w.]*))", re.MULTILINE)
 _NAME = re.compile(rb"(\w+)(?: as \w+)?")
 
@@ -52,7 +52,7 @@ class Affects:
         self.optional = optional
 
 
-def settings(
+def stage_settings(
     section: BaseModel,
     stage: Stage,
     *,
@@ -75,22 +75,22 @@ def settings(
         key, value = f"{at}.{name}" if at else name, getattr(section, name)
         if key in unused:
             continue
-        stages = declared(type(section), name, inherited)
+        stages = affected_stages(type(section), name, inherited)
         if isinstance(value, BaseModel):
-            if inner := settings(value, stage, unused=unused, inherited=stages, at=key):
+            if inner := stage_settings(value, stage, unused=unused, inherited=stages, at=key):
                 result[name] = inner
-        elif stage in stages and not _left_out(type(section), name, value):
+        elif stage in stages and not _is_omitted_default(type(section), name, value):
             result[name] = to_jsonable_python(value)
     return result
 
 
-def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
+def affected_stages(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
     """Return the stages that a field affects, also if a subclass changes the default."""
     declaration = _declaration(section, name)
     return inherited if declaration is None else declaration.stages
 
 
-def _left_out(section: type[BaseModel], name: str, value: object) -> bool:
+def _is_omitted_default(section: type[BaseModel], name: str, value: object) -> bool:
     """Whether an optional setting has its default value."""
     declaration = _declaration(section, name)
     return declaration is not None and declaration.optional and value == section.model_fields[name].default
@@ -130,11 +130,11 @@ def fingerprint(
     return digest_of(
         stage=stage,
         llmrec=__version__,
-        settings=settings(recipe, cast("Stage", stage), unused=unused) if recipe is not None else None,
-        code=code_digest(*sorted({*modules_of(names), *modules})),
+        settings=stage_settings(recipe, cast("Stage", stage), unused=unused) if recipe is not None else None,
+        code=code_digest(*sorted({*component_modules(names), *modules})),
         # The registry is left out because it names every component.
         entries=[table[name] for table, name in names if name in table],
-        **stamps(names),
+        **plugin_digests(names),
         **inputs,
     )
 
@@ -148,9 +148,9 @@ def digest_of(**inputs: Any) -> str:
 # --------------------------------------------------------------------------- code
 
 
-def modules_of(names: Iterable[tuple[Table, str]]) -> set[str]:
+def component_modules(names: Iterable[tuple[Table, str]]) -> set[str]:
     """Return the modules of registered components; plug-ins are not included."""
-    return {address_of(table, name).partition(":")[0] for table, name in names if name in table}
+    return {component_address(table, name).partition(":")[0] for table, name in names if name in table}
 
 
 @cache
@@ -160,7 +160,7 @@ def code_digest(*modules: str) -> str:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name not in files and (source := _source(name)) is not None:
+        if name not in files and (source := _source_and_imports(name)) is not None:
             files[name], imported = source
             waiting += imported
     result = hashlib.sha256()
@@ -170,7 +170,7 @@ def code_digest(*modules: str) -> str:
 
 
 @cache
-def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
+def _source_and_imports(module: str) -> tuple[bytes, tuple[str, ...]] | None:
     """Return the hash of a module's source, and the names that it imports; None if it is not a module.
 
     The package and the registry are left out: they name every public name and every component.
@@ -181,7 +181,7 @@ def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
         return None
     content = path.read_bytes()
     imported = list[str]()
-    for package, names, plain in _IMPORT.findall(_TYPED.sub(b"", content)):
+    for package, names, plain in _IMPORT.findall(_TYPE_CHECKING_BLOCK.sub(b"", content)):
         base = (package or plain).decode()
         # A name imported from a package may be a module.
         imported += [base, *(f"{base}.{name.decode()}" for name in _NAME.findall(names))]

@@ -18,13 +18,13 @@ TITLE_LIMIT = 300
 TEXT_LIMIT = 1000
 
 # Longer texts are not cached, because a catalogue of long reviews would fill the memory.
-_REMEMBERED = 2000
+_MAX_CACHED_CHARACTERS = 2000
 # Maximum number of combining marks on a letter; a text with more may be cut anywhere.
-_MARKED = 32
+_MAX_MARKS = 32
 # a flag is a pair of these characters
 _FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 # A token is broken at its start, so the rest of a long token is not compared.
-_COMPARED = 64
+_MAX_COMPARED_CHARACTERS = 64
 
 _BRACKETS = "<>[]|{}⟨⟩«»【】〈〉《》"
 # Characters that compatibility normalisation turns into an ASCII bracket.
@@ -32,9 +32,9 @@ _LOOKALIKES = "≮≯︷︸﹇﹈﹛﹜﹤﹥＜＞［］｛｜｝"
 _ANY_BRACKET = re.compile(f"[{re.escape(_BRACKETS + _LOOKALIKES)}]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
 # Half a marker is broken too, so that two adjacent fields cannot form a complete one.
-_HALVES = re.compile(r"(?<=[<＜])(?=[|｜])|(?<=[|｜])(?=[>＞])")
+_HALF_MARKERS = re.compile(r"(?<=[<＜])(?=[|｜])|(?<=[|｜])(?=[>＞])")
 # Control tokens of common tokenizers. The current model adds its own, but a text may target another model.
-_KNOWN = (
+_KNOWN_TOKENS = (
     *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<cls>", "<sep>", "<sop>", "<eop>", "<eod>"),
     *("[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[gMASK]", "[sMASK]"),
     *("<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>", "<MASK_TOKEN>", "<PAD>", "<UNK>", "<CLS>", "<SEP>"),
@@ -56,7 +56,9 @@ _KNOWN_PATTERNS = (
 # Tokens that an item index adds to a vocabulary: `<a_12>` for a code, `<item_12>` for an item, `<user_12>` for a user.
 _ITEM_TOKEN = re.compile(r"<(?:[a-z]|item|user)_[0-9]+>")
 # Such a token in a text, or its beginning at the end of a text, which the following text could complete.
-_SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item|user)_[0-9]+>|\Z|(?:[a-z]|it|ite|item|us|use|user)(?:_[0-9]*)?\s*\Z)")
+_ITEM_TOKEN_START = re.compile(
+    r"<(?=(?:[a-z]|item|user)_[0-9]+>|\Z|(?:[a-z]|it|ite|item|us|use|user)(?:_[0-9]*)?\s*\Z)"
+)
 
 
 class AddedToken(Protocol):
@@ -76,25 +78,25 @@ def clean(text: str, limit: int = TITLE_LIMIT) -> str:
     private-use characters are dropped. Text longer than ``limit`` characters is cut, but never between a letter and
     its marks, an emoji and its skin tone, or the halves of a flag. The operation is idempotent.
     """
-    return _remembered(text, limit) if len(text) <= _REMEMBERED else _clean(text, limit)
+    return _clean_cached(text, limit) if len(text) <= _MAX_CACHED_CHARACTERS else _clean(text, limit)
 
 
 def _clean(text: str, limit: int) -> str:
     if not text.isprintable():
-        text = "".join(character for character in text if character.isspace() or _stays(character))
+        text = "".join(character for character in text if character.isspace() or _is_kept(character))
     line = " ".join(text.split())
-    return cut(line, limit)
+    return shorten_at_grapheme(line, limit)
 
 
-def cut(text: str, limit: int) -> str:
+def shorten_at_grapheme(text: str, limit: int) -> str:
     """Return the first ``limit`` characters of a text, or slightly fewer to keep grapheme clusters whole."""
     if len(text) <= limit:
         return text
-    least = max(limit - _MARKED, 1)
-    return text[: next((at for at in range(limit, least - 1, -1) if not _goes_on(text, at)), limit)].rstrip()
+    least = max(limit - _MAX_MARKS, 1)
+    return text[: next((at for at in range(limit, least - 1, -1) if not _continues_grapheme(text, at)), limit)].rstrip()
 
 
-def _goes_on(line: str, at: int) -> bool:
+def _continues_grapheme(line: str, at: int) -> bool:
     """Whether a character continues the previous grapheme cluster (UAX 29)."""
     here, before = ord(line[at]), ord(line[at - 1])
     if unicodedata.category(line[at]).startswith("M") or 0x1F3FB <= here <= 0x1F3FF or 0x200D in (here, before):
@@ -105,11 +107,11 @@ def _goes_on(line: str, at: int) -> bool:
     return line[at] in _FLAGS and (len(flags) - len(flags.rstrip(_FLAGS))) % 2 == 1
 
 
-_remembered = lru_cache(maxsize=65536)(_clean)
+_clean_cached = lru_cache(maxsize=65536)(_clean)
 
 
 @cache
-def _stays(character: str) -> bool:
+def _is_kept(character: str) -> bool:
     if unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
         return False
     return ord(character) & 0xFFFE != 0xFFFE and not 0xFDD0 <= ord(character) <= 0xFDEF
@@ -129,7 +131,7 @@ def control_tokens(special: Iterable[str], added: Iterable[AddedToken]) -> tuple
         special: The tokenizer's special tokens.
         added: All tokens that it adds to its model's vocabulary.
     """
-    names = {*special, *(token.content for token in added if token.special or _enclosed(token.content.strip()))}
+    names = {*special, *(token.content for token in added if token.special or _is_bracketed(token.content.strip()))}
     return tuple(sorted(name for name in names if len(name.strip()) > 1 and not is_item_token(name)))
 
 
@@ -138,7 +140,7 @@ def is_item_token(text: str) -> bool:
     return _ITEM_TOKEN.fullmatch(text) is not None
 
 
-def without_item_tokens(text: str) -> str:
+def break_item_tokens(text: str) -> str:
     """Break item tokens in a text by a space after the bracket, including an incomplete token at its end.
 
     Tokens are found in any case, in compatibility letters, and with accents or invisible characters among their
@@ -146,12 +148,12 @@ def without_item_tokens(text: str) -> str:
     """
     if not _ANY_BRACKET.search(text):
         return text
-    origins = _origins(text, _folded)
-    positions = sorted({origins[match.start()] + 1 for match in _SPELT_ITEM.finditer(_folded(text))})
+    origins = _source_indices(text, _folded_view)
+    positions = sorted({origins[match.start()] + 1 for match in _ITEM_TOKEN_START.finditer(_folded_view(text))})
     return " ".join(text[start:end] for start, end in zip([0, *positions], [*positions, len(text)], strict=True))
 
 
-def _enclosed(token: str) -> bool:
+def _is_bracketed(token: str) -> bool:
     brackets = bool(_ANY_BRACKET.match(token) and _ANY_BRACKET.match(token[-1]))
     return brackets and any(character.isalnum() for character in token)
 
@@ -171,19 +173,19 @@ def neutralise(text: str, control: Sequence[str]) -> str:
     Returns:
         The text, unchanged if it contains none of them. The operation is idempotent.
     """
-    tokens = _tokens_of(tuple(control))
+    tokens = _compile_control_tokens(tuple(control))
     if tokens.bracketed and not _ANY_BRACKET.search(text):
         return text
-    text = _HALVES.sub(" ", text)
+    text = _HALF_MARKERS.sub(" ", text)
     # A space that breaks one token may complete another that contains a space, so repeat. Each round lengthens a run
     # of spaces, and tokens have finite runs, so the loop ends.
-    while positions := _breaks(text, tokens):
+    while positions := _break_positions(text, tokens):
         text = " ".join(text[start:end] for start, end in zip([0, *positions], [*positions, len(text)], strict=True))
     return text
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class _ControlTokens:
     """The control tokens of a tokenizer: ASCII tokens, other tokens, and whether all of them contain a bracket.
 
     Each has a pattern for whole tokens, and one for the beginning of a token at the end of a text.
@@ -197,72 +199,72 @@ class _Tokens:
 
 
 @lru_cache(maxsize=64)
-def _tokens_of(control: tuple[str, ...]) -> _Tokens:
-    folded = {_folded(token).strip() for token in control}
+def _compile_control_tokens(control: tuple[str, ...]) -> _ControlTokens:
+    folded = {_folded_view(token).strip() for token in control}
     words = {word for word in folded if len(word) > 1 and not word.isalpha()}
     plain = {word for word in words if word.isascii()}
-    return _Tokens(
-        plain=_any_of(plain),
-        plain_end=_beginning_of(plain),
-        other=_any_of(words - plain),
-        other_end=_beginning_of(words - plain),
+    return _ControlTokens(
+        plain=_any_word_pattern(plain),
+        plain_end=_incomplete_word_pattern(plain),
+        other=_any_word_pattern(words - plain),
+        other_end=_incomplete_word_pattern(words - plain),
         bracketed=all(_ANY_BRACKET.search(word) for word in words),
     )
 
 
-def _any_of(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
+def _any_word_pattern(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
     """Return a pattern for any of the words, which is fast even for thousands of words."""
-    branches = [result for result in (_branches(_tree(words)), *patterns) if result]
+    branches = [result for result in (_trie_pattern(_build_trie(words)), *patterns) if result]
     return re.compile("|".join(branches)) if branches else None
 
 
-def _beginning_of(words: Iterable[str]) -> re.Pattern[str] | None:
+def _incomplete_word_pattern(words: Iterable[str]) -> re.Pattern[str] | None:
     """Return a pattern for an incomplete word at the end of a text."""
-    starts = {word[:length] for word in words for length in range(2, min(len(word), _COMPARED))}
+    starts = {word[:length] for word in words for length in range(2, min(len(word), _MAX_COMPARED_CHARACTERS))}
     starts = {start for start in starts if _ANY_BRACKET.search(start) and any(map(str.isalnum, start))}
     starts = {start for start in starts if not start[-1].isspace()}
-    return re.compile(rf"{_branches(_tree(starts))}(?=\s*\Z)") if starts else None
+    return re.compile(rf"{_trie_pattern(_build_trie(starts))}(?=\s*\Z)") if starts else None
 
 
 # A trie: the continuations of each letter; the empty string marks the end of a word.
-_Letters: TypeAlias = "dict[str, _Letters]"
+_Trie: TypeAlias = "dict[str, _Trie]"
 
 
-def _tree(words: Iterable[str]) -> _Letters:
+def _build_trie(words: Iterable[str]) -> _Trie:
     """Build the trie of words."""
-    tree: _Letters = {}
+    tree: _Trie = {}
     for word in words:
         node = tree
-        for letter in word[:_COMPARED]:
+        for letter in word[:_MAX_COMPARED_CHARACTERS]:
             node = node.setdefault(letter, {})
         node[""] = {}
     return tree
 
 
-def _branches(node: _Letters) -> str:
-    parts = [re.escape(letter) + _branches(below) for letter, below in sorted(node.items()) if letter]
+def _trie_pattern(node: _Trie) -> str:
+    parts = [re.escape(letter) + _trie_pattern(below) for letter, below in sorted(node.items()) if letter]
     if not parts or (len(parts) == 1 and "" not in node):
         return "".join(parts)
     return f"(?:{'|'.join(parts)})" + ("?" if "" in node else "")
 
 
-_WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
+_KNOWN_TOKEN_PATTERN = _any_word_pattern(_KNOWN_TOKENS, *_KNOWN_PATTERNS)
 
 
-def _breaks(text: str, tokens: _Tokens) -> list[int]:
+def _break_positions(text: str, tokens: _ControlTokens) -> list[int]:
     """Return the sorted positions at which spaces must be inserted to break the tokens of a text."""
     positions = set()
     for pattern, end, view in (
-        (_WIDESPREAD, None, _plain),
-        (tokens.plain, tokens.plain_end, _plain_small),
-        (tokens.other, tokens.other_end, _folded),
+        (_KNOWN_TOKEN_PATTERN, None, _ascii_view),
+        (tokens.plain, tokens.plain_end, _lower_ascii_view),
+        (tokens.other, tokens.other_end, _folded_view),
     ):
         seen = view(text) if pattern else ""
         result = list(pattern.finditer(seen)) if pattern else []
-        if end and (beginning := end.search(seen, max(0, len(seen.rstrip()) - _COMPARED))):
+        if end and (beginning := end.search(seen, max(0, len(seen.rstrip()) - _MAX_COMPARED_CHARACTERS))):
             result.append(beginning)
         if result:
-            origins = _origins(text, view)
+            origins = _source_indices(text, view)
             positions |= {_break_position(match, origins) for match in result}
     return sorted(position for position in positions if position is not None)
 
@@ -276,35 +278,35 @@ def _break_position(match: re.Match[str], origins: Sequence[int]) -> int | None:
     return next((origins[at] for at in free), None)
 
 
-def _plain(text: str) -> str:
+def _ascii_view(text: str) -> str:
     """Return the ASCII characters of a text after compatibility decomposition."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text).replace("▁", " ").encode("ascii", "ignore").decode("ascii")
     return _CONTROL.sub("", text)
 
 
-def _plain_small(text: str) -> str:
-    return _plain(text).lower()
+def _lower_ascii_view(text: str) -> str:
+    return _ascii_view(text).lower()
 
 
-def _folded(text: str) -> str:
+def _folded_view(text: str) -> str:
     """Return the case-folded compatibility decomposition of a text, without accents and invisible characters."""
     folded = unicodedata.normalize("NFKD", text).replace("▁", " ").casefold()
-    return "".join(character for character in folded if _is_seen(character))
+    return "".join(character for character in folded if _is_visible(character))
 
 
 @cache
-def _is_seen(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     return character in "\n\t" or (character != "\ufffd" and unicodedata.category(character)[0] not in "MC")
 
 
 @cache
-def _length(character: str, view: Callable[[str], str]) -> int:
+def _view_length(character: str, view: Callable[[str], str]) -> int:
     return len(view(character))
 
 
-def _origins(text: str, view: Callable[[str], str]) -> Sequence[int]:
+def _source_indices(text: str, view: Callable[[str], str]) -> Sequence[int]:
     """Return, for each character of a converted text, the index of its source character."""
     if text.isascii() and not _CONTROL.search(text):
         return range(len(text))
-    return [index for index, character in enumerate(text) for _ in range(_length(character, view))]
+    return [index for index, character in enumerate(text) for _ in range(_view_length(character, view))]

@@ -37,14 +37,14 @@ ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cp
 """Packages whose version can change a model's answers."""
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return the versions of the packages that can change results."""
     result = {"python": platform.python_version(), "llmrec": __version__}
-    return result | {name: version for name in _PACKAGES if (version := version_of(name)) is not None}
+    return result | {name: version for name in _PACKAGES if (version := package_version(name)) is not None}
 
 
 @cache
-def version_of(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     """Return the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
@@ -52,7 +52,7 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def commit(checkout: Path | None = None) -> str:
+def commit_hash(checkout: Path | None = None) -> str:
     """Return the short commit hash of a checkout, with ``+`` if tracked files were changed; empty without git.
 
     Args:
@@ -93,10 +93,10 @@ def has_cuda() -> bool:
 
     All code that puts a model on a GPU calls this first, so it also configures torch.
     """
-    if _without_gpu():
+    if _has_no_gpu():
         return False
     cuda = require("torch", "train").cuda
-    usable = bool(cuda.is_available()) and _oldest(cuda) <= _generation(cuda)
+    usable = bool(cuda.is_available()) and _lowest_supported_capability(cuda) <= _gpu_capability(cuda)
     if usable:
         _prepare_cuda()
     return usable
@@ -117,18 +117,18 @@ def _prepare_cuda() -> None:
         configure("expandable_segments:True")
 
 
-def _without_gpu() -> bool:
+def _has_no_gpu() -> bool:
     """Whether the operating system shows that there is no GPU, without importing torch, which takes seconds."""
     return "torch" not in sys.modules and importlib.util.find_spec("torch") is not None and not may_have_gpu()
 
 
-def gpu_trouble() -> str:
+def describe_gpu_problem() -> str:
     """Return why torch cannot use the GPU; empty if it can, or if there is no visible GPU."""
-    if _without_gpu():
+    if _has_no_gpu():
         return ""
     torch = require("torch", "train")
     if torch.cuda.is_available():
-        least, result = _oldest(torch.cuda), _generation(torch.cuda)
+        least, result = _lowest_supported_capability(torch.cuda), _gpu_capability(torch.cuda)
         if least <= result:
             return ""
         name = torch.cuda.get_device_name(0)
@@ -136,7 +136,7 @@ def gpu_trouble() -> str:
             f"torch {torch.__version__} has no kernels for {name}, whose compute capability {result[0]}.{result[1]} is "
             f"below {least[0]}.{least[1]}"
         )
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _nvidia_gpu():
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _has_nvidia_gpu_cached():
         return ""
     if torch.version.cuda is None:
         return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU only"
@@ -146,20 +146,20 @@ def gpu_trouble() -> str:
     )
 
 
-def _generation(cuda: Any) -> tuple[int, int]:
+def _gpu_capability(cuda: Any) -> tuple[int, int]:
     """Return the compute capability of the GPU."""
     major, minor = cuda.get_device_capability(0)
     return int(major), int(minor)
 
 
-def _oldest(cuda: Any) -> tuple[int, int]:
+def _lowest_supported_capability(cuda: Any) -> tuple[int, int]:
     """Return the lowest compute capability that torch supports, such as (7, 5) for ``sm_75``."""
     result = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
     return min(((int(item[1]), int(item[2])) for item in result if item), default=(0, 0))
 
 
 @cache
-def _nvidia_gpu() -> bool:
+def _has_nvidia_gpu_cached() -> bool:
     return has_nvidia_gpu()
 
 
@@ -170,16 +170,16 @@ def gpu_has_bf16() -> bool:
 
 def cpu_has_bf16() -> bool:
     """Whether the processor supports bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
-    return bool(processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(read_processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def machine() -> dict[str, str | int | float | None]:
+def machine_facts() -> dict[str, str | int | float | None]:
     """Return processor, cores, memory and GPU."""
     gpu = None
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    chip = processor()
+    chip = read_processor()
     return {
         "cpu": chip.name,
         "cores": chip.usable,
@@ -195,7 +195,7 @@ _DEVICES = Path("/sys/devices/system")
 
 
 # Files with the memory limit and usage of a control group (cgroup v2 and v1).
-_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+_MEMORY_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,7 @@ class Memory:
         return self.available if self.limit_free is None else min(self.available, self.limit_free)
 
 
-def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
+def read_processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
     """Return information about the processor."""
     info = proc / "cpuinfo"
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
@@ -248,31 +248,31 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
         flags=frozenset((named.get("flags") or named.get("features") or "").lower().split()),
         cores=cores,
         usable=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
-        quota=cpu_quota(proc, cgroups),
+        quota=read_cpu_quota(proc, cgroups),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     )
 
 
-def cores() -> list[int]:
+def available_cores() -> list[int]:
     """Return the cores available to this process; empty if unknown."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def keep_to(cores: Sequence[int]) -> None:
+def bind_to_cores(cores: Sequence[int]) -> None:
     """Bind this process to cores."""
     os.sched_setaffinity(0, cores)
 
 
-def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
+def read_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
     """Return information about the memory."""
     result = psutil.virtual_memory()
     limits: list[tuple[int, int]] = []
-    for folder in _folders(proc, cgroups, "memory"):
-        for name, current in _LIMITS:
-            limit = _number(folder / name)
+    for folder in _control_groups(proc, cgroups, "memory"):
+        for name, current in _MEMORY_FILES:
+            limit = _read_number(folder / name)
             # Without a limit, cgroup v1 reports more than any machine has.
             if limit is not None and limit < result.total:
-                used = (_number(folder / current) or 0) - _reclaimable(folder)
+                used = (_read_number(folder / current) or 0) - _reclaimable_bytes(folder)
                 limits.append((limit, max(0, limit - used)))
     return Memory(
         total=result.total,
@@ -283,7 +283,7 @@ def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class NodeMemory:
     """Bytes of memory available to a vLLM engine on the CPU, as computed by vLLM.
 
     Attributes:
@@ -297,16 +297,16 @@ class Node:
     free: int
 
 
-def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _DEVICES) -> Node:
+def read_node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _DEVICES) -> NodeMemory:
     """Return the memory of the NUMA node that a vLLM engine on the CPU binds to.
 
     An engine gets no memory of other nodes, so its node can be full while the machine has free memory. vLLM compares
     its KV cache with the node's ``meminfo`` and with the limit of the outermost control group, where the file cache
     counts as used (``vllm.utils.cpu_resource_utils``). Limits of inner groups apply as well.
     """
-    machine_memory = memory(proc, cgroups)
-    number = _node_of(min(os.sched_getaffinity(0)), devices) if hasattr(os, "sched_getaffinity") else None
-    fields = _meminfo(devices / "node" / f"node{number}" / "meminfo")
+    machine_memory = read_memory(proc, cgroups)
+    number = _numa_node_of(min(os.sched_getaffinity(0)), devices) if hasattr(os, "sched_getaffinity") else None
+    fields = _read_meminfo(devices / "node" / f"node{number}" / "meminfo")
     if number is None or "MemTotal" not in fields:
         name, total, free = "the machine", machine_memory.total, machine_memory.available
     else:
@@ -314,49 +314,49 @@ def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _D
         free = sum(fields.get(key, 0) for key in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
     if machine_memory.limit is not None and machine_memory.limit_free is not None:
         total, free = min(total, machine_memory.limit), min(free, machine_memory.limit_free)
-    for folder, (granted, current) in zip((cgroups, cgroups / "memory"), _LIMITS, strict=True):
-        limit = _number(folder / granted)
+    for folder, (granted, current) in zip((cgroups, cgroups / "memory"), _MEMORY_FILES, strict=True):
+        limit = _read_number(folder / granted)
         if limit is not None and limit <= total:
-            total, free = limit, min(free, max(0, limit - (_number(folder / current) or 0)))
-    return Node(name=name, total=total, free=free)
+            total, free = limit, min(free, max(0, limit - (_read_number(folder / current) or 0)))
+    return NodeMemory(name=name, total=total, free=free)
 
 
-def _node_of(core: int, devices: Path) -> int | None:
+def _numa_node_of(core: int, devices: Path) -> int | None:
     """Return the NUMA node of a processor core."""
     results = sorted((devices / "cpu" / f"cpu{core}").glob("node[0-9]*"))
     return int(results[0].name.removeprefix("node")) if results else None
 
 
-def _meminfo(path: Path) -> dict[str, int]:
+def _read_meminfo(path: Path) -> dict[str, int]:
     """Return the memory of a NUMA node in bytes by name, from lines such as ``Node 0 MemFree: 97421888 kB``."""
-    rows = [line.split() for line in _text(path).splitlines()]
+    rows = [line.split() for line in _read_text(path).splitlines()]
     return {row[2].rstrip(":"): int(row[3]) * 1024 for row in rows if len(row) >= 4 and row[3].isdigit()}
 
 
-def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
+def read_cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
     """Return the lowest CPU quota of all control groups in cores; None without a limit."""
     results = []
-    for folder in _folders(proc, cgroups, "cpu"):
-        if words := _words(folder / "cpu.max"):
+    for folder in _control_groups(proc, cgroups, "cpu"):
+        if words := _read_words(folder / "cpu.max"):
             share = [words[0], words[1] if len(words) > 1 else "100000"]
         else:
-            share = [(_words(folder / f"cpu.cfs_{part}_us") or ["-1"])[0] for part in ("quota", "period")]
+            share = [(_read_words(folder / f"cpu.cfs_{part}_us") or ["-1"])[0] for part in ("quota", "period")]
         if all(part.isdigit() and int(part) > 0 for part in share):
             results.append(int(share[0]) / int(share[1]))
     return min(results, default=None)
 
 
-def _reclaimable(folder: Path) -> int:
+def _reclaimable_bytes(folder: Path) -> int:
     """Return the size of the file cache in bytes, which counts as used memory but can be reclaimed."""
-    rows = [line.split() for line in _text(folder / "memory.stat").splitlines()]
+    rows = [line.split() for line in _read_text(folder / "memory.stat").splitlines()]
     values = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
     return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
-def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
+def _control_groups(proc: Path, cgroups: Path, controller: str) -> list[Path]:
     """Return the control groups of this process and their parents up to the root, for cgroup v2 and v1."""
     results: list[Path] = []
-    for line in _text(proc / "self" / "cgroup").splitlines():
+    for line in _read_text(proc / "self" / "cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names and controller not in names.split(","):
             continue
@@ -367,49 +367,49 @@ def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
     return list(dict.fromkeys([*results, cgroups, cgroups / controller]))
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _words(path: Path) -> list[str]:
-    return _text(path).split()
+def _read_words(path: Path) -> list[str]:
+    return _read_text(path).split()
 
 
-def _number(path: Path) -> int | None:
-    words = _words(path)
+def _read_number(path: Path) -> int | None:
+    words = _read_words(path)
     return int(words[0]) if words and words[0].isdigit() else None
 
 
 # --------------------------------------------------------------------------- platform-specific functions
 
-NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+NO_LINK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 """Flags of `os.open`: reject links, and do not pass the file to child processes, if supported."""
 # On Windows a locked range cannot be read, so lock a byte beyond the end of the file.
-_BEYOND = 1 << 30
+_LOCKED_OFFSET = 1 << 30
 
 
-def lock(file: IO[str] | int) -> bool:
+def try_lock(file: IO[str] | int) -> bool:
     """Lock an open file until it is closed; return False if another process has locked it or locking fails."""
     handle = file if isinstance(file, int) else file.fileno()
     try:
         try:
             import fcntl
         except ImportError:
-            return _lock_a_byte(handle)
+            return _lock_byte_on_windows(handle)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
 
 
-def _lock_a_byte(handle: int) -> bool:
+def _lock_byte_on_windows(handle: int) -> bool:
     import msvcrt
 
     here = os.lseek(handle, 0, os.SEEK_CUR)
-    os.lseek(handle, _BEYOND, os.SEEK_SET)
+    os.lseek(handle, _LOCKED_OFFSET, os.SEEK_SET)
     try:
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     finally:
@@ -417,12 +417,12 @@ def _lock_a_byte(handle: int) -> bool:
     return True
 
 
-def alive(process: int) -> bool:
+def is_process_alive(process: int) -> bool:
     """Whether a process with this id exists."""
     return bool(psutil.pid_exists(process))
 
 
-def step_back(by: int) -> None:
+def lower_priority(by: int) -> None:
     """Lower the priority of this process, if the operating system supports it."""
     with suppress(OSError, AttributeError):
         os.nice(by)

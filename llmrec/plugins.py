@@ -1,9 +1,10 @@
 """Plug-ins: external components, named as ``module:attribute`` or installed as entry points.
 
 Naming a plug-in runs its code, so the name must come from the user: from a config file that the user passed
-(`allowed`), from the environment variable `VARIABLE`, or as an entry point of an installed package. Names from run
-folders and exported models of other users are rejected. A module that a user's config named is remembered by its file,
-so that the user's own runs can be audited, reported and queried in another process; see `remembered`.
+(`allow_plugins`), from the environment variable `PLUGINS_VARIABLE`, or as an entry point of an installed package. Names
+from run folders and exported models of other users are rejected. A module that a user's config named is remembered by
+its file, so that the user's own runs can be audited, reported and queried in another process; see
+`read_stored_consents`.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from typing import Any
 
 from llmrec.errors import RecipeError, did_you_mean
 
-VARIABLE = "LLMREC_PLUGINS"
+PLUGINS_VARIABLE = "LLMREC_PLUGINS"
 """Environment variable with comma-separated modules that run folders and exported models may name.
 
 It also accepts names of models whose recipe has ``trust_remote_code``.
 """
-_GROUP = "llmrec."
-_MODEL = "model:"
+_GROUP_PREFIX = "llmrec."
+_MODEL_PREFIX = "model:"
 _ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Kind:
+class PluginKind:
     """The interface of one kind of plug-in.
 
     Attributes:
@@ -56,8 +57,8 @@ class Kind:
     takes: tuple[str, ...] = ()
 
 
-KINDS: Mapping[str, Kind] = {
-    "baselines": Kind(
+KINDS: Mapping[str, PluginKind] = {
+    "baselines": PluginKind(
         "baseline",
         (
             *("name", "Config.model_validate", "fit", "answer", "reads", "text_encoder", "with_config", "looked_at"),
@@ -65,10 +66,10 @@ KINDS: Mapping[str, Kind] = {
         ),
         "derive it from llmrec.baselines.base.Baseline, and define name, Config, learn(data) and answer(requests)",
     ),
-    "strategies": Kind(
+    "strategies": PluginKind(
         "strategy", (), "write a class that takes a Prompting and defines asker, engine and answer(requests)"
     ),
-    "tasks": Kind(
+    "tasks": PluginKind(
         "task family",
         (
             "name",
@@ -84,29 +85,29 @@ KINDS: Mapping[str, Kind] = {
         "make it a llmrec.tasks.family.Family",
         called=False,
     ),
-    "indexes": Kind(
+    "indexes": PluginKind(
         "index scheme", ("build", "extend"), "define build and extend as in llmrec.index.table.Scheme", called=False
     ),
-    "sources": Kind(
+    "sources": PluginKind(
         "data source",
         (),
         "write a function (section, *, seed) -> llmrec.data.dataset.Dataset",
         takes=("section", "*", "seed"),
     ),
-    "backends": Kind(
+    "backends": PluginKind(
         "backend",
         ("name", "capabilities", "close"),
         "define name, capabilities, a method for each capability, and close(), as in llmrec.types.Backend",
         takes=("folder", "encoder", "*", "model", "section", "seed"),
     ),
-    "metrics": Kind(
+    "metrics": PluginKind(
         "metric", ("kind", "about", "function", "several"), "make it a llmrec.entries.MetricEntry", called=False
     ),
 }
 """The kinds of plug-ins by name of their table; ``llmrec.NAME`` is the group of their entry points."""
 
 # What the config files of this process name: files of modules, modules without a file, and models with code.
-_NAMED: set[str] = set()
+_ALLOWED_ORIGINS: set[str] = set()
 
 
 def is_address(name: str) -> bool:
@@ -118,45 +119,47 @@ def is_address(name: str) -> bool:
 
 
 # All packages are searched once for all kinds.
-_every = cache(entry_points)
+_all_entry_points = cache(entry_points)
 
 
 @cache
-def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
+def installed_plugins(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
     """Return the installed plug-ins of a kind by name."""
     result: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in sorted(_every().select(group=_GROUP + group), key=lambda point: (point.name, point.value)):
+    for point in sorted(
+        _all_entry_points().select(group=_GROUP_PREFIX + group), key=lambda point: (point.name, point.value)
+    ):
         result[point.name] = (*result.get(point.name, ()), point)
     return result
 
 
-def package_of(point: EntryPoint) -> str:
+def describe_package(point: EntryPoint) -> str:
     """Return the name and version of the package of an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
 
 
-def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
+def describe_plugin_fault(group: str, name: str, built_in: Collection[str]) -> str:
     """Return why an installed plug-in cannot be used; empty if it can."""
-    packages = " and ".join(package_of(point) for point in installed(group)[name])
+    packages = " and ".join(describe_package(point) for point in installed_plugins(group)[name])
     if name in built_in:
         return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or rename it"
-    if len(installed(group)[name]) > 1:
+    if len(installed_plugins(group)[name]) > 1:
         return f"comes from {packages}; uninstall one of them"
     return ""
 
 
-def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
+def check_installed_plugins(tables: Mapping[str, Collection[str]]) -> None:
     """Reject installed plug-ins with the name of a built-in component or of another plug-in.
 
     ``tables`` has the built-in names by the kind of plug-in.
     """
     for group in KINDS:
-        for name, (point, *_) in installed(group).items():
-            if fault := fault_of(group, name, tables[group]):
+        for name, (point, *_) in installed_plugins(group).items():
+            if fault := describe_plugin_fault(group, name, tables[group]):
                 raise RecipeError(
-                    f"the entry point {name!r} of the group {_GROUP}{group} ({package_of(point)}) {fault}",
+                    f"the entry point {name!r} of the group {_GROUP_PREFIX}{group} ({describe_package(point)}) {fault}",
                     kind="duplicate",
-                    at=_GROUP + group,
+                    at=_GROUP_PREFIX + group,
                     column=name,
                 )
 
@@ -164,7 +167,7 @@ def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
 # --------------------------------------------------------------------------- lookup
 
 
-def find(group: str, name: str) -> Any:
+def import_plugin(group: str, name: str) -> Any:
     """Return the plug-in with a name; None if it is neither an address nor installed.
 
     Raises:
@@ -172,26 +175,26 @@ def find(group: str, name: str) -> Any:
             attribute does not have the interface of the kind.
     """
     if is_address(name):
-        consent(name)
-    elif name not in installed(group):
+        check_plugin_consent(name)
+    elif name not in installed_plugins(group):
         return None
-    return _loaded(group, _address(group, name))
+    return _load_plugin(group, _plugin_address(group, name))
 
 
-def stamp(group: str, name: str) -> str:
+def package_digest(group: str, name: str) -> str:
     """Return a hash of the code of a plug-in's package, which is imported."""
-    find(group, name)
-    return _code(_address(group, name).partition(":")[0])
+    import_plugin(group, name)
+    return _package_code_hash(_plugin_address(group, name).partition(":")[0])
 
 
-def _address(group: str, name: str) -> str:
-    return name if is_address(name) else installed(group)[name][0].value.partition("[")[0].replace(" ", "")
+def _plugin_address(group: str, name: str) -> str:
+    return name if is_address(name) else installed_plugins(group)[name][0].value.partition("[")[0].replace(" ", "")
 
 
 @cache
-def _loaded(group: str, address: str) -> Any:
+def _load_plugin(group: str, address: str) -> Any:
     module, _, attribute = address.partition(":")
-    result = _imported(module)
+    result = _import_plugin_module(module)
     for part in attribute.split(".") if attribute else ():
         if not hasattr(result, part):
             raise RecipeError(
@@ -202,17 +205,17 @@ def _loaded(group: str, address: str) -> Any:
             )
         result = getattr(result, part)
     kind = KINDS[group]
-    lacking = [missing for need in _needs(group, result) if (missing := _missing(result, need))]
+    lacking = [missing for need in _required_attributes(group, result) if (missing := _missing_attribute(result, need))]
     if lacking or (kind.called and not callable(result)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
         raise RecipeError(f"{address} is not a valid {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
-    if kind.takes and not _can_take(result, kind.takes):
+    if kind.takes and not _accepts_arguments(result, kind.takes):
         called = f"cannot be called with ({', '.join(kind.takes)})"
         raise RecipeError(f"{address} is not a valid {kind.what}: it {called}; {kind.fix}", kind="defect", at=address)
     return result
 
 
-def _can_take(plugin: Any, arguments: tuple[str, ...]) -> bool:
+def _accepts_arguments(plugin: Any, arguments: tuple[str, ...]) -> bool:
     star = arguments.index("*")
     try:
         inspect.signature(plugin).bind(*arguments[:star], **dict.fromkeys(arguments[star + 1 :]))
@@ -221,7 +224,7 @@ def _can_take(plugin: Any, arguments: tuple[str, ...]) -> bool:
     return True
 
 
-def _missing(plugin: object, path: str) -> str:
+def _missing_attribute(plugin: object, path: str) -> str:
     """Return the first missing attribute on a dotted path; empty if all exist."""
     known: list[str] = []
     for part in path.split("."):
@@ -232,7 +235,7 @@ def _missing(plugin: object, path: str) -> str:
     return ""
 
 
-def _needs(group: str, plugin: object) -> tuple[str, ...]:
+def _required_attributes(group: str, plugin: object) -> tuple[str, ...]:
     """Return the attributes that a plug-in (or the result of a plug-in function) must have."""
     needs = KINDS[group].needs
     if not isinstance(plugin, type):
@@ -242,12 +245,12 @@ def _needs(group: str, plugin: object) -> tuple[str, ...]:
     return (*needs, "answer") if group == "strategies" else needs
 
 
-def _imported(module: str) -> Any:
+def _import_plugin_module(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise broken(f"importing {module}", error, module) from error
+            raise failed_plugin_error(f"importing {module}", error, module) from error
         raise RecipeError(
             f"there is no module {error.name!r} on the Python path; install its package, set PYTHONPATH, or list its "
             "folder in the config's key plugins",
@@ -255,10 +258,10 @@ def _imported(module: str) -> Any:
             at=module,
         ) from None
     except Exception as error:
-        raise broken(f"importing {module}", error, module) from error
+        raise failed_plugin_error(f"importing {module}", error, module) from error
 
 
-def broken(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
+def failed_plugin_error(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
     """Return an error for a plug-in whose code failed, with the failing line.
 
     ``what`` is the failed operation, as the start of a sentence; ``column`` the key that names the plug-in, if the
@@ -275,7 +278,7 @@ def broken(what: str, error: Exception, at: str, column: str | None = None) -> R
 
 
 @cache
-def _code(module: str) -> str:
+def _package_code_hash(module: str) -> str:
     top = sys.modules[module.partition(".")[0]]
     folders = [Path(folder) for folder in getattr(top, "__path__", ())]
     files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
@@ -289,114 +292,119 @@ def _code(module: str) -> str:
 
 
 @contextmanager
-def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
+def allow_plugins(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
     """Allow, within the block, the modules named in a config file of the user, also in an additional folder.
 
     Their files are remembered for other processes if the body succeeds: an invalid file does not count as consent.
     """
-    use(folder)
-    result = {origin for address in addresses if (origin := _origin(address))}
-    fresh = result - _NAMED
-    _NAMED.update(result)
+    add_import_folder(folder)
+    result = {origin for address in addresses if (origin := _module_origin(address))}
+    fresh = result - _ALLOWED_ORIGINS
+    _ALLOWED_ORIGINS.update(result)
     try:
         yield
     except BaseException:
-        _NAMED.difference_update(fresh)
+        _ALLOWED_ORIGINS.difference_update(fresh)
         raise
-    _remember(name for name in result if Path(name).is_absolute())
+    _store_consents(name for name in result if Path(name).is_absolute())
 
 
-def consent(address: str, folder: str | None = None) -> None:
+def check_plugin_consent(address: str, folder: str | None = None) -> None:
     """Reject a module that the user has not allowed, without importing it.
 
     It may lie in a folder in addition to the Python path.
     """
-    top, origin = _top(address), _origin(address, folder)
-    if not origin or origin in _NAMED or origin in remembered() or top in map(_top, _variable()):
+    top, origin = _top_module(address), _module_origin(address, folder)
+    if (
+        not origin
+        or origin in _ALLOWED_ORIGINS
+        or origin in read_stored_consents()
+        or top in map(_top_module, _names_in_variable())
+    ):
         return
     where = f" ({origin})" if Path(origin).is_absolute() else ""
     raise RecipeError(
         f"the plug-in {address!r} would run code of the module {top}{where}, which none of your recipes names; "
-        f"if you trust this module, set the environment variable {VARIABLE}={top}",
+        f"if you trust this module, set the environment variable {PLUGINS_VARIABLE}={top}",
         kind="unsafe",
         at=address,
     )
 
 
-def lies_in(address: str, folder: str) -> bool:
+def is_module_in_folder(address: str, folder: str) -> bool:
     """Whether a module is found in a folder and not on the Python path."""
-    return _origin(address, folder).startswith(f"{Path(folder).resolve()}{os.sep}")
+    return _module_origin(address, folder).startswith(f"{Path(folder).resolve()}{os.sep}")
 
 
-def allow_model(name: str, revision: str | None) -> None:
+def allow_model_code(name: str, revision: str | None) -> None:
     """Allow the code of a model that a config file of the user names (``model.trust_remote_code``)."""
-    code = _model(name, revision)
-    _NAMED.add(code)
-    _remember([code])
+    code = _model_entry(name, revision)
+    _ALLOWED_ORIGINS.add(code)
+    _store_consents([code])
 
 
-def consent_model(name: str, revision: str | None) -> None:
+def check_model_consent(name: str, revision: str | None) -> None:
     """Reject a model with code if no config file of the user allows it."""
-    code = _model(name, revision)
-    if code in _NAMED or code in remembered() or name in _variable():
+    code = _model_entry(name, revision)
+    if code in _ALLOWED_ORIGINS or code in read_stored_consents() or name in _names_in_variable():
         return
     raise RecipeError(
         f"model.trust_remote_code would run code of the model {name!r}, which no recipe that you passed allows; if "
-        f"you trust this code, set the environment variable {VARIABLE}={name}",
+        f"you trust this code, set the environment variable {PLUGINS_VARIABLE}={name}",
         kind="unsafe",
         at=name,
         column="model.trust_remote_code",
     )
 
 
-def _model(name: str, revision: str | None) -> str:
+def _model_entry(name: str, revision: str | None) -> str:
     path = Path(name).expanduser()
-    return f"{_MODEL}{path.resolve() if path.is_dir() else name}{'@' + revision if revision else ''}"
+    return f"{_MODEL_PREFIX}{path.resolve() if path.is_dir() else name}{'@' + revision if revision else ''}"
 
 
-def _remember(names: Iterable[str]) -> None:
+def _store_consents(names: Iterable[str]) -> None:
     # If the permission cannot be stored, the environment variable remains.
     with suppress(OSError, RuntimeError):
-        lines = [f"{name}\n" for name in sorted(set(names) - remembered()) if "\n" not in name]
+        lines = [f"{name}\n" for name in sorted(set(names) - read_stored_consents()) if "\n" not in name]
         if lines:
-            _memory().parent.mkdir(parents=True, exist_ok=True)
-            with _memory().open("a", encoding="utf-8") as stream:
+            _consent_file().parent.mkdir(parents=True, exist_ok=True)
+            with _consent_file().open("a", encoding="utf-8") as stream:
                 stream.writelines(lines)
 
 
-def use(folder: str | None) -> None:
+def add_import_folder(folder: str | None) -> None:
     """Also allow imports from a folder, after the Python path."""
     if folder is not None and folder not in sys.path:
         sys.path.append(folder)
 
 
-def remembered() -> frozenset[str]:
+def read_stored_consents() -> frozenset[str]:
     """Return the modules and models with code that the user's config files name.
 
     They are the lines of ``~/.config/llmrec/plugins.txt``.
     """
     try:
-        return frozenset(_memory().read_text(encoding="utf-8").splitlines())
+        return frozenset(_consent_file().read_text(encoding="utf-8").splitlines())
     except (OSError, RuntimeError, UnicodeDecodeError):
         return frozenset()
 
 
-def _memory() -> Path:
+def _consent_file() -> Path:
     chosen = os.environ.get("XDG_CONFIG_HOME")
     return (Path(chosen) if chosen else Path.home() / ".config") / "llmrec" / "plugins.txt"
 
 
-def _variable() -> list[str]:
-    return [part.strip() for part in os.environ.get(VARIABLE, "").split(",")]
+def _names_in_variable() -> list[str]:
+    return [part.strip() for part in os.environ.get(PLUGINS_VARIABLE, "").split(",")]
 
 
-def _top(address: str) -> str:
+def _top_module(address: str) -> str:
     return address.partition(":")[0].partition(".")[0]
 
 
-def _origin(address: str, folder: str | None = None) -> str:
+def _module_origin(address: str, folder: str | None = None) -> str:
     """Return the file of a module without importing it."""
-    top = _top(address)
+    top = _top_module(address)
     try:
         spec = find_spec(top) or PathFinder.find_spec(top, [folder] if folder else [])
     except (ImportError, ValueError):

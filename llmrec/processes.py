@@ -1,7 +1,8 @@
 """Commands in several processes: number of processes, rank, reporting of failures, and starting of local processes.
 
-`--launch N` starts processes by `started`. Like torchrun and accelerate launch it sets the rank of processes that train
-together in environment variables, which are read without importing torch. Training uses them in `llmrec.train.world`.
+`--launch N` starts processes by `start_programs`. Like torchrun and accelerate launch it sets the rank of processes
+that train together in environment variables, which are read without importing torch. Training uses them in
+`llmrec.train.world`.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ from typing import IO, NamedTuple, TextIO
 from llmrec.errors import LlmrecError, RecipeError, require
 
 # Variables with the number of processes of other launchers, which accelerate also reads.
-_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_WAIT = timedelta(seconds=10)
+_COUNT_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_STORE_TIMEOUT = timedelta(seconds=10)
 # Seconds between checks of processes that print nothing, and seconds to wait for a process to end.
-_LOOK, _PATIENCE = 0.2, 30.0
+_POLL_SECONDS, _STOP_SECONDS = 0.2, 30.0
 # not available on every system
 _KILL_GROUP = getattr(os, "killpg", None)
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-def size() -> int:
+def process_count() -> int:
     """Return the number of processes of this command; 1 without a launcher."""
-    return max(map(_number, _COUNTS))
+    return max(map(_environment_number, _COUNT_VARIABLES))
 
 
 def rank() -> int:
     """Return the rank of this process, from 0; 0 without a launcher."""
-    return max(0, _number("RANK", 0)) if size() > 1 else 0
+    return max(0, _environment_number("RANK", 0)) if process_count() > 1 else 0
 
 
-def local() -> int:
+def local_process_count() -> int:
     """Return the number of processes of this command on this machine."""
-    return min(size(), _number("LOCAL_WORLD_SIZE", size()))
+    return min(process_count(), _environment_number("LOCAL_WORLD_SIZE", process_count()))
 
 
-def alone(command: str) -> None:
+def check_single_process(command: str) -> None:
     """Reject a launch in several processes.
 
     Args:
@@ -57,9 +58,9 @@ def alone(command: str) -> None:
     Raises:
         RecipeError: If a launcher started several: each would write the same files.
     """
-    if size() > 1:
+    if process_count() > 1:
         raise RecipeError(
-            f"{command} requires a single process, but a launcher started {size()} (WORLD_SIZE); train with "
+            f"{command} requires a single process, but a launcher started {process_count()} (WORLD_SIZE); train with "
             "`llmrec train RECIPE --launch N`, and run all other commands without torchrun or accelerate launch",
             kind="unsupported",
         )
@@ -70,17 +71,17 @@ def is_first_to_fail() -> bool:
 
     The launcher stores the note, so that it outlives the process. If the launcher is gone, every process reports.
     """
-    if size() == 1:
+    if process_count() == 1:
         return True
     with suppress(Exception):  # a lost connection must not hide the error
         store = require("torch.distributed", "train").TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, _WAIT, False
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, _STORE_TIMEOUT, False
         )
         return int(store.add(f"llmrec/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
     return True
 
 
-def lost(count: int) -> LlmrecError:
+def lost_process_error(count: int) -> LlmrecError:
     """Return the error to raise if another process has ended."""
     return LlmrecError(
         f"training: another of the {count} processes ended, so this process stops too; run the same command again to "
@@ -89,7 +90,7 @@ def lost(count: int) -> LlmrecError:
     )
 
 
-def _number(name: str, default: int = 1) -> int:
+def _environment_number(name: str, default: int = 1) -> int:
     text = os.environ.get(name, "").strip()
     return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else default
 
@@ -112,7 +113,7 @@ class Program:
     messages: Path | TextIO
 
 
-def threads(count: int, cores: int) -> dict[str, str]:
+def thread_variables(count: int, cores: int) -> dict[str, str]:
     """Return the environment variables of processes that share cores, such as the number of threads."""
     # otherwise torch starts a thread per core in every process
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
@@ -148,7 +149,7 @@ class ProcessEnded(Exception):
 
 
 @contextmanager
-def started(programs: Sequence[Program], *, report_signals: bool = False) -> Iterator[Iterator[str]]:
+def start_programs(programs: Sequence[Program], *, report_signals: bool = False) -> Iterator[Iterator[str]]:
     """Start programs, and yield the lines that they print until all have ended successfully.
 
     All are stopped when one fails, at the end of the block and at a signal. The standard input of a program ends with
@@ -161,9 +162,9 @@ def started(programs: Sequence[Program], *, report_signals: bool = False) -> Ite
     Raises:
         ProcessEnded: If some fail, from the iterator.
     """
-    with _raised_at_signals(report_signals), ExitStack() as files:
+    with _raise_at_signals(report_signals), ExitStack() as files:
         children: list[subprocess.Popen[str]] = []
-        files.callback(_stop, children)
+        files.callback(_stop_processes, children)
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for program in programs:
             messages = program.messages
@@ -183,18 +184,18 @@ def started(programs: Sequence[Program], *, report_signals: bool = False) -> Ite
             )
             children.append(child)
             assert child.stdout is not None
-            threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
-        yield _lines(children, lines)
+            threading.Thread(target=_queue_lines, args=(child.stdout, lines), daemon=True).start()
+        yield _iterate_lines(children, lines)
 
 
-def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+def _queue_lines(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
     with stream:
         for line in stream:
             lines.put(line)
     lines.put(None)
 
 
-def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[str | None]) -> Iterator[str]:
+def _iterate_lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[str | None]) -> Iterator[str]:
     reading = len(children)
     while True:
         statuses = [child.poll() for child in children]
@@ -203,7 +204,7 @@ def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[s
         if not reading and None not in statuses:
             return
         try:
-            line = lines.get(timeout=_LOOK)
+            line = lines.get(timeout=_POLL_SECONDS)
         except queue.Empty:
             continue
         if line is None:
@@ -212,12 +213,12 @@ def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[s
             yield line
 
 
-def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
+def _stop_processes(children: Sequence[subprocess.Popen[str]]) -> None:
     """End processes; kill those that do not end, and their children."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         child.terminate()
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _STOP_SECONDS
     for child in running:
         with suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, end - time.monotonic()))
@@ -241,7 +242,7 @@ class _Signalled(BaseException):
 
 
 @contextmanager
-def _raised_at_signals(ends: bool) -> Iterator[None]:
+def _raise_at_signals(ends: bool) -> Iterator[None]:
     """Raise an exception in the block at a terminating signal, and then handle the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -284,7 +285,7 @@ def end_with_parent() -> None:
         while os.read(0, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_PATIENCE)
+        time.sleep(_STOP_SECONDS)
         os._exit(1)
 
     signal.signal(signal.SIGTERM, stop)

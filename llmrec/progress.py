@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 QUIET = "LLMREC_QUIET"
 """Environment variable, inherited by child processes, that disables bars and messages of libraries."""
 
-FIRST, MOST, SHARE = 10.0, 600.0, 0.5
+FIRST_LINE_SECONDS, MAX_INTERVAL_SECONDS, INTERVAL_SHARE = 10.0, 600.0, 0.5
 """Seconds before the first line, the most seconds between lines, and their interval as a share of the time so far."""
 
 # The running tasks, innermost last; only the innermost task is shown.
-_open: list[Progress] = []
+_running: list[Progress] = []
 
 # Width of the name and of the bar, in characters.
-_NAME, _BAR = 34, 8
+_NAME_WIDTH, _BAR_WIDTH = 34, 8
 
 
 class _Screen:
@@ -42,7 +42,7 @@ class _Screen:
 
     def show(self) -> None:
         """Draw the innermost running task, or nothing if there is none."""
-        drawn = [bar for bar in _open if bar._drawn]
+        drawn = [bar for bar in _running if bar._drawn]
         with self._lock:
             if not drawn:
                 self._end()
@@ -68,7 +68,7 @@ class _Screen:
 
         # rich must not redirect output, because libraries print into a log.
         self._live = Live(
-            get_renderable=lambda: _open[-1] if _open else "",
+            get_renderable=lambda: _running[-1] if _running else "",
             console=Console(file=terminal.err()),
             transient=True,
             redirect_stdout=False,
@@ -85,7 +85,7 @@ class _Screen:
 _screen = _Screen()
 
 
-def _shows() -> bool:
+def _can_show_bar() -> bool:
     """Whether a bar can be shown: in a terminal or a notebook."""
     if terminal.err().isatty():
         return True
@@ -101,9 +101,9 @@ def say(text: str, stream: TextIO) -> None:
     _screen.say(text, stream)
 
 
-def under_way() -> list[Progress]:
+def running_tasks() -> list[Progress]:
     """Return the running tasks, innermost last."""
-    return list(_open)
+    return list(_running)
 
 
 class Progress:
@@ -129,7 +129,7 @@ class Progress:
         passing: bool = False,
     ) -> None:
         quiet = quiet or QUIET in os.environ
-        shown = _shows()
+        shown = _can_show_bar()
         self.name, self._total, self._unit, self._early, self._passing = name, total, unit, early, passing
         self._done: float = 0
         self._skipped, self._status = 0, ""
@@ -142,31 +142,31 @@ class Progress:
     def start(self) -> None:
         """Start the task."""
         self._begin = time.monotonic()
-        if self._drawn and self not in _open:
-            _open.append(self)
+        if self._drawn and self not in _running:
+            _running.append(self)
             _screen.show()
         if self._ticks and self._ticker is None:
-            _open.append(self)
+            _running.append(self)
             self._ended.clear()
             self._ticker = threading.Thread(target=self._tick, name=f"progress of {self.name}", daemon=True)
             self._ticker.start()
 
     def stop(self, *, failed: bool = False) -> None:
         """Stop the task, and print its duration if it was long."""
-        if self not in _open:
+        if self not in _running:
             return
         spent = time.monotonic() - self._begin
         if self._ticker is not None:
             self._ended.set()
             self._ticker.join()
             self._ticker = None
-        _open.remove(self)
+        _running.remove(self)
         if self._drawn:
             _screen.show()
             # The line of the outer task covers nested tasks.
-            self._wrote = spent >= FIRST and not _open and not self._passing
+            self._wrote = spent >= FIRST_LINE_SECONDS and not _running and not self._passing
         if self._wrote and not failed:
-            log.info("%s: done%s, %s", self.name, self._count(), span(spent))
+            log.info("%s: done%s, %s", self.name, self._count(), format_duration(spent))
 
     def advance(self, steps: int = 1, status: str | None = None) -> None:
         """Add finished steps, and optionally set a status text."""
@@ -203,24 +203,33 @@ class Progress:
         spent = time.monotonic() - self._begin
         message = f"{self._count()}{f'  {self._status}' if self._status else ''}".strip()
         row = Table.grid(padding=(0, 1), expand=False)
-        row.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAME)
-        row.add_column(width=_BAR)
+        row.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAME_WIDTH)
+        row.add_column(width=_BAR_WIDTH)
         for _ in range(2):
             row.add_column(no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(self._total, self._done, width=_BAR, pulse=self._total is None, animation_time=spent)
-        row.add_row(Text(self.name), bar, Text(message), Text(self._left(spent).removeprefix(", ") or span(spent)))
+        bar = ProgressBar(self._total, self._done, width=_BAR_WIDTH, pulse=self._total is None, animation_time=spent)
+        row.add_row(
+            Text(self.name), bar, Text(message), Text(self._left(spent).removeprefix(", ") or format_duration(spent))
+        )
         return row
 
     # ------------------------------------------------------------------- lines
 
     def _tick(self) -> None:
-        wait = FIRST
+        wait = FIRST_LINE_SECONDS
         while not self._ended.wait(wait):
             spent = time.monotonic() - self._begin
-            wait = min(MOST, max(FIRST, SHARE * spent))
-            if _open and _open[-1] is self:
+            wait = min(MAX_INTERVAL_SECONDS, max(FIRST_LINE_SECONDS, INTERVAL_SHARE * spent))
+            if _running and _running[-1] is self:
                 self._wrote = True
-                log.info("%s:%s%s %s so far%s", self.name, self._count(), self._state(), span(spent), self._left(spent))
+                log.info(
+                    "%s:%s%s %s so far%s",
+                    self.name,
+                    self._count(),
+                    self._state(),
+                    format_duration(spent),
+                    self._left(spent),
+                )
 
     def _count(self) -> str:
         if self._total is None:
@@ -234,7 +243,7 @@ class Progress:
     def _left(self, spent: float) -> str:
         if self._total is None or not self._skipped < self._done < self._total:
             return ""
-        left = span(spent / (self._done - self._skipped) * (self._total - self._done))
+        left = format_duration(spent / (self._done - self._skipped) * (self._total - self._done))
         return f", {left} left at most" if self._early else f", about {left} left"
 
 
@@ -281,23 +290,23 @@ class BatchProgress(Progress):
 
 def count_answers(prompts: float) -> None:
     """Count answered prompts, or fractions of a prompt; called by engines, from any thread."""
-    for bar in reversed(_open):
+    for bar in reversed(_running):
         if isinstance(bar, BatchProgress):
             bar.answer(prompts)
             return
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as text, such as ``12 min``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def silent(line: str) -> None:
-    """Discard a line; an alternative to `note`."""
+def ignore_line(line: str) -> None:
+    """Discard a line; an alternative to `log_line`."""
 
 
-def note(line: str) -> None:
+def log_line(line: str) -> None:
     """Log the progress of a long task that has no bar."""
     log.info("%s", line)

@@ -133,7 +133,7 @@ class LogLine(Record):
     seconds: Number = None
 
 
-class Judged(Record):
+class CheckpointSelection(Record):
     """The validation cases on which the best checkpoint is selected, with its NDCG@10.
 
     ``controls`` are the NDCG@10 of the family's baselines, and of their ensembles, weighted on other validation users.
@@ -163,7 +163,7 @@ class Training(Record):
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     log: tuple[LogLine, ...] = ()
-    judged: Judged | None = None
+    judged: CheckpointSelection | None = None
     sparsity: float | None = None
     processes: int = 1
     distributed: str = "no"

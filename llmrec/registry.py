@@ -4,7 +4,7 @@ Values are ``module:attribute``, imported on first use. A recipe may also use na
 entry point, or ``module:attribute`` itself.
 
 The tables contain the core. A package with a module ``entries`` is an extension and adds the tables of that module to
-those of the same name here (`extended`), so deleting its folder removes its names.
+those of the same name here (`with_extension_entries`), so deleting its folder removes its names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from llmrec import plugins
 from llmrec.durable import Json
-from llmrec.entries import BaselineEntry, Better, Command, Kind, MetricEntry, StrategyEntry
+from llmrec.entries import BaselineEntry, Command, MetricDirection, MetricEntry, MetricKind, StrategyEntry
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -30,34 +30,34 @@ Table = Mapping[str, str] | Mapping[str, BaselineEntry] | Mapping[str, StrategyE
 
 
 @cache
-def _extensions() -> tuple[ModuleType, ...]:
+def _extension_modules() -> tuple[ModuleType, ...]:
     root = Path(__file__).parent
     files = sorted([*root.glob("*/entries.py"), *root.glob("systems/*/entries.py")])
     return tuple(import_module(".".join((root.name, *file.relative_to(root).with_suffix("").parts))) for file in files)
 
 
-def extended(table: str, core: Mapping[str, _Entry]) -> Mapping[str, _Entry]:
+def with_extension_entries(table: str, core: Mapping[str, _Entry]) -> Mapping[str, _Entry]:
     """Return a table of components with the entries that extensions add."""
     entries = dict(core)
-    for module in _extensions():
+    for module in _extension_modules():
         entries.update(getattr(module, table, {}))
     return entries
 
 
 # Descriptions of published data sets by name: each file adds a source.
-SETS: Mapping[str, Path] = {
+DATA_SETS: Mapping[str, Path] = {
     page.stem: page for page in sorted((Path(__file__).parent / "data" / "sets").glob("*.yaml"))
 }
 
 SOURCES: Mapping[str, str] = {
-    **dict.fromkeys(SETS, "llmrec.data.sets.published:published"),
-    "mind": "llmrec.data.sets.mind:mind",
-    "sequences": "llmrec.data.sets.sequences:sequences",
-    "samples": "llmrec.data.sets.samples:samples",
-    "made-reviews": "llmrec.data.sets.table:made_reviews",
-    "amazon-reviews": "llmrec.data.sets.reviews:amazon_reviews",
-    "explanations": "llmrec.data.sets.table:explanations",
-    "table": "llmrec.data.sets.table:table",
+    **dict.fromkeys(DATA_SETS, "llmrec.data.sets.published:load_published"),
+    "mind": "llmrec.data.sets.mind:load_mind",
+    "sequences": "llmrec.data.sets.sequences:load_sequences",
+    "samples": "llmrec.data.sets.samples:load_samples",
+    "made-reviews": "llmrec.data.sets.table:load_made_reviews",
+    "amazon-reviews": "llmrec.data.sets.reviews:load_amazon_reviews",
+    "explanations": "llmrec.data.sets.table:load_explanations",
+    "table": "llmrec.data.sets.table:load_table",
 }
 
 INDEXES: Mapping[str, str] = {
@@ -91,7 +91,7 @@ BACKENDS: Mapping[str, str] = {
 }
 
 # The first entry of a task is its default.
-STRATEGIES = extended(
+STRATEGIES = with_extension_entries(
     "STRATEGIES",
     {
         "label": StrategyEntry(
@@ -142,7 +142,7 @@ _RANKED = ("sequential", "direct")
 _RATED = ("rating", "stars")
 
 # In the order of tables and messages.
-BASELINES = extended(
+BASELINES = with_extension_entries(
     "BASELINES",
     {
         "random": BaselineEntry("llmrec.baselines.popular:Random", (*_RANKED, "alignment")),
@@ -180,7 +180,7 @@ BASELINES = extended(
 )
 
 # In the order of tables.
-_METRICS = extended(
+_METRICS = with_extension_entries(
     "METRICS",
     {
         "HR": MetricEntry(
@@ -435,11 +435,11 @@ _METRICS = extended(
 def _installed_metrics() -> dict[str, MetricEntry]:
     """Return the metrics of installed packages; an invalid one is left out with a warning."""
     result: dict[str, MetricEntry] = {}
-    for name in plugins.installed("metrics"):
+    for name in plugins.installed_plugins("metrics"):
         try:
             # Names of built-in metrics are rejected when the recipe is read.
             if name not in _METRICS:
-                result[name] = plugins.find("metrics", name)
+                result[name] = plugins.import_plugin("metrics", name)
         except RecipeError as error:
             log.warning("the metric %s is not computed: %s", name, error)
     return result
@@ -462,21 +462,21 @@ BUILT_IN: Mapping[str, Collection[str]] = {**TABLES, "metrics": _METRICS}
 """The built-in names by kind of plug-in; see `llmrec.plugins.KINDS`."""
 
 # Names in recipes of tasks defined by plug-ins, by family name.
-_FURTHER: dict[str, str] = {}
+_PLUGIN_TASK_NAMES: dict[str, str] = {}
 
 
-def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any:
+def import_component(table: Table, name: str, what: str, *, key: str | None = None) -> Any:
     """Import a built-in component or plug-in by its name; ``key`` is the recipe key that names it.
 
     Raises:
-        RecipeError: If the name is unknown, with the closest one; or as `llmrec.plugins.find`.
+        RecipeError: If the name is unknown, with the closest one; or as `llmrec.plugins.import_plugin`.
     """
     if name in table:
-        return attribute(address_of(table, name))
-    group = _group(table)
-    result = plugins.find(group, name) if group else None
+        return import_attribute(component_address(table, name))
+    group = _plugin_group(table)
+    result = plugins.import_plugin(group, name) if group else None
     if result is None:
-        known = sorted({*table, *(plugins.installed(group) if group else ())})
+        known = sorted({*table, *(plugins.installed_plugins(group) if group else ())})
         raise RecipeError(
             f"unknown {what} {name[:80]!r}{did_you_mean(name, known)}; known: {', '.join(known)}",
             kind="unknown-name",
@@ -487,21 +487,21 @@ def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any
 
 def is_plugin(table: Table, name: str) -> bool:
     """Whether a name refers to a plug-in of the given kind."""
-    return name not in table and (plugins.is_address(name) or name in plugins.installed(_group(table)))
+    return name not in table and (plugins.is_address(name) or name in plugins.installed_plugins(_plugin_group(table)))
 
 
-def stamp(table: Table, name: str) -> str:
+def plugin_digest(table: Table, name: str) -> str:
     """Return a hash of a plug-in's code; empty for a built-in component."""
-    return plugins.stamp(_group(table), name) if is_plugin(table, name) else ""
+    return plugins.package_digest(_plugin_group(table), name) if is_plugin(table, name) else ""
 
 
-def stamps(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
+def plugin_digests(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
     """Return hashes of the plug-ins among some names, for cache keys."""
-    result = {name: code for table, name in named if (code := stamp(table, name))}
+    result = {name: code for table, name in named if (code := plugin_digest(table, name))}
     return {"plugins": result} if result else {}
 
 
-def _group(table: Table) -> str:
+def _plugin_group(table: Table) -> str:
     return next((group for group, item in TABLES.items() if item is table), "")
 
 
@@ -510,7 +510,7 @@ def _group(table: Table) -> str:
 PANELS = ("Start", "Train and evaluate", "Serve", "Data", "Advanced")
 """The headings of ``llmrec --help``, in order."""
 
-COMMANDS = extended(
+COMMANDS = with_extension_entries(
     "COMMANDS",
     {
         "doctor": Command(
@@ -579,14 +579,14 @@ COMMANDS = extended(
     },
 )
 
-FUNCTIONS: Mapping[str, str] = extended("FUNCTIONS", {})
+FUNCTIONS: Mapping[str, str] = with_extension_entries("FUNCTIONS", {})
 """Public Python functions of extensions, by name."""
 
-HOOKS: Mapping[str, str] = extended("HOOKS", {})
+HOOKS: Mapping[str, str] = with_extension_entries("HOOKS", {})
 """Functions of extensions that commands of the core call, by name."""
 
 # Error messages if an extension with a hook is missing.
-_OF_EXTENSIONS = {
+_HOOK_FEATURES = {
     "run-page": "suites and benchmarks",
     "check-page": "suites and benchmarks",
     "shards": "--shard and --ray",
@@ -595,30 +595,32 @@ _OF_EXTENSIONS = {
 }
 
 
-def attribute(target: str) -> Any:
+def import_attribute(target: str) -> Any:
     """Import the attribute named by ``module:attribute``."""
     module, name = target.split(":")
     return getattr(import_module(module), name)
 
 
-def hook(name: str) -> Any:
+def extension_hook(name: str) -> Any:
     """Import a function of an extension for a command of the core.
 
     Raises:
         LlmrecError: If no extension has it.
     """
     if name not in HOOKS:
-        raise LlmrecError(f"this installation of llmrec does not support {_OF_EXTENSIONS[name]}", kind="unsupported")
-    return attribute(HOOKS[name])
+        raise LlmrecError(f"this installation of llmrec does not support {_HOOK_FEATURES[name]}", kind="unsupported")
+    return import_attribute(HOOKS[name])
 
 
-def address_of(table: Table, name: str) -> str:
+def component_address(table: Table, name: str) -> str:
     """Return the ``module:attribute`` address of a built-in component."""
     entry = table[name]
     return entry if isinstance(entry, str) else entry.address
 
 
-def answering(table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], family: str) -> tuple[str, ...]:
+def components_for_family(
+    table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], family: str
+) -> tuple[str, ...]:
     """Return the names of components that support a task, in the order of the table."""
     return tuple(name for name, entry in table.items() if family in entry.families)
 
@@ -626,7 +628,7 @@ def answering(table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], 
 # --------------------------------------------------------------------------- metrics
 
 
-def metric_of(name: str) -> MetricEntry | None:
+def find_metric(name: str) -> MetricEntry | None:
     """Return the entry of a metric by its full name, such as ``NDCG@10``; None if unknown."""
     base, at, k = name.partition("@")
     entry = METRICS.get(base)
@@ -641,25 +643,25 @@ def metric_modules() -> tuple[str, ...]:
     return tuple(sorted({address.partition(":")[0] for address in addresses}))
 
 
-def lower(metric: str) -> bool:
+def is_lower_better(metric: str) -> bool:
     """Whether lower values of a metric are better."""
-    entry = metric_of(metric)
+    entry = find_metric(metric)
     return entry is not None and entry.lower
 
 
-def better(metric: str) -> Better:
+def metric_direction(metric: str) -> MetricDirection:
     """Return ``higher`` or ``lower``: which values of a metric are better."""
-    return "lower" if lower(metric) else "higher"
+    return "lower" if is_lower_better(metric) else "higher"
 
 
-def compared_metrics(kind: Kind) -> tuple[str, ...]:
+def compared_metrics(kind: MetricKind) -> tuple[str, ...]:
     """Return the metrics by which models with a type of answer are compared, without cut-offs."""
     return tuple(name for name, entry in METRICS.items() if entry.kind == kind and entry.compared)
 
 
 def mean_metric(metric: str) -> str:
     """Return a metric that is a mean over requests: the given metric, or a similar one."""
-    entry = metric_of(metric)
+    entry = find_metric(metric)
     if entry is None or entry.unit == "request":
         return metric
     return next(name for name in compared_metrics(entry.kind) if METRICS[name].unit == "request")
@@ -668,17 +670,17 @@ def mean_metric(metric: str) -> str:
 # --------------------------------------------------------------------------- tasks
 
 
-def open_family(name: str) -> Any:
+def import_family(name: str) -> Any:
     """Import and register a task by its family name or its name in a recipe.
 
     Raises:
-        RecipeError: See `lookup`; also if a plug-in has the name of another family.
+        RecipeError: See `import_component`; also if a plug-in has the name of another family.
     """
     if name in TASKS:
-        return lookup(TASKS, name, "task")
-    written = _FURTHER.get(name, name)
-    result = lookup(TASKS, written, "task")
-    other = result.name if result.name in TASKS else _FURTHER.setdefault(result.name, written)
+        return import_component(TASKS, name, "task")
+    written = _PLUGIN_TASK_NAMES.get(name, name)
+    result = import_component(TASKS, written, "task")
+    other = result.name if result.name in TASKS else _PLUGIN_TASK_NAMES.setdefault(result.name, written)
     if other != written:
         raise RecipeError(
             f"the task families {written!r} and {other!r} have the same name, {result.name!r}; rename one of them",
@@ -689,36 +691,36 @@ def open_family(name: str) -> Any:
 
 def is_family(name: str) -> bool:
     """Whether a task with this family name is built in, installed, or defined by a recipe."""
-    return name in TASKS or name in _FURTHER or name in plugins.installed("tasks")
+    return name in TASKS or name in _PLUGIN_TASK_NAMES or name in plugins.installed_plugins("tasks")
 
 
-def written(family: str) -> str:
+def task_name_in_recipes(family: str) -> str:
     """Return the name of a task in recipes."""
-    return _FURTHER.get(family, family)
+    return _PLUGIN_TASK_NAMES.get(family, family)
 
 
 def family_names() -> tuple[str, ...]:
     """Return the family names of all tasks, built-in tasks first."""
-    return (*TASKS, *(name for name in _FURTHER if name not in TASKS))
+    return (*TASKS, *(name for name in _PLUGIN_TASK_NAMES if name not in TASKS))
 
 
 # --------------------------------------------------------------------------- strategies
 
 
-def options_of(strategy: str, section: object) -> dict[str, Json]:
+def strategy_eval_options(strategy: str, section: object) -> dict[str, Json]:
     """Return the options of a strategy in the recipe section ``eval``, by name."""
-    return {key: getattr(section, key) for key in keys_of(strategy)}
+    return {key: getattr(section, key) for key in strategy_eval_keys(strategy)}
 
 
-def keys_of(strategy: str) -> tuple[str, ...]:
+def strategy_eval_keys(strategy: str) -> tuple[str, ...]:
     """Return the keys in the section ``eval`` that a strategy reads; plug-ins list them in ``keys``."""
     if is_plugin(STRATEGIES, strategy):
-        return tuple(getattr(lookup(STRATEGIES, strategy, "strategy"), "keys", ()))
+        return tuple(getattr(import_component(STRATEGIES, strategy, "strategy"), "keys", ()))
     return STRATEGIES[strategy].keys if strategy in STRATEGIES else ()
 
 
 def is_positional(strategy: str) -> bool:
     """Whether a strategy depends on the order of candidates; plug-ins say so in ``positional``."""
     if is_plugin(STRATEGIES, strategy):
-        return bool(getattr(lookup(STRATEGIES, strategy, "strategy"), "positional", False))
+        return bool(getattr(import_component(STRATEGIES, strategy, "strategy"), "positional", False))
     return strategy in STRATEGIES and STRATEGIES[strategy].positional

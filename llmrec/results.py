@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, JsonValue
 
-from llmrec.display import Displayed, Summary, listed
+from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.records import (
     Calibration,
     Candidates,
@@ -26,7 +26,7 @@ from llmrec.records import (
     TextExample,
     Training,
 )
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 
@@ -170,7 +170,7 @@ class Rates(Record):
     pool: Number = None
 
 
-class Answered(Record):
+class AnswerResults(Record):
     """Results that every model has, for rankings, ratings, probabilities and texts.
 
     Attributes:
@@ -188,7 +188,7 @@ class Answered(Record):
 
 
 # The order of keys in files follows the bases from last to first.
-class Measured(Rates, Answered):
+class ModelResults(Rates, AnswerResults):
     """All results of a model on one task."""
 
     calibration: Calibration | None = None
@@ -306,7 +306,7 @@ class Choice(Record):
     figures: dict[str, float] = Field(default_factory=dict)
 
 
-class Row(Measured, QuerySettings):
+class Row(ModelResults, QuerySettings):
     """A model evaluated on one task.
 
     Attributes:
@@ -514,7 +514,7 @@ class Results(Displayed, Record):
             value = row.metrics[metric].value if metric in row.metrics else None
             if value is None:
                 return (True, 0.0, row.id)
-            return (False, value if lower(metric) else -value, row.id)
+            return (False, value if is_lower_better(metric) else -value, row.id)
 
         return tuple(sorted((row for row in self.rows if row.task == task), key=key))
 
@@ -544,7 +544,7 @@ class Results(Displayed, Record):
         values = [value for value in results if value is not None]
         if not values:
             return None
-        return min(values) if lower(metric) else max(values)
+        return min(values) if is_lower_better(metric) else max(values)
 
     def data_of(self, task: str) -> DataInfo | None:
         """Return the data set on which a task was measured."""
@@ -556,7 +556,7 @@ class Results(Displayed, Record):
         users = sorted({row.users for row in rows if row.users is not None})
         facts = {
             "model": self.model_name or "none",
-            "tasks": listed(self.tasks),
+            "tasks": format_name_list(self.tasks),
             "users": " or ".join(f"{user:,}" for user in users),
             "llmrec": self.llmrec,
         }

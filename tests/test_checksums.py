@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
-from llmrec.data.ranked import Ranked, read_part, write_part
-from llmrec.durable import checked, sha256_of, unchanged, write_checked, write_text
+from llmrec.data.ranked import RankingRecord, read_part, write_part
+from llmrec.durable import matches_manifest_cached, parse_checked_json, sha256_of, write_checked_json, write_text
 from llmrec.errors import DataError, LlmrecError, ModelError
 from llmrec.index.table import ItemIndex
-from llmrec.pipeline.bundle import SUMS, Bundle, refuse_changed
+from llmrec.pipeline.bundle import CHECKSUMS_FILE, Bundle, check_unchanged
 from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.schema import ModelSection, TasksSection
-from llmrec.report.results import content_of, refuse_other_answers
+from llmrec.report.results import check_predictions_file, read_results_json
 from tests.facts import Facts, raises
 
 STORED: dict[str, Any] = {"key": "k", "values": {"NDCG@10": [0.5, 0.25]}, "text": 'ends in "checksum": "0" é', "n": 12}
@@ -36,15 +36,15 @@ def changed(content: bytes, seed: int) -> bytes:
 
 def test_changed_byte_of_a_stage_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "stage.json"
-    assert write_checked(path, STORED) == sha256_of(path)
+    assert write_checked_json(path, STORED) == sha256_of(path)
     content = path.read_bytes()
-    assert checked(content) == STORED and read_stage(path, "k", lambda _: None) == STORED
+    assert parse_checked_json(content) == STORED and read_stage(path, "k", lambda _: None) == STORED
     for position in range(len(content)):
         for bit in range(3):
             spoilt = bytearray(content)
             spoilt[position] ^= 1 << bit
             try:
-                result = checked(bytes(spoilt))
+                result = parse_checked_json(bytes(spoilt))
             except ValueError:
                 continue
             # Only the marker of the checksum is damaged, and nothing else.
@@ -52,14 +52,14 @@ def test_changed_byte_of_a_stage_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "stage.json"
     path.write_text(json.dumps(STORED, indent=1) + "\n", encoding="utf-8")
     assert read_stage(path, "k", lambda _: None) == STORED
-    write_checked(path, STORED)
+    write_checked_json(path, STORED)
     path.write_bytes(path.read_bytes().replace(b"0.25", b"0.35"))
     assert read_stage(path, "k", lambda _: None) is None
 
 
 def test_changed_part_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "part.jsonl"
-    records = [Ranked(request_id=f"r{n}", user_id=None, line=n, items=("a\tb",), scores=(0.25,)) for n in (1, 2)]
+    records = [RankingRecord(request_id=f"r{n}", user_id=None, line=n, items=("a\tb",), scores=(0.25,)) for n in (1, 2)]
     write_part(path, records)
     content = path.read_bytes()
     assert read_part(path) == records
@@ -87,7 +87,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rejects_damaged_store(store: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(store, tmp_path / "store")
     (version,) = (path for path in (tmp_path / "store").iterdir() if path.is_dir())
-    assert unchanged(version) and FeatureStore.open(tmp_path / "store").ids("user")
+    assert matches_manifest_cached(version) and FeatureStore.open(tmp_path / "store").ids("user")
     content = (version / name).read_bytes()
     for seed in range(2):
         (version / name).write_bytes(changed(content, seed))
@@ -106,16 +106,16 @@ def test_reads_store_without_checksums(store: Path, tmp_path: Path) -> None:
 def test_rejects_other_answers_of_a_run(tmp_path: Path) -> None:
     answers = tmp_path / "predictions.parquet"
     answers.write_bytes(b"answers")
-    write_checked(tmp_path / "results.json", {"rows": [0.5], "files": {answers.name: sha256_of(answers)}})
-    refuse_other_answers(tmp_path, content_of(tmp_path)["files"])
+    write_checked_json(tmp_path / "results.json", {"rows": [0.5], "files": {answers.name: sha256_of(answers)}})
+    check_predictions_file(tmp_path, read_results_json(tmp_path)["files"])
     answers.write_bytes(b"Answers")
     with raises(DataError, Facts("damaged", answers, says="llmrec eval")):
-        refuse_other_answers(tmp_path, content_of(tmp_path)["files"])
-    refuse_other_answers(tmp_path, {})
+        check_predictions_file(tmp_path, read_results_json(tmp_path)["files"])
+    check_predictions_file(tmp_path, {})
     results = tmp_path / "results.json"
     results.write_bytes(results.read_bytes().replace(b"0.5", b"0.6"))
     with raises(DataError, Facts("damaged", results, says="checksum")):
-        content_of(tmp_path)
+        read_results_json(tmp_path)
 
 
 def test_rejects_damaged_index(tmp_path: Path) -> None:
@@ -150,21 +150,21 @@ def test_rejects_changed_models(tmp_path: Path) -> None:
     for name in ("model.safetensors", "items.parquet", "README.md"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(tmp_path.iterdir())]
-    (tmp_path / SUMS).write_text("".join(lines), encoding="utf-8")
+    (tmp_path / CHECKSUMS_FILE).write_text("".join(lines), encoding="utf-8")
     (tmp_path / "README.md").write_text("a card of one's own", encoding="utf-8")
-    refuse_changed(opened(tmp_path, None), "w")
+    check_unchanged(opened(tmp_path, None), "w")
     (tmp_path / "items.parquet").write_text("Items.parquet", encoding="utf-8")
     with raises(ModelError, Facts("damaged", tmp_path / "items.parquet", says="export")):
-        refuse_changed(opened(tmp_path, None), "w")
+        check_unchanged(opened(tmp_path, None), "w")
     merged = tmp_path / "merged"
-    refuse_changed(opened(merged, tmp_path), "w")
-    write_checked(tmp_path / "train.json", {"key": "k", "merged_sha256": "w"})
-    refuse_changed(opened(merged, tmp_path), "w")
+    check_unchanged(opened(merged, tmp_path), "w")
+    write_checked_json(tmp_path / "train.json", {"key": "k", "merged_sha256": "w"})
+    check_unchanged(opened(merged, tmp_path), "w")
     with raises(ModelError, Facts("damaged", merged, says="llmrec train")):
-        refuse_changed(opened(merged, tmp_path), "other")
+        check_unchanged(opened(merged, tmp_path), "other")
     (tmp_path / "train.json").write_bytes((tmp_path / "train.json").read_bytes()[:-3])
     with raises(ModelError, Facts("damaged", tmp_path / "train.json")):
-        refuse_changed(opened(merged, tmp_path), "w")
+        check_unchanged(opened(merged, tmp_path), "w")
 
 
 def test_pipe_is_not_replaced(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def test_help_loads_no_large_library() -> None:
 
 def test_codes_of_ids_need_no_pandas() -> None:
     code = (
-        "import sys, polars; from llmrec.data.read.codes import coded\n"
-        "print(coded(polars.Series(['b', 'a', 'b'])).to_physical().to_list(), 'pandas' in sys.modules)"
+        "import sys, polars; from llmrec.data.read.codes import encode_ids\n"
+        "print(encode_ids(polars.Series(['b', 'a', 'b'])).to_physical().to_list(), 'pandas' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[1, 0, 1] False\n"

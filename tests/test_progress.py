@@ -13,7 +13,7 @@ import pytest
 
 from llmrec import progress
 from llmrec.pipeline.resume import StageTimer
-from llmrec.progress import BatchProgress, Progress, count_answers, span
+from llmrec.progress import BatchProgress, Progress, count_answers, format_duration
 
 
 class Clock:
@@ -86,7 +86,13 @@ def test_remaining_time_ignores_skipped_steps() -> None:
     assert bar._left(16.0) == ", about 8 min left"
     bar.advance(58)
     assert bar._left(500.0) == ""
-    assert [span(seconds) for seconds in (4.2, 99, 130, 3540, 7200)] == ["4 s", "99 s", "2 min", "59 min", "2.0 h"]
+    assert [format_duration(seconds) for seconds in (4.2, 99, 130, 3540, 7200)] == [
+        "4 s",
+        "99 s",
+        "2 min",
+        "59 min",
+        "2.0 h",
+    ]
 
 
 def test_silent_work_has_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,7 +104,7 @@ def test_short_or_quiet_work_has_no_lines(caplog: pytest.LogCaptureFixture, monk
     caplog.set_level(logging.INFO, logger="llmrec.progress")
     with Progress("short", 3) as bar:
         bar.advance()
-    monkeypatch.setattr(progress, "FIRST", 0.001)
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", 0.001)
     with Progress("quiet", 3, quiet=True), StageTimer(quiet=True).stage("stage"):
         time.sleep(0.02)
     assert messages(caplog) == []
@@ -107,22 +113,22 @@ def test_short_or_quiet_work_has_no_lines(caplog: pytest.LogCaptureFixture, monk
 def test_only_the_innermost_bar_writes(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     outside, inside = (timed(Progress(name, 2), clock) for name in ("outside", "inside"))
     with pytest.raises(RuntimeError), inside:
-        progress._open.insert(0, outside)
+        progress._running.insert(0, outside)
         assert inside._ticker is not None
         inside._ticker.join()
         clock.now = 0.0
         outside._tick()
-        progress._open.remove(outside)
+        progress._running.remove(outside)
         raise RuntimeError
     lines = messages(caplog)
     assert lines and all(line.startswith("inside: 0 of 2;") for line in lines)
-    assert not progress._open
+    assert not progress._running
 
 
 def test_log_file_has_lines_before_the_end(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from llmrec import progress; progress.FIRST = 0.05\n"
-        "from llmrec.cli.main import _apply; _apply({})\n"
+        "import sys, time; from pathlib import Path; from llmrec import progress; progress.FIRST_LINE_SECONDS = 0.05\n"
+        "from llmrec.cli.main import _apply_shared_options; _apply_shared_options({})\n"
         "log, bar = Path(sys.argv[1]), progress.Progress('train', 8, unit='steps')\n"
         "bar.advance(2, 'loss 1.0')\n"
         "with bar:\n"

@@ -13,9 +13,9 @@ import polars as pl
 import pytest
 
 import llmrec
-from llmrec.display import Summary, as_html, as_text
+from llmrec.display import Summary, format_summary_html, format_summary_text
 from llmrec.exports import export as exports
-from llmrec.keywords import in_python, keywords_of
+from llmrec.keywords import function_keywords, replace_options_by_keywords
 from llmrec.recipe.load import as_recipe
 from llmrec.results import Results
 
@@ -23,7 +23,7 @@ pytest.importorskip("llmrec.start", reason="the extension is not there")
 
 from llmrec.start import auto as autos
 from llmrec.start.auto import CandidateMember
-from llmrec.start.auto_trial import Done
+from llmrec.start.auto_trial import TrialResult
 
 FRAME = pl.DataFrame(
     [
@@ -107,7 +107,7 @@ def test_display_of_results(run: Any) -> None:
 
 def test_display_is_escaped_cut_and_has_no_secret() -> None:
     result = Summary(HOSTILE, {HOSTILE: HOSTILE}, (HOSTILE,), [(HOSTILE * 100,)] * 50, "\n".join([HOSTILE] * 50))
-    text, page = as_text(result), as_html(result)
+    text, page = format_summary_text(result), format_summary_html(result)
     assert "<script" not in page and "&lt;script&gt;" in page
     for shown in (text, page):
         assert "\x1b" not in shown and "\u202e" not in shown
@@ -121,13 +121,13 @@ def test_display_is_escaped_cut_and_has_no_secret() -> None:
 
 def test_auto_accepts_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(search: Any) -> None:
-        search.tried = {part.label: autos.Tried(part) for part in search.parts}
+        search.tried = {part.label: autos.TunedMember(part) for part in search.parts}
 
     # The search itself has separate tests: here every recommender has one trial.
-    trial = Done(parameters={}, value=0.5, seconds=0.1)
+    trial = TrialResult(parameters={}, value=0.5, seconds=0.1)
     parts = [CandidateMember(name, name) for name in ("popularity", "markov")]
-    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: parts)
-    monkeypatch.setattr(autos, "done", lambda file, key: [trial])
+    monkeypatch.setattr(autos, "candidate_members", lambda dataset, encoder, **more: parts)
+    monkeypatch.setattr(autos, "read_trials", lambda file, key: [trial])
     monkeypatch.setattr(autos._Search, "first", first)
     monkeypatch.setattr(autos._Search, "rest", lambda search: None)
     monkeypatch.setattr(autos, "installed_encoder", lambda: None)
@@ -201,7 +201,7 @@ def test_messages_have_keywords(text: str, message: str) -> None:
         user: str, item: str, fields: str, check_users: int, overrides: str, with_items: bool, force: bool = False
     ) -> None: ...
 
-    assert in_python(text, keywords_of(function)) == message
+    assert replace_options_by_keywords(text, function_keywords(function)) == message
 
 
 def test_messages_of_the_command_line_have_options() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import terminal
-from llmrec.terminal import logger, noted, once
+from llmrec.terminal import log_warnings_once, logged_warnings, single_warning_logger
 
 NOISE = ("a library's line", "a line of C", "a child's line", "old thing", "another's note")
 PROGRAM = """
@@ -23,7 +23,7 @@ from typing import Annotated
 from llmrec import terminal
 from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts
-from llmrec.cli.main import app_of, main
+from llmrec.cli.main import build_app, main
 from llmrec.errors import EngineFailure, LlmrecError
 @dataclass
 class Options:
@@ -35,7 +35,7 @@ def one(options: Options) -> None:
     if not options.silent:
         print("a library's line")
     if folder:
-        terminal.works_in(Path(folder))
+        terminal.set_command_folder(Path(folder))
     if not options.silent:
         os.write(1, b"a line of C\\n")
         subprocess.run(["echo", "a child's line"], check=True)
@@ -50,12 +50,12 @@ def one(options: Options) -> None:
         raise ValueError("broken")
     if kind == "engine":
         os.write(2, b"Traceback (most recent call last):\\n(Worker) \\x1b[0mValueError: no memory is left\\nabove\\n")
-        raise EngineFailure(f"it did not start: {terminal.last_error()}", kind="failed")
+        raise EngineFailure(f"it did not start: {terminal.last_library_error()}", kind="failed")
     if kind:
         raise LlmrecError("it broke", kind=kind)
 def serve(options: Options) -> None:
     print("a library's line")
-main(app_of({"one": one, "serve": serve}))
+main(build_app({"one": one, "serve": serve}))
 """
 
 
@@ -69,7 +69,7 @@ def ended(*args: str, command: str = "one") -> subprocess.CompletedProcess[str]:
 def test_output_of_libraries_is_in_the_log(tmp_path: Path) -> None:
     done = ended("--folder", str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "words\n", "own note\n")
-    log = tmp_path / terminal.LOG
+    log = tmp_path / terminal.LOG_FILE
     text = log.read_text(encoding="utf-8")
     assert all(line in text for line in NOISE) and "own note" not in text and "words" not in text
     assert log.stat().st_mode & 0o777 == 0o600
@@ -81,7 +81,7 @@ def test_output_of_libraries_is_in_the_log(tmp_path: Path) -> None:
 def test_failure_shows_last_lines_and_path_of_the_log(tmp_path: Path, kind: str, code: int) -> None:
     done = ended("--folder", str(tmp_path), "--kind", kind)
     assert done.returncode == code
-    assert str(tmp_path / terminal.LOG) in done.stderr and all(line in done.stderr for line in NOISE)
+    assert str(tmp_path / terminal.LOG_FILE) in done.stderr and all(line in done.stderr for line in NOISE)
     assert "error: it broke" in done.stderr or "ValueError: broken" in done.stderr
 
 
@@ -97,7 +97,7 @@ def test_streams_without_a_folder() -> None:
 def test_failed_engine_is_one_line(tmp_path: Path) -> None:
     done = ended("--folder", str(tmp_path), "--kind", "engine")
     assert (done.returncode, done.stderr) == (2, "own note\nerror: it did not start: no memory is left\n")
-    assert "Traceback" in (tmp_path / terminal.LOG).read_text(encoding="utf-8")
+    assert "Traceback" in (tmp_path / terminal.LOG_FILE).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_json_of_a_full_disk_and_a_defect(kind: str, code: int, error: tuple[str
 def test_rejects_a_symlinked_log(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "own.txt").write_text("mine", encoding="utf-8")
-    (tmp_path / "run" / terminal.LOG).symlink_to(tmp_path / "own.txt")
+    (tmp_path / "run" / terminal.LOG_FILE).symlink_to(tmp_path / "own.txt")
     assert ended("--folder", str(tmp_path / "run")).returncode == 0
     assert (tmp_path / "own.txt").read_text(encoding="utf-8") == "mine"
 
@@ -126,20 +126,21 @@ def test_closed_pipe_is_no_error() -> None:
 
 
 def test_no_redirection_from_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    terminal.works_in(tmp_path)
+    terminal.set_command_folder(tmp_path)
     assert terminal.out() is sys.stdout and terminal.err() is sys.stderr
-    assert terminal.folder() == tmp_path and not list(tmp_path.iterdir())
+    assert terminal.command_folder() == tmp_path and not list(tmp_path.iterdir())
 
 
 def test_bar_on_a_terminal_vanishes_below_lines() -> None:
     pty = pytest.importorskip("pty")
     code = (
         "import sys, time; from dataclasses import dataclass\n"
-        "from llmrec import progress, terminal; from llmrec.cli.main import app_of, main; progress.FIRST = 0.2\n"
+        "from llmrec import progress, terminal; from llmrec.cli.main import build_app, main\n"
+        "progress.FIRST_LINE_SECONDS = 0.2\n"
         "@dataclass\nclass Options: ...\n"
         "def command(options: Options) -> None: ...\n"
         "sys.argv = ['llmrec']\n"
-        "try:\n    main(app_of({'command': command}))\nexcept SystemExit:\n    pass\n"
+        "try:\n    main(build_app({'command': command}))\nexcept SystemExit:\n    pass\n"
         "with progress.Progress('baselines', None), progress.Progress('train', 8, unit='steps') as bar:\n"
         "    bar.advance(2, 'loss 1.0'); progress.say('a line', terminal.err()); time.sleep(0.3)\n"
     )
@@ -165,7 +166,7 @@ def test_warning_is_printed_once_in_a_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").touch()
-    log = logger("llmrec.test_once")
+    log = single_warning_logger("llmrec.test_once")
 
     def messages() -> list[str]:
         for name in ("t.csv", str(tmp_path / "t.csv"), "t.csv"):
@@ -178,12 +179,12 @@ def test_warning_is_printed_once_in_a_command(
 
     with caplog.at_level(logging.INFO, "llmrec.test_once"):
         assert len(messages()) == 5
-        with once():
+        with log_warnings_once():
             assert messages() == ["t.csv has 3 rows", "t.csv has 4 rows", "done"]
-            with once():
+            with log_warnings_once():
                 assert messages() == ["done"]
-            known = noted()
+            known = logged_warnings()
         assert len(messages()) == 5
         # As in a process that the command starts.
-        with once(known):
+        with log_warnings_once(known):
             assert messages() == ["done"]

@@ -13,7 +13,7 @@ import polars as pl
 
 from llmrec.data.split import SplitDataset
 from llmrec.pipeline.study import load_tables
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import load_stored_recipe
 
 
 def write_parts(data: SplitDataset, folder: Path) -> None:
@@ -29,4 +29,4 @@ def write_parts(data: SplitDataset, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_parts(load_tables(load_stored(Path(sys.argv[1])))[0], Path(sys.argv[2]))
+    write_parts(load_tables(load_stored_recipe(Path(sys.argv[1])))[0], Path(sys.argv[2]))

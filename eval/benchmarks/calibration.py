@@ -7,7 +7,7 @@ computed, and the other one in OUT.json is kept.
 Each single comparison draws two variants from the same distribution (A/A) over the same synthetic users, so every
 significant difference is a false positive. For a valid test at a level of 5 %, 1,000 comparisons give 5 % +- 1.4 % (two
 standard errors). If few users differ, no outcome has a p just below 5 %, and the rate is lower; the attainable rate of
-each comparison (`llmrec.metrics.significance.attainable`) is reported with it.
+each comparison (`llmrec.metrics.significance.attainable_p_value`) is reported with it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.benchmarks.provenance import provenance
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import create_baseline
 from llmrec.data.split import request_of
 from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Contrast, ModelValues
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.metrics.significance import attainable, flip_p, holm, required_resamples, signflip
-from llmrec.metrics.stats import ALPHA, Difference, StatisticName, paired, verdict
+from llmrec.metrics.significance import (
+    attainable_p_value,
+    holm_p_values,
+    required_resamples,
+    sign_flip_p_value,
+    sign_flip_test,
+)
+from llmrec.metrics.stats import ALPHA, Difference, StatisticName, paired_difference, verdict
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
-from llmrec.registry import better
+from llmrec.registry import metric_direction
 from llmrec.types import Case
 
 COMPARISONS, RESAMPLES, SLACK = 1000, 1999, 0.014
@@ -105,14 +111,14 @@ def calibrate(kind: str, users: int, *, comparisons: int, resamples: int, bootst
     level = 0.0
     for trial in range(comparisons):
         a, b = make(users, rng)
-        test = signflip(a, b, resamples=resamples, seed=trial, statistic=statistic).at()
-        level += attainable(a - b)
+        test = sign_flip_test(a, b, resamples=resamples, seed=trial, statistic=statistic).at()
+        level += attainable_p_value(a - b)
         wrong["flip_p"] += test.p <= 0.05
         wrong["flip_interval"] += not test.low <= 0 <= test.high
         wrong["verdict"] += verdict(test) != "not shown"
         if bootstraps:
-            plain = paired(a, b, resamples=resamples, seed=trial, statistic=statistic)
-            skewed = paired(a, b, resamples=resamples, seed=trial, statistic=statistic, method="bca")
+            plain = paired_difference(a, b, resamples=resamples, seed=trial, statistic=statistic)
+            skewed = paired_difference(a, b, resamples=resamples, seed=trial, statistic=statistic, method="bca")
             wrong["bootstrap_p"] += plain.p <= 0.05
             wrong["percentile_interval"] += not plain.low <= 0 <= plain.high
             wrong["bca_interval"] += not skewed.low <= 0 <= skewed.high
@@ -174,7 +180,7 @@ def real_values() -> dict[str, Values]:
     for name, parameters in MODELS.items():
         seeds = []
         for seed in (0, 1):
-            model = make(name, parameters, seed=seed)
+            model = create_baseline(name, parameters, seed=seed)
             model.fit(data)
             seeds.append(evaluate_catalogue(model, cases, protocol))
         for metric in REAL:
@@ -216,7 +222,7 @@ def familywise(
 
     Returns:
         The rate, in total and by direction, and the mean maximum rate of exact tests of these values. Verdicts are
-        those of `llmrec.evaluate.compare.planned`, which depend on p only; intervals are not computed.
+        those of `llmrec.evaluate.compare.compare_planned`, which depend on p only; intervals are not computed.
     """
     rng = np.random.default_rng(17)
     wrong = dict.fromkeys(["any", "better", "worse"], 0)
@@ -225,17 +231,20 @@ def familywise(
         contrasts = draw(rng)
         size = len(contrasts)
         differences = [contrast.a.values - contrast.b.values for contrast in contrasts]
-        adjusted = holm(
-            [flip_p(values, resamples=required_resamples(resamples, size), seed=trial) for values in differences]
+        adjusted = holm_p_values(
+            [
+                sign_flip_p_value(values, resamples=required_resamples(resamples, size), seed=trial)
+                for values in differences
+            ]
         )
         verdicts = {
-            verdict(Difference(mean, mean, mean, p), better(contrast.metric))
+            verdict(Difference(mean, mean, mean, p), metric_direction(contrast.metric))
             for contrast, mean, p in zip(contrasts, (float(v.mean()) for v in differences), adjusted, strict=True)
         }
         wrong["any"] += bool(verdicts - {"not shown"})
         wrong["better"] += "shown" in verdicts
         wrong["worse"] += "contradicted" in verdicts
-        levels = [attainable(values, alpha=ALPHA / size) for values in differences]
+        levels = [attainable_p_value(values, alpha=ALPHA / size) for values in differences]
         reached += 1 - float(np.prod([1 - level for level in levels]))
     rates = {name: count / repetitions for name, count in wrong.items()}
     return {"comparisons": size, "attainable": reached / repetitions, **rates}

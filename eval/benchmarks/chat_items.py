@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval.benchmarks.kar import table
-from llmrec.chat.reading import title_of
+from llmrec.chat.reading import spoken_title
 from llmrec.durable import write_text
 from llmrec.index.titles import title_key
 from llmrec.pipeline.study import load_tables
@@ -29,10 +29,10 @@ def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:
     """Return items with directors and countries, joined by title and year."""
     known = {}
     for row in table(folder / "movie_facts" / "hetrec_facts.tsv.gz").iter_rows(named=True):
-        known[title_key(title_of(row["title"] or "")), str(row["year"])] = row
+        known[title_key(spoken_title(row["title"] or "")), str(row["year"])] = row
     result = {}
     for name, item in items.items():
-        row = known.get((title_key(title_of(item.title)), item.fields.get("year", "")))
+        row = known.get((title_key(spoken_title(item.title)), item.fields.get("year", "")))
         more = (
             {}
             if row is None

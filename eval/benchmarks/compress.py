@@ -25,11 +25,11 @@ from eval.benchmarks.timing import alternated
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
 from llmrec.machine import command_line
-from llmrec.models.load import load_model, resolve
+from llmrec.models.load import load_model, resolve_model_folder
 from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.recipe.load import load_recipe
-from llmrec.systems.m6.compress.compress import opened
-from llmrec.systems.m6.late import Late, LateInteraction
+from llmrec.systems.m6.compress.compress import load_in_format
+from llmrec.systems.m6.late import LateInteraction, LateInteractionModel
 from llmrec.systems.m6.segments import LowerLayers
 from llmrec.types import Request
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe = load_recipe(RECIPE, ["model.dtype=float32"])
     study = build_study(recipe)
-    base = resolve(recipe.model)
+    base = resolve_model_folder(recipe.model)
     first = next(iter(study.cases("ctr"))).request
     items = sorted(study.data.dataset.items)[:CANDIDATES]
     requests = [replace(first, id=item, item=item) for item in items]
@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = [task.prompt(request, template=template) for request in requests]
     answers = [task.continuations(request, template=template) for request in requests]
     ways["text"] = partial(_scored, HFBackend(model, encoder), prompts, answers)
-    narrow = {"text, bfloat16": copy.deepcopy(model).bfloat16(), "text, int8": opened(Path(base), "int8", recipe)}
+    narrow = {
+        "text, bfloat16": copy.deepcopy(model).bfloat16(),
+        "text, int8": load_in_format(Path(base), "int8", recipe),
+    }
     for name, other in narrow.items():
         ways[name] = partial(_scored, HFBackend(other, encoder), prompts, answers)
     expected = _odds(ways["text"]())
@@ -117,7 +120,7 @@ def _megabytes(model: Any) -> float:
 
 
 @torch.no_grad()
-def _late(late: Late, requests: Sequence[Request], *, cold: bool) -> Any:
+def _late(late: LateInteractionModel, requests: Sequence[Request], *, cold: bool) -> Any:
     user = late.user(requests[0].history)
     if cold:
         late.lower.forget([segment.text for segment in user])

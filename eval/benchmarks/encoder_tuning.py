@@ -25,17 +25,17 @@ import torch
 
 from eval.benchmarks.provenance import provenance
 from llmrec.baselines.base import LSA
-from llmrec.baselines.item_texts import latent, texts_of
+from llmrec.baselines.item_texts import lsa_vectors, texts_of_items
 from llmrec.baselines.neural import info_nce
 from llmrec.baselines.pairs import (
-    FREQUENT,
+    LOG_FREQUENCY_SHARE,
+    ItemPairs,
     PairEpoch,
-    Pairs,
     SimilarToLatest,
     TransitionsTuned,
     TransitionsTunedConfig,
 )
-from llmrec.baselines.transitions import TransitionCounts, count_transitions, normalised
+from llmrec.baselines.transitions import TransitionCounts, count_transitions, normalise_transitions
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.durable import write_json
 from llmrec.models.text_encoder import TunedEncoder, find_encoder
@@ -136,9 +136,9 @@ class Trainer(PairEpoch):
     def __init__(
         self, variant: Variant, encoder: TunedEncoder, steps: TransitionCounts, config: TransitionsTunedConfig
     ) -> None:
-        super().__init__(encoder, Pairs.of(steps, config.apart, config.nearby), config, np.random.default_rng(0))
+        super().__init__(encoder, ItemPairs.of(steps, config.apart, config.nearby), config, np.random.default_rng(0))
         self._variant = variant
-        self._weights = normalised(steps, config) if variant.distilled else None
+        self._weights = normalise_transitions(steps, config) if variant.distilled else None
         self._near: NDArray[np.int64] | None = None
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> float:
@@ -154,7 +154,7 @@ class Trainer(PairEpoch):
         candidates = np.concatenate([then, *hard])
         # Only targets are drawn by their frequency; additional negatives are not.
         frequency = np.where(np.arange(len(candidates)) < len(first), self.log_frequency[candidates], 0.0)
-        logits = self.similarities(first, candidates) - FREQUENT * torch.from_numpy(frequency).float()
+        logits = self.similarities(first, candidates) - LOG_FREQUENCY_SHARE * torch.from_numpy(frequency).float()
         same = first[:, None] == candidates[None, :]
         if self._weights is not None:
             # The drawn pair keeps a positive target even if its weight is 0.
@@ -172,13 +172,13 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
     """Fine-tune, and yield the evaluation of the pretrained and of the fine-tuned vectors every 120 steps."""
     torch.manual_seed(0)
     judge, steps, config = Judge(data, parameters), count_transitions(data), TransitionsTunedConfig(**parameters)
-    texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
+    texts = texts_of_items([data.dataset.items[item] for item in steps.catalogue.ids])
     begin = time.monotonic()
     if variant.encoder in (LSA, NONE):
         # Zero vectors have similarity 0 to all items.
         vectors = np.zeros((len(texts), 1), dtype=np.float32)
         if variant.encoder == LSA:
-            vectors = latent(texts, texts).astype(np.float32)
+            vectors = lsa_vectors(texts, texts).astype(np.float32)
         yield {"users": judge.users, "step": 0, "seconds": time.monotonic() - begin, "tuned": judge(vectors)}
         return
     encoder = TunedEncoder(find_encoder(variant.encoder)[0], texts, blocks=variant.blocks)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmrec.augment.stores import of_texts
+from llmrec.augment.stores import features_from_texts
 from llmrec.data.features import Provenance, publish
 from llmrec.data.read.table import read_table
 
@@ -36,7 +36,7 @@ def main() -> None:
     for name, texts in arms.items():
         generator = {} if name == "title" else {"model": "gpt-3.5, as published by ONCE"}
         source = Provenance(system="genre", generator=generator)
-        publish(TARGET / name, [of_texts("item", dict(zip(ids, texts, strict=True)), provenance=source)])
+        publish(TARGET / name, [features_from_texts("item", dict(zip(ids, texts, strict=True)), provenance=source)])
         sys.stdout.write(f"{TARGET / name}\n")
 
 

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.index.table import ItemIndex
 from llmrec.pipeline.indexing import build_index
 from llmrec.recipe.load import load_recipe
-from llmrec.report.canvas import WIDE, Canvas, cut, text_width
-from llmrec.report.render import picture
+from llmrec.report.canvas import WIDE, Canvas, text_width, truncate_to_width
+from llmrec.report.render import render_svg
 
 FILM = "Toy Story (1995)"
 NAMES = ("semantic", "collaborative")
@@ -50,7 +50,7 @@ def _about(
     if len(sharing) == 1:
         return [("only this film", "")]
     others = sorted((other for other in sharing if other != item), key=lambda other: (-popular.get(other, 0), other))
-    names = [cut(titles[other], 330) for other in others[:5]]
+    names = [truncate_to_width(titles[other], 330) for other in others[:5]]
     rows = [(f"shared by {len(sharing)} films, such as", "axis-title")]
     return [*rows, *((", ".join(names[at : at + 2]), "") for at in range(0, 4, 2) if names[at : at + 2])]
 
@@ -60,12 +60,12 @@ def main(folder: Path) -> None:
     for name in NAMES:
         recipe = load_recipe(f"recipes/movielens-100k/index-{name}.yaml")
         assert recipe.index is not None
-        data = split(load(recipe.data, seed=recipe.seed), recipe.data.split, seed=recipe.seed)
+        data = split_dataset(load_data(recipe.data, seed=recipe.seed), recipe.data.split, seed=recipe.seed)
         titles = {item: entry.title for item, entry in data.dataset.items.items()}
         index = build_index(recipe.index, data, seed=recipe.seed)
         item = next(item for item, title in titles.items() if title == FILM)
         popular = Counter(data.train["item_id"].to_list())
-        drawn = picture(draw(index, item, titles, popular), f"The ID of {FILM} in an index with the scheme {name}")
+        drawn = render_svg(draw(index, item, titles, popular), f"The ID of {FILM} in an index with the scheme {name}")
         (folder / f"{name}.svg").write_text(drawn, encoding="utf-8")
         sys.stdout.write(f"{name}: {index.encode(item)}\n")
 

@@ -36,15 +36,15 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 
 from eval.benchmarks.provenance import provenance
-from llmrec.augment.stores import of_texts
-from llmrec.baselines.parameters import make, stores_of
-from llmrec.data.dataset import Dataset, conform
+from llmrec.augment.stores import features_from_texts
+from llmrec.baselines.parameters import create_baseline, feature_store_hashes
+from llmrec.data.dataset import Dataset, conform_to_schema
 from llmrec.data.features import Features, FeatureStore, Pair, Provenance, publish
 from llmrec.data.hashing import hash64
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.data.split import SplitDataset, request_id
-from llmrec.durable import replacing, write_json
-from llmrec.evaluate.compare import Contrast, ModelValues, planned
+from llmrec.durable import replace_atomically, write_json
+from llmrec.evaluate.compare import Contrast, ModelValues, compare_planned
 from llmrec.fingerprint import digest_of, fingerprint
 from llmrec.metrics.probability import auc, gauc, log_loss
 from llmrec.recipe.schema import DataSection
@@ -124,7 +124,7 @@ def ml1m(root: Path) -> Tables:
 
 def ml100k(root: Path) -> Tables:
     """Read MovieLens-100K, with the ratings of its data source."""
-    folder, data = root / "ml100k_profiles", load(DataSection(source="movielens-100k"), seed=0)
+    folder, data = root / "ml100k_profiles", load_data(DataSection(source="movielens-100k"), seed=0)
     held = table(folder / "u1_test_pairs.tsv.gz").with_columns(pl.lit("test").alias("u1"))
     ratings = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
     ratings = ratings.join(held, on=["user_id", "item_id"], how="left").with_columns(pl.col("u1").fill_null("train"))
@@ -192,7 +192,7 @@ def read(tables: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case
 
 
 def _events(frame: pl.DataFrame) -> pl.DataFrame:
-    return conform(frame.select("user_id", "item_id", "rating", "timestamp"))
+    return conform_to_schema(frame.select("user_id", "item_id", "rating", "timestamp"))
 
 
 def _past(train: pl.DataFrame) -> dict[str, list[tuple[float, Event]]]:
@@ -220,7 +220,7 @@ def stores(tables: Tables, folder: Path, data: SplitDataset, seen: Mapping[str, 
     items = data.dataset.items
     plain = {name: f"{item.title}. {item.fields['genres']}" for name, item in items.items()}
     if not (folder / "raw" / "current").is_file():
-        item_features = of_texts("item", plain, provenance=source)
+        item_features = features_from_texts("item", plain, provenance=source)
         publish(folder / "raw-items", [item_features])
         base = FeatureStore.open(folder / "raw-items")
         ratings = {(u, i): r for u, i, r in data.known.select("user_id", "item_id", "rating").iter_rows()}
@@ -231,8 +231,8 @@ def stores(tables: Tables, folder: Path, data: SplitDataset, seen: Mapping[str, 
     if not (folder / "llm" / "current").is_file():
         texts = {name: f"{text} {tables.texts.get(name, '')}" for name, text in plain.items()}
         profiles = {user: tables.profiles.get(user) or "" for user in users}
-        written = of_texts("user", profiles, provenance=source, seen=seen)
-        publish(folder / "llm", [written, of_texts("item", texts, provenance=source)])
+        written = features_from_texts("user", profiles, provenance=source, seen=seen)
+        publish(folder / "llm", [written, features_from_texts("item", texts, provenance=source)])
     if not (folder / "factors" / "current").is_file():
         # Only the interactions that may be in profiles.
         known = data.known.with_columns(pl.col("user_id", "item_id").cast(pl.String))
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append({"host": host, "arm": arm, **figures(values, truth, users)})
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
-    plain = make("logistic", {"features": "ids"}, seed=0)
+    plain = create_baseline("logistic", {"features": "ids"}, seed=0)
     plain.fit(data)
     rows.append(
         {"host": "logistic", "arm": "bias of users and items", **figures([measure(plain, cases)], truth, users)}
@@ -354,16 +354,16 @@ def _fit(
         rows=rows,
         data=data.fingerprint,
         parameters=settings,
-        stores=stores_of(host, settings),
+        stores=feature_store_hashes(host, settings),
         arm=arm,
     )
     file = keep / f"{key}.npy"
     if file.is_file():
         return np.asarray(np.load(file, allow_pickle=False))
-    chosen = make(host, settings, seed=seed)
+    chosen = create_baseline(host, settings, seed=seed)
     chosen.fit(data, cases=valid_cases)
     values = measure(chosen, cases)
-    with replacing(file) as draft, draft.open("wb") as stream:
+    with replace_atomically(file) as draft, draft.open("wb") as stream:
         np.save(stream, values, allow_pickle=False)
     return values
 
@@ -393,7 +393,7 @@ def _pairs(
     contrasts = [Contrast("GAUC", standing(host, one), standing(host, other), users) for host, one, other in family]
     return [
         {"host": host, **pair.as_json(), "metric": "within-user AUC"}
-        for (host, *_), pair in zip(family, planned(contrasts, resamples=2000), strict=True)
+        for (host, *_), pair in zip(family, compare_planned(contrasts, resamples=2000), strict=True)
     ]
 
 

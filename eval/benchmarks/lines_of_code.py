@@ -29,8 +29,8 @@ import yaml
 import llmrec
 from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.models.wheels import WHEELS, converted, from_wheel
-from llmrec.report.table import grid
+from llmrec.models.wheels import WHEELS, converted_folder, wheel_model_folder
+from llmrec.report.table import markdown_table
 from tests import shop
 
 FOLDER = Path("eval/lines_of_code")
@@ -91,7 +91,7 @@ def outcome(files: Sequence[Path], task: Mapping[str, Any], python: str) -> dict
         for model, wheel in WHEELS.items():
             # All libraries read a model from a folder of its name before they query the hub.
             (folder / wheel.hub).parent.mkdir(exist_ok=True)
-            (folder / wheel.hub).symlink_to(converted(wheel) or from_wheel(model, wheel))
+            (folder / wheel.hub).symlink_to(converted_folder(wheel) or wheel_model_folder(model, wheel))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -227,7 +227,7 @@ def page(root: Path) -> str:
     return "\n".join(
         [
             _HEAD,
-            grid(["Task", *names], rows, numeric_from=1),
+            markdown_table(["Task", *names], rows, numeric_from=1),
             "",
             f"Run with {versions}. RecBole needs old versions of ray and hyperopt, and "
             "`TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1` to read its checkpoints with this version of torch.",
@@ -238,7 +238,7 @@ def page(root: Path) -> str:
             "better; the values show that the scripts do the same work. RecBole does not train on the order before it, "
             "which is its validation set.",
             "",
-            grid(["Task", *names], list(_measured(known, cells)), numeric_from=1),
+            markdown_table(["Task", *names], list(_measured(known, cells)), numeric_from=1),
             "",
             "## Tasks that a library does not do",
             "",

@@ -21,14 +21,14 @@ from llmrec.durable import sha256_of, write_json
 _MAKE = """
 import sys, torch, transformers
 from llmrec.recipe.schema import LoraSection
-from llmrec.train.lora import with_adapter
+from llmrec.train.lora import add_lora_adapters
 folder, layers = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 shape = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16)
 config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=layers, tie_word_embeddings=False, **shape)
 model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
 model.save_pretrained(folder + "/base")
-adapted = with_adapter(model, LoraSection(rank=16))
+adapted = add_lora_adapters(model, LoraSection(rank=16))
 for name, weight in adapted.named_parameters():
     if "lora_B" in name:
         torch.nn.init.normal_(weight, std=0.01)
@@ -40,11 +40,11 @@ _MERGE = """
 import json, sys, threading, time
 from pathlib import Path
 import peft, torch
-from llmrec.models.load import load_model, quiet_libraries
+from llmrec.models.load import load_model, silence_libraries
 from llmrec.recipe.schema import ModelSection
 from llmrec.train import lora
 folder, way = Path(sys.argv[1]), sys.argv[2]
-quiet_libraries()
+silence_libraries()
 section, done, peak = ModelSection(name="made", dtype="bfloat16"), threading.Event(), [0]
 def held():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -53,7 +53,7 @@ def watch():
     while not done.wait(0.005):
         peak[0] = max(peak[0], held())
 def blocks():
-    lora.merge(str(folder / "base"), section, folder / "adapter", folder / way)
+    lora.merge_adapter(str(folder / "base"), section, folder / "adapter", folder / way)
 def whole():
     base = load_model(str(folder / "base"), section, dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()

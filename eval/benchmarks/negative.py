@@ -17,9 +17,9 @@ import yaml
 
 from eval.benchmarks.figures.pointers import Results
 from llmrec.chat.opening import MANAGERS
-from llmrec.registry import lower
-from llmrec.report.table import grid
-from llmrec.report.wording import SEEDS, USERS, outcome
+from llmrec.registry import is_lower_better
+from llmrec.report.table import markdown_table
+from llmrec.report.wording import SEEDS, USERS, format_verdict
 
 SOURCE = "eval/negative_results.yaml"
 PAGE = "eval/NEGATIVE_RESULTS.md"
@@ -76,7 +76,7 @@ def write(root: Path) -> str:
             cells = [tested.data, tested.compared, metric, _effect(pair), f"{_verdict(pair, metric)}{star}"]
             rows.append([idea["idea"], *cells, _link(root, file)])
     header = ["idea", "data", "compared", "metric", "effect", "verdict", "result"]
-    return "\n".join([_HEAD, grid(header, rows, len(header)), ""])
+    return "\n".join([_HEAD, markdown_table(header, rows, len(header)), ""])
 
 
 def _effect(pair: dict[str, Any]) -> str:
@@ -94,12 +94,12 @@ def _signed(value: float, decimals: int) -> str:
 
 def _verdict(pair: dict[str, Any], metric: str) -> str:
     if pair.get("verdict"):
-        return outcome(pair["verdict"])
+        return format_verdict(pair["verdict"])
     if pair.get("p") is None:
         return "not tested"
     if pair["p"] > 0.05:
-        return outcome("not shown")
-    return outcome("shown" if (pair["value"] < 0) == lower(metric) else "contradicted")
+        return format_verdict("not shown")
+    return format_verdict("shown" if (pair["value"] < 0) == is_lower_better(metric) else "contradicted")
 
 
 def _link(root: Path, name: str) -> str:

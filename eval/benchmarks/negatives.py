@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.benchmarks.provenance import provenance
-from llmrec.data.candidates import draw
-from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.data.candidates import sample_candidates
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import SplitDataset, request_id, split_dataset
 from llmrec.durable import write_json
 from llmrec.recipe.schema import CandidateSection, DataSection, Split
 from llmrec.tasks.base import seeded_random
-from llmrec.tasks.pool import Negatives
+from llmrec.tasks.pool import NegativeSampler
 
 COUNT = 20
 """Number of candidates of a request, and of a training example."""
@@ -32,7 +32,7 @@ ROWS = (20, 100, 200, 400)
 """Training examples per user."""
 
 
-class Knowing(Negatives):
+class Knowing(NegativeSampler):
     """Samples items that a user has in no split, so that a held-out item is never a negative."""
 
     def __init__(self, data: SplitDataset, kind: str) -> None:
@@ -59,10 +59,10 @@ def ndcg(items: Sequence[str], target: str, shown: Mapping[str, int]) -> float:
 
 
 def attacked(
-    data: SplitDataset, negatives: Negatives, rows: Sequence[int]
+    data: SplitDataset, negatives: NegativeSampler, rows: Sequence[int]
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Yield numbers of training examples per user with the rule's NDCG@10, one value per held-out interaction."""
-    sets = draw(data, "test", CandidateSection(count=COUNT), seed=0).sets
+    sets = sample_candidates(data, "test", CandidateSection(count=COUNT), seed=0).sets
     held = data.holdouts("test")
     shown: dict[str, Counter[str]] = defaultdict(Counter)
     for number in range(1, max(rows) + 1):
@@ -76,8 +76,8 @@ def attacked(
 
 def main(target: Path) -> None:
     """Measure and write."""
-    data = split(load(DataSection(source="movielens-100k"), seed=0), Split(), seed=0)
-    draws = {"training": Negatives(data, "uniform"), "all splits": Knowing(data, "uniform")}
+    data = split_dataset(load_data(DataSection(source="movielens-100k"), seed=0), Split(), seed=0)
+    draws = {"training": NegativeSampler(data, "uniform"), "all splits": Knowing(data, "uniform")}
     rows = []
     for name, negatives in draws.items():
         for number, values in attacked(data, negatives, ROWS):

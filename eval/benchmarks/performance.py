@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec.report.table import grid
+from llmrec.report.table import markdown_table
 
 LABELS = {
     ("search", "beam", "generate"): ("Catalogue search, 8 users", "faster than `generate` of transformers"),
@@ -114,5 +114,5 @@ def conditions(result: Mapping[str, Any]) -> str:
 def page(files: list[Path]) -> str:
     """Return the table and the conditions of its benchmarks."""
     head = ["Benchmark", "Fastest round", "Median", "Goal", ""]
-    table = grid(head, [goal.row for file in files for goal in goals(file)], numeric_from=len(head))
+    table = markdown_table(head, [goal.row for file in files for goal in goals(file)], numeric_from=len(head))
     return "\n".join([table, "", *(conditions(json.loads(file.read_text(encoding="utf-8"))) for file in files)])

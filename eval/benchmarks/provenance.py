@@ -11,18 +11,18 @@ from typing import Any
 import psutil
 import yaml
 
-from llmrec.machine import commit, machine, versions
+from llmrec.machine import commit_hash, machine_facts, package_versions
 
 EXCEPTIONS = "eval/provenance.yaml"
 """The committed results that lack a part, by reason."""
 # At the start of the process, because a script that writes its results step by step changes the checkout itself.
-_COMMIT = commit()
+_COMMIT = commit_hash()
 
 
 def provenance() -> dict[str, Any]:
     """Return the machine, package versions, the commit at the start, and the seconds since the process started."""
     duration = round(time.time() - psutil.Process().create_time(), 1)
-    return {"machine": machine(), "versions": versions(), "commit": _COMMIT, "duration": duration}
+    return {"machine": machine_facts(), "versions": package_versions(), "commit": _COMMIT, "duration": duration}
 
 
 _PARTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {

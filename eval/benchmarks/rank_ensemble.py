@@ -19,14 +19,14 @@ from eval.benchmarks.provenance import provenance
 from eval.benchmarks.timing import seconds_now
 from llmrec.answer.ensemble import Ensemble
 from llmrec.answer.recommender import Question
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.requests import PastEvent, RankRequest
 from llmrec.data.split import split_validation_users
 from llmrec.durable import write_json
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import weights_of
-from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.members import ensemble_weights_record
+from llmrec.ensembles.rankers import CatalogueEnsemble, CatalogueMember
 from llmrec.ensembles.stored import StoredEnsemble, StoredMember
 from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.pipeline.study import load_split
@@ -60,11 +60,12 @@ def measured(count: int) -> dict[str, Any]:
         StoredMember(name=name, baseline=rows[name].baseline, parameters=chosen[name]) for name in rows[ENSEMBLE].fuse
     ]
     members = [
-        Member(part.name, fitted(str(part.baseline), part.parameters, choose, seed=0), part.kind) for part in parts
+        CatalogueMember(part.name, fit_baseline(str(part.baseline), part.parameters, choose, seed=0), part.kind)
+        for part in parts
     ]
-    learned = CatalogueEnsemble(ENSEMBLE, members, filtered=True, context=Context(data))
+    learned = CatalogueEnsemble(ENSEMBLE, members, filtered=True, context=ContextFeatures(data))
     learned.fit(ranking_cases(weigh, FITTING), only=EnsembleTrial("ranker", form, 0.0))
-    weights = weights_of(learned)
+    weights = ensemble_weights_record(learned)
     assert weights is not None
     fused = StoredEnsemble(
         id=f"sequential/baseline/{ENSEMBLE}",

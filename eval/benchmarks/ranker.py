@@ -21,21 +21,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.benchmarks.provenance import provenance
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import SplitDataset, request_of, split_validation_users
 from llmrec.durable import write_json
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.cells import TOP, CandidateScores, best, gathered, joined
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.rankers import Member
-from llmrec.ensembles.weights import EnsembleTrial, feature_names, matrix
+from llmrec.ensembles.cells import (
+    TOP_ITEMS_PER_MEMBER,
+    CandidateScores,
+    collect_candidate_scores,
+    concatenate_blocks,
+    select_candidates,
+)
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.rankers import CatalogueMember
+from llmrec.ensembles.weights import EnsembleTrial, feature_matrix, feature_names
 from llmrec.metrics.ranking import ndcg
-from llmrec.metrics.significance import signflip
-from llmrec.metrics.stats import interval
+from llmrec.metrics.significance import sign_flip_test
+from llmrec.metrics.stats import bootstrap_interval
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 from llmrec.types import Case
 
 if TYPE_CHECKING:
@@ -99,7 +105,7 @@ class Measured:
     answer: float
 
 
-def members_of(source: Source, data: SplitDataset, seed: int) -> list[Member]:
+def members_of(source: Source, data: SplitDataset, seed: int) -> list[CatalogueMember]:
     """Return the fitted members."""
     suite = load_suite(f"eval/suites/{source.suite}.yaml")
     rows = json.loads(Path(f"eval/results/{source.suite}.json").read_text(encoding="utf-8"))["rows"]
@@ -111,16 +117,16 @@ def members_of(source: Source, data: SplitDataset, seed: int) -> list[Member]:
             continue
         (row,) = (row for row in suite.rows if row.label == name)
         assert row.baseline is not None
-        model = fitted(row.baseline, chosen[name], data, seed=seed)
-        members.append(Member(name, model, lookup(BASELINES, row.baseline, "baseline").SCORES))
+        model = fit_baseline(row.baseline, chosen[name], data, seed=seed)
+        members.append(CatalogueMember(name, model, import_component(BASELINES, row.baseline, "baseline").SCORES))
     return members
 
 
 def candidates(
-    members: Sequence[Member],
+    members: Sequence[CatalogueMember],
     cases: Sequence[Case],
     users: Mapping[str, int],
-    context: Context,
+    context: ContextFeatures,
     folder: Path,
     which: str,
 ) -> tuple[CandidateScores, dict[str, NDArray[np.float64]]]:
@@ -152,18 +158,18 @@ def candidates(
             left = np.where(out, -np.inf, scores)
             target_score = left[here, truth][:, None]
             values[index].append(ndcg((left > target_score).sum(axis=1), (left == target_score).sum(axis=1), CUT))
-            one = best([scores], out)
+            one = select_candidates([scores], out)
             rows, columns = np.nonzero(one)
             order = np.lexsort((-left[rows, columns], rows))
             rows, columns = rows[order], columns[order]
             union |= one
             for kept, new in zip(lists[index], (owners[rows], columns, left[rows, columns]), strict=True):
                 kept.append(new)
-        chosen = best(raw, out)
+        chosen = select_candidates(raw, out)
         assert (chosen == union).all()
         rows, columns = np.nonzero(chosen)
         known = context.features(requests, rows, codes[columns])
-        cells.append(gathered(raw, chosen, np.zeros_like(out), truth, names, kinds, known))
+        cells.append(collect_candidate_scores(raw, chosen, np.zeros_like(out), truth, names, kinds, known))
         pairs.append((owners[rows], columns.astype(np.int32)))
     arrays = {
         f"{key}-{index}": np.concatenate(blocks)
@@ -171,7 +177,7 @@ def candidates(
         for key, blocks in zip(("user_id", "item_id", "score"), member, strict=True)
     }
     np.savez(folder / f"lists-{which}.npz", names=np.array(names), **arrays)
-    result = joined(cells)
+    result = concatenate_blocks(cells)
     features = feature_names(result)
     owners, columns = (np.concatenate(blocks) for blocks in zip(*pairs, strict=True))
     np.savez(
@@ -179,7 +185,7 @@ def candidates(
         names=np.array(features),
         user_id=owners,
         item_id=columns,
-        values=matrix(result, features),
+        values=feature_matrix(result, features),
     )
     return result, {name: np.concatenate(blocks) for name, blocks in zip(names, values, strict=True)}
 
@@ -215,7 +221,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
     cases = ranking_cases(weighing)
     test = [Case(request=request_of(data, held, "test"), truth=held.item_id) for held in data.holdouts("test")]
     users = {user: index for index, user in enumerate(sorted(data.train["user_id"].unique().to_list()))}
-    items, context = members[0].scorer.items, Context(data)
+    items, context = members[0].scorer.items, ContextFeatures(data)
     column = {item: index for index, item in enumerate(items)}
     begin = time.process_time()
     here, valid = candidates(members, cases, users, context, folder, "valid")
@@ -254,7 +260,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
         "single": single,
         "seconds": {"fit_of_members": fit, "their_answers_and_features": seconds},
         "candidates": {
-            "of_each": TOP,
+            "of_each": TOP_ITEMS_PER_MEMBER,
             "mean": len(there.in_history) / len(test),
             "targets_among_them": len(there.hits) / len(test),
         },
@@ -283,12 +289,12 @@ def _tried(ensemble: SecondStage) -> list[dict[str, Any]]:
 
 
 def _figure(values: NDArray[np.float64]) -> dict[str, float]:
-    estimate = interval(values, resamples=RESAMPLES, seed=0)
+    estimate = bootstrap_interval(values, resamples=RESAMPLES, seed=0)
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def _difference(a: Measured, b: Measured) -> dict[str, float]:
-    difference = signflip(a.values, b.values, resamples=RESAMPLES, seed=0).at()
+    difference = sign_flip_test(a.values, b.values, resamples=RESAMPLES, seed=0).at()
     return {"value": difference.value, "low": difference.low, "high": difference.high, "p": difference.p}
 
 

@@ -18,16 +18,16 @@ from typing import Any
 import yaml
 
 from eval.benchmarks.figures.parts import put
-from llmrec.cli.console import finish
+from llmrec.cli.console import show_run_results
 from llmrec.durable import CHECKSUM
-from llmrec.machine import commit
+from llmrec.machine import commit_hash
 from llmrec.pipeline.run import Run
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
-from llmrec.registry import lower
-from llmrec.report.marks import rule
-from llmrec.report.summary import caution
-from llmrec.report.wording import outcome
+from llmrec.registry import is_lower_better
+from llmrec.report.marks import significance_rule
+from llmrec.report.summary import exploratory_reason
+from llmrec.report.wording import format_verdict
 from llmrec.results import Results
 
 PART = "quickstart:table"
@@ -48,7 +48,7 @@ def main(run: Path, target: Path, shown: Path | None = None, page: Path | None =
         if recipe_hash(load_recipe(page)) != recipe_hash(Recipe.model_validate(results["recipe"])):
             raise SystemExit(f"{run} was run with another recipe than {page}; run it again")
         results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
-    results["commit"] = commit()
+    results["commit"] = commit_hash()
     # The report's examples of users and items are personal data.
     for key in ("examples", "gallery", "newcomers"):
         results[key] = []
@@ -97,9 +97,9 @@ def table(results: dict[str, Any]) -> str:
         value = {arm: f"{row['metrics'][metric]['value']:.3f}" for arm, row in by_arm.items()}
         classic = {row["predictor"]: row for row in rows if row["arm"] == "baseline"}
         figures = {name: row["metrics"][metric]["value"] for name, row in classic.items()}
-        best = (min if lower(metric) else max)(figures, key=figures.__getitem__)
+        best = (min if is_lower_better(metric) else max)(figures, key=figures.__getitem__)
         simple = [name for name in SIMPLE if name in figures]
-        better = "lower is better" if lower(metric) else "higher is better"
+        better = "lower is better" if is_lower_better(metric) else "higher is better"
         cells = [
             f"{task}, {metric} ({better}), {rows[0]['n']}",
             *(value.get(arm, "–") for arm in ("zero-shot", "few-shot", "tuned")),
@@ -115,7 +115,7 @@ def table(results: dict[str, Any]) -> str:
 def _difference(results: dict[str, Any], a: dict[str, Any], b: dict[str, Any]) -> str:
     """Return the paired difference of two models with its interval and verdict."""
     pair = next(row for row in results["comparisons"] if (row["a"], row["b"]) == (a["id"], b["id"]))
-    text = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
+    text = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {format_verdict(pair.get('verdict'))}"
     return text.replace("-", "−")
 
 
@@ -124,7 +124,7 @@ def screen(results: dict[str, Any]) -> str:
     folder = Path("runs") / results["recipe"]["name"]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        finish(Run(folder, results, (), folder / "report" / "index.html"))
+        show_run_results(Run(folder, results, (), folder / "report" / "index.html"))
     lines = "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
     return f"```text\n{lines}\n```"
 
@@ -141,8 +141,8 @@ def _how(results: dict[str, Any]) -> str:
         f"`{results['command']}` with llmrec {results['llmrec']}, recipe {results['recipe_hash']}",
         f"Methods: {_listed([f'{predictors[task]} ({task})' for task in tasks])}",
         f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
-        rule(read).rstrip("."),
-        caution(read, name=str).rstrip("."),
+        significance_rule(read).rstrip("."),
+        exploratory_reason(read, name=str).rstrip("."),
         f"{hardware}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
     ]
     return f"{'. '.join(parts)}."

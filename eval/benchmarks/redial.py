@@ -54,22 +54,22 @@ from scipy import sparse
 from eval.benchmarks.kar import table
 from eval.benchmarks.provenance import provenance
 from eval.benchmarks.redial_learned import TALKS, OtherDialogues, exchanged_items, named, synthetic
-from llmrec.chat.dual_encoder import ENCODER, LAST, mapped
+from llmrec.chat.dual_encoder import CONTEXT_UTTERANCES, DEFAULT_ENCODER, apply_linear_map
 from llmrec.chat.facts import Facts
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
-from llmrec.ensembles.cells import CandidateScores, Kind
-from llmrec.ensembles.weights import FOLDS, Weights, folds_of, logit
+from llmrec.ensembles.cells import CandidateScores, ScoreScale
+from llmrec.ensembles.weights import FOLDS, Weights, assign_folds, fit_logit
 from llmrec.metrics.ranking import hit_rate
 from llmrec.metrics.significance import holm_adjusted, required_resamples
-from llmrec.metrics.stats import by_user, interval, paired_of
+from llmrec.metrics.stats import bootstrap_interval, paired_statistic_difference, sums_by_user
 from llmrec.models.text_encoder import text_embedder
 from llmrec.types import Item
 
 CUTS = (1, 10, 50)
 NAMED, SAME = "named by a language model", "popularity, same cases"
-KINDS: Mapping[str, Kind] = {
+KINDS: Mapping[str, ScoreScale] = {
     "popularity": "counts",
     "co-mention": "counts",
     "words": "logits",
@@ -81,7 +81,7 @@ KINDS: Mapping[str, Kind] = {
 OTHERS = "dual encoder, other dialogues"
 SHUFFLED = f"{OTHERS}, shuffled texts"
 SYNTHETIC = "dual encoder, synthetic"
-LEARNED: Mapping[str, Kind] = {OTHERS: "logits", SYNTHETIC: "logits", SHUFFLED: "logits"}
+LEARNED: Mapping[str, ScoreScale] = {OTHERS: "logits", SYNTHETIC: "logits", SHUFFLED: "logits"}
 """Models that are trained on dialogues."""
 COUNTS = ("popularity", "co-mention")
 MIXTURES: Mapping[str, Sequence[str]] = {
@@ -175,7 +175,7 @@ def cases_of(folder: Path, items: Sequence[Item]) -> Cases:
         rows=np.array(rows),
         targets=np.array(targets),
         dialogues=[turn["dialogue"] for turn in turns],
-        queries=[" ".join(turn["context"][-LAST:]) for turn in turns],
+        queries=[" ".join(turn["context"][-CONTEXT_UTTERANCES:]) for turn in turns],
         named=[[column_of[str(item)] for item in turn["mentioned_before"] if str(item) in column_of] for turn in turns],
     )
 
@@ -223,7 +223,7 @@ def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Float
 
     The vectors are those of the last utterances, shape (turns, d), and of names with leads, shape (items, d).
     """
-    embed = text_embedder(ENCODER)
+    embed = text_embedder(DEFAULT_ENCODER)
     names, descriptions = names_of(items)
     facts = Facts({item.item_id: item for item in items}, embed)
     queries, titles, full = embed(cases.queries), embed(names), embed(descriptions)
@@ -277,7 +277,7 @@ def mixed(
         learned: Returns the scores of trained models for an evaluated fold and for the fit.
     """
     names = np.unique(cases.dialogues)
-    folds = folds_of("redial", cases.clusters)
+    folds = assign_folds("redial", cases.clusters)
     fold_of = dict(zip(cases.clusters, folds.tolist(), strict=True))
     result = {name: {k: np.zeros(len(cases.rows)) for k in CUTS} for name in MIXTURES}
     weights: dict[str, list[dict[str, float]]] = {name: [] for name in MIXTURES}
@@ -295,7 +295,7 @@ def mixed(
         learn = np.array([case for case in order if folds[case] != fold][:LEARN])
         for name, parts in MIXTURES.items():
             fit, _ = _known(cases, learn, {**untrained, **within, **by_fold}, parts, out)
-            fitted = starts[name] = logit(fit, starts.get(name), repeats=False)
+            fitted = starts[name] = fit_logit(fit, starts.get(name), repeats=False)
             weights[name].append({part: round(w, 3) for part, w in zip(parts, fitted.parts, strict=True)})
             known, able = _known(cases, judge, {**untrained, **every, **by_fold}, parts, out)
             total = np.full(able.shape, -np.inf)
@@ -325,7 +325,7 @@ def row_of(name: str, values_by_cutoff: Mapping[int, NDArray[np.float64]], clust
     """Return the results of one model, with intervals over dialogues."""
     row: dict[str, Any] = {"row": name}
     for k, values in values_by_cutoff.items():
-        estimate = interval(values, resamples=2000, seed=0, users=clusters)
+        estimate = bootstrap_interval(values, resamples=2000, seed=0, users=clusters)
         row[f"Recall@{k}"] = {name: round(value, 4) for name, value in asdict(estimate).items()}
     text = "  ".join(f"R@{k} {row[f'Recall@{k}']['value']:.3f}" for k in CUTS)
     sys.stdout.write(f"{name:32} {text}\n")
@@ -343,9 +343,9 @@ def differences(
     """
     sampled = []
     for _, _, values, clusters in gains:
-        sums, sizes = by_user(values, clusters)
+        sums, sizes = sums_by_user(values, clusters)
         sampled.append(
-            paired_of(
+            paired_statistic_difference(
                 lambda rows, sums=sums, sizes=sizes: sums[rows].sum(axis=1) / sizes[rows].sum(axis=1),  # type: ignore[misc]
                 len(sums),
                 resamples=required_resamples(2000, len(gains)),
@@ -378,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[name] = hits(encoders.alone(), cases)
     encoder, turns = synthetic(items, descriptions)
     requested = len({turn.items for turn in turns if turn.user is None})
-    untrained[SYNTHETIC] = mapped(queries, encoder.context) @ mapped(descriptions, encoder.item).T
+    untrained[SYNTHETIC] = apply_linear_map(queries, encoder.context) @ apply_linear_map(descriptions, encoder.item).T
     results[SYNTHETIC] = hits(untrained[SYNTHETIC], cases)
     mixtures, weights = mixed(
         cases, len(items), untrained, lambda fold: {name: encoders.scores(fold) for name, encoders in learned.items()}

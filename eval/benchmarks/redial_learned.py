@@ -15,15 +15,22 @@ from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rules import Rules
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.dual_encoder import ENCODER, DialogueTurns, DualEncoder, learn, mapped, of_transcript
+from llmrec.chat.dual_encoder import (
+    DEFAULT_ENCODER,
+    DialogueTurns,
+    DualEncoder,
+    apply_linear_map,
+    build_dialogue_turns,
+    train_dual_encoder,
+)
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
-from llmrec.chat.simulator import dialogues, transcript
+from llmrec.chat.simulator import random_target_conversations, transcript_turns
 from llmrec.chat.tools import Tools
 from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
-from llmrec.ensembles.weights import FOLDS, folds_of
+from llmrec.ensembles.weights import FOLDS, assign_folds
 from llmrec.types import Item, Message, Prompt, Segment
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ class OtherDialogues:
     """
 
     def __init__(self, cases: Cases, turns: Floats, items: Floats) -> None:
-        self.folds, self._cases, self.turns, self.items = folds_of("redial", cases.clusters), cases, turns, items
+        self.folds, self._cases, self.turns, self.items = assign_folds("redial", cases.clusters), cases, turns, items
         goals: dict[str, set[int]] = {}
         for dialogue, target in zip(cases.clusters, cases.targets, strict=True):
             goals.setdefault(dialogue, set()).add(int(target))
@@ -81,12 +88,12 @@ class OtherDialogues:
         scores = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
         for fold in range(FOLDS):
             dual, rows = self._without(without(fold)), np.unique(self._cases.rows[self.folds == fold])
-            scores[rows] = mapped(self.turns[rows], dual.context) @ mapped(self.items, dual.item).T
+            scores[rows] = apply_linear_map(self.turns[rows], dual.context) @ apply_linear_map(self.items, dual.item).T
         return scores
 
     def _without(self, folds: frozenset[int]) -> DualEncoder:
         if folds not in self._known:
-            self._known[folds] = learn(ENCODER, self._asked.part(self.learns(folds)), self.items)
+            self._known[folds] = train_dual_encoder(DEFAULT_ENCODER, self._asked.part(self.learns(folds)), self.items)
         return self._known[folds]
 
 
@@ -107,11 +114,11 @@ class Unknowing:
     rules: Rules = field(default_factory=Rules)
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
-        """See `llmrec.chat.tools.Lists`."""
+        """See `llmrec.chat.tools.ListRecommender`."""
         return []
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
-        """See `llmrec.chat.tools.Lists`."""
+        """See `llmrec.chat.tools.ListRecommender`."""
         return []
 
 
@@ -125,8 +132,10 @@ def synthetic(items: Sequence[Item], vectors: Floats) -> tuple[DualEncoder, list
     films = {item.item_id: item for item in items if "facts" in item.fields}
     facts = Facts(films)
     talk = Conversation(Tools(facts, Unknowing()), RuleManager(), Reader(facts))
-    turns = transcript(dialogues(talk, TALKS, seed=0))
-    return learn(ENCODER, of_transcript(turns, [item.item_id for item in items], ENCODER), vectors), turns
+    turns = transcript_turns(random_target_conversations(talk, TALKS, seed=0))
+    return train_dual_encoder(
+        DEFAULT_ENCODER, build_dialogue_turns(turns, [item.item_id for item in items], DEFAULT_ENCODER), vectors
+    ), turns
 
 
 def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floats:

@@ -38,10 +38,10 @@ from eval.benchmarks.search_alone import FIRST, build_codes, measure_catalogue
 from eval.benchmarks.timing import alternated, faster, measured, seconds_now, summary, within
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree
-from llmrec.decode.beam import beam
+from llmrec.decode.beam import beam_search
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.machine import cpu_has_bf16
-from llmrec.models.load import quiet_libraries
+from llmrec.models.load import silence_libraries
 from llmrec.types import SearchResult
 
 ROUNDS, USERS, PROMPT, WIDTH, CANDIDATES = 3, 8, 200, 20, 100
@@ -79,15 +79,15 @@ def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
     codes, batch = build_codes(), prompts(USERS, PROMPT)
     tree, trie = TokenTrie.of(codes), peers.Trie(codes)
     engine = MaskedTree(model, 0)
-    beam(engine, tree, batch, k=WIDTH, width=WIDTH)
+    beam_search(engine, tree, batch, k=WIDTH, width=WIDTH)
     ways: dict[str, Callable[[], Any]] = {
-        OURS: lambda: beam(MaskedTree(model, 0), tree, batch, k=WIDTH, width=WIDTH),
+        OURS: lambda: beam_search(MaskedTree(model, 0), tree, batch, k=WIDTH, width=WIDTH),
         GENERATE: lambda: peers.generate(model, trie, batch, width=WIDTH, length=tree.depth),
     }
     seconds, results = alternated(ROUNDS, ways)
     exact = agreement(
         codes,
-        beam(MaskedTree(precise, 0), tree, batch[:2], k=WIDTH, width=WIDTH),
+        beam_search(MaskedTree(precise, 0), tree, batch[:2], k=WIDTH, width=WIDTH),
         peers.generate(precise, trie, batch[:2], width=WIDTH, length=tree.depth),
     )
     assert exact["shared_items"] == 1 and exact["largest_difference_nats"] < 1e-4, "the same lists in float32"
@@ -109,11 +109,11 @@ def measure_limit(model: Any) -> dict[str, Any]:
     """The same search, compared with the minimum tokens and logit rows of an exact search."""
     codes, batch = build_codes(), prompts(USERS, PROMPT)
     tree, engine = TokenTrie.of(codes), MaskedTree(model, 0)
-    beam(engine, tree, batch, k=WIDTH, width=WIDTH)
+    beam_search(engine, tree, batch, k=WIDTH, width=WIDTH)
     behind = sum(min(WIDTH, end - start) for start, end in itertools.pairwise(tree.starts[1:-1]))
     assert engine.tokens == USERS * (PROMPT + behind), "no more tokens than the limit"
     ways: dict[str, Callable[[], Any]] = {
-        OURS: lambda: beam(MaskedTree(model, 0), tree, batch, k=WIDTH, width=WIDTH),
+        OURS: lambda: beam_search(MaskedTree(model, 0), tree, batch, k=WIDTH, width=WIDTH),
         LIMIT: lambda: plain_forwards(model, batch, behind),
     }
     seconds, _ = alternated(ROUNDS, ways)
@@ -227,18 +227,18 @@ def warm_and_cold(model: Any, length: int) -> list[tuple[SearchResult, float]]:
     """Search after a prompt with and without a cached prefix; return both lists with seconds."""
     tree, kept = TokenTrie.of(build_codes()), MaskedTree(model, 0, warm=True)
     (grown,) = prompts(1, length + EVENT, seed=length)
-    beam(kept, tree, [grown[:length]], k=FEW, width=FEW)
+    beam_search(kept, tree, [grown[:length]], k=FEW, width=FEW)
     results = []
     for engine in (kept, MaskedTree(model, 0)):
         begin = seconds_now()
-        (result,) = beam(engine, tree, [grown], k=FEW, width=FEW)
+        (result,) = beam_search(engine, tree, [grown], k=FEW, width=FEW)
         results.append((result, seconds_now() - begin))
     return results
 
 
 def main(target: Path, only: Sequence[str]) -> None:
     """Measure and write."""
-    quiet_libraries()
+    silence_libraries()
     model = build_model(torch.bfloat16 if cpu_has_bf16() else torch.float32)
     precise = build_model(torch.float32)
     parts: dict[str, Callable[[], dict[str, Any]]] = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.benchmarks.search_peers import Trie
 from eval.benchmarks.timing import Summary, alternated, at_most, faster, summary, within
-from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam_search
 from llmrec.decode.token_tree import TokenTrie
 
 FIRST, LEVEL = 32_000, 256
@@ -103,7 +103,7 @@ def measure_steps() -> Summary:
     engines = {name: Instant() for name in trees}
     for _ in range(100):
         for name, tree in trees.items():
-            beam(engines[name], tree, [()] * USERS, k=WIDTH, width=WIDTH)
+            beam_search(engines[name], tree, [()] * USERS, k=WIDTH, width=WIDTH)
     full = USERS * WIDTH * len(ten)
     steps = {name: [step for step in engine.steps if step[:2] == (full, full)] for name, engine in engines.items()}
     return {name: summary([seconds for *_, seconds in equal]) for name, equal in steps.items()}

@@ -33,11 +33,11 @@ from eval.benchmarks.provenance import provenance
 from eval.benchmarks.search import build_model
 from eval.benchmarks.timing import faster, summary, within
 from llmrec.backends.vllm.backend import VLLMBackend, VLLMTree, prepare_environment
-from llmrec.decode.beam import beam
+from llmrec.decode.beam import beam_search
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.durable import write_json
 from llmrec.machine import cpu_has_bf16
-from llmrec.models.load import quiet_libraries
+from llmrec.models.load import silence_libraries
 from tests.conftest import make_tokenizer
 
 ROUNDS, REPEATS, USERS, WIDTH, CANDIDATES = 2, 3, 8, 20, 20
@@ -191,7 +191,7 @@ class Bench:
         for name, chains in ((OURS, True), (NODES, False)):
             backend._llm().reset_prefix_cache()
             tree = VLLMTree(backend._read, chains=chains, limit=128)
-            beam(tree, backend.encoder.catalogue(None, None), [p.ids for p in prompts], k=WIDTH, width=WIDTH)
+            beam_search(tree, backend.encoder.catalogue(None, None), [p.ids for p in prompts], k=WIDTH, width=WIDTH)
             work = {"tokens": tree.tokens, "requests": tree.requests, "rounds": tree.forwards}
             self.work.setdefault(str(length), {})[name] = work
 
@@ -268,7 +268,7 @@ class Bench:
 def main(target: Path) -> None:
     """Measure and write."""
     prepare_environment()
-    quiet_libraries()
+    silence_libraries()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "model"

@@ -32,7 +32,7 @@ from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
-from llmrec.serve.keys import Keys, new_key
+from llmrec.serve.keys import Keys, create_key
 from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
 from tests.answer.rank_cases import toy_run
@@ -119,7 +119,7 @@ def serving(run: str, folder: Path) -> Iterator[Running]:
     run = run or str(toy_run(make_model(folder / "model"), folder / "run"))
     options = ServeOptions(model=run, backend="hf", dtype="float32", store=str(folder / "store.sqlite"))
     keys = folder / "keys.json"
-    key = new_key(keys, "schemathesis", admin=True)
+    key = create_key(keys, "schemathesis", admin=True)
     with listening(make_app(make_service(options), Auth(Keys.read(keys)))) as (url,):
         wait_ready(url)
         service = Running(url, key)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
-from llmrec.data.read.files import plain_name
-from llmrec.data.sets.locate import captured, fits
-from llmrec.data.sets.pages import KnownFormat, published
-from llmrec.data.sets.table import load
+from llmrec.data.read.files import normalise_file_name
+from llmrec.data.sets.locate import match_category, match_wildcard
+from llmrec.data.sets.pages import KnownFormat, known_formats
+from llmrec.data.sets.table import load_data
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import DataSection
 
@@ -25,11 +25,11 @@ def copies(folder: Path) -> Iterator[tuple[KnownFormat, Path]]:
 
     The longest matching pattern of a name wins, and then data sets whose folder has their name.
     """
-    pages = published()
+    pages = known_formats()
     others = {name for page in pages for layout in page.layouts if layout.items for name in layout.items.files}
     for directory in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
         for path in sorted(path for path in directory.iterdir() if path.is_file()):
-            name = plain_name(path.name)
+            name = normalise_file_name(path.name)
             fitting = {page.name: _fit(page, name) for page in pages if name not in others}
             best = [page for page in pages if fitting.get(page.name) and fitting[page.name] == max(fitting.values())]
             for page in [page for page in best if directory.name in page.folders] or best:
@@ -38,8 +38,13 @@ def copies(folder: Path) -> Iterator[tuple[KnownFormat, Path]]:
 
 def _fit(page: KnownFormat, name: str) -> int:
     """Return the number of literal characters in the best matching pattern of a data set; 0 if none matches."""
-    patterns = [pattern for layout in page.layouts if fits(layout, name) is not None for pattern in layout.events.files]
-    return max((len(pattern) for pattern in patterns if captured(pattern, name) is not None), default=0)
+    patterns = [
+        pattern
+        for layout in page.layouts
+        if match_category(layout, name) is not None
+        for pattern in layout.events.files
+    ]
+    return max((len(pattern) for pattern in patterns if match_wildcard(pattern, name) is not None), default=0)
 
 
 def check(folder: Path) -> None:
@@ -50,7 +55,7 @@ def check(folder: Path) -> None:
         section = DataSection(source=page.name, path=str(path), duplicates="keep_last")
         begin = perf_counter()
         try:
-            data = load(section, seed=0)
+            data = load_data(section, seed=0)
         except LlmrecError as error:
             report: dict[str, object] = {"rejected": str(error).replace(f"{folder}/", "")}
         else:

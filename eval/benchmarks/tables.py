@@ -85,11 +85,11 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     from llmrec.baselines.knn import ItemKNN
     from llmrec.baselines.markov import FirstOrder, Markov
     from llmrec.baselines.popular import Popularity
-    from llmrec.data.candidates import draw
-    from llmrec.data.sets.table import load
-    from llmrec.data.split import split
+    from llmrec.data.candidates import sample_candidates
+    from llmrec.data.sets.table import load_data
+    from llmrec.data.split import split_dataset
     from llmrec.data.stats import statistics
-    from llmrec.models.load import load_tokenizer, resolve
+    from llmrec.models.load import load_tokenizer, resolve_model_folder
     from llmrec.pipeline.study import build_study
     from llmrec.pipeline.training import plan_training
     from llmrec.recipe.load import as_recipe
@@ -97,10 +97,10 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     recipe = as_recipe(_recipe(path))
 
     def loaded(state: dict[str, Any]) -> None:
-        state["data"] = load(recipe.data, seed=0)
+        state["data"] = load_data(recipe.data, seed=0)
 
     def parted(state: dict[str, Any]) -> None:
-        state["split"] = split(state.pop("data"), recipe.data.split, seed=0)
+        state["split"] = split_dataset(state.pop("data"), recipe.data.split, seed=0)
 
     def described(state: dict[str, Any]) -> None:
         statistics(state["split"])
@@ -110,10 +110,10 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
         state["requests"] = [case.request for case in state["study"].cases("sequential")]
 
     def drawn(state: dict[str, Any]) -> None:
-        draw(state["split"], "test", recipe.eval.candidates, seed=0)
+        sample_candidates(state["split"], "test", recipe.eval.candidates, seed=0)
 
     def planned(state: dict[str, Any]) -> None:
-        base = resolve(recipe.model, seed=0)
+        base = resolve_model_folder(recipe.model, seed=0)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
         plan_training(state["study"], encoder)
 

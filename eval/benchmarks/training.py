@@ -44,16 +44,16 @@ from eval.benchmarks import training_peers as peers
 from eval.benchmarks.timing import alternated, at_most, faster, measured, seconds_now, summary
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.machine import cpu_has_bf16
-from llmrec.models.load import load_model, quiet_libraries, resolve
+from llmrec.models.load import load_model, resolve_model_folder, silence_libraries
 from llmrec.pipeline.study import Study, build_study, encoder_of
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan
-from llmrec.train.kernels import faster_layers, recompute
+from llmrec.train.batches import plan_steps
+from llmrec.train.kernels import enable_gradient_checkpointing, use_faster_layers
 from llmrec.train.loss import label_loss, packed_loss
-from llmrec.train.packing import stack, tree
+from llmrec.train.packing import pack_rows, stack_sequences
 from llmrec.train.precision import autocast_dtype
 from llmrec.train.rows import LineTable, RowStream
 from llmrec.train.steps import Step
@@ -93,14 +93,14 @@ def measure_rows(setting: Setting) -> dict[str, Any]:
     """One sequence per user, compared with one example per target by TRL."""
     study = build_sequential_study(setting.window)
     section, bf16 = study.recipe.model, cpu_has_bf16()
-    folder = resolve(section)
+    folder = resolve_model_folder(section)
     encoder = encoder_of(study, folder)
     rows = full_rows(study, encoder, setting)
     apart = [example for row in rows for example in peers.positions(row)]
     targets = sum(row.targets for row in rows)
     assert sum(row.targets for row in apart) == targets, "both sides learn the same targets"
     model = lora.load_trainable(folder, section, TrainSection())
-    step = plan(iter(rows), steps=1, batch_tokens=10**9, seed=0)
+    step = plan_steps(iter(rows), steps=1, batch_tokens=10**9, seed=0)
     trainers = {OURS: our_trainer(model, encoder, step)}
     with peers.warnings_of("trl", "transformers") as warned:
         for name, packing in ((PADDED, False), (PACKED, True)):
@@ -134,11 +134,11 @@ def measure_alike(setting: Setting) -> dict[str, Any]:
     """One step over the same sequences and targets by the trainers of llmrec and TRL."""
     study = build_sequential_study(setting.window)
     section = study.recipe.model
-    folder = resolve(section)
+    folder = resolve_model_folder(section)
     encoder = encoder_of(study, folder)
     rows = full_rows(study, encoder, setting)
     model = lora.load_trainable(folder, section, TrainSection())
-    step = plan(iter(rows), steps=1, batch_tokens=10**9, seed=0)
+    step = plan_steps(iter(rows), steps=1, batch_tokens=10**9, seed=0)
     trl = peers.trl_trainer(model, encoder.tokenizer, rows, packing=False, bf16=cpu_has_bf16())
     trainers = {OURS: our_trainer(model, encoder, step), ALIKE: trl}
     losses: dict[str, float] = {}
@@ -178,8 +178,8 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step], **settings:
     pad = encoder.tokenizer.pad_token_id
     section = TrainSection(steps=len(steps), save_every=10**6, **settings)
     if section.gradient_checkpointing:
-        recompute(model)
-    config = sft._config(section, Path(peers.tempfile.mkdtemp()), len(steps), 0, "cpu")
+        enable_gradient_checkpointing(model)
+    config = sft._trainer_config(section, Path(peers.tempfile.mkdtemp()), len(steps), 0, "cpu")
     config.learning_rate = 0.0
     config.save_strategy = "no"
     trainer = sft.LabelRowTrainer(
@@ -187,7 +187,7 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step], **settings:
         args=config,
         train_dataset=Dataset.from_dict({"step": list(range(len(steps)))}),
         processing_class=encoder.tokenizer,
-        data_collator=partial(sft._batch, model, steps, pad, World(), section.micro_tokens),
+        data_collator=partial(sft._collate_step, model, steps, pad, World(), section.micro_tokens),
     )
     trainer.autocast = autocast_dtype(model) is not None
     trainer.remove_callback(PrinterCallback)
@@ -210,7 +210,7 @@ def equal_losses(folder: str, row: TokenRow) -> dict[str, float]:
 def measure_prompts(setting: Setting) -> dict[str, Any]:
     """Examples from tokenised lines, compared with strings that are built and tokenised, for the same samples."""
     study = build_sequential_study(setting.window)
-    encoder = encoder_of(study, resolve(study.recipe.model))
+    encoder = encoder_of(study, resolve_model_folder(study.recipe.model))
     task: Any = study.tasks["sequential"]
     draws = list(islice(task.draws(), setting.draws))
     titles = {item: task._view.title(item) for item in study.data.dataset.items}
@@ -290,14 +290,14 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
     settings = ["train.packing=tree", "train.max_row_tokens=512", "train.batch_tokens=2048"]
     changes = ["reviews=null", tasks, *settings, "train.steps=60"]
     study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", changes))
-    folder = resolve(study.recipe.model)
+    folder = resolve_model_folder(study.recipe.model)
     encoder = encoder_of(study, folder)
     packed = plan_training(study, encoder).steps
     rows = [row for step in packed for row in step.rows]
-    plain = plan(iter(rows), steps=10**6, batch_tokens=2048, seed=0)
+    plain = plan_steps(iter(rows), steps=10**6, batch_tokens=2048, seed=0)
     plain_tokens, packed_tokens = (sum(step.padded_tokens for step in steps) for steps in (plain, packed))
     timed = packed[:1] if setting.quick else packed[:2]
-    same = plan(iter([row for step in timed for row in step.rows]), steps=10**6, batch_tokens=2048, seed=0)
+    same = plan_steps(iter([row for step in timed for row in step.rows]), steps=10**6, batch_tokens=2048, seed=0)
     model = lora.load_trainable(folder, study.recipe.model, TrainSection())
     trainers = {OURS: our_trainer(model, encoder, timed), ROWS: our_trainer(model, encoder, same)}
     seconds, _ = alternated(setting.rounds, {name: trainer.train for name, trainer in trainers.items()})
@@ -327,7 +327,7 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
 def packed_losses(folder: str, step: Step) -> dict[str, float]:
     """Return the mean loss of a packed step, and of its examples one by one, in float32."""
     precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
-    stacked = stack([tree(packed.rows) for packed in step.bins], 0)
+    stacked = stack_sequences([pack_rows(packed.rows) for packed in step.bins], 0)
     with torch.no_grad():
         total, count = packed_loss(precise, {name: torch.from_numpy(array) for name, array in asdict(stacked).items()})
         apart = [
@@ -390,16 +390,16 @@ def measure_features(setting: Setting) -> dict[str, Any]:
 
 def feature(name: str, steps: int) -> None:
     """Print the seconds of steps with a setting, their peak memory, and the size of the optimiser state."""
-    quiet_libraries()
+    silence_libraries()
     disable_progress_bars()
     settings = dict(FEATURES[name])
     copies, inputs = settings.pop("copies", False), settings.pop("inputs", False)
     setting = Setting(quick=False)
     setting.users = 4
     study = build_sequential_study(setting.window)
-    folder = resolve(study.recipe.model)
+    folder = resolve_model_folder(study.recipe.model)
     encoder = encoder_of(study, folder)
-    planned = plan(iter(full_rows(study, encoder, setting)), steps=1, batch_tokens=10**9, seed=0)
+    planned = plan_steps(iter(full_rows(study, encoder, setting)), steps=1, batch_tokens=10**9, seed=0)
     torch.manual_seed(0)
     model = lora.load_trainable(folder, study.recipe.model, TrainSection(**settings))
     trainer = our_trainer(model, encoder, [planned[0]] * (1 + steps), **settings)
@@ -421,7 +421,7 @@ def feature(name: str, steps: int) -> None:
 
     trainer.add_callback(Clock())
     before = peers.peak(reset=True)
-    with faster_layers(model, TrainSection(**settings)):
+    with use_faster_layers(model, TrainSection(**settings)):
         loss = trainer.train().training_loss
     state = trainer.optimizer.optimizer.state.values()
     tensors = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
@@ -438,7 +438,7 @@ def feature(name: str, steps: int) -> None:
 
 def main(target: Path, *, quick: bool, only: Sequence[str]) -> None:
     """Measure and write."""
-    quiet_libraries()
+    silence_libraries()
     disable_progress_bars()
     setting = Setting(quick=quick)
     parts: dict[str, Callable[[Setting], dict[str, Any]]] = {

@@ -112,7 +112,7 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
         vocabulary: Rows of the output layer, which is random and frozen.
         width: Dimension of the hidden states.
     """
-    from llmrec.train.loss import _HeadLoss
+    from llmrec.train.loss import _ChunkedCrossEntropy
 
     torch.manual_seed(0)
     head = torch.empty(vocabulary, width).normal_(0, 0.02)
@@ -128,7 +128,7 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
         logits = (hidden @ head.T).float()
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     else:
-        loss = _HeadLoss.apply(hidden[labelled], head, labels[labelled])
+        loss = _ChunkedCrossEntropy.apply(hidden[labelled], head, labels[labelled])
     (loss / labelled.sum()).backward()
     after = peak(reset=False)
     norm = float(hidden.grad.norm())

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmrec.data.hashing import hash64
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.durable import write_text
 from llmrec.recipe.schema import DataSection, Split
 from llmrec.systems.unisrec.baseline import UniSRec
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.share < 1:
         beauty = options.out / "source"
         some_users(home / "amazon14_beauty", options.share, beauty)
-    data = split(load(DataSection(source="sequences", path=str(beauty)), seed=0), Split(), seed=0)
+    data = split_dataset(load_data(DataSection(source="sequences", path=str(beauty)), seed=0), Split(), seed=0)
     begin = time.process_time()
     teacher = UniSRec(UniSRec.Config(encoder=ENCODER, pretrain=options.epochs), seed=0)
     teacher.pretrained(data)

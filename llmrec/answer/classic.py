@@ -13,32 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.answer.prompting import NO_USER
-from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto
-from llmrec.baselines.fits import fitted
-from llmrec.baselines.retrieve import best, shuffled
+from llmrec.answer.recommender import RANK, AnnotatedAnswer, Kind, Question, Recommender, check_default_strategy
+from llmrec.baselines.fits import fit_baseline
+from llmrec.baselines.retrieve import shuffle_by_request, top_unseen_items
 from llmrec.data.assemble import digest_items
-from llmrec.data.requests import RankRequest, some
+from llmrec.data.requests import RankRequest, format_few_names
 from llmrec.data.split import SplitDataset
 from llmrec.display import Displayed, Summary
-from llmrec.ensembles.carried import carried
+from llmrec.ensembles.carried import read_training_data
 from llmrec.errors import DataError
 from llmrec.fingerprint import digest_of
 from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.study import load_tables
 from llmrec.prompts.template import clean
-from llmrec.recipe.load import load_stored
-from llmrec.report.results import content_of
+from llmrec.recipe.load import load_stored_recipe
+from llmrec.report.results import read_results_json
 from llmrec.types import Answer, CatalogueScorer, Event, Item, Predictor, Ranking, Request, Unparsed
 
 log = logging.getLogger(__name__)
 
-MOST_ORDERED = 200
+MAX_RANKED_CANDIDATES = 200
 """Maximum number of candidates that a language model ranks in one request."""
 NOTHING_LEFT = "no item of the catalogue is left to rank"
 # Minimum number of candidates in two-step retrieval.
-_RETRIEVED = 50
+_MIN_RETRIEVED = 50
 # Retriever for requests whose history has no known item.
-_FALLBACK = "popularity"
+_FALLBACK_RETRIEVER = "popularity"
 
 
 class ItemIdMapper:
@@ -58,7 +58,7 @@ class ItemIdMapper:
         events: list[Event] = []
         unknown: dict[str, None] = {}
         for past in request.history:
-            item = self._id_of(past.item, request)
+            item = self._find_item_id(past.item, request)
             if item is None:
                 unknown.setdefault(past.item.item_id)
             else:
@@ -89,7 +89,7 @@ class ItemIdMapper:
         return replace(ranking, request_id=request.id, items=tuple(ids[item] for item in ranking.items))
 
     def _names(self, request: RankRequest) -> Sequence[str]:
-        ids = [self._id_of(item, request) for item in request.candidates]
+        ids = [self._find_item_id(item, request) for item in request.candidates]
         # If two titles map to the same item, neither is mapped.
         times = Counter(ids)
         return [
@@ -97,7 +97,7 @@ class ItemIdMapper:
             for name, item in zip(ids, request.candidates, strict=True)
         ]
 
-    def _id_of(self, item: Item, request: RankRequest) -> str | None:
+    def _find_item_id(self, item: Item, request: RankRequest) -> str | None:
         if item.item_id not in request.titled and item.item_id in self._items:
             return item.item_id
         return self._by_title.get(item.title)
@@ -121,7 +121,7 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         option: The option that needs the data, for messages.
     """
     if bundle.run is None:
-        if (result := carried(Path(bundle.folder), seed=bundle.seed)) is not None:
+        if (result := read_training_data(Path(bundle.folder), seed=bundle.seed)) is not None:
             return result
         raise DataError(
             f"{option} needs the interactions of a run, but {bundle.folder} has no interactions; give the run folder "
@@ -130,19 +130,19 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
             at=bundle.folder,
             column=option,
         )
-    recipe = load_stored(bundle.run)
+    recipe = load_stored_recipe(bundle.run)
     try:
         data = load_tables(recipe)[0]
     except DataError as error:
         raise error.reworded(f"{error}. {option} needs this data of the run {bundle.run}") from None
-    _warn_of_change(bundle.run, data)
+    _warn_of_changed_data(bundle.run, data)
     return data
 
 
-def _warn_of_change(run: Path, data: SplitDataset) -> None:
+def _warn_of_changed_data(run: Path, data: SplitDataset) -> None:
     if not (run / "results.json").is_file():
         return
-    measured = content_of(run).get("data", {}).get("main", {})
+    measured = read_results_json(run).get("data", {}).get("main", {})
     if measured.get("split_fingerprint") not in (None, data.fingerprint):
         log.warning(
             "the data of %s have changed since its evaluation (%s interactions then, %s now), so its results and "
@@ -194,7 +194,7 @@ class FittedBaseline(Displayed):
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """See `Recommender`."""
         translated = [self._naming.request(request) for request in requests]
         if question.verb != RANK:
@@ -202,13 +202,15 @@ class FittedBaseline(Displayed):
                 replace(item, candidates=None, item=item.candidates[0] if item.candidates else None)
                 for item in translated
             ]
-            return [Answered(answer=answer) for answer in self.model.answer(pairs)]
-        check_only_auto(self, question)
+            return [AnnotatedAnswer(answer=answer) for answer in self.model.answer(pairs)]
+        check_default_strategy(self, question)
         answers: dict[int, Ranking | Unparsed] = {}
         indices = [n for n, request in enumerate(requests) if request.candidates]
         for n, answer in zip(indices, self.model.answer([translated[n] for n in indices]), strict=True):
             answers[n] = (
-                self._naming.back(answer, requests[n]) if isinstance(answer, Ranking) else _unread(answer, requests[n])
+                self._naming.back(answer, requests[n])
+                if isinstance(answer, Ranking)
+                else _unparsed_answer(answer, requests[n])
             )
         rest = [n for n in range(len(requests)) if n not in answers]
         if rest:
@@ -217,9 +219,11 @@ class FittedBaseline(Displayed):
             originals = [requests[n] for n in rest]
             scores = np.asarray(self.model.scores(unranked), dtype=np.float64)
             mask = recommendable_mask(originals, unranked, self._columns, self.items)
-            answers.update(zip(rest, best_of(originals, self.model.items, scores, mask, question.depth), strict=True))
+            answers.update(
+                zip(rest, rank_top_items(originals, self.model.items, scores, mask, question.depth), strict=True)
+            )
         return [
-            answered(answers[n], request, self.items, self._naming.known(request)[1])
+            annotate_answer(answers[n], request, self.items, self._naming.known(request)[1])
             for n, request in enumerate(requests)
         ]
 
@@ -229,10 +233,10 @@ class FittedBaseline(Displayed):
     @cached_property
     def _columns(self) -> Mapping[str, int]:
         assert isinstance(self.model, CatalogueScorer)
-        return columns_of(self.model)
+        return item_columns(self.model)
 
 
-def columns_of(model: CatalogueScorer) -> Mapping[str, int]:
+def item_columns(model: CatalogueScorer) -> Mapping[str, int]:
     """Return the column of each item of a recommender, in the order of the columns."""
     return {name: column for column, name in enumerate(model.items)}
 
@@ -248,7 +252,7 @@ def recommendable_mask(
     Args:
         requests: The requests.
         translated: The same with the ids of the data.
-        columns: See `columns_of`.
+        columns: See `item_columns`.
         items: The catalogue.
     """
     # The catalogue may change between two calls.
@@ -260,7 +264,7 @@ def recommendable_mask(
     return mask
 
 
-def best_of(
+def rank_top_items(
     requests: Sequence[RankRequest],
     names: Sequence[str],
     scores: NDArray[np.float64],
@@ -320,22 +324,22 @@ class Retriever:
         """
         known = {n: self._naming.known(request) for n, request in enumerate(requests) if not request.candidates}
         filled = list(requests)
-        for cold, name in ((False, self.name), (True, _FALLBACK)):
+        for cold, name in ((False, self.name), (True, _FALLBACK_RETRIEVER)):
             rows = [n for n, (events, _) in known.items() if cold == (not events)]
             if not rows:
                 continue
             histories = [Request(id=requests[n].id, user_id=NO_USER, history=known[n][0]) for n in rows]
-            for n, retrieved in zip(rows, best(self._fitted(name), histories, self.count), strict=True):
+            for n, retrieved in zip(rows, top_unseen_items(self._fitted(name), histories, self.count), strict=True):
                 filled[n] = self._filled(requests[n], retrieved, known[n][1], cold=cold)
         return filled
 
     def _filled(
         self, request: RankRequest, retrieved: Sequence[str], unknown: Sequence[str], *, cold: bool
     ) -> RankRequest:
-        order = shuffled(retrieved, request.id, self._seed)
+        order = shuffle_by_request(retrieved, request.id, self._seed)
         notes = list(request.notes)
         if unknown:
-            notes.append(f"retrieval: ignored items missing in the run's data: {some(unknown)}")
+            notes.append(f"retrieval: ignored items missing in the run's data: {format_few_names(unknown)}")
         if cold:
             notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
         items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
@@ -343,11 +347,11 @@ class Retriever:
 
     def _fitted(self, name: str) -> CatalogueScorer:
         if name not in self._models:
-            self._models[name] = fitted(name, {}, self._data, seed=self._seed)
+            self._models[name] = fit_baseline(name, {}, self._data, seed=self._seed)
         return self._models[name]
 
 
-def retrieved(
+def retrieve_candidates(
     requests: Sequence[RankRequest], finder: Recommender, depth: int, items: Mapping[str, Item] | None
 ) -> list[RankRequest]:
     """Return requests with candidates retrieved by another model, for reranking.
@@ -358,7 +362,7 @@ def retrieved(
         depth: The number of items to return after reranking.
         items: The catalogue.
     """
-    question = Question(depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))
+    question = Question(depth=min(MAX_RANKED_CANDIDATES, max(depth, _MIN_RETRIEVED)))
     filled = []
     for request, result in zip(requests, finder.answer(requests, question), strict=True):
         names = result.answer.items if isinstance(result.answer, Ranking) else ()
@@ -367,14 +371,14 @@ def retrieved(
     return filled
 
 
-def answered(
+def annotate_answer(
     answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
-) -> Answered:
+) -> AnnotatedAnswer:
     """Return the answer to a request, with notes on ``unknown`` items of its history."""
-    ignored = (f"history: ignored items missing in the training data: {some(unknown)}",) if unknown else ()
+    ignored = (f"history: ignored items missing in the training data: {format_few_names(unknown)}",) if unknown else ()
     pool = {item.item_id: item for item in request.candidates}
     titles = () if isinstance(answer, Unparsed) else ((pool.get(name) or items[name]).title for name in answer.items)
-    return Answered(
+    return AnnotatedAnswer(
         answer=answer,
         titles=tuple(titles),
         notes=(*request.notes, *ignored),
@@ -384,6 +388,6 @@ def answered(
     )
 
 
-def _unread(answer: Answer, request: RankRequest) -> Unparsed:
+def _unparsed_answer(answer: Answer, request: RankRequest) -> Unparsed:
     reason = answer.reason if isinstance(answer, Unparsed) else f"expected a ranking, got {type(answer).__name__}"
     return Unparsed(request_id=request.id, reason=reason)

@@ -10,42 +10,42 @@ from pathlib import Path
 from llmrec.answer.classic import (
     NOTHING_LEFT,
     ItemIdMapper,
-    answered,
-    best_of,
-    columns_of,
+    annotate_answer,
+    item_columns,
+    rank_top_items,
     recommendable_mask,
-    retrieved,
+    retrieve_candidates,
 )
 from llmrec.answer.recommender import (
     EXPLAIN,
     RANK,
-    Answered,
+    AnnotatedAnswer,
     Kind,
     Question,
     Reasons,
     Recommender,
-    check_only_auto,
+    check_default_strategy,
 )
 from llmrec.answer.strategy import TaskStrategy
-from llmrec.baselines.fits import fitted
-from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.fits import fit_baseline
+from llmrec.baselines.parameters import input_hashes
 from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import PrecomputedMember, choosing
-from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember, Member
-from llmrec.ensembles.stored import StoredEnsemble, StoredMember, read
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.members import PrecomputedMember, member_training_data
+from llmrec.ensembles.rankers import CatalogueEnsemble, CatalogueMember, ListEnsemble, ListMember
+from llmrec.ensembles.stored import StoredEnsemble, StoredMember, read_ensembles
 from llmrec.errors import RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.pipeline.bundle import Bundle
 from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
 
 # Number of largest contributions to list; the rest is summed.
-_NAMED = 4
+_MAX_LISTED_CONTRIBUTIONS = 4
 
 
-def fusion_of(bundle: Bundle, way: TaskStrategy, joined: str) -> StoredEnsemble:
+def find_stored_ensemble(bundle: Bundle, way: TaskStrategy, joined: str) -> StoredEnsemble:
     """Return the ensemble that a run fitted for a task, template and strategy.
 
     Args:
@@ -54,7 +54,7 @@ def fusion_of(bundle: Bundle, way: TaskStrategy, joined: str) -> StoredEnsemble:
         joined: ``model``: the ensemble with the language model; ``baselines``: the ensemble of baselines only.
     """
     folder = bundle.run or Path(bundle.folder)
-    stored = [fusion for fusion in read(folder).fusions if fusion.family == way.family]
+    stored = [fusion for fusion in read_ensembles(folder).fusions if fusion.family == way.family]
     results = [fusion for fusion in stored if (fusion.arm == "baseline") == (joined == "baselines")]
     if joined == "model":
         name = bundle.templates[way.family][way.template].id
@@ -102,7 +102,7 @@ class Ensemble:
         self.name, self._items, self._model, self._finder = name, items, model, finder
         self._fused, self._data, self._naming = fused, data, ItemIdMapper(data)
         self._baselines: dict[str, Predictor] = {}
-        self._weights, self._context = fused.weights(), Context(data)
+        self._weights, self._context = fused.weights(), ContextFeatures(data)
 
     @property
     def asks_model(self) -> bool:
@@ -113,7 +113,7 @@ class Ensemble:
     def identity(self) -> dict[str, object]:
         """All inputs that determine how rankings are combined."""
         parts = [part for part in self._fused.parts if part.baseline is not None]
-        hashes = [hashes_of(str(part.baseline), part.parameters) for part in parts]
+        hashes = [input_hashes(str(part.baseline), part.parameters) for part in parts]
         return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint, "read": hashes}
 
     @property
@@ -124,11 +124,11 @@ class Ensemble:
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """See `Recommender`."""
-        check_only_auto(self, question)
+        check_default_strategy(self, question)
         if question.verb == EXPLAIN:
-            return [self._explained(request) for request in requests]
+            return [self._explain_item(request) for request in requests]
         depth, filled = question.depth, list(requests)
         unfilled = [n for n, request in enumerate(requests) if not request.candidates]
         answers: dict[int, Ranking | Unparsed] = {}
@@ -139,7 +139,7 @@ class Ensemble:
                 filled[n] = self._filled(requests[n], depth)
         rankable = [n for n, request in enumerate(filled) if request.candidates]
         posed = [filled[n] for n in rankable]
-        for n, answer in zip(rankable, self.join(posed, self._rankings(posed, depth)), strict=True):
+        for n, answer in zip(rankable, self.join(posed, self._language_model_rankings(posed, depth)), strict=True):
             if isinstance(answer, Ranking) and not requests[n].candidates:
                 answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
             answers[n] = answer
@@ -148,7 +148,7 @@ class Ensemble:
             answer = answers.get(n) or Unparsed(request_id=request.id, reason=NOTHING_LEFT)
             # A language model reads titles, so it can use unknown items.
             unknown = self._naming.known(request)[1] if self._model is None else ()
-            results.append(answered(answer, request, self._items, unknown))
+            results.append(annotate_answer(answer, request, self._items, unknown))
         return results
 
     def changed(self) -> None:
@@ -161,7 +161,7 @@ class Ensemble:
             requests: Requests with candidates.
             ranked: The answers of the language model; None if it is not a member.
         """
-        fusion, translated = self._fusion(requests, ranked)
+        fusion, translated = self._build_list_ensemble(requests, ranked)
         results: list[Ranking | Unparsed] = []
         for n, answer in enumerate(fusion.answer(translated)):
             reply = ranked[n] if ranked else None
@@ -175,7 +175,7 @@ class Ensemble:
         return results
 
     def reasons(
-        self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
+        self, requests: Sequence[RankRequest], lists: Sequence[AnnotatedAnswer], question: Question, first: int
     ) -> list[Reasons]:
         """Explain the first items of every list by the contributions of the members, as text.
 
@@ -188,34 +188,36 @@ class Ensemble:
             if isinstance(answer.answer, Ranking) and not answer.cold:
                 pool = request if request.candidates else self._filled(request, question.depth)
                 parts, reasons.cost = self._contributions(pool, question.depth)
-                reasons.texts = [_in_words(parts.get(item)) for item in answer.answer.items[:first]]
+                reasons.texts = [_format_contributions(parts.get(item)) for item in answer.answer.items[:first]]
             results.append(reasons)
         return results
 
-    def _explained(self, request: RankRequest) -> Answered:
+    def _explain_item(self, request: RankRequest) -> AnnotatedAnswer:
         """Explain the score of one item among all recommendable items by the contributions of the members, as text."""
         (item,) = request.candidates
         pool = self._filled(replace(request, candidates=()), 0)
         pool = replace(pool, candidates=(item, *(other for other in pool.candidates if other.item_id != item.item_id)))
         parts, cost = self._contributions(pool, 0)
-        return Answered(answer=Text(request_id=request.id, text=_in_words(parts.get(item.item_id)), cost=cost))
+        return AnnotatedAnswer(
+            answer=Text(request_id=request.id, text=_format_contributions(parts.get(item.item_id)), cost=cost)
+        )
 
     def _contributions(self, request: RankRequest, depth: int) -> tuple[dict[str, dict[str, float]], Cost]:
         """Return each member's contribution to the candidates' scores, by item, and the cost of the language model."""
-        ranked = self._rankings([request], depth)
-        fusion, translated = self._fusion([request], ranked)
+        ranked = self._language_model_rankings([request], depth)
+        fusion, translated = self._build_list_ensemble([request], ranked)
         (parts,) = fusion.contributions(translated)
         names = zip(request.candidates, translated[0].candidates or (), strict=True)
         known = {item.item_id: parts[name] for item, name in names if name in parts}
         return known, Cost() if ranked is None else ranked[0].cost
 
-    def _rankings(self, requests: Sequence[RankRequest], depth: int) -> list[Answer] | None:
+    def _language_model_rankings(self, requests: Sequence[RankRequest], depth: int) -> list[Answer] | None:
         """Return the rankings of the language model; None if it is not a member or there is no request."""
         if self._model is None or not requests:
             return None
         return [item.answer for item in self._model.answer(requests, Question(depth=depth))]
 
-    def _fusion(
+    def _build_list_ensemble(
         self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None
     ) -> tuple[ListEnsemble, list[Request]]:
         """Return the ensemble, and the requests converted to ids of its data; see `join`."""
@@ -240,14 +242,14 @@ class Ensemble:
         if part.baseline is None:
             return PrecomputedMember(part.name, "language model", part.kind, answers)
         if part.name not in self._baselines:
-            data = choosing(part.baseline, self._data, self._fused.reserved)
-            self._baselines[part.name] = fitted(part.baseline, part.parameters, data, seed=self._fused.seed)
+            data = member_training_data(part.baseline, self._data, self._fused.reserved)
+            self._baselines[part.name] = fit_baseline(part.baseline, part.parameters, data, seed=self._fused.seed)
         return self._baselines[part.name]
 
     def _filled(self, request: RankRequest, depth: int) -> RankRequest:
         """Add candidates to a request on the whole catalogue."""
         if self._model is not None and self._finder is not None:
-            return retrieved([request], self._finder, depth, self._items)[0]
+            return retrieve_candidates([request], self._finder, depth, self._items)[0]
         history = [] if request.keep_seen else self._naming.known(request)[0]
         seen = {event.item_id for event in history}
         out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
@@ -261,7 +263,9 @@ class Ensemble:
             return []
         translated = [replace(self._naming.request(request), candidates=None) for request in requests]
         mask = recommendable_mask(requests, translated, self._columns, self._items)
-        rankings = best_of(requests, self._catalogue.items, self._catalogue.scores(translated, ~mask), mask, depth)
+        rankings = rank_top_items(
+            requests, self._catalogue.items, self._catalogue.scores(translated, ~mask), mask, depth
+        )
         return [
             ranking if ranking.items else Unparsed(request_id=ranking.request_id, reason=NOTHING_LEFT)
             for ranking in rankings
@@ -269,7 +273,7 @@ class Ensemble:
 
     @cached_property
     def _columns(self) -> Mapping[str, int]:
-        return columns_of(self._catalogue)
+        return item_columns(self._catalogue)
 
     @cached_property
     def _catalogue(self) -> CatalogueEnsemble:
@@ -278,16 +282,16 @@ class Ensemble:
         for part in self._fused.parts:
             scorer = self._predictor(part, {})
             assert isinstance(scorer, CatalogueScorer)
-            members.append(Member(part.name, scorer, part.kind))
+            members.append(CatalogueMember(part.name, scorer, part.kind))
         return CatalogueEnsemble(self._fused.id, members, filtered=False, context=self._context, weights=self._weights)
 
 
-def _in_words(parts: Mapping[str, float] | None) -> str:
+def _format_contributions(parts: Mapping[str, float] | None) -> str:
     """Return the contributions to an item's score as text, largest first."""
     if parts is None:
         return "not among the best items of any member"
     ordered = sorted(parts.items(), key=lambda part: -abs(part[1]))
-    texts = [f"{name} {value:+.3g}" for name, value in ordered[:_NAMED]]
-    if rest := ordered[_NAMED:]:
+    texts = [f"{name} {value:+.3g}" for name, value in ordered[:_MAX_LISTED_CONTRIBUTIONS]]
+    if rest := ordered[_MAX_LISTED_CONTRIBUTIONS:]:
         texts.append(f"{len(rest)} more {sum(value for _, value in rest):+.3g}")
     return ", ".join(texts)

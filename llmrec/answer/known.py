@@ -18,24 +18,24 @@ import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.answer.rules import Rules
-from llmrec.baselines.parameters import config_of
+from llmrec.baselines.parameters import baseline_config
 from llmrec.data.assemble import read_items
-from llmrec.data.dataset import Dataset, conform
-from llmrec.data.described import described_items, profile_of
+from llmrec.data.dataset import Dataset, conform_to_schema
+from llmrec.data.described import items_with_stored_texts, stored_profile
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
-from llmrec.data.read.codes import codes
-from llmrec.data.read.limits import shown
-from llmrec.data.read.typed import per_second
-from llmrec.data.requests import RankRequest, history_entry, identity, read_request
-from llmrec.data.sets.table import load
+from llmrec.data.read.codes import values_and_codes
+from llmrec.data.read.limits import format_value
+from llmrec.data.read.typed import time_units_per_second
+from llmrec.data.requests import RankRequest, history_entry, parse_request, request_identity
+from llmrec.data.sets.table import load_data
 from llmrec.data.split import time_order
-from llmrec.display import SHOWN, Displayed, Summary
-from llmrec.ensembles.carried import NUMBERED, carried
+from llmrec.display import MAX_ROWS, Displayed, Summary
+from llmrec.ensembles.carried import USER_ID_PREFIX, read_training_data
 from llmrec.errors import DataError, did_you_mean
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import load_stored_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.types import Event, Item
 
@@ -43,11 +43,11 @@ Users = Mapping[str, Mapping[str, str]]
 Profile = str | Mapping[str, str]
 """A user profile in prompts: a text, or fields by name."""
 
-ITEMS = "items.parquet"
+ITEMS_FILE = "items.parquet"
 """The optional catalogue file of an exported folder."""
 
 # Number of sets of business rules whose allowed items are cached per state of the catalogue.
-_REMEMBERED = 8
+_MAX_CACHED_RULES = 8
 
 
 class Catalogue:
@@ -97,7 +97,7 @@ class Catalogue:
         items, known = self._allowed
         if (result := known.get(rules)) is None:
             rules.check(items)
-            if len(known) >= _REMEMBERED:
+            if len(known) >= _MAX_CACHED_RULES:
                 known.clear()
             result = known[rules] = rules.allowed(items)
         return result
@@ -158,7 +158,7 @@ class Histories:
     def of(cls, dataset: Dataset, seed: int) -> Histories:
         """Return the histories of a data set; interactions at the same time are ordered as in a split with the seed."""
         frame = dataset.interactions[time_order(dataset, seed)]
-        names, rows = codes(frame["user_id"])
+        names, rows = values_and_codes(frame["user_id"])
         order = np.argsort(rows, kind="stable")
         return cls(
             users=names,
@@ -185,7 +185,9 @@ class Histories:
     @cached_property
     def per_second(self) -> float:
         """Time units per second: 1, or more if the times are too large to be seconds."""
-        return per_second(float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0)
+        return time_units_per_second(
+            float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0
+        )
 
     def of_user(self, user_id: str) -> list[Event]:
         """Return the interactions of a user; empty for an unknown user."""
@@ -210,7 +212,7 @@ class Items(Displayed, dict[str, Item]):
     """A catalogue by id."""
 
     def _summary(self) -> Summary:
-        rows = [(item.item_id, item.title) for item in islice(self.values(), SHOWN)]
+        rows = [(item.item_id, item.title) for item in islice(self.values(), MAX_ROWS)]
         return Summary(f"{len(self):,} items", header=("item_id", "title"), rows=rows)
 
 
@@ -222,7 +224,7 @@ class KnownEntities(Displayed):
         items: The catalogue.
         histories: All interactions of its data, in any part of the split.
         features: Feature stores with data of users.
-        profiles: See `profiles_of`.
+        profiles: See `profile_lookup`.
         users: The fields of the users of a run's data.
     """
 
@@ -251,7 +253,7 @@ class KnownEntities(Displayed):
         return self.profiles(user) or None
 
 
-def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
+def read_catalogue(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
     """Return the items that requests can name by id, and the data of the run if loaded.
 
     The items come from a table, the run's data, or the folder. They are empty for a tuned model without an item table,
@@ -263,19 +265,19 @@ def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item]
     if items is not None:
         return read_items(items), None
     if bundle.run is not None:
-        recipe = load_stored(bundle.run)
-        data = _data_of_run(bundle, recipe)
-        return described_items(data.items, recipe.data.texts), data
-    carried = Path(bundle.folder) / ITEMS
+        recipe = load_stored_recipe(bundle.run)
+        data = _read_run_data(bundle, recipe)
+        return items_with_stored_texts(data.items, recipe.data.texts), data
+    carried = Path(bundle.folder) / ITEMS_FILE
     if carried.is_file():
         return read_items(carried), None
     return ({} if bundle.tuned else None), None
 
 
-def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
+def _read_run_data(bundle: Bundle, recipe: Recipe) -> Dataset:
     """Read the data of a run."""
     try:
-        return load(recipe.data, seed=recipe.seed)
+        return load_data(recipe.data, seed=recipe.seed)
     except DataError as error:
         raise error.reworded(
             f"{error}. The data of the run {bundle.run} are needed; alternatively, give a table with --items"
@@ -293,11 +295,11 @@ def read_known_entities(folder: str, items: Path | None) -> KnownEntities:
         LlmrecError: If they cannot be read.
     """
     bundle = bundles.read(folder)
-    catalogue, data = catalogue_of(bundle, items)
-    return known_from(bundle, catalogue or {}, data)
+    catalogue, data = read_catalogue(bundle, items)
+    return build_known_entities(bundle, catalogue or {}, data)
 
 
-def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None = None) -> KnownEntities:
+def build_known_entities(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None = None) -> KnownEntities:
     """Return the items and users of an open model.
 
     Args:
@@ -309,35 +311,37 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
         LlmrecError: If a file cannot be read.
     """
     if bundle.run is None:
-        exported = carried(Path(bundle.folder), seed=bundle.seed)
-        past = Histories.none() if exported is None else Histories.of(_of_named(exported.dataset), bundle.seed)
+        exported = read_training_data(Path(bundle.folder), seed=bundle.seed)
+        past = Histories.none() if exported is None else Histories.of(_keep_named_users(exported.dataset), bundle.seed)
         return KnownEntities(items, past)
-    recipe = load_stored(bundle.run)
-    dataset = _data_of_run(bundle, recipe) if data is None else data
-    profiles = profiles_of(str(bundle.run), lambda: dataset.users)
+    recipe = load_stored_recipe(bundle.run)
+    dataset = _read_run_data(bundle, recipe) if data is None else data
+    profiles = profile_lookup(str(bundle.run), lambda: dataset.users)
     return KnownEntities(
-        items, Histories.of(dataset, recipe.seed), _stores(bundle.run, recipe), profiles, dataset.users
+        items, Histories.of(dataset, recipe.seed), _feature_stores(bundle.run, recipe), profiles, dataset.users
     )
 
 
-def _of_named(dataset: Dataset) -> Dataset:
+def _keep_named_users(dataset: Dataset) -> Dataset:
     """Return the interactions of the users whose ids were exported."""
     rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
-    return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
+    return replace(
+        dataset, interactions=conform_to_schema(rows.filter(~pl.col("user_id").str.starts_with(USER_ID_PREFIX)))
+    )
 
 
-def _stores(run: Path, recipe: Recipe) -> list[Path]:
+def _feature_stores(run: Path, recipe: Recipe) -> list[Path]:
     """Return the feature stores that a run wrote or read, for prompts and baselines."""
     tables = filter(None, (recipe.data, recipe.reviews))
     named = [table.texts.path for table in tables if table.texts is not None]
     for section in recipe.tasks.present().values():
         for baseline in section.baselines:
-            named += getattr(config_of(baseline.name, baseline.parameters, "parameters"), "folders", ())
+            named += getattr(baseline_config(baseline.name, baseline.parameters, "parameters"), "folders", ())
     folders = dict.fromkeys([run / "features", *(Path(path).expanduser() for path in named)])
     return [store for store in folders if (store / "current").is_file()]
 
 
-def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
+def profile_lookup(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
     """Return a function that maps a user to the text (``data.texts``) or profile fields in a run's prompts.
 
     None if prompts show no user data.
@@ -352,19 +356,19 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
         {"profile", "user_name"} & template.names("system", "user", "lead") for template in shown
     ):
         return None
-    recipe = load_stored(bundle.run)
+    recipe = load_stored_recipe(bundle.run)
     section = recipe.data.texts
-    fields = users or cache(lambda: load(recipe.data, seed=recipe.seed).users)
+    fields = users or cache(lambda: load_data(recipe.data, seed=recipe.seed).users)
 
     def profile(user: str) -> Profile:
-        text = profile_of(user, section) if section is not None else ""
+        text = stored_profile(user, section) if section is not None else ""
         # In the baseline with shuffled texts, each user has another user's text and no fields.
         return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
 
     return profile
 
 
-def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
+def merge_histories(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
     """Merge the stored and the later interactions of a user, oldest first, without duplicates.
 
     Interactions without a time come first.
@@ -374,7 +378,7 @@ def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
     return sorted(every, key=lambda event: -math.inf if event.timestamp is None else event.timestamp)
 
 
-def with_history(
+def with_stored_data(
     record: Mapping[str, object],
     events: Callable[[str], Sequence[Event]],
     items: Mapping[str, Item],
@@ -389,10 +393,10 @@ def with_history(
         events: A function that returns a user's interactions, oldest first; called if a request has a user and no
             history.
         items: The catalogue; interactions with missing items are dropped.
-        profile: A function that returns the profile of a user; see `profiles_of`.
+        profile: A function that returns the profile of a user; see `profile_lookup`.
     """
     # Parse the user as in the request: 1.0 is user 1.
-    user, looked_up, stored = identity(record, 1)[1], dict[str, object](), False
+    user, looked_up, stored = request_identity(record, 1)[1], dict[str, object](), False
     if user is not None and record.get("history") is None:
         past = events(user)
         stored = bool(past)
@@ -403,7 +407,7 @@ def with_history(
     return ({**record, **looked_up} if looked_up else record), stored
 
 
-def read_known(
+def parse_request_with_history(
     record: Mapping[str, object],
     row: int,
     events: Callable[[str], Sequence[Event]],
@@ -416,25 +420,25 @@ def read_known(
     """Parse a request and add the stored data of a known user, with a note.
 
     Args:
-        record: As `read_request` takes it.
-        row: See `read_request`.
-        events: See `with_history`.
-        items: The catalogue, as `read_request` takes it.
-        profile: See `with_history`.
-        whole: See `read_request`.
-        retrieves: See `read_request`.
+        record: As `parse_request` takes it.
+        row: See `parse_request`.
+        events: See `with_stored_data`.
+        items: The catalogue, as `parse_request` takes it.
+        profile: See `with_stored_data`.
+        whole: See `parse_request`.
+        retrieves: See `parse_request`.
 
     Raises:
         DataError: If the request cannot be ranked.
     """
-    completed, stored = with_history(record, events, items or {}, profile)
-    request = read_request(completed, row, items, whole=whole, retrieves=retrieves)
+    completed, stored = with_stored_data(record, events, items or {}, profile)
+    request = parse_request(completed, row, items, whole=whole, retrieves=retrieves)
     if request.user_id is None or record.get("history") is not None:
         return request
-    return with_stored_history(request, known=stored)
+    return with_history_note(request, known=stored)
 
 
-def with_stored_history(request: RankRequest, *, known: bool) -> RankRequest:
+def with_history_note(request: RankRequest, *, known: bool) -> RankRequest:
     """Add the user's stored history to a request, with a note on the length.
 
     Args:
@@ -442,13 +446,13 @@ def with_stored_history(request: RankRequest, *, known: bool) -> RankRequest:
         known: Whether any data of the user are stored.
     """
     if not known:
-        note = f"unknown user {shown(str(request.user_id))}"
+        note = f"unknown user {format_value(str(request.user_id))}"
         return replace(request, unknown_user=True, notes=(note, *request.notes))
     events = len(request.history)
     note = f"history: {events} interaction{'' if events == 1 else 's'} of this user in the data"
     return replace(request, notes=(*request.notes, note))
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> DataError:
+def unknown_name_error(what: str, name: str, known: Iterable[str]) -> DataError:
     """Return an error about an unknown name."""
     return DataError(f"there is no {what} {name[:60]!r}{did_you_mean(name, known)}", kind="unknown-name", column=what)

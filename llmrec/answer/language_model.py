@@ -18,25 +18,39 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from llmrec.answer.checks import bundle_of, check_choices, engine_section, on_gpu, strategy_of, window_of
-from llmrec.answer.classic import MOST_ORDERED, NOTHING_LEFT, Retriever, retrieved, training_data
-from llmrec.answer.ensemble import Ensemble, fusion_of
-from llmrec.answer.known import KnownEntities, Profile, catalogue_of, known_from, profiles_of, read_known
+from llmrec.answer.checks import (
+    check_recommender_options,
+    context_length,
+    engine_section,
+    on_gpu,
+    read_bundle,
+    requested_strategy,
+)
+from llmrec.answer.classic import MAX_RANKED_CANDIDATES, NOTHING_LEFT, Retriever, retrieve_candidates, training_data
+from llmrec.answer.ensemble import Ensemble, find_stored_ensemble
+from llmrec.answer.known import (
+    KnownEntities,
+    Profile,
+    build_known_entities,
+    parse_request_with_history,
+    profile_lookup,
+    read_catalogue,
+)
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.prompting import (
     CatalogueRanking,
-    answer_about,
+    answer_item_questions,
     first_prompt,
-    notes_of,
-    prompt_about,
+    item_question_prompt,
     rank_requests,
+    ranking_notes,
 )
-from llmrec.answer.rationales import TOKENS, Explainer, rationale_template
-from llmrec.answer.recommender import RANK, Answered, Kind, Question, Reasons, Recommender
+from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer, rationale_template
+from llmrec.answer.recommender import RANK, AnnotatedAnswer, Kind, Question, Reasons, Recommender
 from llmrec.answer.strategy import (
     TWO_STEP,
     TaskStrategy,
-    about_families,
+    item_families,
     ranking_families_of,
     select_item_strategy,
     select_ranking_strategy,
@@ -48,25 +62,25 @@ from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.dataset import Dataset
-from llmrec.data.requests import LEFT_ASIDE, PastEvent, RankRequest, identity, unknown_id
-from llmrec.display import shortened
+from llmrec.data.requests import CANDIDATES_IGNORED, PastEvent, RankRequest, first_untitled_id, request_identity
+from llmrec.display import shorten_text
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
-from llmrec.pipeline.bundle import Bundle, refuse_changed
-from llmrec.pipeline.engines import Engines, dtype_name, refuse_device, refuse_paired
+from llmrec.models.load import load_tokenizer, model_folder_hash, silence_libraries
+from llmrec.pipeline.bundle import Bundle, check_unchanged
+from llmrec.pipeline.engines import Engines, check_encoder_decoder_engine, check_engine_device, dtype_name
 from llmrec.pipeline.resume import StageTimer
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Item, Ranking, Unparsed
 
-MOST_SEARCHED = 160
+MAX_SEARCHED_ITEMS = 160
 """Maximum number of catalogue items that a language model returns; the time of a search grows with it."""
-_LEAST_BEAMS = 20
+_MIN_BEAMS = 20
 # hf scores requests one by one, so small batches cost nothing and update the progress bar often.
-_FEW = 4
+_SMALL_BATCH = 4
 # Strategies that generate or search, for which hf batches prompts.
-_TOGETHER = ("list", TWO_STEP, "search")
+_BATCHED_STRATEGIES = ("list", TWO_STEP, "search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +168,13 @@ class LanguageModel:
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
         """
-        check_choices(options)
+        check_recommender_options(options)
         if options.retrieve is not None:
             check_retriever(options.retrieve, "--retrieve")
         prepare_environment()
-        quiet_libraries()
+        silence_libraries()
         budget = budget or StageTimer()
-        bundle = bundle or bundle_of(options)
+        bundle = bundle or read_bundle(options)
         if not bundle.weights:
             raise ModelError(
                 f"{bundle.called} has no language model (eval.arms is empty); use its baselines with `llmrec rank "
@@ -168,21 +182,21 @@ class LanguageModel:
                 kind="unsupported",
                 at=bundle.called,
             )
-        items, data, retriever = _items(options, bundle)
-        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
+        items, data, retriever = _read_items_and_retriever(options, bundle)
+        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=context_length(options, bundle))
         section = engine_section(options)
-        refuse_device(bundle.model, section)
-        refuse_paired(bundle.folder, bundle.model, section)
+        check_engine_device(bundle.model, section)
+        check_encoder_decoder_engine(bundle.folder, bundle.model, section)
         answers = None if store is None else AnswerStore(store)
         # A server has its own weights; only the tokenizer comes from the folder.
-        weights = "" if options.backend == "openai" else weights_stamp(bundle.folder)
+        weights = "" if options.backend == "openai" else model_folder_hash(bundle.folder)
         if weights:
-            refuse_changed(bundle, weights)
+            check_unchanged(bundle, weights)
         model = cls(
             options=options,
             bundle=bundle,
             items=items,
-            known=cache(lambda: known_from(bundle, items or {}, data)),
+            known=cache(lambda: build_known_entities(bundle, items or {}, data)),
             retriever=retriever,
             encoder=encoder,
             engines=Engines(
@@ -203,8 +217,8 @@ class LanguageModel:
             # An engine handles one call at a time.
             model._lock = peer._lock
         only = not ranks and not ranking_families_of(bundle)
-        asking = select_item_strategy(bundle, next(iter(about_families(bundle)), "rating")) if only else None
-        model.default = model._build_way(options, asking)
+        asking = select_item_strategy(bundle, next(iter(item_families(bundle)), "rating")) if only else None
+        model.default = model._build_ranking_steps(options, asking)
         return model
 
     def close(self) -> None:
@@ -228,7 +242,7 @@ class LanguageModel:
     @property
     def verbs(self) -> tuple[str, ...]:
         """See `Recommender`."""
-        return (*((RANK,) if ranking_families_of(self.bundle) else ()), *about_families(self.bundle))
+        return (*((RANK,) if ranking_families_of(self.bundle) else ()), *item_families(self.bundle))
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -267,7 +281,7 @@ class LanguageModel:
             "whole": (options.beams, options.exact) if options.ranks_catalogue else None,
             "fused": way.ensemble.identity if way.ensemble else None,
             "retrieved": self.retriever.identity if self.retriever else None,
-            "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
+            "rationale": (reasoner.template.sha, reasoner.first, RATIONALE_TOKENS) if reasoner else None,
         }
 
     @property
@@ -301,7 +315,7 @@ class LanguageModel:
     def profiles(self) -> Callable[[str], Profile] | None:
         """Function that maps a user to the text or profile fields in prompts; None if prompts show neither."""
         run = self.bundle.run
-        return None if run is None else profiles_of(str(run), lambda: self.known().users)
+        return None if run is None else profile_lookup(str(run), lambda: self.known().users)
 
     def changed(self) -> None:
         """See `Recommender`."""
@@ -315,13 +329,13 @@ class LanguageModel:
         Missing data of a user are taken from the run's data.
 
         Args:
-            record: Its keys are `llmrec.data.requests.KEYS`.
+            record: Its keys are `llmrec.data.requests.REQUEST_KEYS`.
             row: Its number, from 1; used as the id if that is missing.
         """
         try:
             if fault := self.untitled(record):
                 raise DataError(f"the request {fault}", kind="unknown-name", column="item_id")
-            return read_known(
+            return parse_request_with_history(
                 record,
                 row,
                 lambda user: self.known().histories.of_user(user),
@@ -331,18 +345,18 @@ class LanguageModel:
                 retrieves=self.retriever is not None,
             )
         except DataError as error:
-            return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
+            return Unparsed(request_id=request_identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
         """Return an error message if a request names items by id but there is no catalogue; otherwise an empty text.
 
         Without titles the prompts would differ from those of training.
         """
-        name = unknown_id(record) if self.items == {} else None
+        name = first_untitled_id(record) if self.items == {} else None
         if name is None:
             return ""
         return (
-            f"names the item {shortened(name, 60)!r}, but {self.options.model} has no item table; give a table with "
+            f"names the item {shorten_text(name, 60)!r}, but {self.options.model} has no item table; give a table with "
             '--items, or give each item a title: {"item_id": ..., "title": ...}'
         )
 
@@ -352,7 +366,7 @@ class LanguageModel:
         *,
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """Answer all requests as the options say, in order; a failed request does not affect the others.
 
         Args:
@@ -372,21 +386,22 @@ class LanguageModel:
         requests: Sequence[RankRequest],
         question: Question,
         listener: Callable[[str], None] | None = None,
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """See `Recommender`."""
         if question.verb != RANK:
             return [
-                Answered(answer=item)
+                AnnotatedAnswer(answer=item)
                 for item in self.about(requests, select_item_strategy(self.bundle, question.verb), listener)
             ]
-        answers: dict[int, Answered] = {}
+        answers: dict[int, AnnotatedAnswer] = {}
         for n, request in enumerate(requests):
-            if len(request.candidates) > MOST_ORDERED:
+            if len(request.candidates) > MAX_RANKED_CANDIDATES:
                 reason = (
-                    f"{len(request.candidates)} candidates exceed the limit of {MOST_ORDERED} for a language model; "
+                    f"{len(request.candidates)} candidates exceed the limit of {MAX_RANKED_CANDIDATES} for a "
+                    "language model; "
                     "preselect candidates with a baseline or an ensemble"
                 )
-                answers[n] = Answered(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
+                answers[n] = AnnotatedAnswer(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
         indices = [n for n, request in enumerate(requests) if request.candidates and n not in answers]
         if indices:
             strategy = self.options.strategy if question.strategy == "auto" else question.strategy
@@ -403,19 +418,20 @@ class LanguageModel:
         """Answer a question about the single candidate of each request; ``listener`` streams generated text."""
         with self.backend(way.strategy) as backend:
             if listener is None:
-                return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
-            with backend.streaming(_cleaned(listener)):
-                return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
+                return answer_item_questions(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
+            with backend.streaming(_cleaning_listener(listener)):
+                return answer_item_questions(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
 
     def reasons(
-        self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
+        self, requests: Sequence[RankRequest], lists: Sequence[AnnotatedAnswer], question: Question, first: int
     ) -> list[Reasons]:
         """Generate a sentence about each of the first items of every list; failed lists get none."""
         reasoner = Explainer(
             self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16
         )
         pools = [
-            replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
+            replace(request, candidates=self._listed_items(answer))
+            for request, answer in zip(requests, lists, strict=True)
         ]
         with self.backend("list") as backend:
             return reasoner.write(pools, [item.answer for item in lists], None, backend)
@@ -428,8 +444,8 @@ class LanguageModel:
         """
         bundle, encoder = self.bundle, self.encoder
         if question.verb != RANK:
-            return encoder.text(prompt_about(bundle, request, select_item_strategy(bundle, question.verb)))
-        way = None if request.candidates else self._searching(_LEAST_BEAMS)
+            return encoder.text(item_question_prompt(bundle, request, select_item_strategy(bundle, question.verb)))
+        way = None if request.candidates else self._searching(_MIN_BEAMS)
         way = way or self._way(candidates="file", strategy=question.strategy)
         return encoder.text(first_prompt(bundle, request, way.asking, encoder))
 
@@ -461,22 +477,22 @@ class LanguageModel:
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
             options = replace(self.options, **changes)
-            check_choices(options)
-            self._ways[key] = self._build_way(options)
+            check_recommender_options(options)
+            self._ways[key] = self._build_ranking_steps(options)
         return self._ways[key]
 
-    def _build_way(self, options: RecommenderOptions, asking: TaskStrategy | None = None) -> RankingSteps:
+    def _build_ranking_steps(self, options: RecommenderOptions, asking: TaskStrategy | None = None) -> RankingSteps:
         bundle, encoder = self.bundle, self.encoder
         asking = asking or select_ranking_strategy(
             bundle,
             task=options.task,
             template=options.template,
-            strategy=strategy_of(options),
+            strategy=requested_strategy(options),
             settings=options.settings,
         )
         ensemble = search = reasoner = None
         if options.fuse != "none":
-            fused = fusion_of(bundle, asking, options.fuse)
+            fused = find_stored_ensemble(bundle, asking, options.fuse)
             ensemble = Ensemble(fused, training_data(bundle, "--fuse"), self.items or {})
         if options.rationale:
             first = options.rationale if options.top is None else min(options.rationale, options.top)
@@ -492,7 +508,7 @@ class LanguageModel:
         return self.engines.engine_for(way.asking.strategy, self.bundle.folder)
 
     @property
-    def _searches(self) -> bool:
+    def _can_search(self) -> bool:
         """Whether the model can rank the whole catalogue by beam search."""
         if self.options.backend == "openai":
             return False
@@ -504,29 +520,31 @@ class LanguageModel:
 
     def _searching(self, depth: int) -> RankingSteps | None:
         """Return the configuration for beam search over the catalogue; None if the model was not trained for it."""
-        if not self.items or not self._searches:
+        if not self.items or not self._can_search:
             return None
         # Beam widths are the minimum times powers of two, to limit the number of configurations.
-        needed = max(min(depth, MOST_SEARCHED), self.options.beams)
-        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(needed / _LEAST_BEAMS)))
+        needed = max(min(depth, MAX_SEARCHED_ITEMS), self.options.beams)
+        beams = _MIN_BEAMS * 2 ** max(0, math.ceil(math.log2(needed / _MIN_BEAMS)))
         return self._way(candidates="all", beams=beams)
 
-    def _rank_catalogue(self, requests: Sequence[RankRequest], question: Question) -> list[Answered]:
+    def _rank_catalogue(self, requests: Sequence[RankRequest], question: Question) -> list[AnnotatedAnswer]:
         """Rank the whole catalogue, by beam search or by reranking retrieved candidates."""
         searching = self._searching(question.depth) if question.strategy in ("auto", "search") else None
         if searching is not None:
             return self._ranked(searching, requests)
         if self.finder is None:
             reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run with interactions"
-            return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
-        filled = retrieved(requests, self.finder, question.depth, self.items)
+            return [AnnotatedAnswer(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
+        filled = retrieve_candidates(requests, self.finder, question.depth, self.items)
         ranked = iter(self.answer([item for item in filled if item.candidates], question))
         return [
-            next(ranked) if item.candidates else Answered(answer=Unparsed(request_id=item.id, reason=NOTHING_LEFT))
+            next(ranked)
+            if item.candidates
+            else AnnotatedAnswer(answer=Unparsed(request_id=item.id, reason=NOTHING_LEFT))
             for item in filled
         ]
 
-    def _items_of(self, answer: Answered) -> tuple[Item, ...]:
+    def _listed_items(self, answer: AnnotatedAnswer) -> tuple[Item, ...]:
         """Return the items of a list; unknown items get the titles with which they were ranked."""
         if not isinstance(answer.answer, Ranking):
             return ()
@@ -541,12 +559,12 @@ class LanguageModel:
         requests: Sequence[RankRequest | Unparsed],
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """Rank requests: retrieve candidates, score, combine with baselines, explain, and truncate."""
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open it again", kind="closed")
-            ready = [self._ready(way, request) for request in self._retrieved(way, requests)]
+            ready = [self._ready(way, request) for request in self._with_retrieved_candidates(way, requests)]
             valid = [request for request in ready if isinstance(request, RankRequest)]
             advance(len(ready) - len(valid))
             if way.ensemble is not None and not way.ensemble.asks_model and way.reasoner is None:
@@ -554,13 +572,13 @@ class LanguageModel:
                 advance(len(valid))
                 ranked = iter([(ranking, Reasons()) for ranking in rankings])
             else:
-                ranked = iter(self._with_model(way, valid, advance, part))
+                ranked = iter(self._rank_with_model(way, valid, advance, part))
         return [
-            Answered(answer=item) if isinstance(item, Unparsed) else self._answered(way, item, *next(ranked))
+            AnnotatedAnswer(answer=item) if isinstance(item, Unparsed) else self._answered(way, item, *next(ranked))
             for item in ready
         ]
 
-    def _retrieved(
+    def _with_retrieved_candidates(
         self, way: RankingSteps, requests: Sequence[RankRequest | Unparsed]
     ) -> Sequence[RankRequest | Unparsed]:
         """Retrieve candidates for requests that have none."""
@@ -575,7 +593,7 @@ class LanguageModel:
         if isinstance(request, Unparsed):
             return request
         if way.search is not None and request.candidates:
-            return replace(request, candidates=(), notes=(*request.notes, LEFT_ASIDE))
+            return replace(request, candidates=(), notes=(*request.notes, CANDIDATES_IGNORED))
         if way.search is not None or request.candidates:
             return request
         reason = "there are no 'candidates'; give a list of items to rank"
@@ -583,7 +601,7 @@ class LanguageModel:
             reason = "the history contains every item of the run's data, so no item is left to retrieve"
         return Unparsed(request_id=request.id, reason=reason)
 
-    def _with_model(
+    def _rank_with_model(
         self, way: RankingSteps, requests: Sequence[RankRequest], advance: Callable[[int], None], part: int | None
     ) -> list[tuple[Ranking | Unparsed, Reasons]]:
         engine, options = self._engine(way), way.options
@@ -591,8 +609,8 @@ class LanguageModel:
         backend.part = part
         # Cached answers of an interrupted run keep their original cost.
         before = backend.recalled_seconds
-        one_by_one = engine == "hf" and way.asking.strategy not in _TOGETHER
-        batch = min(_FEW, options.batch) if one_by_one else options.batch
+        one_by_one = engine == "hf" and way.asking.strategy not in _BATCHED_STRATEGIES
+        batch = min(_SMALL_BATCH, options.batch) if one_by_one else options.batch
         if way.search is not None:
             ranked = way.search.rank(requests, backend, batch=batch, advance=advance)
         else:
@@ -609,9 +627,9 @@ class LanguageModel:
         if way.ensemble is not None:
             with self.budget.stage("fusing"):
                 ranked = way.ensemble.join(requests, ranked)
-        return list(zip(ranked, self._reasons(way, requests, ranked, backend), strict=True))
+        return list(zip(ranked, self._write_rationales(way, requests, ranked, backend), strict=True))
 
-    def _reasons(
+    def _write_rationales(
         self,
         way: RankingSteps,
         requests: Sequence[RankRequest],
@@ -628,9 +646,9 @@ class LanguageModel:
 
     def _answered(
         self, way: RankingSteps, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons
-    ) -> Answered:
-        notes = (*request.notes, *notes_of(way.asking, request, answer), *reasons.notes)
-        common = Answered(
+    ) -> AnnotatedAnswer:
+        notes = (*request.notes, *ranking_notes(way.asking, request, answer), *reasons.notes)
+        common = AnnotatedAnswer(
             answer=answer,
             notes=notes,
             retrieved=request.retrieved,
@@ -652,7 +670,7 @@ class LanguageModel:
         )
 
 
-def _items(
+def _read_items_and_retriever(
     options: RecommenderOptions, bundle: Bundle
 ) -> tuple[Mapping[str, Item] | None, Dataset | None, Retriever | None]:
     """Return the items that requests can name by id, the data of a run, and the retriever."""
@@ -662,7 +680,7 @@ def _items(
         items = data.dataset.items if options.items is None else read_items(options.items)
         retriever = Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
         return items, None if bundle.run is None else data.dataset, retriever
-    known, dataset = catalogue_of(bundle, options.items)
+    known, dataset = read_catalogue(bundle, options.items)
     if options.ranks_catalogue and not known:
         raise DataError(
             "--candidates all needs a catalogue; give a table of items with --items",
@@ -672,7 +690,7 @@ def _items(
     return known, dataset, None
 
 
-def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
+def _cleaning_listener(listener: Callable[[str], None]) -> Callable[[str], None]:
     """Return a listener that cleans a streamed text and passes on new parts."""
     raw = sent = ""
 

@@ -1,7 +1,7 @@
 """Builds recommendation lists under business rules: allowed items, ranking depth, and the final list.
 
-A service awaits an engine where Python calls a model, so `listing` is a generator: it yields a question, is sent the
-answer, and returns the list. All interfaces use it.
+A service awaits an engine where Python calls a model, so `recommendation_steps` is a generator: it yields a question,
+is sent the answer, and returns the list. All interfaces use it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.recommender import POPULAR, RANK, Answered, Question, ranking_of
+from llmrec.answer.recommender import POPULAR, RANK, AnnotatedAnswer, Question, require_ranking
 from llmrec.answer.rules import Rules, required_depth
 from llmrec.data.requests import USER_FIELDS, RankRequest
 from llmrec.errors import DataError
 
 DEFAULT_LENGTH = 20
 """Default length of a list over the whole catalogue."""
-COLD = "no data about the user: the most popular items"
+COLD_START_NOTE = "no data about the user: the most popular items"
 """The note on the list for a request that `is_cold`."""
 # How deep to rank at first under quotas or diversity, before a deeper ranking is requested.
-_DEEP = 50
-_DEEPER = 4
+_INITIAL_DEPTH = 50
+_DEPTH_FACTOR = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class ListSpec:
 Query = tuple[Question, RankRequest]
 
 
-def listing(
+def recommendation_steps(
     request: RankRequest, spec: ListSpec, catalogue: Catalogue, verb: str = RANK
-) -> Generator[Query, Answered, Answered]:
+) -> Generator[Query, AnnotatedAnswer, AnnotatedAnswer]:
     """Yield the questions for models, receive the answers, and return the final list.
 
     The depth increases while quotas leave too few items, up to the whole catalogue.
@@ -77,15 +77,15 @@ def listing(
     """
     rules, items = spec.rules, catalogue.items
     k = spec.k or len(request.candidates) or DEFAULT_LENGTH
-    request = _allowed(request, spec, catalogue)
+    request = _remove_forbidden_items(request, spec, catalogue)
     question = Question(model=spec.model, verb=verb, strategy=spec.strategy)
     if is_cold(request):
         question = replace(question, verb=POPULAR, strategy="auto")
     most = len(items) - len(request.barred)
-    depth = required_depth(rules, k) or min(most, max(_DEEP, 5 * k))
+    depth = required_depth(rules, k) or min(most, max(_INITIAL_DEPTH, 5 * k))
     while True:
         answer = yield replace(question, depth=depth), request
-        ranking = ranking_of(answer)
+        ranking = require_ranking(answer)
         candidates = {item.item_id: item for item in request.candidates}
         # A model may list an item that was just added or removed, without applying the rules to it.
         pairs = [
@@ -97,7 +97,7 @@ def listing(
         chosen = rules.arrange(pairs, known, k)
         if len(chosen) >= k or request.candidates or len(ranking.items) < depth or depth >= most:
             break
-        depth = min(most, depth * _DEEPER)
+        depth = min(most, depth * _DEPTH_FACTOR)
     titles = dict(zip(ranking.items, answer.titles, strict=True))
     ranking = replace(ranking, items=tuple(name for name, _ in chosen), scores=tuple(score for _, score in chosen))
     return replace(answer, answer=ranking, titles=tuple(titles[name] for name, _ in chosen))
@@ -108,7 +108,7 @@ def is_cold(request: RankRequest) -> bool:
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
-def _allowed(request: RankRequest, spec: ListSpec, catalogue: Catalogue) -> RankRequest:
+def _remove_forbidden_items(request: RankRequest, spec: ListSpec, catalogue: Catalogue) -> RankRequest:
     """Remove the items that the rules forbid from a request, before ranking."""
     request, items = replace(request, keep_seen=not spec.exclude_seen), catalogue.items
     if not spec.rules:

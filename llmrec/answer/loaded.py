@@ -23,29 +23,43 @@ import polars as pl
 import pyarrow as pa
 
 from llmrec.answer.checks import with_resolved_engine
-from llmrec.answer.known import Catalogue, KnownEntities, Profile, profiles_of, read_known, read_known_entities
+from llmrec.answer.known import (
+    Catalogue,
+    KnownEntities,
+    Profile,
+    parse_request_with_history,
+    profile_lookup,
+    read_known_entities,
+)
 from llmrec.answer.language_model import LanguageModel
-from llmrec.answer.listing import ListSpec, listing
-from llmrec.answer.opening import Models, open_models, reserved_by
+from llmrec.answer.listing import ListSpec, recommendation_steps
+from llmrec.answer.opening import Models, open_models, reserved_fraction
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.prompting import value_of
-from llmrec.answer.recommender import RANK, Answered, Question, check_verb, ranking_of
+from llmrec.answer.prompting import answer_value
+from llmrec.answer.recommender import RANK, AnnotatedAnswer, Question, check_verb, require_ranking
 from llmrec.answer.rules import Rules
-from llmrec.answer.saving import drafted, link, publish, refuse_other_files, rows_of, write
-from llmrec.data.frames import as_arrow, like
-from llmrec.data.lists import Entities, read_lists, read_truth
-from llmrec.data.ranked import LISTS
-from llmrec.data.read.limits import shown
-from llmrec.data.requests import RankRequest, identity, read_request, some
-from llmrec.display import Displayed, Summary, listed
+from llmrec.answer.saving import (
+    check_other_files,
+    draft_folder,
+    interactions_with_parts,
+    link_model_files,
+    publish_folder,
+    write_model_data,
+)
+from llmrec.data.frames import as_arrow, convert_like
+from llmrec.data.lists import EntityColumns, read_lists, read_truth
+from llmrec.data.ranked import LIST_SCHEMA
+from llmrec.data.read.limits import format_value
+from llmrec.data.requests import RankRequest, format_few_names, parse_request, request_identity
+from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.durable import write_text
 from llmrec.ensembles import stored
 from llmrec.errors import DataError, LlmrecError, did_you_mean
-from llmrec.evaluate.scoring import Scores, judging, score_lists
-from llmrec.keywords import speaks_python
+from llmrec.evaluate.scoring import Scores, list_evaluation_settings, score_lists
+from llmrec.keywords import with_keywords_in_errors
 from llmrec.pipeline import bundle as bundles
 from llmrec.progress import Progress
-from llmrec.recipe.load import STORED, dump, load_stored
+from llmrec.recipe.load import STORED_RECIPE_FILE, dump_recipe, load_stored_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.recipe.shared import RESAMPLES
 from llmrec.results import Choice
@@ -55,18 +69,18 @@ log = logging.getLogger(__name__)
 
 __all__ = ["ListSpec", "Loaded", "Ranked", "Scored", "load"]
 
-_KEYS = ("id", "user_id", "history", "candidates", "profile")
+_REQUEST_KEYS = ("id", "user_id", "history", "candidates", "profile")
 # Number of requests per batch for a data frame.
-_TOGETHER = 64
+_BATCH_SIZE = 64
 
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _named_in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def _with_keyword_errors(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Decorate a function so that its errors name the keywords of `load` instead of command options."""
-    return speaks_python(function, [option.name for option in fields(RecommenderOptions)])
+    return with_keywords_in_errors(function, [option.name for option in fields(RecommenderOptions)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +106,7 @@ class Ranked(Displayed, list[Scored]):
         return Summary(f"{len(self)} items", header=("rank", "item_id", "title", "score"), rows=rows)
 
 
-@_named_in_python
+@_with_keyword_errors
 def load(folder: str | Path, *, models: Sequence[str] = (), frame: Any = None, **options: Any) -> Loaded:
     """Open a run, an exported folder or a model.
 
@@ -147,7 +161,7 @@ class Loaded(Displayed):
 
     def _summary(self) -> Summary:
         facts = {
-            "models": f"{listed(self.models)}; the first is the default",
+            "models": f"{format_name_list(self.models)}; the first is the default",
             "catalogue": f"{len(self._models.items):,} items" if self._models.items else "unknown",
         }
         return Summary(f"Recommender {self._options.model!r}", facts)
@@ -157,7 +171,7 @@ class Loaded(Displayed):
         """Names of the models, the default model first."""
         return tuple(self._models.opened)
 
-    @_named_in_python
+    @_with_keyword_errors
     def recommend(
         self,
         users: Any = None,
@@ -191,20 +205,22 @@ class Loaded(Displayed):
                 histories or candidates.
         """
         spec = ListSpec(k, model, strategy, exclude_seen, Rules.read(where or {}))
-        if (sequence := _sequence(self.users if users is None else users)) is None:
-            return like(users, self._table(as_arrow(users, "requests frame").to_pylist(), spec))
+        if (sequence := _as_list(self.users if users is None else users)) is None:
+            return convert_like(users, self._table(as_arrow(users, "requests frame").to_pylist(), spec))
         histories = any(not isinstance(entry, str | int | float | None) for entry in sequence)
         if not histories:
-            self._warn_of_unknown(sequence)
+            self._warn_of_unknown_users(sequence)
         rows = [
             {"id": str(n), "history": list(entry)} if histories else {"id": str(entry), "user_id": entry}
             for n, entry in enumerate(sequence)
         ]
         with Progress("recommending", len(rows), unit="lists", passing=True) as bar:
-            table = self._table(rows, spec, bar) if rows else _SCHEMA.empty_table()
-        return like(self._like(users), table.select(["id" if histories else "user_id", *_SCHEMA.names[2:6]]))
+            table = self._table(rows, spec, bar) if rows else _LISTS_SCHEMA.empty_table()
+        return convert_like(
+            self._like(users), table.select(["id" if histories else "user_id", *_LISTS_SCHEMA.names[2:6]])
+        )
 
-    @_named_in_python
+    @_with_keyword_errors
     def rank(
         self,
         candidates: Sequence[Any] | None = None,
@@ -243,10 +259,10 @@ class Loaded(Displayed):
         (answer,) = self.lists([self._request(record, 1)], spec)
         if isinstance(answer, LlmrecError):
             raise answer
-        self._warn(answer, user)
-        return _scored(answer)
+        self._warn_once(answer, user)
+        return _ranked_list(answer)
 
-    @_named_in_python
+    @_with_keyword_errors
     def evaluate(
         self,
         test: Any,
@@ -276,11 +292,13 @@ class Loaded(Displayed):
             LlmrecError: If ``test`` cannot be read, or a list cannot be computed.
         """
         cuts = (k,) if isinstance(k, int) else tuple(k)
-        how = judging(cuts, resamples, seed, whole=False, planned=f"NDCG@{max(cuts, default=0)}" if against else None)
+        how = list_evaluation_settings(
+            cuts, resamples, seed, whole=False, planned=f"NDCG@{max(cuts, default=0)}" if against else None
+        )
         truth = read_truth(test, self._columns, by_user=True)
         users = truth.frame["key"].unique().sort().to_list()
         if exclude_seen:
-            self._warn_of_seen(truth.frame)
+            self._warn_of_seen_items(truth.frame)
         lists = []
         for rec, name in ((self, model), *(((against, None),) if against else ())):
             table = rec.recommend(pa.array(users), max(cuts), exclude_seen=exclude_seen, model=name)
@@ -289,7 +307,7 @@ class Loaded(Displayed):
             lists = [replace(entry, name=f"{letter}: {entry.name}") for letter, entry in zip("AB", lists, strict=True)]
         return score_lists(lists, replace(truth, name="test interactions"), how)
 
-    @_named_in_python
+    @_with_keyword_errors
     def save(self, folder: str | Path) -> Path:
         """Write the recommender to a folder that `llmrec.load` and ``llmrec serve`` open, and return its path.
 
@@ -304,9 +322,9 @@ class Loaded(Displayed):
             LlmrecError: If the folder contains other files.
         """
         out = Path(folder).expanduser()
-        refuse_other_files(out, "folder")
-        with drafted(out) as draft:
-            reserved, measured = 0.0, stored.Stored()
+        check_other_files(out, "folder")
+        with draft_folder(out) as draft:
+            reserved, measured = 0.0, stored.StoredEnsembles()
             if self._recipe is not None:
                 recipe, choice = self._recipe
                 if choice is None:
@@ -314,20 +332,23 @@ class Loaded(Displayed):
                         f"the class of {self.models[0]} is in __main__, which cannot be imported; move it to a module",
                         kind="unsupported",
                     )
-                write_text(draft / STORED, dump(recipe))
+                write_text(draft / STORED_RECIPE_FILE, dump_recipe(recipe))
                 measured = replace(measured, choice=choice)
             else:
                 bundle = bundles.read(self._options.model)
                 source = bundle.run or Path(bundle.folder)
-                reserved, measured = reserved_by(bundle), stored.settled(stored.read(source))
+                reserved, measured = (
+                    reserved_fraction(bundle),
+                    stored.without_reserved_users(stored.read_ensembles(source)),
+                )
                 if bundle.weights:
-                    link(Path(bundle.folder), draft)
+                    link_model_files(Path(bundle.folder), draft)
                 else:
-                    shutil.copyfile(source / STORED, draft / STORED)
+                    shutil.copyfile(source / STORED_RECIPE_FILE, draft / STORED_RECIPE_FILE)
             data = self._models.data
-            rows = None if data is None else rows_of(data, reserved)
-            write(draft, self._options.model, self._models.items, rows, measured)
-            publish(draft, out)
+            rows = None if data is None else interactions_with_parts(data, reserved)
+            write_model_data(draft, self._options.model, self._models.items, rows, measured)
+            publish_folder(draft, out)
         return out
 
     @property
@@ -362,13 +383,13 @@ class Loaded(Displayed):
             DataError: If the request cannot be ranked.
         """
         items = self._models.items or None
-        return read_known(
+        return parse_request_with_history(
             record, row, lambda user: self.known.histories.of_user(user), items, self._profiles, whole=whole
         )
 
     def lists(
         self, requests: Sequence[RankRequest], spec: ListSpec, *, rationale: int = 0
-    ) -> list[Answered | LlmrecError]:
+    ) -> list[AnnotatedAnswer | LlmrecError]:
         """Return a list or an error for every request; requests with the same settings are answered in one batch.
 
         Args:
@@ -377,16 +398,16 @@ class Loaded(Displayed):
             rationale: The number of first items with a rationale.
         """
         check_verb(self._models.get(spec.model), RANK)
-        lists: dict[int, Answered | LlmrecError] = {}
-        steps = {n: listing(request, spec, self._catalogue) for n, request in enumerate(requests)}
+        lists: dict[int, AnnotatedAnswer | LlmrecError] = {}
+        steps = {n: recommendation_steps(request, spec, self._catalogue) for n, request in enumerate(requests)}
         pending: dict[int, tuple[Question, RankRequest]] = {}
 
-        def advance(n: int, answer: Answered | None) -> None:
+        def advance(n: int, answer: AnnotatedAnswer | None) -> None:
             try:
                 pending[n] = next(steps[n]) if answer is None else steps[n].send(answer)
                 return
             except StopIteration as done:
-                lists[n] = self._with_reasons(done.value, *pending[n], rationale) if rationale else done.value
+                lists[n] = self._with_explanations(done.value, *pending[n], rationale) if rationale else done.value
             except LlmrecError as error:
                 lists[n] = error
             pending.pop(n, None)
@@ -401,7 +422,7 @@ class Loaded(Displayed):
                 advance(n, answer)
         return [lists[n] for n in range(len(requests))]
 
-    @_named_in_python
+    @_with_keyword_errors
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> Ranked:
         """Return items that often occur in the same histories (``interactions``), or have similar texts (``text``).
 
@@ -412,20 +433,20 @@ class Loaded(Displayed):
             raise DataError(f"items: {items!r} is a string; give a list of ids, such as [{items!r}]", kind="bad-value")
         ListSpec(k)
         known = [self._catalogue.get(str(item)).item_id for item in items]
-        request = read_request({"history": known}, 1, self._models.items, whole=True)
-        return _scored(self._models.similar(by).answer([request], Question(depth=k))[0])
+        request = parse_request({"history": known}, 1, self._models.items, whole=True)
+        return _ranked_list(self._models.similar(by).answer([request], Question(depth=k))[0])
 
-    @_named_in_python
+    @_with_keyword_errors
     def rate(self, item: Any, **who: Any) -> float:
         """Predict a user's rating of an item; the user is given as in `rank`."""
         return float(self._about("rating", item, **who))
 
-    @_named_in_python
+    @_with_keyword_errors
     def predict(self, item: Any, **who: Any) -> float:
         """Predict the probability that a user likes or chooses an item; the user is given as in `rank`."""
         return float(self._about("ctr", item, **who))
 
-    @_named_in_python
+    @_with_keyword_errors
     def explain(self, item: Any, **who: Any) -> str:
         """Explain why an item suits a user; ``who`` as in `rank`.
 
@@ -454,24 +475,24 @@ class Loaded(Displayed):
 
     @cached_property
     def _profiles(self) -> Callable[[str], Profile] | None:
-        return None if self._given is not None else profiles_of(self._options.model)
+        return None if self._given is not None else profile_lookup(self._options.model)
 
     @cached_property
-    def _columns(self) -> Entities:
+    def _columns(self) -> EntityColumns:
         """Column names of users and items in the data."""
         if self._recipe is not None:
             recipe = self._recipe[0]
         else:
             folder = Path(self._options.model).expanduser()
-            if not (folder / STORED).is_file():
-                return Entities()
-            recipe = load_stored(folder)
-        return Entities(recipe.data.columns.user, recipe.data.columns.item)
+            if not (folder / STORED_RECIPE_FILE).is_file():
+                return EntityColumns()
+            recipe = load_stored_recipe(folder)
+        return EntityColumns(recipe.data.columns.user, recipe.data.columns.item)
 
     def _like(self, users: Any) -> Any:
         """Return a series or array of users as a data frame of the same library."""
         if isinstance(users, pa.Array | pa.ChunkedArray):
-            return _SCHEMA.empty_table()
+            return _LISTS_SCHEMA.empty_table()
         return users if type(users).__module__.partition(".")[0] in ("pandas", "polars") else self._frame
 
     @cached_property
@@ -484,19 +505,19 @@ class Loaded(Displayed):
 
     def _table(self, rows: Sequence[Mapping[str, Any]], spec: ListSpec, bar: Progress | None = None) -> pa.Table:
         """Rank requests and return a table with one row per item or failed request."""
-        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        rows = _read(rows)
+        columns: dict[str, list[Any]] = {name: [] for name in _LISTS_SCHEMA.names}
+        rows = _normalise_request_rows(rows)
 
         def add(row: Mapping[str, Any], number: int, notes: Sequence[str], **rest: Any) -> None:
-            named, user = identity(row, number)
+            named, user = request_identity(row, number)
             cells = {"id": named or str(number), "user_id": user, "notes": "; ".join(notes) or None, **rest}
             for name, values in columns.items():
                 values.append(cells.get(name))
 
-        for start in range(0, len(rows), _TOGETHER):
-            part = list(enumerate(rows[start : start + _TOGETHER], start=start + 1))
+        for start in range(0, len(rows), _BATCH_SIZE):
+            part = list(enumerate(rows[start : start + _BATCH_SIZE], start=start + 1))
             requests: dict[int, RankRequest] = {}
-            answers: dict[int, Answered | LlmrecError] = {}
+            answers: dict[int, AnnotatedAnswer | LlmrecError] = {}
             for number, row in part:
                 try:
                     requests[number] = self._request(row, number)
@@ -510,19 +531,19 @@ class Loaded(Displayed):
                         raise answer
                     add(row, number, requests[number].notes if number in requests else (), error=str(answer))
                     continue
-                for rank, item in enumerate(_scored(answer), start=1):
+                for rank, item in enumerate(_ranked_list(answer), start=1):
                     add(row, number, answer.notes, rank=rank, item_id=item.item_id, title=item.title, score=item.score)
             if bar is not None:
                 bar.advance(len(part))
-        return pa.table(columns, schema=_SCHEMA)
+        return pa.table(columns, schema=_LISTS_SCHEMA)
 
-    def _warn_of_unknown(self, users: Sequence[object]) -> None:
-        names = pl.Series([identity({"user_id": user}, 1)[1] for user in users], dtype=pl.String)
+    def _warn_of_unknown_users(self, users: Sequence[object]) -> None:
+        names = pl.Series([request_identity({"user_id": user}, 1)[1] for user in users], dtype=pl.String)
         unknown = names.filter(~names.is_in(self.known.histories.users.implode())).drop_nulls()
         if len(unknown):
-            log.warning("users without data, who get the most popular items: %s", some(unknown.to_list()))
+            log.warning("users without data, who get the most popular items: %s", format_few_names(unknown.to_list()))
 
-    def _warn_of_seen(self, relevant: pl.DataFrame) -> None:
+    def _warn_of_seen_items(self, relevant: pl.DataFrame) -> None:
         by_user = relevant.group_by("key", maintain_order=True).agg("item").iter_rows()
         past = self.known.histories.of_user
         seen = sum(len({event.item_id for event in past(user)}.intersection(items)) for user, items in by_user)
@@ -534,7 +555,9 @@ class Loaded(Displayed):
                 f"{relevant.height:,}",
             )
 
-    def _with_reasons(self, answer: Answered, question: Question, request: RankRequest, first: int) -> Answered:
+    def _with_explanations(
+        self, answer: AnnotatedAnswer, question: Question, request: RankRequest, first: int
+    ) -> AnnotatedAnswer:
         (reasons,) = self._models.reasons(question, [request], [answer], first)
         return replace(answer, reasons=reasons, notes=(*answer.notes, *reasons.notes))
 
@@ -548,50 +571,50 @@ class Loaded(Displayed):
                 f"unknown argument: {', '.join(who)}; use history, user, profile or model", kind="unknown-key"
             )
         request = self._request({**record, "candidates": [item]}, 1)
-        self._warn(request, request.user_id)
+        self._warn_once(request, request.user_id)
         answer = self._models.answer(question, [request])[0].answer
-        value = value_of(answer)
+        value = answer_value(answer)
         if value is None:
             reason = answer.reason if isinstance(answer, Unparsed) else "there is no answer"
             raise DataError(f"{family}: {reason}", kind="failed")
         return value
 
-    def _warn(self, entry: Answered | RankRequest, user: object) -> None:
+    def _warn_once(self, entry: AnnotatedAnswer | RankRequest, user: object) -> None:
         """Warn once about each unknown user and item in a request."""
         messages = []
         if entry.unknown_user:
-            messages.append(f"unknown user {shown(str(user))}")
+            messages.append(f"unknown user {format_value(str(user))}")
         if entry.unknown_items:
-            messages.append(f"unknown items of a history, ignored: {some(entry.unknown_items)}")
-        cold = isinstance(entry, Answered) and entry.cold
+            messages.append(f"unknown items of a history, ignored: {format_few_names(entry.unknown_items)}")
+        cold = isinstance(entry, AnnotatedAnswer) and entry.cold
         for text in messages:
             if text not in self._warned:
                 self._warned.add(text)
                 log.warning("%s%s", text, "; the most popular items are listed" if cold else "")
 
-    @_named_in_python
+    @_with_keyword_errors
     def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
         """Return the prompt for a ranking or, with ``verb``, for another task about an ``item``."""
         reader = self._models.get(model)
         if not isinstance(reader, LanguageModel):
             raise DataError(f"{reader.name} is not a language model, so it has no prompt", kind="unsupported")
-        record = {key: who.get({"user_id": "user"}.get(key, key)) for key in _KEYS}
+        record = {key: who.get({"user_id": "user"}.get(key, key)) for key in _REQUEST_KEYS}
         if "item" in who:
             record["candidates"] = [who["item"]]
         return reader.prompt(self._request(record, 1), Question(verb=verb))
 
 
-_SCHEMA = pa.schema([("id", pa.string()), *LISTS, ("notes", pa.string())])
+_LISTS_SCHEMA = pa.schema([("id", pa.string()), *LIST_SCHEMA, ("notes", pa.string())])
 
 
-def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def _normalise_request_rows(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Return the rows of a data frame, with the column ``user`` renamed to ``user_id``."""
     names = list(rows[0]) if rows else []
     if "user" in names and "user_id" not in names:
         rows = [{("user_id" if key == "user" else key): value for key, value in row.items()} for row in rows]
         names = list(rows[0])
-    if rows and not set(names) & set(_KEYS[1:]):
-        close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _KEYS))), "")
+    if rows and not set(names) & set(_REQUEST_KEYS[1:]):
+        close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _REQUEST_KEYS))), "")
         raise DataError(
             f"data frame of requests: unknown columns {names}; use user_id, history, candidates or profile{close}",
             kind="missing-column",
@@ -600,12 +623,12 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def _scored(answer: Answered) -> Ranked:
-    ranking = ranking_of(answer)
+def _ranked_list(answer: AnnotatedAnswer) -> Ranked:
+    ranking = require_ranking(answer)
     return Ranked(Scored(*item) for item in zip(ranking.items, answer.titles, ranking.scores, strict=True))
 
 
-def _sequence(value: Any) -> list[Any] | None:
+def _as_list(value: Any) -> list[Any] | None:
     """Return ids or histories as a list; None for a data frame."""
     if isinstance(value, str | int):
         return [value]

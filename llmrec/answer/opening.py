@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec.answer.checks import bundle_of
+from llmrec.answer.checks import read_bundle
 from llmrec.answer.classic import FittedBaseline, training_data
 from llmrec.answer.ensemble import Ensemble
-from llmrec.answer.known import Items, catalogue_of
+from llmrec.answer.known import Items, read_catalogue
 from llmrec.answer.language_model import LanguageModel
-from llmrec.answer.listing import COLD
+from llmrec.answer.listing import COLD_START_NOTE
 from llmrec.answer.options import PLAIN, TUNED, UNTUNED, RecommenderOptions
 from llmrec.answer.recommender import (
     POPULAR,
     RANK,
     SIMILAR,
-    Answered,
+    AnnotatedAnswer,
     Card,
     Question,
     Reasons,
@@ -26,33 +26,33 @@ from llmrec.answer.recommender import (
     check_verb,
     match_model_name,
 )
-from llmrec.answer.strategy import data_of, ranking_families_of
-from llmrec.backends.vllm.adapters import Adapter, live_adapters
-from llmrec.backends.vllm.backend import free_share
-from llmrec.baselines.fits import fit_stored
-from llmrec.baselines.parameters import hashes_of, make
+from llmrec.answer.strategy import items_only_data, ranking_families_of
+from llmrec.backends.vllm.adapters import Adapter, loadable_adapters
+from llmrec.backends.vllm.backend import free_gpu_share
+from llmrec.baselines.fits import fit_or_restore
+from llmrec.baselines.parameters import create_baseline, input_hashes
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.display import Displayed, Summary
 from llmrec.ensembles import stored
-from llmrec.ensembles.carried import FILE as INTERACTIONS
-from llmrec.ensembles.members import ENSEMBLE_NAMES, choosing
+from llmrec.ensembles.carried import INTERACTIONS_FILE as INTERACTIONS
+from llmrec.ensembles.members import ENSEMBLE_NAMES, member_training_data
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
-from llmrec.models.load import resolve, weights_stamp
+from llmrec.models.load import model_folder_hash, resolve_model_folder
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.study import load_tables, with_text_baseline
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import load_stored_recipe
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
-from llmrec.registry import BASELINES, is_plugin, lookup
-from llmrec.tasks.family import answers, families
+from llmrec.registry import BASELINES, import_component, is_plugin
+from llmrec.tasks.family import families, is_family_supported
 from llmrec.types import Item
 
 POPULARITY = "popularity"
 """The model for cold-start users."""
-_SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
+_SIMILARITY_BASELINES: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
 
 
 @dataclass(repr=False)
@@ -112,7 +112,7 @@ class Models(Displayed):
                 kind="unsupported",
                 column="by",
             )
-        return self._kept(_SIMILAR[by])
+        return self._kept(_SIMILARITY_BASELINES[by])
 
     def model_for(self, question: Question) -> Recommender:
         """Return the model that answers a question.
@@ -133,7 +133,7 @@ class Models(Displayed):
         question: Question,
         requests: Sequence[RankRequest],
         listener: Callable[[str], None] | None = None,
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """Answer the same question for several requests, in order; see `Recommender.answer`.
 
         Raises:
@@ -143,7 +143,7 @@ class Models(Displayed):
         lists = question.verb in (SIMILAR, POPULAR)
         answers = model.answer(requests, replace(question, verb=RANK) if lists else question, listener)
         if question.verb == POPULAR and self.popular is not None:
-            return [replace(item, cold=True, notes=(*item.notes, COLD)) for item in answers]
+            return [replace(item, cold=True, notes=(*item.notes, COLD_START_NOTE)) for item in answers]
         return answers
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
@@ -155,7 +155,7 @@ class Models(Displayed):
             return None
 
     def reasons(
-        self, question: Question, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
+        self, question: Question, requests: Sequence[RankRequest], lists: Sequence[AnnotatedAnswer], first: int
     ) -> list[Reasons]:
         """Return explanations for the first items of lists; if there are none, a note says why."""
         model = self.get(question.model)
@@ -191,7 +191,7 @@ class Models(Displayed):
         for model in self.opened.values():
             model.changed()
         # Text similarity is computed again for new items.
-        self._similar.pop(_SIMILAR["text"], None)
+        self._similar.pop(_SIMILARITY_BASELINES["text"], None)
         self._cards.clear()
         return self.cards()
 
@@ -202,12 +202,12 @@ class Models(Displayed):
 
     def _kept(self, name: str) -> Recommender:
         known = match_model_name(name, self.opened)
-        if known is not None and name != _SIMILAR["text"]:
+        if known is not None and name != _SIMILARITY_BASELINES["text"]:
             return self.opened[known]
         if name not in self._similar:
             # text similarity needs no interactions
             data = self.data or self.blank
-            self._similar[name] = _classic(BaselineSection(name=name), data, self.items, seed=data.seed)
+            self._similar[name] = _fit_baseline(BaselineSection(name=name), data, self.items, seed=data.seed)
         return self._similar[name]
 
 
@@ -225,42 +225,42 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
         LlmrecError: If a model cannot be opened, or a name is unknown.
     """
     base_options = replace(options, candidates="file", top=None, rationale=0, fuse="none")
-    bundle = bundle_of(base_options)
-    fusions = _fusions(bundle)
-    languages = _open_languages(base_options, bundle, names, fusions) if bundle.weights else {}
+    bundle = read_bundle(base_options)
+    fusions = _stored_ensembles(bundle)
+    languages = _open_language_models(base_options, bundle, names, fusions) if bundle.weights else {}
     base = languages.get(language_model_name(bundle))
-    items = Items((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
-    data = training_data(bundle, "--models") if _learns(bundle) else None
+    items = Items((base.items if base else read_catalogue(bundle, options.items)[0]) or {})
+    data = training_data(bundle, "--models") if _has_interactions(bundle) else None
     models = Models(
         opened={},
         items=items,
         data=data,
         scale=bundle.rating_scale,
-        blank=data_of(bundle, items),
+        blank=items_only_data(bundle, items),
         _languages=languages,
     )
-    finder = _finder(models, fusions)
+    finder = _select_retriever(models, fusions)
     for name, model in languages.items():
         model.items, model.name, model.finder = items, name, finder
     for name in dict.fromkeys(names or default_model_names(bundle, items)):
-        opened = _opened(name, options, models, bundle, fusions, base, finder)
+        opened = _open_model(name, options, models, bundle, fusions, base, finder)
         models.opened[opened.name] = opened
     return models
 
 
-def _open_languages(
+def _open_language_models(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.StoredEnsemble]
 ) -> dict[str, LanguageModel]:
     """Return the language model of a folder and other requested models by name, if possible on one GPU engine."""
-    base_name, runs = language_model_name(bundle), _other_runs(options, names)
-    base = {UNTUNED: _untuned(bundle)} if UNTUNED in names else {}
+    base_name, runs = language_model_name(bundle), _read_other_runs(options, names)
+    base = {UNTUNED: _base_model_bundle(bundle)} if UNTUNED in names else {}
     if runs:
         together = [bundle, *runs.values()]
-        _check_equal("base model", {str(item.run): weights_stamp(_pretrained(item)) for item in together})
+        _check_equal("base model", {str(item.run): model_folder_hash(_pretrained_folder(item)) for item in together})
         _check_equal("item codes", {str(item.run): item.index and item.index.digest for item in together})
     needs_bundle = not {base_name, *fusions}.isdisjoint(names)
     tuned = [*([bundle] if needs_bundle else []), *runs.values()]
-    adapters = _adapters(tuned, _untuned(bundle)) if len(tuned) + len(base) > 1 else []
+    adapters = _shared_engine_adapters(tuned, _base_model_bundle(bundle)) if len(tuned) + len(base) > 1 else []
     if len(adapters) + len(base) == 1:
         # A single model is served with merged weights.
         adapters = []
@@ -281,15 +281,15 @@ def _open_languages(
     engines = len(requested) - max(0, len(shared) - 1)
     if engines > 1 and options.gpu_memory is None and options.backend != "hf" and models[base_name].on_gpu:
         # Otherwise the first engine takes all free GPU memory.
-        models = opened(replace(options, gpu_memory=free_share(options.tensor_parallel) / engines))
+        models = opened(replace(options, gpu_memory=free_gpu_share(options.tensor_parallel) / engines))
     return models
 
 
-def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, Bundle]:
+def _read_other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, Bundle]:
     """Return the fine-tuned models of other runs, by name."""
     runs: dict[str, Bundle] = {}
     for folder in dict.fromkeys(names):
-        name = _run_name(folder)
+        name = _run_model_name(folder)
         if name is None:
             continue
         if options.backend == "openai":
@@ -304,7 +304,7 @@ def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, 
                 kind="duplicate",
                 column="--models",
             )
-        runs[name] = bundle_of(replace(options, model=folder))
+        runs[name] = read_bundle(replace(options, model=folder))
         if not runs[name].weights:
             raise RecipeError(
                 f"--models {folder}: this run has no language model (eval.arms is empty); serve it separately",
@@ -314,7 +314,7 @@ def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, 
     return runs
 
 
-def _run_name(name: str) -> str | None:
+def _run_model_name(name: str) -> str | None:
     """Return the model name of another run, given its folder; None if it is not the folder of a run."""
     folder = Path(name).expanduser()
     if name in _reserved_names() or not (folder / "recipe.yaml").is_file():
@@ -340,18 +340,18 @@ def _check_equal(what: str, values: Mapping[str, object]) -> None:
             )
 
 
-def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
+def _shared_engine_adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
     """Return the adapters that vLLM can apply to the base model in one engine."""
-    stamp = weights_stamp(base.folder)
+    stamp = model_folder_hash(base.folder)
     return [
         adapter
         for bundle in tuned
         if bundle.run is not None
-        and load_stored(bundle.run).train.start is None
+        and load_stored_recipe(bundle.run).train.start is None
         # An engine has one context length, and the embeddings of added tokens may differ.
         and bundle.model.max_length == base.model.max_length
-        and weights_stamp(_untuned(bundle).folder) == stamp
-        for adapter in live_adapters(base.folder, stamp, bundle.run / "adapter", weights_stamp(bundle.folder))
+        and model_folder_hash(_base_model_bundle(bundle).folder) == stamp
+        for adapter in loadable_adapters(base.folder, stamp, bundle.run / "adapter", model_folder_hash(bundle.folder))
     ]
 
 
@@ -362,11 +362,13 @@ def default_model_names(bundle: Bundle, items: Mapping[str, Item] | None = None)
         bundle: The model.
         items: The catalogue; without it the text-similarity recommender, which a run adds at the end, is missing.
     """
-    first = [default_of(bundle), language_model_name(bundle)]
-    return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle, items or {})]))
+    first = [best_validated_model(bundle), language_model_name(bundle)]
+    return list(
+        dict.fromkeys([*filter(None, first), *_stored_ensembles(bundle), *_fast_baseline_names(bundle, items or {})])
+    )
 
 
-def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
+def describe_default_model(folder: str, names: Sequence[str] = ()) -> str:
     """Return a sentence about the default model.
 
     Args:
@@ -374,25 +376,25 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
         names: See `open_models`.
     """
     bundle = bundles.read(folder)
-    default, choice = default_of(bundle), stored.read(_folder(bundle)).choice
+    default, choice = best_validated_model(bundle), stored.read_ensembles(_bundle_folder(bundle)).choice
     if names or default is None or choice is None or not choice.users:
         first = (names or default_model_names(bundle))[0]
-        return f"the default is {_run_name(first) or first}"
+        return f"the default is {_run_model_name(first) or first}"
     return (
         f"the default is {default}, the best of {len(choice.figures)} on {choice.users:,} validation users "
         f"({choice.metric} {choice.value:.4f})"
     )
 
 
-def default_of(bundle: Bundle) -> str | None:
+def best_validated_model(bundle: Bundle) -> str | None:
     """Return the model that was best on the validation users; None if the language model is the default."""
-    choice = stored.read(_folder(bundle)).choice
-    if choice is None or not _learns(bundle):
+    choice = stored.read_ensembles(_bundle_folder(bundle)).choice
+    if choice is None or not _has_interactions(bundle):
         return None
-    return stored.name_of(choice, _fusions(bundle), language_model_name(bundle))
+    return stored.served_model_name(choice, _stored_ensembles(bundle), language_model_name(bundle))
 
 
-def _folder(bundle: Bundle) -> Path:
+def _bundle_folder(bundle: Bundle) -> Path:
     return bundle.run or Path(bundle.folder)
 
 
@@ -401,15 +403,17 @@ def language_model_name(bundle: Bundle) -> str:
     return "" if not bundle.weights else TUNED if bundle.tuned else PLAIN
 
 
-def _fusions(bundle: Bundle) -> dict[str, stored.StoredEnsemble]:
+def _stored_ensembles(bundle: Bundle) -> dict[str, stored.StoredEnsemble]:
     """Return the ensembles that can answer requests, by name."""
-    if not _learns(bundle):
+    if not _has_interactions(bundle):
         return {}
     arm = TUNED if bundle.tuned else "zero-shot"
-    return stored.named(stored.read(_folder(bundle)).fusions, ranking_families_of(bundle), arm)
+    return stored.ensembles_by_name(
+        stored.read_ensembles(_bundle_folder(bundle)).fusions, ranking_families_of(bundle), arm
+    )
 
 
-def _opened(
+def _open_model(
     name: str,
     options: RecommenderOptions,
     models: Models,
@@ -419,16 +423,16 @@ def _opened(
     finder: Recommender | None,
 ) -> Recommender:
     """Open a model of a folder; ``base`` is the language model of the folder, if any."""
-    if (language := models._languages.get(_run_name(name) or name)) is not None:
+    if (language := models._languages.get(_run_model_name(name) or name)) is not None:
         return language
     # An ensemble can be named by its name or by its id in the report.
     fusion = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
     if fusion is not None and models.data is not None:
         asks_model = any(part.baseline is None for part in fusions[fusion].parts)
         return Ensemble(fusions[fusion], models.data, models.items, fusion, base if asks_model else None, finder)
-    section = _section(bundle.tasks, name)
+    section = _find_baseline_section(bundle.tasks, name)
     if (section.name in BASELINES or is_plugin(BASELINES, section.name)) and models.data is not None:
-        return _classic(section, models.data, models.items, seed=bundle.seed, reserved=reserved_by(bundle))
+        return _fit_baseline(section, models.data, models.items, seed=bundle.seed, reserved=reserved_fraction(bundle))
     languages = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
     has = [*languages, *fusions]
     more = " and the baselines of docs/baselines-and-ensembles.md" if models.data is not None else ""
@@ -450,7 +454,7 @@ def open_baselines(recipe: Recipe, names: Sequence[str], items: Path | None = No
     Raises:
         LlmrecError: If the data cannot be read, or a baseline is unknown.
     """
-    chosen = [_section(recipe.tasks, name) for name in names]
+    chosen = [_find_baseline_section(recipe.tasks, name) for name in names]
     for item in chosen:
         if "(" in item.name:
             rows = dict.fromkeys(
@@ -467,29 +471,29 @@ def open_baselines(recipe: Recipe, names: Sequence[str], items: Path | None = No
     models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
     fusion = recipe.eval.fusion
     for item in chosen:
-        models.opened[item.label] = _classic(
+        models.opened[item.label] = _fit_baseline(
             item, data, known, seed=recipe.seed, reserved=fusion.reserved if fusion.controls else 0.0
         )
     return models
 
 
-def _learns(bundle: Bundle) -> bool:
+def _has_interactions(bundle: Bundle) -> bool:
     """Whether there are interactions for fitting baselines."""
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
-def reserved_by(bundle: Bundle) -> float:
+def reserved_fraction(bundle: Bundle) -> float:
     """Return the fraction of validation users reserved for ensemble weights and not used for early stopping."""
     if bundle.run is None:
         # An exported folder has no interactions of these users.
         return 0.0
-    fusion = load_stored(bundle.run).eval.fusion
+    fusion = load_stored_recipe(bundle.run).eval.fusion
     return fusion.reserved if fusion.controls else 0.0
 
 
-def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
+def _fast_baseline_names(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
     """Return the names of baselines that are fitted in seconds."""
-    if not _learns(bundle):
+    if not _has_interactions(bundle):
         return []
     results: list[BaselineSection] = []
     for family in ranking_families_of(bundle):
@@ -497,13 +501,15 @@ def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
         baselines = with_text_baseline(bundle.tasks.present()[family].baselines, items)
         results += [baseline for baseline in baselines if baseline.name not in methods]
     trained = {
-        result.name for result in results if "epochs" in lookup(BASELINES, result.name, "baseline").Config.model_fields
+        result.name
+        for result in results
+        if "epochs" in import_component(BASELINES, result.name, "baseline").Config.model_fields
     }
     cheap = [result.label for result in results if result.name != "random" and result.name not in trained]
     return list(dict.fromkeys([match_model_name(POPULARITY, cheap) or POPULARITY, *cheap]))
 
 
-def _section(tasks: TasksSection, name: str) -> BaselineSection:
+def _find_baseline_section(tasks: TasksSection, name: str) -> BaselineSection:
     """Return a baseline by name, with the parameters of the first task that has it."""
     for section in tasks.present().values():
         labels = {baseline.label: baseline for baseline in section.baselines}
@@ -512,7 +518,7 @@ def _section(tasks: TasksSection, name: str) -> BaselineSection:
     return BaselineSection(name=name)
 
 
-def _classic(
+def _fit_baseline(
     section: BaselineSection,
     data: SplitDataset,
     items: Mapping[str, Item],
@@ -528,13 +534,13 @@ def _classic(
     name, parameters = section.name, section.parameters
     # A given class need not be in the registry; it is then treated as a ranking baseline.
     known = model is None or name in BASELINES
-    if name == _SIMILAR["text"]:
+    if name == _SIMILARITY_BASELINES["text"]:
         # Removed items that have interactions keep their texts; `FittedBaseline` lists only items of the catalogue.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
-    model = make(name, parameters, seed=seed) if model is None else model
-    model = fit_stored(model, choosing(name, data, reserved) if reserved else data, seed=seed)
+    model = create_baseline(name, parameters, seed=seed) if model is None else model
+    model = fit_or_restore(model, member_training_data(name, data, reserved) if reserved else data, seed=seed)
     family = prediction_family(name) if known else None
-    read = hashes_of(name, parameters) if known else {}
+    read = input_hashes(name, parameters) if known else {}
     fingerprint = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": read}
     return FittedBaseline(section.label, model, data, items, family, fingerprint)
 
@@ -542,10 +548,10 @@ def _classic(
 def prediction_family(name: str) -> str | None:
     """Return the task of a baseline that predicts ratings or clicks; None if the baseline ranks."""
     about = (item for item in families().values() if not item.answers_with_items)
-    return next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
+    return next((item.name for item in about if is_family_supported(item, BASELINES, name, silent=False)), None)
 
 
-def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, model: Any = None) -> Models:
+def open_fitted_baseline(section: BaselineSection, data: SplitDataset, *, seed: int, model: Any = None) -> Models:
     """Fit a baseline on data in memory.
 
     Args:
@@ -555,12 +561,12 @@ def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, mode
         model: The baseline, to be fitted; None: a new one.
     """
     items = Items(data.dataset.items)
-    opened = _classic(section, data, items, seed=seed, model=model)
+    opened = _fit_baseline(section, data, items, seed=seed, model=model)
     scale = data.dataset.rating_scale
     return Models(opened={opened.name: opened}, items=items, data=data, scale=scale, blank=data)
 
 
-def _finder(models: Models, fusions: Mapping[str, stored.StoredEnsemble]) -> Recommender | None:
+def _select_retriever(models: Models, fusions: Mapping[str, stored.StoredEnsemble]) -> Recommender | None:
     """Return the retriever for language models without beam search: an ensemble of baselines, or item-kNN."""
     if models.data is None:
         return None
@@ -571,16 +577,16 @@ def _finder(models: Models, fusions: Mapping[str, stored.StoredEnsemble]) -> Rec
     return models.similar("interactions")
 
 
-def _untuned(bundle: Bundle) -> Bundle:
+def _base_model_bundle(bundle: Bundle) -> Bundle:
     """Return the base model of a run, with the prompts of the fine-tuned model."""
     # The run stores the base model if tokens were added to it.
     resized = None if bundle.run is None else bundle.run / "base"
-    folder = str(resized) if resized is not None and resized.is_dir() else _pretrained(bundle)
+    folder = str(resized) if resized is not None and resized.is_dir() else _pretrained_folder(bundle)
     model = bundle.model.model_copy(update={"name": folder})
     return replace(bundle, folder=folder, model=model, tuned=False)
 
 
-def _pretrained(bundle: Bundle) -> str:
+def _pretrained_folder(bundle: Bundle) -> str:
     """Return the folder of the pretrained model from which a run started."""
     if bundle.run is None:
         raise RecipeError(
@@ -588,5 +594,5 @@ def _pretrained(bundle: Bundle) -> str:
             kind="unsupported",
             column="--models",
         )
-    recipe = load_stored(bundle.run)
-    return resolve(recipe.model, seed=recipe.seed)
+    recipe = load_stored_recipe(bundle.run)
+    return resolve_model_folder(recipe.model, seed=recipe.seed)

@@ -1,7 +1,8 @@
 """Turns requests into prompts for a language model, and its answers into rankings, ratings, probabilities or texts.
 
-`rank_requests` orders the candidates of requests, `CatalogueRanking` searches a whole catalogue, and `answer_about`
-answers questions about one item. All are stateless; `llmrec.answer.strategy` selects family, template and strategy.
+`rank_requests` orders the candidates of requests, `CatalogueRanking` searches a whole catalogue, and
+`answer_item_questions` answers questions about one item. All are stateless; `llmrec.answer.strategy` selects family,
+template and strategy.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from llmrec.answer.strategy import TWO_STEP, TaskStrategy, task_of
-from llmrec.backends.encode import Encoder, pieces
+from llmrec.answer.strategy import TWO_STEP, TaskStrategy, items_only_task
+from llmrec.backends.encode import Encoder, answer_pieces
 from llmrec.data.hashing import hash64
 from llmrec.data.requests import RankRequest
 from llmrec.errors import BackendError, DataError, LlmrecError, RecipeError
@@ -22,11 +23,11 @@ from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.indexing import with_items_added
-from llmrec.registry import options_of
-from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.registry import strategy_eval_options
+from llmrec.strategies.asking import Prompting, create_strategy
 from llmrec.strategies.catalogue import CatalogueRanker
-from llmrec.strategies.counting import questions_of
-from llmrec.strategies.rounds import list_room
+from llmrec.strategies.counting import count_prompts
+from llmrec.strategies.rounds import max_list_tokens
 from llmrec.tasks.task import Task, Want
 from llmrec.types import (
     Answer,
@@ -45,16 +46,16 @@ from llmrec.types import (
 
 NO_USER = "unknown"
 """The user name in prompts for a request without one."""
-CONTEXT = frozenset({"review", "feature", "headline", "rating"})
+CONTEXT_KEYS = frozenset({"review", "feature", "headline", "rating"})
 """Names of context values that a question may have in addition to a history."""
 
 # Maximum number of candidate tokens per forward pass, to limit the size of mask and logits; larger sets are split.
-_SLICE = 1024
+_SLICE_TOKENS = 1024
 # Maximum number of generated tokens: for a label, and for a label or number about one item with surrounding text.
-_LABEL, _VALUE = 4, 8
-_QUOTED = 200
+_LABEL_TOKENS, _VALUE_TOKENS = 4, 8
+_QUOTED_CHARACTERS = 200
 # Prefix of the ids of items that the index lacks; catalogue ids never contain this character.
-_UNINDEXED = "\x1f"
+_UNINDEXED_PREFIX = "\x1f"
 
 
 # --------------------------------------------------------------------------- requests as tasks
@@ -76,7 +77,7 @@ class TaskRequests:
     positions: Mapping[str, int]
 
 
-def pose(
+def convert_requests(
     bundle: Bundle, requests: Sequence[RankRequest], way: TaskStrategy, index: ItemIndex | None = None
 ) -> TaskRequests:
     """Convert ranking requests to requests of a task, and assign an id to each mention of an item.
@@ -122,7 +123,7 @@ def pose(
             )
         )
     codes = CodesByMention(index, items, requests) if index else None
-    return TaskRequests(way, task_of(bundle, way.family, texts, codes), requests, posed, items, positions)
+    return TaskRequests(way, items_only_task(bundle, way.family, texts, codes), requests, posed, items, positions)
 
 
 def _seeded_order(request: RankRequest, seed: int) -> list[int]:
@@ -164,27 +165,27 @@ class CodesByMention:
         if name in self._index.codes:
             return self._index.encode(name)
         if n not in self._extended:
-            self._extended[n] = self._with_new(self._requests[n])
+            self._extended[n] = self._index_with_new_items(self._requests[n])
         return self._extended[n].encode(name)
 
     def _name(self, item: Item, request: RankRequest) -> str:
         """Return the id of an item in the index, or an unused id if the index lacks the item."""
         if item.item_id in request.titled:
-            return _UNINDEXED + item.item_id
+            return _UNINDEXED_PREFIX + item.item_id
         if self._index.scheme == "title" and item.item_id in self._index.codes:
             (written,) = self._index.codes[item.item_id]
             # A suffix of the title distinguishes items with the same title.
             if not title_key(written).startswith(title_key(item.title)):
-                return _UNINDEXED + item.item_id
+                return _UNINDEXED_PREFIX + item.item_id
         return item.item_id
 
-    def _with_new(self, request: RankRequest) -> ItemIndex:
+    def _index_with_new_items(self, request: RankRequest) -> ItemIndex:
         mentioned = (*(event.item for event in request.history), *request.candidates)
         named = {self._name(item, request): item for item in mentioned}
-        return _extended(self._index, {name: replace(item, item_id=name) for name, item in named.items()})
+        return _extend_index(self._index, {name: replace(item, item_id=name) for name, item in named.items()})
 
 
-def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+def _extend_index(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     """Return an index with additional items; items that need a new token are rejected."""
     extended = with_items_added(index, items)
     if extended.tokens != index.tokens:
@@ -217,7 +218,7 @@ def rank_requests(
 
     Args:
         bundle: The model and its training prompts.
-        requests: From `llmrec.data.requests.read_request`.
+        requests: From `llmrec.data.requests.parse_request`.
         way: From `select_ranking_strategy`.
         backend: An engine over the bundle's model.
         encoder: Its tokenizer and maximum prompt length.
@@ -227,11 +228,11 @@ def rank_requests(
     Returns:
         Rankings of all candidates, with the ids of the request's items, or the reason of a failure.
     """
-    posed = pose(bundle, requests, way)
+    posed = convert_requests(bundle, requests, way)
     answers: list[Ranking | Unparsed] = []
     for start in range(0, len(posed.requests), batch):
         part = range(start, min(start + batch, len(posed.requests)))
-        answers += _answers(posed, part, backend, encoder)
+        answers += _iterate_rankings(posed, part, backend, encoder)
         advance(len(part))
     return answers
 
@@ -242,14 +243,14 @@ def first_prompt(bundle: Bundle, request: RankRequest, way: TaskStrategy, encode
     Raises:
         LlmrecError: If it cannot be rendered.
     """
-    posed = pose(bundle, [request], way)
+    posed = convert_requests(bundle, [request], way)
     if not request.candidates:
         return posed.task.prompt(posed.requests[0], template=way.template)
-    prompt, _ = next(_longest(posed, posed.requests[0], encoder))
+    prompt, _ = next(_longest_prompts(posed, posed.requests[0], encoder))
     return prompt
 
 
-def notes_of(way: TaskStrategy, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
+def ranking_notes(way: TaskStrategy, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
     """Return notes about a ranking, in addition to the notes of its request."""
     if isinstance(answer, Unparsed):
         return ()
@@ -272,7 +273,9 @@ class _Outcome:
     failure: str = ""
 
 
-def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
+def _iterate_rankings(
+    posed: TaskRequests, part: range, backend: Backend, encoder: Encoder
+) -> Iterator[Ranking | Unparsed]:
     outcomes = {n: _Outcome() for n in part}
     # Group requests by number of candidates, since a call has one maximum answer length.
     calls: dict[int, list[Request]] = defaultdict(list)
@@ -284,7 +287,7 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
             outcomes[n].scores[pool[0]] = 0.0
             continue
         try:
-            slices = _slices(posed, request, encoder)
+            slices = _split_request(posed, request, encoder)
         except LlmrecError as error:
             outcomes[n].failure = str(error)
             continue
@@ -293,17 +296,19 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
         owners[size] += [n] * len(slices)
     for size, group in calls.items():
         asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(group))
-        strategy: Any = strategy_of(posed.way.strategy, asker, **posed.way.options)
+        strategy: Any = create_strategy(posed.way.strategy, asker, **posed.way.options)
         answers = (
-            _two_steps(strategy, group, encoder) if posed.way.strategy == TWO_STEP else _in_halves(strategy, group)
+            _answer_two_steps(strategy, group, encoder)
+            if posed.way.strategy == TWO_STEP
+            else _answer_in_halves(strategy, group)
         )
         for n, answer in zip(owners[size], answers, strict=True):
-            _add(outcomes[n], answer)
+            _add_answer(outcomes[n], answer)
     for n in part:
-        yield _result(posed, n, outcomes[n])
+        yield _outcome_to_answer(posed, n, outcomes[n])
 
 
-def _in_halves(strategy: Any, requests: Sequence[Request]) -> list[Ranking | Unparsed]:
+def _answer_in_halves(strategy: Any, requests: Sequence[Request]) -> list[Ranking | Unparsed]:
     """Answer requests; if a request is too long, split the batch so that only this request fails."""
     try:
         answers: list[Ranking | Unparsed] = strategy.answer(requests)
@@ -314,10 +319,10 @@ def _in_halves(strategy: Any, requests: Sequence[Request]) -> list[Ranking | Unp
         if len(requests) == 1:
             return [Unparsed(request_id=requests[0].id, reason=str(error))]
         half = len(requests) // 2
-        return [*_in_halves(strategy, requests[:half]), *_in_halves(strategy, requests[half:])]
+        return [*_answer_in_halves(strategy, requests[:half]), *_answer_in_halves(strategy, requests[half:])]
 
 
-def _two_steps(strategy: Any, requests: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
+def _answer_two_steps(strategy: Any, requests: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
     """Answer requests in two steps; a profile that does not fit the second prompt fails only its own request.
 
     The generated profile is known only between the steps, so the second prompts are checked when one is rejected.
@@ -326,7 +331,11 @@ def _two_steps(strategy: Any, requests: Sequence[Request], encoder: Encoder) -> 
         answers: list[Ranking | Unparsed] = strategy.answer(requests)
         return answers
     except BackendError:
-        faults = {n: fault for n, request in enumerate(requests) if (fault := _fault(strategy, request, encoder))}
+        faults = {
+            n: fault
+            for n, request in enumerate(requests)
+            if (fault := _second_prompt_error(strategy, request, encoder))
+        }
         if not faults:
             raise
         rest = iter(strategy.answer([request for n, request in enumerate(requests) if n not in faults]))
@@ -338,7 +347,7 @@ def _two_steps(strategy: Any, requests: Sequence[Request], encoder: Encoder) -> 
         ]
 
 
-def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
+def _second_prompt_error(strategy: Any, request: Request, encoder: Encoder) -> str:
     """Return an error message if the prompt with the profile is invalid; otherwise an empty text."""
     try:
         prompt = strategy.first_prompt(request)
@@ -349,34 +358,34 @@ def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
     return ""
 
 
-def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
+def _longest_prompts(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
     """Yield the longest prompts of a request, each with the lengths of possible answers in tokens."""
     way, task = posed.way, posed.task
     pool = request.candidates or ()
     if way.strategy == "list":
-        yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
+        yield task.prompt(request, template=way.template, want="ranking"), [max_list_tokens(len(pool))]
         return
-    if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
+    if (count := count_prompts(way.strategy, len(pool), way.asking)) is not None:
         # Chosen by characters; a question that is longer in tokens fails later, in the engine.
         longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
         prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
-        yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]
+        yield prompt, [max_list_tokens(len(pool)) if count.want == "ranking" else _LABEL_TOKENS]
         return
     if way.strategy == TWO_STEP and "profile" not in request.context:
         # The second prompt contains the text generated in the first step.
         yield task.profile_prompt(request), [task.profile_tokens]
-        yield task.prompt(request, template=way.template), [task.profile_tokens + _LABEL]
+        yield task.prompt(request, template=way.template), [task.profile_tokens + _LABEL_TOKENS]
         return
     prompt = task.prompt(request, template=way.template)
     texts = task.continuations(request, template=way.template)
     yield prompt, [len(encoder.continuation(prompt, text, closed=True)) for text in texts]
 
 
-def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
+def _split_request(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
     """Split a request into slices for one forward pass each; scores do not depend on other candidates."""
     tails: list[int] = []
-    for prompt, tails in _longest(posed, request, encoder):
-        prefix_length = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
+    for prompt, tails in _longest_prompts(posed, request, encoder):
+        prefix_length = sum(len(encoder.piece(text)) for text in answer_pieces(prompt.answer_prefix))
         length = len(encoder.chat(prompt.messages)) + prefix_length
         if length + max(tails) > encoder.max_length:
             raise DataError(
@@ -385,12 +394,12 @@ def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Req
                 kind="too-large",
                 column="--max-length",
             )
-    if not posed.way.by_title or sum(tails) <= _SLICE:
+    if not posed.way.by_title or sum(tails) <= _SLICE_TOKENS:
         return [request]
     slices: list[list[str]] = [[]]
     size = 0
     for item, tail in zip(request.candidates or (), tails, strict=True):
-        if slices[-1] and size + tail > _SLICE:
+        if slices[-1] and size + tail > _SLICE_TOKENS:
             slices.append([])
             size = 0
         slices[-1].append(item)
@@ -398,16 +407,18 @@ def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Req
     return [replace(request, candidates=tuple(items)) for items in slices]
 
 
-def _add(outcome: _Outcome, answer: Ranking | Unparsed) -> None:
+def _add_answer(outcome: _Outcome, answer: Ranking | Unparsed) -> None:
     outcome.raw, outcome.prompt_hash = answer.raw, answer.prompt_hash
     outcome.cost += answer.cost
     if isinstance(answer, Ranking):
         outcome.scores.update(zip(answer.items, answer.scores, strict=True))
     else:
-        outcome.failure = answer.reason if answer.raw is None else f"{answer.reason}: {answer.raw[:_QUOTED]!r}"
+        outcome.failure = (
+            answer.reason if answer.raw is None else f"{answer.reason}: {answer.raw[:_QUOTED_CHARACTERS]!r}"
+        )
 
 
-def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparsed:
+def _outcome_to_answer(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparsed:
     request_id = posed.originals[n].id
     if not outcome.failure and not all(math.isfinite(score) for score in outcome.scores.values()):
         outcome.failure = "the model returned a score that is not finite; try --dtype float32"
@@ -447,12 +458,12 @@ class CatalogueRanking:
     ) -> None:
         self._bundle, self._items, self._way, self._encoder = bundle, items, way, encoder
         self._beams, self._exact = beams, exact
-        self._index = _extended(bundle.index, items) if bundle.index is not None else None
+        self._index = _extend_index(bundle.index, items) if bundle.index is not None else None
 
     @cached_property
     def _outputs(self) -> Any:
         """The task with the ids of the catalogue, which renders the texts of items."""
-        return task_of(self._bundle, self._way.family, self._items, self._index)
+        return items_only_task(self._bundle, self._way.family, self._items, self._index)
 
     @cached_property
     def _longest(self) -> int:
@@ -467,13 +478,15 @@ class CatalogueRanking:
         """Rank the catalogue for every request, in order; a failed request does not affect the others.
 
         Args:
-            requests: From `llmrec.data.requests.read_request`.
+            requests: From `llmrec.data.requests.parse_request`.
             backend: An engine over the bundle's model.
             batch: Number of requests sent to the backend at a time.
             advance: Called with the number of requests just answered.
         """
-        posed = pose(self._bundle, requests, self._way, self._index)
-        failures = {n: reason for n, request in enumerate(posed.requests) if (reason := self._fault(posed, request))}
+        posed = convert_requests(self._bundle, requests, self._way, self._index)
+        failures = {
+            n: reason for n, request in enumerate(posed.requests) if (reason := self._request_error(posed, request))
+        }
         # Numbers are used instead of ids, since two requests may have the same id.
         numbered = [replace(request, id=str(n)) for n, request in enumerate(posed.requests)]
         valid = [request for n, request in enumerate(numbered) if n not in failures]
@@ -493,7 +506,9 @@ class CatalogueRanking:
         outcome = iter(ranker.answer(valid))
         advance(len(failures))
         return [
-            Unparsed(request_id=request.id, reason=failures[n]) if n in failures else _named(request, next(outcome))
+            Unparsed(request_id=request.id, reason=failures[n])
+            if n in failures
+            else _checked_search_answer(request, next(outcome))
             for n, request in enumerate(requests)
         ]
 
@@ -501,9 +516,9 @@ class CatalogueRanking:
         """Return the catalogue items that are excluded from the answer to a request."""
         if original.keep_seen:
             return original.barred
-        return original.barred | {self._known_as(posed.items[event.item_id], original) for event in request.history}
+        return original.barred | {self._catalogue_id(posed.items[event.item_id], original) for event in request.history}
 
-    def _known_as(self, item: Item, request: RankRequest) -> str:
+    def _catalogue_id(self, item: Item, request: RankRequest) -> str:
         """Return the catalogue id of an item in a history, found by id or by unique title."""
         if item.item_id not in request.titled:
             return item.item_id
@@ -517,7 +532,7 @@ class CatalogueRanking:
             outcome.setdefault(title_key(item.title), []).append(item_id)
         return outcome
 
-    def _fault(self, posed: TaskRequests, request: Request) -> str:
+    def _request_error(self, posed: TaskRequests, request: Request) -> str:
         """Return an error message if a request cannot be answered; otherwise an empty text."""
         try:
             prompt = posed.task.prompt(request, template=self._way.template)
@@ -552,7 +567,7 @@ class _CatalogueTask:
         return outcome
 
 
-def _named(request: RankRequest, answer: Answer) -> Ranking | Unparsed:
+def _checked_search_answer(request: RankRequest, answer: Answer) -> Ranking | Unparsed:
     assert isinstance(answer, Ranking)  # a search always has a result
     if not all(map(math.isfinite, answer.scores)):
         reason = "the model returned a score that is not finite; try --dtype float32"
@@ -563,7 +578,7 @@ def _named(request: RankRequest, answer: Answer) -> Ranking | Unparsed:
 # --------------------------------------------------------------------------- one item
 
 
-def answer_about(
+def answer_item_questions(
     bundle: Bundle, requests: Sequence[RankRequest], *, way: TaskStrategy, backend: Backend, encoder: Encoder
 ) -> list[Answer]:
     """Answer every request about one item, in order; a failed request does not affect the others.
@@ -578,22 +593,24 @@ def answer_about(
     Returns:
         Ratings, probabilities or texts, depending on the family; an `Unparsed` with the reason for a failure.
     """
-    posed = pose(bundle, requests, way)
+    posed = convert_requests(bundle, requests, way)
     ready: dict[int, Request] = {}
     failures: dict[int, str] = {}
     for n, request in enumerate(posed.requests):
         if request.candidates is None or len(request.candidates) != 1:
             failures[n] = f"{way.family} needs exactly one item; give it as 'item'"
             continue
-        ready[n] = _of_item(request)
+        ready[n] = _item_request(request)
         try:
-            _check_length(posed.task.prompt(ready[n], template=way.template), way, posed.task.strategy_options, encoder)
+            _check_prompt_length(
+                posed.task.prompt(ready[n], template=way.template), way, posed.task.strategy_options, encoder
+            )
         except LlmrecError as error:
             failures[n] = str(error)
     valid = [n for n in ready if n not in failures]
-    options = {**posed.task.strategy_options, **options_of(way.strategy, way.asking)}
+    options = {**posed.task.strategy_options, **strategy_eval_options(way.strategy, way.asking)}
     asker = Prompting(backend=backend, task=posed.task, template=way.template)
-    strategy = strategy_of(way.strategy, asker, **options)
+    strategy = create_strategy(way.strategy, asker, **options)
     result = dict(zip(valid, strategy.answer([ready[n] for n in valid]), strict=True)) if valid else {}
     return [
         Unparsed(request_id=request.id, reason=failures[n])
@@ -603,28 +620,28 @@ def answer_about(
     ]
 
 
-def prompt_about(bundle: Bundle, request: RankRequest, way: TaskStrategy) -> Prompt:
+def item_question_prompt(bundle: Bundle, request: RankRequest, way: TaskStrategy) -> Prompt:
     """Return the prompt of a request about one item."""
-    posed = pose(bundle, [request], way)
-    return posed.task.prompt(_of_item(posed.requests[0]), template=way.template)
+    posed = convert_requests(bundle, [request], way)
+    return posed.task.prompt(_item_request(posed.requests[0]), template=way.template)
 
 
-def _of_item(request: Request) -> Request:
+def _item_request(request: Request) -> Request:
     """Return a request about one item, given a request whose only candidate is this item."""
     assert request.candidates is not None
     return replace(request, item=request.candidates[0], candidates=None)
 
 
-def value_of(answer: Answer) -> float | str | None:
+def answer_value(answer: Answer) -> float | str | None:
     """Return the rating, probability or text in an answer; None if there is none."""
     if isinstance(answer, Rating | Probability):
         return answer.value
     return answer.text if isinstance(answer, Text) else None
 
 
-def _check_length(prompt: Prompt, way: TaskStrategy, options: Mapping[str, int], encoder: Encoder) -> None:
+def _check_prompt_length(prompt: Prompt, way: TaskStrategy, options: Mapping[str, int], encoder: Encoder) -> None:
     """Reject a prompt that leaves no room for the answer."""
-    room = options.get("max_tokens", _VALUE)
+    room = options.get("max_tokens", _VALUE_TOKENS)
     length = len(encoder.prompt(prompt))
     if length + room > encoder.max_length:
         raise RecipeError(

@@ -73,7 +73,7 @@ class Reasons:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class AnnotatedAnswer:
     """The answer to one request.
 
     Attributes:
@@ -124,7 +124,7 @@ class Recommender(Protocol):
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         """Answer every request, in order.
 
         Args:
@@ -140,7 +140,7 @@ class Recommender(Protocol):
         ...
 
 
-def ranking_of(answered: Answered) -> Ranking:
+def require_ranking(answered: AnnotatedAnswer) -> Ranking:
     """Return the ranking in an answer, or raise the error of a failed answer."""
     if isinstance(answered.answer, Ranking):
         return answered.answer
@@ -158,7 +158,7 @@ def check_verb(model: Recommender, verb: str) -> None:
         )
 
 
-def check_only_auto(model: Recommender, question: Question) -> None:
+def check_default_strategy(model: Recommender, question: Question) -> None:
     """Reject a strategy if the model has only one way to rank."""
     if question.strategy != "auto":
         raise RecipeError(
@@ -175,12 +175,14 @@ def match_model_name(name: str, known: Iterable[str]) -> str | None:
     alone, ``item-knn``, or some of the parameters, ``item-knn(history=5)``, match too.
     """
     names = list(known)
-    method, settings = _parsed(name)
-    matches = (other for other in names if _parsed(other)[0] == method and settings <= _parsed(other)[1])
+    method, settings = _parse_model_name(name)
+    matches = (
+        other for other in names if _parse_model_name(other)[0] == method and settings <= _parse_model_name(other)[1]
+    )
     return name if name in names else next(matches, None)
 
 
-def _parsed(name: str) -> tuple[str, set[str]]:
+def _parse_model_name(name: str) -> tuple[str, set[str]]:
     """Split the name of a model into method and parameters."""
     method, _, settings = name.removesuffix(")").partition("(")
     return method, set(settings.split(", ")) - {""}

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from llmrec.errors import DataError, did_you_mean
 from llmrec.types import Item
 
-__all__ = ["MOST_VALUES", "OneOf", "Quota", "Rules", "required_depth"]
+__all__ = ["MAX_FIELD_VALUES", "OneOf", "Quota", "Rules", "required_depth"]
 
-MOST_VALUES = 50
+MAX_FIELD_VALUES = 50
 """Maximum number of distinct values in a list of a field that contributes to the similarity of items."""
 
-_NO_FIELDS = {"item_id", "title"}
+_NON_FIELDS = {"item_id", "title"}
 _Fields = Mapping[str, str]
-_KEYS = ("only", "without", "block", "quotas", "diversity")
+_RULE_KEYS = ("only", "without", "block", "quotas", "diversity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ class Rules:
     def __post_init__(self) -> None:
         if not 0.0 <= self.diversity <= 1.0:
             raise DataError(f"diversity: {self.diversity} is not between 0 and 1", kind="bad-value", column="diversity")
-        only, more = _simplest((*(OneOf(name, values) for name, values in self.only.items()), *self.more))
+        only, more = _simplify_conditions((*(OneOf(name, values) for name, values in self.only.items()), *self.more))
         least = {quota.field: quota for quota in sorted(self.quotas, key=lambda quota: (quota.field, -quota.most))}
-        without = {name: _folded(values) for name, values in self.without.items()}
+        without = {name: _normalise_values(values) for name, values in self.without.items()}
         # Normalised at creation, because rules are cache keys and are compared case-insensitively.
         object.__setattr__(self, "only", only)
         object.__setattr__(self, "more", more)
@@ -112,21 +112,21 @@ class Rules:
                 ids), ``quotas`` (a list of ``{"field": ..., "most": ...}``) and ``diversity``; all are optional. Values
                 and ids are texts or integers.
         """
-        settings = _mapping("", record, _KEYS)
-        only = _conditions("only", settings.get("only", {}))
+        settings = _require_mapping("", record, _RULE_KEYS)
+        only = _parse_conditions("only", settings.get("only", {}))
         if empty := next((f"only.{name}" for name, values in only.items() if not values), None):
             wrong = f"{empty} is empty, so no item would be allowed; list values, or omit the field"
             raise DataError(wrong, kind="empty", column=empty)
         diversity = settings.get("diversity", 0.0)
         if not isinstance(diversity, int | float) or isinstance(diversity, bool):
-            raise _wrong("diversity", "a number is expected", diversity)
+            raise _invalid_value_error("diversity", "a number is expected", diversity)
         return cls(
             only=only,
-            without=_conditions("without", settings.get("without", {})),
-            block=_texts("block", settings.get("block", [])),
+            without=_parse_conditions("without", settings.get("without", {})),
+            block=_parse_texts("block", settings.get("block", [])),
             quotas=tuple(
-                _quota(f"quotas.{position}", entry)
-                for position, entry in enumerate(_list("quotas", settings.get("quotas", [])))
+                _parse_quota(f"quotas.{position}", entry)
+                for position, entry in enumerate(_require_list("quotas", settings.get("quotas", [])))
             ),
             diversity=diversity,
         )
@@ -158,10 +158,10 @@ class Rules:
         for item in items.values():
             if not missing:
                 return
-            missing -= item.fields.keys() - _NO_FIELDS
+            missing -= item.fields.keys() - _NON_FIELDS
         if not items or not missing:
             return
-        known = sorted({name for item in items.values() for name in item.fields} - _NO_FIELDS)
+        known = sorted({name for item in items.values() for name in item.fields} - _NON_FIELDS)
         key, name = next((key, name) for key, name in self._named() if name in missing)
         raise DataError(
             f"{key}: no item has a field {name!r}{did_you_mean(name, known)}; "
@@ -176,9 +176,9 @@ class Rules:
         Args:
             items: The catalogue, by id.
         """
-        must = [(name, _sharing(values)) for name, values in self.only.items()]
-        must += [(condition.field, _sharing(condition.values)) for condition in self.more]
-        never = [(name, _sharing(values)) for name, values in self.without.items()]
+        must = [(name, _value_matcher(values)) for name, values in self.only.items()]
+        must += [(condition.field, _value_matcher(condition.values)) for condition in self.more]
+        never = [(name, _value_matcher(values)) for name, values in self.without.items()]
         if not must and not never:
             return frozenset(items) - self.block
         return frozenset(
@@ -207,8 +207,8 @@ class Rules:
           for the first. It does not depend on the scale of the scores, the length of the list or k.
         - The similarity is the largest Jaccard index with a selected item, of their sets of (field, value); it is 0 for
           items without any. Values are the listed ones, without the whole text. A field counts if in ``ranked`` it has
-          at most `MOST_VALUES` values, two items share one, and not all items have all: free text, unique values and
-          constant values are uninformative.
+          at most `MAX_FIELD_VALUES` values, two items share one, and not all items have all: free text, unique values
+          and constant values are uninformative.
 
         Without diversity, items are taken in ranked order. The list of k items is a prefix of the list of k + 1.
 
@@ -227,7 +227,9 @@ class Rules:
         except KeyError as error:
             raise DataError(f"item {error} is ranked, but its fields are missing", kind="unknown-name") from None
         room = _QuotaCapacity(self.quotas)
-        rows = _diverse(results, room, self.diversity, k) if self.diversity else _in_order(results, room, k)
+        rows = (
+            _select_diverse(results, room, self.diversity, k) if self.diversity else _select_in_order(results, room, k)
+        )
         return [ranked[row] for row in rows]
 
     def _named(self) -> Iterator[tuple[str, str]]:
@@ -251,29 +253,29 @@ def required_depth(rules: Rules, k: int) -> int | None:
 # --------------------------------------------------------------------------- field values
 
 
-def _fold(text: str) -> str:
+def _normalise_value(text: str) -> str:
     return text.casefold().strip()
 
 
-def _listed(text: str) -> frozenset[str]:
+def _split_values(text: str) -> frozenset[str]:
     """Return the values listed in the text of a field."""
-    # Equivalent to `_fold` for each value, but converts the whole text at once.
+    # Equivalent to `_normalise_value` for each value, but converts the whole text at once.
     return frozenset([value.strip() for value in text.casefold().split(",")]) - {""}
 
 
-def _folded(values: Iterable[str]) -> frozenset[str]:
+def _normalise_values(values: Iterable[str]) -> frozenset[str]:
     """Normalise values for comparison and drop empty ones."""
-    return frozenset(map(_fold, values)) - {""}
+    return frozenset(map(_normalise_value, values)) - {""}
 
 
-def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
+def _value_matcher(values: frozenset[str]) -> Callable[[str], bool]:
     """Return a cached function that tests whether a field has one of these values."""
-    return cache(lambda text: _fold(text) in values or not values.isdisjoint(_listed(text)))
+    return cache(lambda text: _normalise_value(text) in values or not values.isdisjoint(_split_values(text)))
 
 
-def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
+def _simplify_conditions(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
     """Simplify conditions by removing conditions that others imply."""
-    known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
+    known = {OneOf(condition.field, _normalise_values(condition.values)) for condition in conditions}
     needed = [rule for rule in known if not any(rule.field == by.field and by.values < rule.values for by in known)]
     only: dict[str, frozenset[str]] = {}
     more: list[OneOf] = []
@@ -293,7 +295,7 @@ class _QuotaCapacity:
         self._quotas = quotas
         self._chosen: Counter[tuple[str, str]] = Counter()
         self._full: dict[str, set[str]] = {quota.field: set() for quota in quotas}
-        self._listed = cache(_listed)
+        self._listed = cache(_split_values)
 
     def has(self, fields: _Fields) -> bool:
         """Whether adding an item keeps within the quotas."""
@@ -311,7 +313,7 @@ class _QuotaCapacity:
         return full
 
 
-def _in_order(items: Sequence[_Fields], room: _QuotaCapacity, k: int) -> list[int]:
+def _select_in_order(items: Sequence[_Fields], room: _QuotaCapacity, k: int) -> list[int]:
     """Return the indices of the first k items that satisfy the quotas."""
     rows: list[int] = []
     for row, fields in enumerate(items):
@@ -323,10 +325,10 @@ def _in_order(items: Sequence[_Fields], room: _QuotaCapacity, k: int) -> list[in
     return rows
 
 
-def _diverse(items: Sequence[_Fields], room: _QuotaCapacity, diversity: float, k: int) -> list[int]:
+def _select_diverse(items: Sequence[_Fields], room: _QuotaCapacity, diversity: float, k: int) -> list[int]:
     """Return the indices of k items selected by maximal marginal relevance."""
     similarity = _Similarity(items)
-    holders = cache(lambda name: similarity.fields.get(name) or _holders(items, name))
+    holders = cache(lambda name: similarity.fields.get(name) or _rows_by_value(items, name))
     relevance = (1.0 - diversity) / np.log2(np.arange(len(items)) + 2.0)
     closest = np.zeros(len(items))
     rows: list[int] = []
@@ -350,8 +352,8 @@ class _Similarity:
         self._items = items
         self.fields: dict[str, dict[str, NDArray[np.int64]]] = {}
         self._sizes = np.zeros(len(items), dtype=np.int64)
-        for name in {name for fields in items for name in fields} - _NO_FIELDS:
-            holders = _holders(items, name, MOST_VALUES)
+        for name in {name for fields in items for name in fields} - _NON_FIELDS:
+            holders = _rows_by_value(items, name, MAX_FIELD_VALUES)
             counts = [len(rows) for rows in holders.values()]
             if counts and max(counts) > 1 and min(counts) < len(items):
                 self.fields[name] = holders
@@ -362,12 +364,12 @@ class _Similarity:
         """Return the similarity of every item to a given item, shape (items,)."""
         both = np.zeros_like(self._sizes)
         for name, holders in self.fields.items():
-            for value in _listed(self._items[row].get(name, "")):
+            for value in _split_values(self._items[row].get(name, "")):
                 both[holders[value]] += 1
         return np.asarray(both / np.maximum(self._sizes + self._sizes[row] - both, 1), dtype=np.float64)
 
 
-def _holders(items: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
+def _rows_by_value(items: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
     """Return the items with each value of a field; empty if the field has more than ``most`` values."""
     same: dict[str, list[int]] = {}
     lists: dict[str, list[list[int]]] = {}
@@ -375,7 +377,7 @@ def _holders(items: Sequence[_Fields], name: str, most: int | None = None) -> di
         text = fields.get(name, "")
         if (rows := same.get(text)) is None:
             rows = same[text] = []
-            for value in _listed(text):
+            for value in _split_values(text):
                 lists.setdefault(value, []).append(rows)
             if most is not None and len(lists) > most:
                 return {}
@@ -386,12 +388,12 @@ def _holders(items: Sequence[_Fields], name: str, most: int | None = None) -> di
 # --------------------------------------------------------------------------- parsing
 
 
-def _mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str, object]:
+def _require_mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise _wrong(key or "rules", "a mapping is expected", value)
+        raise _invalid_value_error(key or "rules", "a mapping is expected", value)
     for name in value:
         if not isinstance(name, str) or not name:
-            raise _wrong(key or "rules", "keys must be strings; write keys in quotes", name)
+            raise _invalid_value_error(key or "rules", "keys must be strings; write keys in quotes", name)
         if known and name not in known:
             dotted = f"{key}.{name}".removeprefix(".")
             raise DataError(
@@ -402,39 +404,39 @@ def _mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str,
     return value
 
 
-def _list(key: str, value: object) -> Sequence[object]:
+def _require_list(key: str, value: object) -> Sequence[object]:
     if not isinstance(value, list | tuple):
-        raise _wrong(key, "a list is expected", value)
+        raise _invalid_value_error(key, "a list is expected", value)
     return value
 
 
-def _texts(key: str, value: object) -> frozenset[str]:
+def _parse_texts(key: str, value: object) -> frozenset[str]:
     texts: set[str] = set()
-    for entry in _list(key, value):
+    for entry in _require_list(key, value):
         # The table's own spelling of a boolean or float is not known here.
         text = str(entry) if isinstance(entry, int) and not isinstance(entry, bool) else entry
         if not isinstance(text, str) or not text.strip():
-            raise _wrong(key, "values must be non-empty strings; write values in quotes", entry)
+            raise _invalid_value_error(key, "values must be non-empty strings; write values in quotes", entry)
         texts.add(text)
     return frozenset(texts)
 
 
-def _conditions(key: str, value: object) -> dict[str, frozenset[str]]:
-    return {name: _texts(f"{key}.{name}", values) for name, values in _mapping(key, value).items()}
+def _parse_conditions(key: str, value: object) -> dict[str, frozenset[str]]:
+    return {name: _parse_texts(f"{key}.{name}", values) for name, values in _require_mapping(key, value).items()}
 
 
-def _quota(key: str, value: object) -> Quota:
-    settings = _mapping(key, value, ("field", "most"))
+def _parse_quota(key: str, value: object) -> Quota:
+    settings = _require_mapping(key, value, ("field", "most"))
     for part in ("field", "most"):
         if part not in settings:
             raise DataError(f"key '{key}.{part}' is missing; add it", kind="missing-key", column=f"{key}.{part}")
     name, most = settings["field"], settings["most"]
     if not isinstance(name, str) or not name:
-        raise _wrong(f"{key}.field", "a field name is expected", name)
+        raise _invalid_value_error(f"{key}.field", "a field name is expected", name)
     if not isinstance(most, int) or isinstance(most, bool):
-        raise _wrong(f"{key}.most", "an integer is expected", most)
+        raise _invalid_value_error(f"{key}.most", "an integer is expected", most)
     return Quota(name, most)
 
 
-def _wrong(key: str, expected: str, value: object) -> DataError:
+def _invalid_value_error(key: str, expected: str, value: object) -> DataError:
     return DataError(f"{key}: {expected}, got {value!r:.80}", kind="bad-value", column=key)

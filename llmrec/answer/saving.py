@@ -14,24 +14,24 @@ from tempfile import mkdtemp
 
 import polars as pl
 
-from llmrec.answer.known import ITEMS
+from llmrec.answer.known import ITEMS_FILE
 from llmrec.data.assemble import write_items
 from llmrec.data.split import SplitDataset, split_validation_users
-from llmrec.durable import replacing, write_json
+from llmrec.durable import replace_atomically, write_json
 from llmrec.ensembles import stored
-from llmrec.ensembles.carried import FILE
+from llmrec.ensembles.carried import INTERACTIONS_FILE
 from llmrec.errors import DataError
-from llmrec.pipeline.bundle import SUMS
+from llmrec.pipeline.bundle import CHECKSUMS_FILE
 from llmrec.types import Item
 
-MARK = "refreshed.json"
+MARK_FILE = "refreshed.json"
 """The file that marks such a folder, so that `llmrec refresh` may overwrite it."""
 
-KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
+INTERACTION_COLUMNS = ("user_id", "item_id", "rating", "timestamp", "part")
 """The columns of its interactions."""
 
 
-def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
+def interactions_with_parts(data: SplitDataset, reserved: float) -> pl.DataFrame:
     """Return all interactions with their part of the split, ordered by user and time.
 
     Args:
@@ -41,11 +41,13 @@ def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
     choosing, weighing = split_validation_users(data, reserved)
     parts = {"train": [data.train], "valid": [choosing.valid], "held": [data.known, weighing.valid, data.test]}
     frames = [frame.with_columns(part=pl.lit(part)) for part, some in parts.items() for frame in some]
-    return pl.concat([frame.select(pl.col("user_id", "item_id").cast(pl.String), *KEPT[2:]) for frame in frames])
+    return pl.concat(
+        [frame.select(pl.col("user_id", "item_id").cast(pl.String), *INTERACTION_COLUMNS[2:]) for frame in frames]
+    )
 
 
-def write(
-    draft: Path, source: str, items: Mapping[str, Item], rows: pl.DataFrame | None, measured: stored.Stored
+def write_model_data(
+    draft: Path, source: str, items: Mapping[str, Item], rows: pl.DataFrame | None, measured: stored.StoredEnsembles
 ) -> None:
     """Write everything except the model to a folder.
 
@@ -57,15 +59,17 @@ def write(
         measured: The ensembles, and the default model.
     """
     if rows is not None:
-        rows.write_parquet(draft / FILE)
-    write_items(items, draft / ITEMS)
-    stored.save(draft, measured)
-    write_json(draft / MARK, {"from": source, "interactions": 0 if rows is None else rows.height, "items": len(items)})
+        rows.write_parquet(draft / INTERACTIONS_FILE)
+    write_items(items, draft / ITEMS_FILE)
+    stored.write_ensembles(draft, measured)
+    write_json(
+        draft / MARK_FILE, {"from": source, "interactions": 0 if rows is None else rows.height, "items": len(items)}
+    )
 
 
-def refuse_other_files(out: Path, option: str) -> None:
+def check_other_files(out: Path, option: str) -> None:
     """Reject a folder with files that llmrec did not write."""
-    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / MARK_FILE).is_file():
         raise DataError(
             f"{option} {out} contains files that were not written by this command; choose another folder",
             kind="exists",
@@ -74,10 +78,16 @@ def refuse_other_files(out: Path, option: str) -> None:
         )
 
 
-def link(model: Path, draft: Path) -> None:
+def link_model_files(model: Path, draft: Path) -> None:
     """Add the files of a model to a folder, as hard links if the file system supports them."""
     for file in sorted(model.rglob("*")):
-        if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS, SUMS):
+        if not file.is_file() or file.name in (
+            INTERACTIONS_FILE,
+            MARK_FILE,
+            stored.ENSEMBLES_FILE,
+            ITEMS_FILE,
+            CHECKSUMS_FILE,
+        ):
             continue
         target = draft / file.relative_to(model)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +98,8 @@ def link(model: Path, draft: Path) -> None:
 
 
 @contextmanager
-def drafted(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to the output folder; see `publish`."""
+def draft_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to the output folder; see `publish_folder`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -98,12 +108,14 @@ def drafted(out: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish(draft: Path, out: Path) -> None:
+def publish_folder(draft: Path, out: Path) -> None:
     """Move a folder to its destination; an existing folder is replaced file by file, with interactions last."""
     if not out.exists():
         draft.rename(out)
         return
-    for file in sorted(draft.rglob("*"), key=lambda path: (path.name == MARK, path.name == FILE, str(path))):
+    for file in sorted(
+        draft.rglob("*"), key=lambda path: (path.name == MARK_FILE, path.name == INTERACTIONS_FILE, str(path))
+    ):
         if file.is_file():
-            with replacing(out / file.relative_to(draft)) as target:
+            with replace_atomically(out / file.relative_to(draft)) as target:
                 shutil.move(file, target)

@@ -13,10 +13,10 @@ from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.pipeline.bundle import Bundle
-from llmrec.recipe.pages import value_of
+from llmrec.recipe.pages import parse_yaml_value
 from llmrec.recipe.schema import EvalSection
-from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
-from llmrec.tasks.direct import default_strategy_for, fits, refuse
+from llmrec.registry import STRATEGIES, is_plugin, strategy_eval_keys, strategy_eval_options
+from llmrec.tasks.direct import default_strategy_for, is_strategy_supported, raise_unsupported_strategy
 from llmrec.tasks.family import Family, family_of, ranking_families
 from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Item, ItemCodes, Ranking
@@ -25,10 +25,10 @@ TWO_STEP = "two-step"
 """The strategy that first generates a user profile, which its template must show."""
 
 # Search settings that are also command-line options.
-_OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
-_BY_TITLE = ("likelihood", "likelihood-prior")
+_COMMAND_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
+_TITLE_STRATEGIES = ("likelihood", "likelihood-prior")
 # The template whose profile suits any user.
-_SHOWS_PROFILE = "with-profile"
+_PROFILE_TEMPLATE = "with-profile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class TaskStrategy:
     @property
     def options(self) -> dict[str, Any]:
         """Settings of the strategy by name."""
-        return options_of(self.strategy, self.asking)
+        return strategy_eval_options(self.strategy, self.asking)
 
     @property
     def by_title(self) -> bool:
         """Whether each title is scored separately, so that long candidate lists can be split."""
-        return not family_of(self.family).lists and self.strategy in _BY_TITLE
+        return not family_of(self.family).lists and self.strategy in _TITLE_STRATEGIES
 
 
 def ranking_families_of(bundle: Bundle) -> list[str]:
@@ -93,21 +93,23 @@ def select_ranking_strategy(
             kind="unsupported",
             at=bundle.folder,
         )
-    strategies = [name for family in ranking for name in _strategies(bundle, family)]
-    one_of("task", task, ("auto", *ranking))
-    one_of("strategy", strategy, ("auto", *strategies))
+    strategies = [name for family in ranking for name in _supported_strategies(bundle, family)]
+    check_known_name("task", task, ("auto", *ranking))
+    check_known_name("strategy", strategy, ("auto", *strategies))
     templates = {family: bundle.templates[family] for family in here}
     if template is not None:
-        one_of("template", template.rpartition("/")[2], [name for known in templates.values() for name in known])
+        check_known_name(
+            "template", template.rpartition("/")[2], [name for known in templates.values() for name in known]
+        )
     for family in here:
-        fits = task in ("auto", family) and strategy in ("auto", *_strategies(bundle, family))
-        if fits and (template is None or _named(template, family, templates[family])):
-            name = _template(bundle, family, strategy, template)
-            chosen = _strategy(bundle, family, strategy, name)
-            return TaskStrategy(family, name, chosen, settings_of(chosen, settings))
+        fits = task in ("auto", family) and strategy in ("auto", *_supported_strategies(bundle, family))
+        if fits and (template is None or _is_family_template(template, family, templates[family])):
+            name = _select_template(bundle, family, strategy, template)
+            chosen = _select_strategy(bundle, family, strategy, name)
+            return TaskStrategy(family, name, chosen, parse_strategy_settings(chosen, settings))
     options = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
-        f"{family} with {' or '.join(_strategies(bundle, family))}, templates {', '.join(templates[family])}"
+        f"{family} with {' or '.join(_supported_strategies(bundle, family))}, templates {', '.join(templates[family])}"
         for family in here
     )
     raise RecipeError(
@@ -117,14 +119,14 @@ def select_ranking_strategy(
     )
 
 
-def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
+def _supported_strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
     """Return the strategies of a task, including plug-in strategies that the run evaluated."""
     section = bundle.tasks.present().get(family)
     further = [name for name in section.strategies if is_plugin(STRATEGIES, name)] if section else []
     return (*family_of(family).strategies, *further)
 
 
-def _strategy(bundle: Bundle, family: str, requested: str, template: str) -> str:
+def _select_strategy(bundle: Bundle, family: str, requested: str, template: str) -> str:
     """Return the requested strategy, or the first one that is compatible with the template."""
     known = family_of(family)
     if not known.lists:
@@ -132,19 +134,19 @@ def _strategy(bundle: Bundle, family: str, requested: str, template: str) -> str
     words = bundle.templates[family][template]
     if requested == "auto":
         return default_strategy_for(words)
-    if not fits(words, requested):
-        refuse(words, requested)
+    if not is_strategy_supported(words, requested):
+        raise_unsupported_strategy(words, requested)
     return requested
 
 
-def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
+def parse_strategy_settings(strategy: str, settings: Sequence[str]) -> EvalSection:
     """Validate the settings of a strategy, with the keys and checks of a recipe.
 
     Args:
         strategy: The name of the strategy.
         settings: ``key=value``, optionally with the prefix ``eval.``.
     """
-    known = [key for key in keys_of(strategy) if key not in _OWN_OPTIONS]
+    known = [key for key in strategy_eval_keys(strategy) if key not in _COMMAND_OPTIONS]
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -162,9 +164,9 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
                 kind="unsupported",
                 column=f"eval.{key}",
             )
-        if key in _OWN_OPTIONS:
+        if key in _COMMAND_OPTIONS:
             raise RecipeError(
-                f"--set eval.{key}: use the option {_OWN_OPTIONS[key]} instead",
+                f"--set eval.{key}: use the option {_COMMAND_OPTIONS[key]} instead",
                 kind="unsupported",
                 column=f"eval.{key}",
             )
@@ -178,16 +180,16 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
             )
         if key in values:
             raise RecipeError(f"--set eval.{key}: given twice; keep one value", kind="duplicate", column=f"eval.{key}")
-        values[key] = value_of(text, f"eval.{key}")
+        values[key] = parse_yaml_value(text, f"eval.{key}")
     try:
         return EvalSection(**values)
     except ValidationError as error:
-        problems = explained(error, "--set eval.")
+        problems = validation_messages(error, "--set eval.")
         column = problems[0].removeprefix("--set ").partition(":")[0]
         raise RecipeError("; ".join(problems), kind="bad-value", column=column) from None
 
 
-def explained(error: ValidationError, prefix: str) -> list[str]:
+def validation_messages(error: ValidationError, prefix: str) -> list[str]:
     """Return messages about invalid values without the values, which may be secret."""
     results = []
     for detail in error.errors(include_input=False, include_url=False):
@@ -197,7 +199,7 @@ def explained(error: ValidationError, prefix: str) -> list[str]:
     return results
 
 
-def one_of(what: str, name: str, known: Sequence[str]) -> None:
+def check_known_name(what: str, name: str, known: Sequence[str]) -> None:
     """Reject an unknown name."""
     if name not in known:
         names = ", ".join(dict.fromkeys(known))
@@ -208,13 +210,13 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
         )
 
 
-def _template(bundle: Bundle, family: str, strategy: str, requested: str | None) -> str:
+def _select_template(bundle: Bundle, family: str, strategy: str, requested: str | None) -> str:
     """Return the name of the requested template, or of the default template for the strategy."""
     known = bundle.templates[family]
     names: list[str] = [] if requested is None else [requested.rpartition("/")[2]]
     if requested is None:
-        names = [task_of(bundle, family, {}, bundle.index).eval_templates[0]]
-        names += [_SHOWS_PROFILE, *known] if strategy == TWO_STEP else []
+        names = [items_only_task(bundle, family, {}, bundle.index).eval_templates[0]]
+        names += [_PROFILE_TEMPLATE, *known] if strategy == TWO_STEP else []
     if strategy != TWO_STEP:
         return names[0]
     shows = [name for name in names if name in known and known[name].shows_profile]
@@ -230,7 +232,7 @@ def _template(bundle: Bundle, family: str, strategy: str, requested: str | None)
     return shows[0]
 
 
-def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
+def _is_family_template(template: str, family: str, known: Mapping[str, object]) -> bool:
     named, _, name = template.rpartition("/")
     return named in ("", family) and name in known
 
@@ -238,7 +240,7 @@ def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
 # --------------------------------------------------------------------------- one item
 
 
-def about_families(bundle: Bundle) -> dict[str, Family]:
+def item_families(bundle: Bundle) -> dict[str, Family]:
     """Return the trained tasks of a model that are about single items, by name."""
     results = {name: family_of(name) for name in bundle.tasks.present()}
     return {name: family for name, family in results.items() if family.answer is not Ranking}
@@ -251,11 +253,11 @@ def select_item_strategy(
 
     Args:
         bundle: The model and its training prompts.
-        family: One of `about_families`.
+        family: One of `item_families`.
         template: ``family/name`` or the name; None: chosen automatically.
         strategy: A strategy of the family, or ``auto``.
     """
-    known = about_families(bundle)
+    known = item_families(bundle)
     if family not in known:
         has = ", ".join(known) or "none"
         raise RecipeError(
@@ -264,28 +266,28 @@ def select_item_strategy(
             at=bundle.folder,
             column="family",
         )
-    task = task_of(bundle, family, {}, bundle.index)
+    task = items_only_task(bundle, family, {}, bundle.index)
     templates = bundle.templates[family]
     name = task.eval_templates[0] if template is None else template.rpartition("/")[2]
-    one_of("template", name, list(templates))
+    check_known_name("template", name, list(templates))
     section = bundle.tasks.present()[family]
     strategies = task.asked_by(templates[name], section.strategies, tuned=bundle.tuned)
-    one_of("strategy", strategy, ("auto", *known[family].strategies))
+    check_known_name("strategy", strategy, ("auto", *known[family].strategies))
     return TaskStrategy(family, name, strategies[0] if strategy == "auto" else strategy)
 
 
 # --------------------------------------------------------------------------- tasks
 
 
-def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Task:
+def items_only_task(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Task:
     """Return a task with these items and no interactions, which can only render prompts."""
     section = bundle.tasks.present()[family]
-    data = data_of(bundle, items)
+    data = items_only_data(bundle, items)
     inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes, learns=False)
     return family_of(family).task(section, inputs)
 
 
-def data_of(bundle: Bundle, items: Mapping[str, Item]) -> SplitDataset:
+def items_only_data(bundle: Bundle, items: Mapping[str, Item]) -> SplitDataset:
     """Return data with these items and no interactions."""
     nothing = pl.DataFrame(schema=dict(SCHEMA))
     dataset = Dataset(

@@ -14,37 +14,37 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.data.features import (
-    ANSWERS,
+    ANSWERS_FILE,
     KINDS,
-    OF_PERSONS,
+    USER_KINDS,
     FeatureKind,
     Features,
     FeatureStore,
     Pair,
     Provenance,
-    drop_older,
+    lock_store,
+    remove_old_versions,
     write_version,
-    writing,
 )
-from llmrec.data.read.files import user_path
+from llmrec.data.read.files import expand_path
 from llmrec.data.read.table import read_table
-from llmrec.data.read.tables import find
-from llmrec.data.read.typed import ids, texts
+from llmrec.data.read.tables import find_column
+from llmrec.data.read.typed import id_column, text_column
 from llmrec.errors import DataError
 from llmrec.models.text_encoder import text_embedder
 
 log = logging.getLogger(__name__)
 
-ENCODER = "all-MiniLM-L6-v2"
+DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 # Number of ids per look-up, and of look-ups per measurement.
 _BATCH, _LOOKUPS = 100, 2000
 
 
-def of_texts(
+def features_from_texts(
     kind: FeatureKind,
     written: Mapping[str, str],
     *,
-    encoder: str = ENCODER,
+    encoder: str = DEFAULT_ENCODER,
     provenance: Provenance,
     seen: Mapping[str, frozenset[Pair]] | None = None,
 ) -> Features:
@@ -75,8 +75,8 @@ def of_texts(
     )
 
 
-def from_table(
-    path: str, kind: FeatureKind, *, column: str = "text", seen: str | None = None, encoder: str = ENCODER
+def features_from_table(
+    path: str, kind: FeatureKind, *, column: str = "text", seen: str | None = None, encoder: str = DEFAULT_ENCODER
 ) -> Features:
     """Read the texts of a table as features.
 
@@ -90,20 +90,20 @@ def from_table(
     Raises:
         DataError: If a table cannot be read, an id occurs twice, or ``seen`` has none of the ids.
     """
-    table = read_table(user_path(path))
-    person = kind in OF_PERSONS
-    key = find(table, "user_id" if person else "item_id", "", f"--kind {kind}")
-    text = find(table, column, "", "--text")
+    table = read_table(expand_path(path))
+    person = kind in USER_KINDS
+    key = find_column(table, "user_id" if person else "item_id", "", f"--kind {kind}")
+    text = find_column(table, column, "", "--text")
     assert key is not None and text is not None
-    names = [str(entry) for entry in ids(table, key)]
+    names = [str(entry) for entry in id_column(table, key)]
     duplicates = {name for name, times in Counter(names).items() if times > 1}
     if duplicates:
         raise DataError.at(table.name, "duplicate", f": {kind} {min(duplicates)!r} has several texts; keep one", key)
-    written = dict(zip(names, texts(table, text), strict=True))
+    written = dict(zip(names, text_column(table, text), strict=True))
     pairs: dict[str, set[Pair]] = {}
     if seen is not None:
-        interactions = read_table(user_path(seen))
-        for user, item in zip(ids(interactions, "user_id"), ids(interactions, "item_id"), strict=True):
+        interactions = read_table(expand_path(seen))
+        for user, item in zip(id_column(interactions, "user_id"), id_column(interactions, "item_id"), strict=True):
             pairs.setdefault(str(user if person else item), set()).add((str(user), str(item)))
         with_text = [name for name in names if written[name].strip()]
         unmatched = [name for name in with_text if name not in pairs]
@@ -126,7 +126,7 @@ def from_table(
                 unmatched[0],
             )
     provenance = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
-    return of_texts(
+    return features_from_texts(
         kind,
         written,
         encoder=encoder,
@@ -168,7 +168,7 @@ class DeletionResult:
     others: tuple[str, ...]
 
 
-def forget(folder: Path, user: str) -> DeletionResult:
+def forget_user(folder: Path, user: str) -> DeletionResult:
     """Delete a user's text, vector, interactions and cached answers, and remove earlier versions of the store.
 
     Answers and older versions are removed first and for all users, since they do not record whom they are about: a user
@@ -179,29 +179,29 @@ def forget(folder: Path, user: str) -> DeletionResult:
         LlmrecError: If another process writes to the store.
     """
     FeatureStore.open(folder)
-    with writing(folder) as root:
+    with lock_store(folder) as root:
         # Cached questions and answers of a language model, with the other files of the database.
-        for path in root.glob(f"{ANSWERS}*"):
+        for path in root.glob(f"{ANSWERS_FILE}*"):
             path.unlink()
-        drop_older(root)
+        remove_old_versions(root)
         store = FeatureStore.open(folder)
         tables = [all_features(store, kind) for kind in store.kinds]
         pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
         entries = [(table.kind, item, known) for table in tables for item, known in table.seen.items()]
         others = sorted(
-            item for kind, item, known in entries if known & pairs and not (kind in OF_PERSONS and item == user)
+            item for kind, item, known in entries if known & pairs and not (kind in USER_KINDS and item == user)
         )
-        had_text = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
+        had_text = any(table.kind in USER_KINDS and user in table.ids for table in tables)
         if not had_text and not pairs:
             raise DataError.at(
                 folder, "unknown-name", f" has no data on user {user!r}; cached model answers were removed"
             )
-        write_version(root, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
+        write_version(root, [_without_user(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
     return DeletionResult(had_text, len(pairs), tuple(others))
 
 
-def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
-    of_persons = table.kind in OF_PERSONS
+def _without_user(table: Features, user: str, pairs: set[Pair]) -> Features:
+    of_persons = table.kind in USER_KINDS
     kept = [row for row, item in enumerate(table.ids) if not of_persons or item != user]
     seen = {item: known - pairs for item, known in table.seen.items() if not of_persons or item != user}
     return Features(
@@ -215,7 +215,7 @@ def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
     )
 
 
-def edit(folder: Path, kind: FeatureKind, item: str, text: str) -> tuple[FeatureKind, ...]:
+def edit_text(folder: Path, kind: FeatureKind, item: str, text: str) -> tuple[FeatureKind, ...]:
     """Correct a text, and compute its vector again with the text encoder of the store.
 
     Returns:
@@ -236,7 +236,7 @@ def edit(folder: Path, kind: FeatureKind, item: str, text: str) -> tuple[Feature
     embedder = text_embedder(str(spec["name"]))
     if embedder.stamp != spec.get("stamp"):
         raise DataError.at(folder, "mismatch", f" was built with another version of {spec['name']}; rebuild the store")
-    with writing(folder) as root:
+    with lock_store(folder) as root:
         store = FeatureStore.open(folder)
         tables = {other: all_features(store, other) for other in store.kinds}
         table = tables[kind]
@@ -250,7 +250,7 @@ def edit(folder: Path, kind: FeatureKind, item: str, text: str) -> tuple[Feature
 
 
 @dataclass(frozen=True)
-class Difference:
+class StoreDifference:
     """The differences between two versions of a feature store."""
 
     kind: FeatureKind
@@ -259,7 +259,7 @@ class Difference:
     changed: tuple[tuple[str, str, str], ...]
 
 
-def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
+def compare_stores(old: FeatureStore, new: FeatureStore) -> list[StoreDifference]:
     """Compare two feature stores: added and removed ids, and changed texts."""
     results = []
     for kind in KINDS:
@@ -272,11 +272,11 @@ def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
             if texts_before.get(item) != texts_after.get(item)
         )
         if before or after:
-            results.append(Difference(kind, tuple(sorted(after - before)), tuple(sorted(before - after)), changed))
+            results.append(StoreDifference(kind, tuple(sorted(after - before)), tuple(sorted(before - after)), changed))
     return results
 
 
-def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
+def measure_latency(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
     """Measure the p50 and p99 latency of look-ups in microseconds, for one id and for a hundred ids."""
     names = store.ids(kind)
     rng = np.random.default_rng(0)

@@ -19,15 +19,15 @@ from llmrec.errors import RecipeError, did_you_mean
 from llmrec.guard import clean
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import AugmentSection
-from llmrec.tasks.base import View
+from llmrec.tasks.base import DataView
 from llmrec.types import Event, Prompt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FAMILY = "augment"
-_USERS = frozenset({"history", "factors", "topics", "interests", "noun", "user_id", "profile"})
-_ITEMS = frozenset({"item", "item_id", "fields", "factors", "noun"})
+_USER_VARIABLES = frozenset({"history", "factors", "topics", "interests", "noun", "user_id", "profile"})
+_ITEM_VARIABLES = frozenset({"item", "item_id", "fields", "factors", "noun"})
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TextPrompt:
         return frozenset((self.id, event.item_id) for event in self.events)
 
 
-def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Template:
+def text_template(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Template:
     """Return a template from ``prompts/augment``, or from ``prompts`` of the recipe.
 
     Raises:
@@ -59,16 +59,16 @@ def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Te
     known = load_templates(FAMILY, *prompts)
     if name not in known:
         raise RecipeError(
-            f"{key_of(kind)}: there is no template {name!r}{did_you_mean(name, known)}; known: "
+            f"{template_key(kind)}: there is no template {name!r}{did_you_mean(name, known)}; known: "
             f"{', '.join(sorted(known))}",
             kind="unknown-name",
-            column=key_of(kind),
+            column=template_key(kind),
         )
-    known[name].check(turns=_ITEMS if kind == "item" else _USERS, lead=(), target={"text"})
+    known[name].check(turns=_ITEM_VARIABLES if kind == "item" else _USER_VARIABLES, lead=(), target={"text"})
     return known[name]
 
 
-def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
+def readable_events(data: SplitDataset, user: str) -> tuple[Event, ...]:
     """Return the interactions from which a text about a user may be generated, oldest first.
 
     With a split of kind ``prefix`` these are the user's first interactions, which nothing else is trained on; with
@@ -77,7 +77,7 @@ def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
     return data.known_events(user) if data.kind == "prefix" else data.train_events(user)
 
 
-def about_users(
+def user_prompts(
     data: SplitDataset,
     section: AugmentSection,
     seed: int,
@@ -98,46 +98,46 @@ def about_users(
     """
     name = section.users if kind == "user" else section.synthetic
     assert name is not None
-    template, view = template_of(kind, name, prompts), View(data)
+    template, view = text_template(kind, name, prompts), DataView(data)
     most = math.inf if kind == "user" else section.cold
-    eligible = [user for user in data.users() if 0 < len(readable(data, user)) <= most]
+    eligible = [user for user in data.users() if 0 < len(readable_events(data, user)) <= most]
     fields = {"factors": list(section.factors), "topics": list(section.topics)}
     results = []
-    for user in _sample(eligible, section.limit, seed):
-        events = readable(data, user)[-section.history :]
-        values = view.user(user, {}) | fields | {"history": view.events(events, _stars)}
+    for user in _sample_names(eligible, section.limit, seed):
+        events = readable_events(data, user)[-section.history :]
+        values = view.user(user, {}) | fields | {"history": view.events(events, _format_rating)}
         values["interests"] = interests.get(user, "")
         results.append(TextPrompt(user, Prompt(messages=template.turns(values)), events))
     return results
 
 
-def about_items(
+def item_prompts(
     data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()
 ) -> list[TextPrompt]:
     """Return prompts about all items, without interactions."""
     assert section.items is not None
-    template, view = template_of("item", section.items, prompts), View(data)
+    template, view = text_template("item", section.items, prompts), DataView(data)
     results = []
-    for item in _sample(sorted(data.dataset.items), section.limit, seed):
+    for item in _sample_names(sorted(data.dataset.items), section.limit, seed):
         values = view.about(item) | {"factors": list(section.factors), "noun": data.dataset.noun}
         values.pop("item_stats", None)
         results.append(TextPrompt(item, Prompt(messages=template.turns(values))))
     return results
 
 
-def taste(vectors: NDArray[np.floating[Any]], liked: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
+def preference_vector(vectors: NDArray[np.floating[Any]], liked: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
     """Return the mean of the liked vectors minus the mean of the others; shapes (n, d) and (d,)."""
     parts = vectors[liked], vectors[~liked]
     means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in parts]
     return np.asarray(means[0] - means[1])
 
 
-def key_of(kind: FeatureKind) -> str:
+def template_key(kind: FeatureKind) -> str:
     """Return the recipe key for the template of users, items or synthetic items."""
     return "augment.synthetic" if kind == "synthetic" else f"augment.{kind}s"
 
 
-def kept(kind: FeatureKind, answer: str, section: AugmentSection) -> str:
+def extract_text(kind: FeatureKind, answer: str, section: AugmentSection) -> str:
     """Return the part of an answer to store; empty if the answer is not usable.
 
     For a text on a user with a closed list, these are the topics of the list that it names, in list order (GENRE, Liu
@@ -145,15 +145,15 @@ def kept(kind: FeatureKind, answer: str, section: AugmentSection) -> str:
     format of GENRE, or else the first line.
     """
     if kind == "user" and section.topics:
-        words = f" {_plain(answer)} "
-        return ", ".join(topic for topic in section.topics if f" {_plain(topic)} " in words)
+        words = f" {_normalise_words(answer)} "
+        return ", ".join(topic for topic in section.topics if f" {_normalise_words(topic)} " in words)
     if kind == "synthetic":
-        answer = invented(answer)
+        answer = parse_synthetic_item(answer)
     # Generated text is untrusted, and must not be able to imitate parts of a template.
     return clean(answer)
 
 
-def invented(answer: str) -> str:
+def parse_synthetic_item(answer: str) -> str:
     """Return the title and description of the synthetic item in an answer."""
     begin, end = answer.find("{"), answer.rfind("}")
     try:
@@ -167,15 +167,15 @@ def invented(answer: str) -> str:
     return first.strip("\"'* ")
 
 
-def _plain(text: str) -> str:
+def _normalise_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def _stars(rating: float) -> str:
+def _format_rating(rating: float) -> str:
     return f"{rating:g}"
 
 
-def _sample(names: Sequence[str], limit: int | None, seed: int) -> list[str]:
+def _sample_names(names: Sequence[str], limit: int | None, seed: int) -> list[str]:
     """Return a sorted sample of names that does not depend on their order."""
     if limit is None or limit >= len(names):
         return list(names)

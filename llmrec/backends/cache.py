@@ -21,27 +21,27 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
-from llmrec.durable import replacing, sha256_of
+from llmrec.durable import replace_atomically, sha256_of
 from llmrec.errors import BackendError, EngineFailure
 from llmrec.progress import count_answers
-from llmrec.types import Backend, Capability, Completion, Cost, HeadBackend, Prompt, Read, Scores, SearchResult
+from llmrec.types import Backend, Capability, Completion, Cost, HeadBackend, HeadRating, Prompt, Scores, SearchResult
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2
 """Version of the tables; 1 had no checksums."""
-_WAIT = 30.0
-_MANY = 500  # keys per query, since SQLite limits the number of variables
-_TABLES = (
+_LOCK_TIMEOUT = 30.0
+_KEYS_PER_QUERY = 500  # keys per query, since SQLite limits the number of variables
+_CREATE_TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, sum TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS spent (name TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, "
     "completion_tokens INTEGER NOT NULL, sum TEXT NOT NULL) WITHOUT ROWID",
 )
-_ANSWER = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)"
-_MISSING = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
-_SPENT = "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)"
+_INSERT_ANSWER = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)"
+_INSERT_MISSING = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
+_INSERT_USAGE = "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)"
 # Errors that may be temporary: permission, lock, memory, I/O, full disk.
-_CIRCUMSTANCES = frozenset(
+_TEMPORARY_ERRORS = frozenset(
     {
         *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR),
         *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN),
@@ -50,7 +50,7 @@ _CIRCUMSTANCES = frozenset(
 _T = TypeVar("_T")
 
 
-class Stored(TypedDict):
+class StoredAnswer(TypedDict):
     """A stored answer, and the seconds that it took."""
 
     seconds: float
@@ -74,7 +74,7 @@ class AnswerStore:
         self._connection: sqlite3.Connection | None = None
         self._tried(lambda _: None)
 
-    def get(self, keys: Sequence[str]) -> dict[str, Stored]:
+    def get(self, keys: Sequence[str]) -> dict[str, StoredAnswer]:
         """Return the stored answers by key; an answer with a wrong checksum counts as missing."""
         result = self._get(keys)
         missing = [key for key in keys if key not in result] if self._further is not None else []
@@ -83,25 +83,25 @@ class AnswerStore:
             result |= further
         return result
 
-    def _get(self, keys: Sequence[str]) -> dict[str, Stored]:
-        result: dict[str, Stored] = {}
+    def _get(self, keys: Sequence[str]) -> dict[str, StoredAnswer]:
+        result: dict[str, StoredAnswer] = {}
         damaged = 0
-        for start in range(0, len(keys), _MANY):
-            part = keys[start : start + _MANY]
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
             query = f"SELECT key, value, sum FROM answers WHERE key IN ({','.join('?' * len(part))})"
             rows = self._tried(lambda run, query=query, part=part: run(query, part).fetchall())  # type: ignore[misc]
-            sound = {key: json.loads(value) for key, value, message in rows if message == _sum(key, value)}
+            sound = {key: json.loads(value) for key, value, message in rows if message == _row_checksum(key, value)}
             damaged += len(rows) - len(sound)
             result |= sound
         if damaged:
             log.warning("%d answers in %s do not match their checksums and are requested again", damaged, self._path)
         return result
 
-    def put(self, answers: Iterable[tuple[str, Stored]]) -> None:
+    def put(self, answers: Iterable[tuple[str, StoredAnswer]]) -> None:
         """Store answers in one transaction: all of them, or none if interrupted."""
         texts = ((key, json.dumps(value)) for key, value in answers)
-        rows = [(key, text, _sum(key, text)) for key, text in texts]
-        self._tried(lambda _: self._together((_ANSWER, rows)))
+        rows = [(key, text, _row_checksum(key, text)) for key, text in texts]
+        self._tried(lambda _: self._together((_INSERT_ANSWER, rows)))
 
     def spent(self, name: str) -> Cost:
         """Return the token usage recorded under a name."""
@@ -109,7 +109,7 @@ class AnswerStore:
         result = self._tried(lambda run: run(query, (name,)).fetchone())
         if result is None:
             return Cost()
-        if result[3] != _sum(*result[:3]):
+        if result[3] != _row_checksum(*result[:3]):
             if not self._warned:
                 log.warning("the spent budget of %s in %s is damaged; it is counted again from 0", name, self._path)
             self._warned = True
@@ -122,7 +122,7 @@ class AnswerStore:
         def book(_: _Run) -> None:
             before = self.spent(name)
             total = (name, before.prompt_tokens + cost.prompt_tokens, before.completion_tokens + cost.completion_tokens)
-            self._together((_SPENT, [(*total, _sum(*total))]))
+            self._together((_INSERT_USAGE, [(*total, _row_checksum(*total))]))
 
         self._tried(book)
 
@@ -140,12 +140,12 @@ class AnswerStore:
                 sums = {
                     item: self.spent(item) + Cost(prompt_tokens=prompt, completion_tokens=completion)
                     for item, prompt, completion, message in booked
-                    if message == _sum(item, prompt, completion)
+                    if message == _row_checksum(item, prompt, completion)
                 }
                 spent = [(item, cost.prompt_tokens, cost.completion_tokens) for item, cost in sums.items()]
                 self._together(
-                    (_MISSING, (row for row in rows if row[2] == _sum(*row[:2]))),
-                    (_SPENT, [(*row, _sum(*row)) for row in (*spent, mark)]),
+                    (_INSERT_MISSING, (row for row in rows if row[2] == _row_checksum(*row[:2]))),
+                    (_INSERT_USAGE, [(*row, _row_checksum(*row)) for row in (*spent, mark)]),
                 )
 
         self._tried(take)
@@ -176,7 +176,7 @@ class AnswerStore:
         run("PRAGMA journal_mode=WAL")
         run("PRAGMA synchronous=NORMAL")
         run("BEGIN IMMEDIATE")
-        for table in _TABLES:
+        for table in _CREATE_TABLES:
             run(table)
         run(f"PRAGMA user_version={_VERSION}")
         run("COMMIT")
@@ -191,7 +191,7 @@ class AnswerStore:
         except sqlite3.DatabaseError as error:
             damage = error
         try:
-            if self._circumstance(damage):
+            if self._is_temporary(damage):
                 raise damage
             return work(self._set_aside(damage).execute)
         except sqlite3.DatabaseError as error:
@@ -203,13 +203,13 @@ class AnswerStore:
                 at=self._path,
             ) from error
 
-    def _circumstance(self, error: sqlite3.DatabaseError) -> bool:
+    def _is_temporary(self, error: sqlite3.DatabaseError) -> bool:
         if self._path.exists() and not self._path.is_file():
             return True
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         # A file whose header names a later SQLite version is read-only.
         writable = code == sqlite3.SQLITE_READONLY and os.access(self._path, os.W_OK)
-        return code in _CIRCUMSTANCES and not (writable and os.access(self._path.parent, os.W_OK))
+        return code in _TEMPORARY_ERRORS and not (writable and os.access(self._path.parent, os.W_OK))
 
     def _together(self, *writes: tuple[str, Iterable[Sequence[object]]]) -> None:
         """Execute statements with rows in one transaction."""
@@ -235,13 +235,13 @@ class AnswerStore:
             if part.exists():
                 part.replace(aside.with_name(aside.name + suffix))
         connection = self._open()
-        answers = {row[0]: row for row in _rows(aside, "SELECT key, value, sum FROM answers ORDER BY key")}
-        self._together((_ANSWER, [row for row in answers.values() if row[2] == _sum(*row[:2])]))
-        booked = {row[0]: row for row in _rows(aside, "SELECT * FROM spent ORDER BY name")}
+        answers = {row[0]: row for row in _readable_rows(aside, "SELECT key, value, sum FROM answers ORDER BY key")}
+        self._together((_INSERT_ANSWER, [row for row in answers.values() if row[2] == _row_checksum(*row[:2])]))
+        booked = {row[0]: row for row in _readable_rows(aside, "SELECT * FROM spent ORDER BY name")}
         # Recorded usage counts even without a checksum, because a budget must not start again.
-        sums = {name: _sum(*row[:3]) for name, row in booked.items()}
+        sums = {name: _row_checksum(*row[:3]) for name, row in booked.items()}
         kept = [(*row[:3], sums[name]) for name, row in booked.items() if row[3:] in ((), (sums[name],))]
-        self._together((_SPENT, kept))
+        self._together((_INSERT_USAGE, kept))
         log.warning(
             "%s is damaged (%s) and was renamed to %s; %d of its answers are reused, and the others are requested "
             "again",
@@ -257,19 +257,19 @@ def _break_hard_link(path: Path) -> None:
     """Copy a hard-linked database before writing, since SQLite writes in place and would also change a backup."""
     for part in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
         if part.is_file() and not part.is_symlink() and part.stat().st_nlink > 1:
-            with replacing(part) as draft:
+            with replace_atomically(part) as draft:
                 shutil.copy2(part, draft)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     # callers synchronise their threads
-    connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
     # invalid characters fail the checksum
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
 
 
-def _rows(path: Path, query: str) -> Iterator[tuple[Any, ...]]:
+def _readable_rows(path: Path, query: str) -> Iterator[tuple[Any, ...]]:
     """Yield the readable rows of a damaged database, from both ends up to the damage."""
     most = path.stat().st_size // 16
     for order in ("", " DESC"):
@@ -281,7 +281,7 @@ def _rows(path: Path, query: str) -> Iterator[tuple[Any, ...]]:
                 connection.close()
 
 
-def _sum(*row: object) -> str:
+def _row_checksum(*row: object) -> str:
     """Return the checksum of a row."""
     return hashlib.sha256("\0".join(map(str, row)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -361,7 +361,7 @@ class CachedBackend:
         self.store, self._instead = store, instead
         self.replaced = 0
         """Number of times that a failed engine was replaced; later answers are from the replacement."""
-        self._take(LazyEngine(identity, kind, start))
+        self._use_engine(LazyEngine(identity, kind, start))
         self.part: int | None = None
         """The part of a job that questions belong to; None: answers may be shared by all parts.
 
@@ -376,7 +376,7 @@ class CachedBackend:
         self.start_seconds = 0.0
         """The cost of starting the engine, which is part of the first call that needs it."""
 
-    def _take(self, offer: LazyEngine) -> None:
+    def _use_engine(self, offer: LazyEngine) -> None:
         self.identity, kind, self._begin = offer
         self.name = kind.name
         self.capabilities: frozenset[Capability] = kind.capabilities
@@ -451,7 +451,7 @@ class CachedBackend:
             for answer in questions.answers
         ]
 
-    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+    def rate(self, prompts: Sequence[Prompt]) -> list[HeadRating]:
         """Predict ratings with the rating head, using cached answers; see `HeadBackend.rate`.
 
         Raises:
@@ -468,7 +468,7 @@ class CachedBackend:
                 )
             with questions.replaced_on_failure():
                 questions.keep(indices, engine.rate([prompts[i] for i in indices]))
-        return [Read(**answer) for answer in questions.answers]
+        return [HeadRating(**answer) for answer in questions.answers]
 
     def close(self) -> None:
         """Close the engine, if it was started."""
@@ -510,7 +510,7 @@ class CachedBackend:
         if offer is None:
             return False
         self.close()
-        self._take(offer)
+        self._use_engine(offer)
         self.replaced += 1
         return True
 
@@ -582,7 +582,7 @@ class _Questions:
         share = (now - self._begin) / len(indices)
         self._begin = now
         pairs = zip(indices, answers, strict=True)
-        fresh = {self._keys[i]: Stored(seconds=share, answer=asdict(answer)) for i, answer in pairs}
+        fresh = {self._keys[i]: StoredAnswer(seconds=share, answer=asdict(answer)) for i, answer in pairs}
         if self._backend.store is not None:
             self._backend.store.put(fresh.items())
         self._known |= fresh

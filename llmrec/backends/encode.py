@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 _CACHE_LIMIT = 500_000
 # Maximum length of an error of a chat template that is quoted.
-_SHOWN = 200
-_CATALOGUES = 4
+_MAX_ERROR_LENGTH = 200
+_MAX_CATALOGUES = 4
 # Token trees of larger catalogues are cached on disk.
-_LARGE = 20_000
+_LARGE_CATALOGUE = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
-        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control))) - self._unknown()
+        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control))) - self._unknown_token_ids()
         self._pieces: dict[str, tuple[int, ...]] = {}
         self._catalogues: dict[tuple[str | None, str], TokenTrie] = {}
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
@@ -102,7 +102,7 @@ class Encoder:
             BackendError: If it is longer than ``max_length``, or contains a forged control token.
         """
         ids = self.chat(prompt.messages)
-        for text in pieces(prompt.answer_prefix):
+        for text in answer_pieces(prompt.answer_prefix):
             ids.extend(self.piece(text))
         if len(ids) >= self.max_length:
             raise BackendError(
@@ -142,9 +142,9 @@ class Encoder:
 
     def line(self, text: str) -> tuple[int, ...]:
         """Tokenise the last line of an answer, with its end."""
-        return (*self.piece(text), self.end_id) if self._loses_end(text) else self.piece(text)
+        return (*self.piece(text), self.end_id) if self._needs_end_token(text) else self.piece(text)
 
-    def _loses_end(self, text: str) -> bool:
+    def _needs_end_token(self, text: str) -> bool:
         return self._ends_lines and text.endswith("\n")
 
     def catalogue(self, texts: Sequence[str], stop: str | None) -> TokenTrie:
@@ -159,13 +159,17 @@ class Encoder:
         key = (stop, hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest())
         known = self._catalogues.pop(key, None)
         if known is None:
-            known = self._tree(texts, stop) if len(texts) < _LARGE else self._kept_tree(texts, stop, key[1])
+            known = (
+                self._tree(texts, stop)
+                if len(texts) < _LARGE_CATALOGUE
+                else self._load_or_build_tree(texts, stop, key[1])
+            )
         self._catalogues[key] = known
-        while len(self._catalogues) > _CATALOGUES:
+        while len(self._catalogues) > _MAX_CATALOGUES:
             self._catalogues.pop(next(iter(self._catalogues)))
         return known
 
-    def _kept_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> TokenTrie:
+    def _load_or_build_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> TokenTrie:
         """Return the token tree from the cache folder, or build and cache it."""
         name = hashlib.sha256(f"{__version__}\0{self.digest}\0{stop!r}\0{digest}".encode()).hexdigest()[:32]
         file = cache_dir() / "catalogues" / f"{name}.safetensors"
@@ -196,7 +200,7 @@ class Encoder:
             piece = self.piece(text)
             ids.extend(piece)
             labels.extend(piece if is_target else [IGNORED] * len(piece))
-        if example.ends_turn or (labels[-1] != IGNORED and self._loses_end(text)):
+        if example.ends_turn or (labels[-1] != IGNORED and self._needs_end_token(text)):
             ids.append(self.end_id)
             labels.append(self.end_id)
         return TokenRow(tuple(ids), tuple(labels))
@@ -254,8 +258,10 @@ class Encoder:
         roles = tuple(message.role for message in messages)
         if roles not in self._scaffold:
             plain = [Message(role, (Segment("text", "x"),)) for role in roles]
-            self._scaffold[roles] = self._marks(self.tokenizer.encode(self.turns_text(plain), add_special_tokens=False))
-        if self._marks(ids) != self._scaffold[roles]:
+            self._scaffold[roles] = self._control_tokens_in(
+                self.tokenizer.encode(self.turns_text(plain), add_special_tokens=False)
+            )
+        if self._control_tokens_in(ids) != self._scaffold[roles]:
             raise BackendError(
                 "a title, review or user text contains a control token of the chat template; remove it from the "
                 f"data. The prompt begins with {messages[-1].text[:120]!r}",
@@ -264,10 +270,10 @@ class Encoder:
         self._last = (tuple(messages), tuple(ids))
         return ids
 
-    def _marks(self, ids: Iterable[int]) -> tuple[int, ...]:
+    def _control_tokens_in(self, ids: Iterable[int]) -> tuple[int, ...]:
         return tuple(i for i in ids if i in self._control_ids)
 
-    def _unknown(self) -> frozenset[int]:
+    def _unknown_token_ids(self) -> frozenset[int]:
         """Return the id of the unknown token, unless it is also another special token.
 
         Titles in other scripts contain it, so it is no sign of forgery. Its spelling is neutralised like every control
@@ -284,35 +290,37 @@ class Encoder:
         if not self.tokenizer.chat_template:
             start = self.tokenizer.bos_token or ""
             return start + "".join(turn["content"] + "\n\n" for turn in self._turns(messages))
-        return self._rendered(messages)[1]
+        return self._render_turns(messages)[1]
 
     def turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """Return chat messages in the form of chat templates, without control tokens in their contents."""
-        return self._rendered(messages)[0] if self.tokenizer.chat_template else self._turns(messages)
+        return self._render_turns(messages)[0] if self.tokenizer.chat_template else self._turns(messages)
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": m.role, "content": neutralise(m.text, self.control)} for m in messages]
 
-    def _rendered(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
+    def _render_turns(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
         turns = self._turns(messages)
         try:
-            return turns, self._apply(turns)
+            return turns, self._apply_chat_template(turns)
         except ModelError:
             # If a chat template has no system role, its text is put before the first user message.
             if turns[0]["role"] != "system" or len(turns) < 2:
                 raise
             joined = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
             turns = [joined, *turns[2:]]
-            return turns, self._apply(turns)
+            return turns, self._apply_chat_template(turns)
 
     def whole(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokenise a whole conversation including the answer, as other programs do."""
         if not self.tokenizer.chat_template:
             return []
-        ids: list[int] = self.tokenizer.encode(self._apply(turns, answering=False), add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(
+            self._apply_chat_template(turns, answering=False), add_special_tokens=False
+        )
         return ids
 
-    def _apply(self, turns: Sequence[Mapping[str, str]], *, answering: bool = True) -> str:
+    def _apply_chat_template(self, turns: Sequence[Mapping[str, str]], *, answering: bool = True) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
@@ -320,7 +328,7 @@ class Encoder:
         except Exception as error:
             # The template is a program written by the author of the model, so it runs in a sandbox.
             folder = self.tokenizer.name_or_path
-            reason = clean(str(error), _SHOWN) or type(error).__name__
+            reason = clean(str(error), _MAX_ERROR_LENGTH) or type(error).__name__
             raise ModelError(
                 f"the chat template of {folder} cannot be used: {reason}; restore the original chat_template.jinja "
                 "(or the one in tokenizer_config.json), or choose another model",
@@ -335,7 +343,7 @@ class Encoder:
         eos: int | None = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
-            tail = self._apply(turns, answering=False).rpartition("answer")[2]
+            tail = self._apply_chat_template(turns, answering=False).rpartition("answer")[2]
             for i in self.tokenizer.encode(tail, add_special_tokens=False):
                 if i in self._control_ids:
                     return int(i)
@@ -360,6 +368,6 @@ def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
     return [(line, kind == "target") for text, kind in runs for line in text.splitlines(keepends=True) if line]
 
 
-def pieces(segments: Sequence[Segment]) -> list[str]:
+def answer_pieces(segments: Sequence[Segment]) -> list[str]:
     """Split the given beginning of an answer at line ends, like `marked_pieces`."""
     return [text for text, _ in marked_pieces(segments)]

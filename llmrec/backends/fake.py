@@ -24,18 +24,18 @@ class FakeBackend:
         complete: Callable[[str], str] | None = None,
         prefer: Callable[[str, str], float] | None = None,
     ) -> None:
-        self._complete = complete or (lambda text: str(1 + int(5 * _unit(text))))
-        self._prefer = prefer or (lambda text, candidate: -20 * _unit(text, candidate) - 0.01)
+        self._complete = complete or (lambda text: str(1 + int(5 * _uniform_hash(text))))
+        self._prefer = prefer or (lambda text, candidate: -20 * _uniform_hash(text, candidate) - 0.01)
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Return fixed texts, cut at ``max_tokens`` words."""
         answers = []
         for prompt in prompts:
-            words = self._complete(text_of(prompt)).split(" ")
+            words = self._complete(prompt_text(prompt)).split(" ")
             answers.append(
                 Completion(
                     text=" ".join(words[:max_tokens]),
-                    prompt_tokens=len(text_of(prompt).split()),
+                    prompt_tokens=len(prompt_text(prompt).split()),
                     completion_tokens=min(len(words), max_tokens),
                     finish_reason="stop" if len(words) <= max_tokens else "length",
                 )
@@ -48,9 +48,9 @@ class FakeBackend:
         """Return scores from hashes."""
         return [
             Scores(
-                logprobs=tuple(self._prefer(text_of(prompt), text) for text in texts),
+                logprobs=tuple(self._prefer(prompt_text(prompt), text) for text in texts),
                 tokens=tuple(max(1, len(text.split())) for text in texts),
-                prompt_tokens=len(text_of(prompt).split()),
+                prompt_tokens=len(prompt_text(prompt).split()),
                 engine="fake",
             )
             for prompt, texts in zip(prompts, candidates, strict=True)
@@ -71,7 +71,7 @@ class FakeBackend:
         for n, prompt in enumerate(prompts):
             out = set(excluded[n]) if excluded else set()
             scores = {
-                index: self._prefer(text_of(prompt), text) for index, text in enumerate(texts) if index not in out
+                index: self._prefer(prompt_text(prompt), text) for index, text in enumerate(texts) if index not in out
             }
             best = sorted(scores, key=lambda index: -scores[index])[:k]
             short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items are valid answers"
@@ -87,12 +87,12 @@ class FakeBackend:
         """Do nothing, since there is nothing to free."""
 
 
-def text_of(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Return the messages and the given answer of a prompt as plain text."""
     turns = [f"{message.role}: {message.text}" for message in prompt.messages]
     return "\n".join([*turns, "assistant: " + "".join(segment.text for segment in prompt.answer_prefix)])
 
 
-def _unit(*parts: str) -> float:
+def _uniform_hash(*parts: str) -> float:
     digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

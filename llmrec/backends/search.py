@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmrec.backends.encode import Encoder
-from llmrec.decode.beam import TreeEngine, beam
+from llmrec.decode.beam import TreeEngine, beam_search
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import BackendError
 from llmrec.progress import count_answers
@@ -48,17 +48,17 @@ def search(
     value = [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
-        for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):
+        for rows in _group_by_length(chosen, encoded, catalogue, max(k, width), batch_tokens):
             out = [excluded[n] for n in rows] if excluded else ()
             batch = [encoded[n] for n in rows]
-            results = beam(reader, catalogue, batch, k=k, width=width, excluded=out, exact=exact)
+            results = beam_search(reader, catalogue, batch, k=k, width=width, excluded=out, exact=exact)
             for n, result in zip(rows, results, strict=True):
                 value[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
             count_answers(len(rows))
     return value
 
 
-def _batches(
+def _group_by_length(
     chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: TokenTrie, width: int, limit: int
 ) -> list[list[int]]:
     """Group requests of similar length, longest first, into batches of at most ``limit`` tokens."""
@@ -73,14 +73,14 @@ def _batches(
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
+class LabelTokens:
     """Labels that share all tokens except the last one."""
 
     shared: tuple[int, ...]
     distinct: tuple[int, ...]
 
 
-def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> Labels | None:
+def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> LabelTokens | None:
     """Return the labels if they differ in exactly their last token; otherwise None.
 
     A shared first token (some tokenizers write ``" 4"`` as a space and a digit) is moved into the prompt; it adds
@@ -93,4 +93,4 @@ def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> La
     distinct = tuple(tail[-1] for tail in tails)
     if (closed and shared) or any(tail[:-1] != shared for tail in tails) or len(set(distinct)) != len(distinct):
         return None
-    return Labels(shared, distinct)
+    return LabelTokens(shared, distinct)

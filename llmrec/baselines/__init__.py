@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def _classes() -> dict[str, str]:
+def _class_paths() -> dict[str, str]:
     """Return the import path of each registered baseline, by class name."""
     from llmrec.registry import BASELINES
 
@@ -17,13 +17,13 @@ def _classes() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     """Import a baseline class."""
-    if name.startswith("_") or name not in (classes := _classes()):
+    if name.startswith("_") or name not in (classes := _class_paths()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from llmrec.registry import attribute
+    from llmrec.registry import import_attribute
 
-    return attribute(classes[name])
+    return import_attribute(classes[name])
 
 
 def __dir__() -> list[str]:
     """Return the class names."""
-    return sorted(_classes())
+    return sorted(_class_paths())

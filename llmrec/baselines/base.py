@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from scipy import sparse
 
 import llmrec
-from llmrec.data.read.codes import codes, in_numbers
+from llmrec.data.read.codes import map_ids_to_indices, values_and_codes
 from llmrec.data.split import SplitDataset
 from llmrec.durable import Json
 from llmrec.errors import DataError, ErrorKind, RecipeError, did_you_mean
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 LSA = "lsa"
 """Name of latent semantic analysis of the texts, used instead of a text encoder."""
 
-TOP = 100
+MAX_RANKED_ITEMS = 100
 """Maximum number of items returned by full ranking."""
 
 # Number of scores per block: 32 MB of float64.
-_CELLS = 1 << 22
+_BLOCK_SCORES = 1 << 22
 # Number of transitions per block, and the largest number that is summed in double precision.
-_STEPS, _EXACT = 1 << 24, 1 << 26
+_BLOCK_TRANSITIONS, _MAX_DOUBLE_TRANSITIONS = 1 << 24, 1 << 26
 # Popularity changes a score by at most this share of the smallest score of the request.
-_FILLER = 2.0**-20
+_TIE_BREAK_SHARE = 2.0**-20
 
 DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 """Decay factors of a history that tuning tries: from almost only the last interaction to equal weights."""
@@ -72,7 +72,7 @@ S = TypeVar("S", bound=_HasCatalogue)
 
 
 @dataclass(frozen=True)
-class Auto:
+class AutoSetting:
     """Hyperparameters of a baseline that `llmrec auto` tries.
 
     Attributes:
@@ -90,7 +90,7 @@ class Auto:
     seconds: float = 0.0
 
 
-def config_from(config_class: type[C], name: str, parameters: Mapping[str, Any], where: str) -> C:
+def validated_config(config_class: type[C], name: str, parameters: Mapping[str, Any], where: str) -> C:
     """Return the validated configuration of a baseline.
 
     Args:
@@ -122,7 +122,7 @@ def config_from(config_class: type[C], name: str, parameters: Mapping[str, Any],
         raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where.rpartition(": ")[2]) from None
 
 
-def _parameters(config: type[Section]) -> list[Parameter]:
+def _signature_parameters(config: type[Section]) -> list[Parameter]:
     """Return the parameters of a configuration, and the seed, for a function signature."""
     known: dict[str, tuple[Any, Any]] = {
         name: (entry.annotation, entry.get_default(call_default_factory=True))
@@ -172,7 +172,7 @@ class Baseline(Generic[C, M]):
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     READS: ClassVar[Reads] = "events"
     SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
-    AUTO: ClassVar[tuple[Auto, ...]] = ()
+    AUTO: ClassVar[tuple[AutoSetting, ...]] = ()
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
     FITS_ON: ClassVar[Literal["train", "train and valid"]] = "train and valid"
@@ -193,7 +193,7 @@ class Baseline(Generic[C, M]):
         Raises:
             RecipeError: If a parameter is unknown, or a value is out of bounds.
         """
-        self._config: C = config or config_from(self.Config, self.name, parameters, type(self).__name__)
+        self._config: C = config or validated_config(self.Config, self.name, parameters, type(self).__name__)
         self._seed = seed
         self._model: M | None = None
 
@@ -201,10 +201,10 @@ class Baseline(Generic[C, M]):
         """Give the constructor a signature with the fields of `Config`, for completion and `help`."""
         super().__init_subclass__(**keywords)
         if isinstance(config := vars(cls).get("Config"), type):
-            cls.__signature__ = Signature(_parameters(config))  # type: ignore[attr-defined]
+            cls.__signature__ = Signature(_signature_parameters(config))  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        defaults = {parameter.name: parameter.default for parameter in _parameters(type(self._config))}
+        defaults = {parameter.name: parameter.default for parameter in _signature_parameters(type(self._config))}
         changed = [f"{name}={value!r}" for name, value in self.get_params().items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(changed)})"
 
@@ -220,7 +220,7 @@ class Baseline(Generic[C, M]):
         """
         known = {**self.get_params(), **parameters}
         self._seed = known.pop("seed")
-        self._config = config_from(self.Config, self.name, known, type(self).__name__)
+        self._config = validated_config(self.Config, self.name, known, type(self).__name__)
         return self
 
     def fit(self, interactions: Any, items: Any = None, **columns: Any) -> Self:
@@ -349,7 +349,7 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Log:
+class InteractionLog:
     """Training interactions as indices, grouped by user, oldest first.
 
     Attributes:
@@ -365,17 +365,17 @@ class Log:
     user_count: int
 
     @staticmethod
-    def of(data: SplitDataset, catalogue: Catalogue) -> Log:
+    def of(data: SplitDataset, catalogue: Catalogue) -> InteractionLog:
         """Return the training interactions of a split as indices."""
-        _, user_codes = codes(data.train["user_id"])
+        _, user_codes = values_and_codes(data.train["user_id"])
         present = np.bincount(user_codes) > 0
         users = (np.cumsum(present) - 1).astype(np.int32)[user_codes]
-        items = in_numbers(data.train["item_id"], catalogue.indices)
+        items = map_ids_to_indices(data.train["item_id"], catalogue.indices)
         times = data.train["timestamp"].to_numpy().astype(np.float64, copy=False)
         if (users[1:] < users[:-1]).any():
             order = np.argsort(users, kind="stable")
             users, items, times = users[order], items[order], times[order]
-        return Log(users=users, items=items, times=times, user_count=int(present.sum()))
+        return InteractionLog(users=users, items=items, times=times, user_count=int(present.sum()))
 
     def matrix(self, columns: int) -> Any:
         """Return how often each user interacted with each item, sparse, shape (users, columns)."""
@@ -390,11 +390,13 @@ class Log:
         """Return weighted counts of item j following item i at a given distance, sparse, shape (items, items)."""
         pairs = max(0, len(self.items) - gap)
         # Single precision suffices for a hundred million transitions, and reduces memory by a third.
-        kind = np.float64 if pairs <= _EXACT else np.float32
+        kind = np.float64 if pairs <= _MAX_DOUBLE_TRANSITIONS else np.float32
         total = sparse.csr_array((size, size), dtype=kind)
         # In blocks, because index pairs of all transitions would take several times the memory of their sums.
-        for start in range(0, max(1, pairs), _STEPS):
-            part, after = (slice(start + offset, min(start + _STEPS, pairs) + offset) for offset in (0, gap))
+        for start in range(0, max(1, pairs), _BLOCK_TRANSITIONS):
+            part, after = (
+                slice(start + offset, min(start + _BLOCK_TRANSITIONS, pairs) + offset) for offset in (0, gap)
+            )
             same = self.users[after] == self.users[part]
             coords = self.items[part][same], self.items[after][same]
             result = sparse.csr_array((np.full(len(coords[0]), weight, dtype=kind), coords), shape=(size, size))
@@ -409,12 +411,12 @@ class Log:
         return result
 
 
-def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
+def item_counts(log: InteractionLog, catalogue: Catalogue) -> NDArray[np.float64]:
     """Return the number of training interactions of each item, shape (items,)."""
     return np.bincount(log.items, minlength=len(catalogue.ids)).astype(np.float64)
 
 
-def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray[np.float64]:
+def break_ties_by_popularity(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray[np.float64]:
     """Break ties by popularity, both among items without a score and among items with equal scores.
 
     The amount added to an item is below a millionth of the smallest score of the request, so that an item without a
@@ -426,7 +428,7 @@ def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray
     """
     least = np.min(scores, axis=1, keepdims=True, where=scores > 0, initial=np.inf)
     least[np.isinf(least)] = 1.0
-    total: NDArray[np.float64] = scores + _FILLER * least * (popular / popular.max(initial=1.0))
+    total: NDArray[np.float64] = scores + _TIE_BREAK_SHARE * least * (popular / popular.max(initial=1.0))
     return total
 
 
@@ -447,9 +449,9 @@ class WarmItems:
     popular: NDArray[np.float64]
 
     @staticmethod
-    def of(log: Log, catalogue: Catalogue) -> WarmItems:
+    def of(log: InteractionLog, catalogue: Catalogue) -> WarmItems:
         """Return the items that have training interactions."""
-        freq = counts(log, catalogue)
+        freq = item_counts(log, catalogue)
         indices = np.flatnonzero(freq)
         column = np.full(len(catalogue.ids), -1, dtype=np.int64)
         column[indices] = np.arange(len(indices))
@@ -461,11 +463,11 @@ class WarmItems:
     def in_training(data: SplitDataset) -> WarmItems:
         """Return the items of a split that have training interactions."""
         catalogue = Catalogue.of(data)
-        return WarmItems.of(Log.of(data, catalogue), catalogue)
+        return WarmItems.of(InteractionLog.of(data, catalogue), catalogue)
 
-    def log(self, log: Log) -> Log:
+    def log(self, log: InteractionLog) -> InteractionLog:
         """Return the same interactions with indices of warm items."""
-        return Log(
+        return InteractionLog(
             users=log.users, items=self.column[log.items].astype(np.int32), times=log.times, user_count=log.user_count
         )
 
@@ -539,16 +541,16 @@ def windowed_recency_weights(requests: Sequence[Request], catalogue: Catalogue, 
 
 def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) -> list[Answer]:
     """Rank the items for every request by the scores of a baseline, in blocks of requests."""
-    block = max(1, _CELLS // max(1, len(catalogue.ids)))
+    block = max(1, _BLOCK_SCORES // max(1, len(catalogue.ids)))
     answers: list[Answer] = []
     for start in range(0, len(requests), block):
         part = requests[start : start + block]
         for request, scores in zip(part, scorer(part), strict=True):
-            answers.append(_answer(request, catalogue, scores))
+            answers.append(_rank_request(request, catalogue, scores))
     return answers
 
 
-def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:
+def rank_by_score(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:
     """Return all items sorted by score, best first, ties by id."""
     values = scores.tolist()
     order = sorted(range(len(items)), key=lambda index: (-values[index], items[index]))
@@ -559,7 +561,7 @@ def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[
     )
 
 
-def refusal(request: Request) -> Unparsed | None:
+def invalid_candidates_answer(request: Request) -> Unparsed | None:
     """Return the reason why a request cannot be ranked, or None if it can."""
     if request.candidates is None:
         return None
@@ -570,22 +572,22 @@ def refusal(request: Request) -> Unparsed | None:
     return None
 
 
-def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
+def unseen_items(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
     """Return the indices of all items that are not in the history of the request."""
     keep = np.ones(len(catalogue.ids), dtype=bool)
     keep[catalogue.history(request)] = False
     return np.flatnonzero(keep)
 
 
-def top_of(
+def top_ranking(
     request: Request, catalogue: Catalogue, indices: NDArray[np.int64], scores: NDArray[np.floating[Any]]
 ) -> Ranking:
-    """Return the `TOP` highest-scoring items, and further items with the same score as the last one.
+    """Return the `MAX_RANKED_ITEMS` highest-scoring items, and further items with the same score as the last one.
 
     Truncating a tied block would decide at random, or by id, whether the target is in the list.
     """
-    if len(indices) > TOP:
-        border = np.partition(scores, len(scores) - TOP)[len(scores) - TOP]
+    if len(indices) > MAX_RANKED_ITEMS:
+        border = np.partition(scores, len(scores) - MAX_RANKED_ITEMS)[len(scores) - MAX_RANKED_ITEMS]
         kept = scores >= border
         indices, scores = indices[kept], scores[kept]
     # Indices follow ids, so a stable sort by score breaks ties by id.
@@ -597,13 +599,13 @@ def top_of(
     )
 
 
-def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[Any]]) -> Answer:
-    if (refused := refusal(request)) is not None:
+def _rank_request(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[Any]]) -> Answer:
+    if (refused := invalid_candidates_answer(request)) is not None:
         return refused
     if request.candidates is None:
-        indices = unseen(request, catalogue)
-        return top_of(request, catalogue, indices, scores[indices])
+        indices = unseen_items(request, catalogue)
+        return top_ranking(request, catalogue, indices, scores[indices])
     indices = catalogue.indices(request.candidates)
     # Unknown candidates rank below all known ones.
     lowest = scores.min(initial=0.0)
-    return ranking(request, request.candidates, np.where(indices >= 0, scores[indices], lowest - (lowest < 0)))
+    return rank_by_score(request, request.candidates, np.where(indices >= 0, scores[indices], lowest - (lowest < 0)))

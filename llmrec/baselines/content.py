@@ -12,13 +12,13 @@ from pydantic import Field
 from llmrec.baselines.base import (
     DECAYS,
     LSA,
-    Auto,
+    AutoSetting,
     Catalogue,
     Decay,
-    Log,
+    InteractionLog,
     ScoredBaseline,
-    counts,
-    filled,
+    break_ties_by_popularity,
+    item_counts,
     windowed_recency_weights,
 )
 from llmrec.baselines.item_texts import (
@@ -26,9 +26,9 @@ from llmrec.baselines.item_texts import (
     PrincipalAxes,
     TextsConfig,
     WhitenedConfig,
-    opened,
+    normalise_vectors,
+    open_feature_store,
     text_vectors,
-    unit,
 )
 from llmrec.data.features import FeatureStore
 from llmrec.errors import DataError
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Texts:
+class _TextVectors:
     """The text vectors of all items, and their popularity, shape (items,)."""
 
     catalogue: Catalogue
@@ -61,7 +61,7 @@ class _Texts:
         vectors, known = self.synthetic.get("synthetic", [request.user_id for request in requests])
         ages = np.array([len(request.history) for request in requests])
         weights = np.where(known & (ages <= config.cold), config.decay ** ages.astype(np.float64), 0.0)
-        return np.asarray(weights[:, None] * self.vectors.turn(unit(vectors), config.whitening))
+        return np.asarray(weights[:, None] * self.vectors.turn(normalise_vectors(vectors), config.whitening))
 
 
 class ContentConfig(WhitenedConfig):
@@ -80,7 +80,7 @@ class ContentConfig(WhitenedConfig):
         return (*super().folders, *((self.synthetic,) if self.synthetic else ()))
 
 
-class Content(ScoredBaseline[ContentConfig, _Texts]):
+class Content(ScoredBaseline[ContentConfig, _TextVectors]):
     """Scores items by text similarity to the latest items of the history.
 
     Vectors of a frozen text encoder are centred and rotated to their principal directions; direction k with standard
@@ -94,7 +94,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
 
     name = "content"
     Config = ContentConfig
-    AUTO = (Auto(11),)
+    AUTO = (AutoSetting(11),)
     READS = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "whitening": WHITENINGS,
@@ -114,9 +114,9 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         """
         catalogue = Catalogue.of(data)
         vectors = text_vectors(data, catalogue.ids, self._config)
-        popular = counts(Log.of(data, catalogue), catalogue)
-        synthetic = _synthetic(data, self._config) if self._config.synthetic else None
-        self._model = _Texts(catalogue, PrincipalAxes.of(vectors), popular, synthetic)
+        popular = item_counts(InteractionLog.of(data, catalogue), catalogue)
+        synthetic = _open_synthetic_store(data, self._config) if self._config.synthetic else None
+        self._model = _TextVectors(catalogue, PrincipalAxes.of(vectors), popular, synthetic)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the text similarities of all items for every request, shape (n, items)."""
@@ -125,17 +125,19 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         weights = windowed_recency_weights(requests, model.catalogue, config.history, config.decay)
         similarity = (weights @ vectors + model.synthetic_vectors(requests, config)) @ vectors.T
         # Shifted to at least 1, so that the popularity term for ties and empty histories has the same size everywhere.
-        return filled(1 + similarity - similarity.min(axis=1, keepdims=True, initial=0.0), model.popular)
+        return break_ties_by_popularity(
+            1 + similarity - similarity.min(axis=1, keepdims=True, initial=0.0), model.popular
+        )
 
 
-def _synthetic(data: SplitDataset, config: ContentConfig) -> FeatureStore:
+def _open_synthetic_store(data: SplitDataset, config: ContentConfig) -> FeatureStore:
     """Open the feature store with synthetic items.
 
     Raises:
         DataError: If it has none, was written from other training interactions, contains a held-out one, or its
             vectors are from another encoder than the items'.
     """
-    store = opened(data, config.synthetic, "synthetic")
+    store = open_feature_store(data, config.synthetic, "synthetic")
     if "synthetic" not in store.kinds:
         raise DataError.at(config.synthetic, "missing-value", " has no synthetic items; set augment.synthetic")
     if config.folders[:-1]:

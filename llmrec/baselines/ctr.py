@@ -15,7 +15,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import Baseline, Decay, PositiveFloat
-from llmrec.baselines.rated import ratings
+from llmrec.baselines.rated import training_ratings
 from llmrec.baselines.rating_features import RatingCounts, RequestFeatures
 from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Probability, Request, Unparsed
@@ -52,16 +52,16 @@ class LikeRatio(Baseline[LikeRatioConfig, RatingCounts]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = RatingCounts.of(ratings(data, self.name), self._config.liked)
+        self._model = RatingCounts.of(training_ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the share of likes in each history; without ratings, the share in training."""
         model = self._fitted
-        return _answers(requests, np.array([model.of_history(request)[0] for request in requests]))
+        return _probability_answers(requests, np.array([model.of_history(request)[0] for request in requests]))
 
 
 @dataclass(frozen=True)
-class _Linear:
+class _LogisticModel:
     """A linear model: weighted features, plus user weight, item weight and intercept."""
 
     counted: RequestFeatures
@@ -86,7 +86,7 @@ class LogisticConfig(LikeRatioConfig):
     id_penalty: PositiveFloat = Field(100.0, description="`ids`: L2 penalty of user and item weights.")
 
 
-class Logistic(Baseline[LogisticConfig, _Linear]):
+class Logistic(Baseline[LogisticConfig, _LogisticModel]):
     """Logistic regression on counts of user and item; see `llmrec.baselines.rating_features.RequestFeatures`.
 
     ``features=recent`` adds the user's recent ratings, weighted by ``decay``, and ``features=ids`` a one-hot encoding
@@ -124,8 +124,8 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
             of_items = sparse.csr_array((ones, (row_numbers, known.items)), shape=(len(truth), len(items)))
             rows = sparse.hstack([sparse.csr_array(rows), of_users, of_items]).tocsr()
             penalties = np.append(penalties, np.full(len(users) + len(items), config.id_penalty))
-        weights = _weights(rows, truth, penalties)
-        self._model = _Linear(
+        weights = _fit_weights(rows, truth, penalties)
+        self._model = _LogisticModel(
             counted=counted,
             weights=weights[:size],
             bias=float(weights[-1]),
@@ -139,10 +139,10 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         # One row at a time, so that the last bits do not depend on the batch size.
         scores = np.array([(model.counted.row(request) * model.weights).sum() for request in requests]) + model.bias
         ids = [model.of_users.get(r.user_id, 0.0) + model.of_items.get(r.item or "", 0.0) for r in requests]
-        return _answers(requests, 1 / (1 + np.exp(-(scores + np.array(ids)))))
+        return _probability_answers(requests, 1 / (1 + np.exp(-(scores + np.array(ids)))))
 
 
-def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.float64]) -> NDArray[np.float64]:
+def _fit_weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the weights followed by the intercept.
 
     Args:
@@ -167,7 +167,7 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
     return best
 
 
-def _answers(requests: Sequence[Request], values: NDArray[np.float64]) -> list[Answer]:
+def _probability_answers(requests: Sequence[Request], values: NDArray[np.float64]) -> list[Answer]:
     return [
         Unparsed(request_id=request.id, reason="the request has no item to judge")
         if request.item is None

@@ -12,10 +12,10 @@ from scipy.linalg import lapack
 
 from llmrec.baselines.base import (
     DECAYS,
-    Auto,
+    AutoSetting,
     Catalogue,
     Decay,
-    Log,
+    InteractionLog,
     PositiveFloat,
     ScoredBaseline,
     WarmItems,
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
-_TILE = 1024
+_TILE_SIZE = 1024
 # Maximum number of items for `llmrec auto`: inverting a larger item-item matrix takes minutes and gigabytes.
-_MOST_ITEMS = 20_000
+_MAX_AUTO_ITEMS = 20_000
 
 
 @dataclass(frozen=True)
-class _Linear:
+class _ItemWeights:
     """Weights of the warm items: entry (i, j) is the contribution of history item i to the score of item j."""
 
     catalogue: Catalogue
@@ -55,7 +55,7 @@ class EASEConfig(Section):
     )
 
 
-class EASE(ScoredBaseline[EASEConfig, _Linear]):
+class EASE(ScoredBaseline[EASEConfig, _ItemWeights]):
     """EASE: scores items by learned weights of the history items (Steck, WWW 2019, equation 8).
 
     With the binary training matrix X and ``P = (X'X + penalty * I)**-1``, the weights are ``B[i, j] = -P[i, j] /
@@ -67,7 +67,10 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
 
     name = "ease"
     Config = EASEConfig
-    AUTO = (Auto(12, items=_MOST_ITEMS), Auto(13, "whole history", {"decay": 1.0}, items=_MOST_ITEMS))
+    AUTO = (
+        AutoSetting(12, items=_MAX_AUTO_ITEMS),
+        AutoSetting(13, "whole history", {"decay": 1.0}, items=_MAX_AUTO_ITEMS),
+    )
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "penalty": (10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0),
@@ -83,15 +86,15 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         in place.
         """
         catalogue = Catalogue.of(data)
-        log = Log.of(data, catalogue)
+        log = InteractionLog.of(data, catalogue)
         warm = WarmItems.of(log, catalogue)
         binary = warm.log(log).binary(len(warm.indices)).astype(self._config.dtype)
         gram: NDArray[np.floating[Any]] = (binary.T @ binary).toarray()
         gram[np.diag_indices_from(gram)] += self._config.penalty
-        weights = _inverse(gram)
+        weights = _invert_in_place(gram)
         weights /= -weights.diagonal().copy()
         np.fill_diagonal(weights, 0.0)
-        self._model = _Linear(catalogue, warm, weights)
+        self._model = _ItemWeights(catalogue, warm, weights)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the weights, shape (warm, warm)."""
@@ -100,7 +103,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted weights from `state`."""
         warm = WarmItems.in_training(data)
-        self._model = _Linear(warm.catalogue, warm, state["weights"])
+        self._model = _ItemWeights(warm.catalogue, warm, state["weights"])
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the scores for every request and item, shape (n, items)."""
@@ -110,7 +113,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         return model.warm.spread(weights @ model.weights, histories)
 
 
-def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+def _invert_in_place(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Invert a symmetric positive definite matrix in place, shape (n, n)."""
     single = matrix.dtype == np.float32
     factor, invert = (lapack.spotrf, lapack.spotri) if single else (lapack.dpotrf, lapack.dpotri)
@@ -124,8 +127,8 @@ def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
             "use dtype='float64' or a larger penalty"
         )
     # LAPACK fills only one triangle; mirror it in tiles.
-    for start in range(0, len(inverse), _TILE):
-        end = start + _TILE
+    for start in range(0, len(inverse), _TILE_SIZE):
+        end = start + _TILE_SIZE
         inverse[start:end, end:] = inverse[end:, start:end].T
         tile = inverse[start:end, start:end]
         tile[:] = np.tril(tile) + np.tril(tile, -1).T

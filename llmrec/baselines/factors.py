@@ -18,10 +18,10 @@ from scipy import sparse
 
 from llmrec.baselines.base import (
     DECAYS,
-    Auto,
+    AutoSetting,
     Catalogue,
     Decay,
-    Log,
+    InteractionLog,
     PositiveFloat,
     ScoredBaseline,
     WarmItems,
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
-_WINDOW = 50
+_HISTORY_LENGTH = 50
 
 
 @dataclass(frozen=True)
-class _Vectors:
+class _FactorModel:
     """Vectors of the warm items, shape (warm, factors), and the fitted model of ``implicit``."""
 
     catalogue: Catalogue
@@ -57,7 +57,7 @@ class _Vectors:
 C = TypeVar("C", bound=Section)
 
 
-class _Factorisation(ScoredBaseline[C, _Vectors]):
+class _Factorisation(ScoredBaseline[C, _FactorModel]):
     """Base class of matrix factorisations, whose fitted state is one vector per item."""
 
     stochastic = True
@@ -71,7 +71,7 @@ class _Factorisation(ScoredBaseline[C, _Vectors]):
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted vectors from `state`."""
         warm = WarmItems.in_training(data)
-        self._model = _Vectors(warm.catalogue, warm, state["vectors"], self._solver(state["vectors"]))
+        self._model = _FactorModel(warm.catalogue, warm, state["vectors"], self._solver(state["vectors"]))
 
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
         """Return the vector of each item with training interactions, by item id, shape (factors,)."""
@@ -111,7 +111,7 @@ class ALS(_Factorisation[ALSConfig]):
 
     name = "als"
     Config = ALSConfig
-    AUTO = (Auto(14), Auto(15, "whole history", {"decay": 1.0}))
+    AUTO = (AutoSetting(14), AutoSetting(15, "whole history", {"decay": 1.0}))
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "factors": (4, 8, 16, 32, 64, 128, 256, 512),
         "alpha": (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
@@ -127,13 +127,13 @@ class ALS(_Factorisation[ALSConfig]):
         Raises:
             MissingExtra: If ``implicit`` is not installed.
         """
-        warm, binary = _training(data)
-        with _pinned():
-            library = self._library()
+        warm, binary = _training_matrix(data)
+        with _single_blas_thread():
+            library = self._create_solver()
             library.fit(binary, show_progress=False)
-        self._model = _Vectors(warm.catalogue, warm, np.asarray(library.item_factors), library)
+        self._model = _FactorModel(warm.catalogue, warm, np.asarray(library.item_factors), library)
 
-    def _library(self) -> Any:
+    def _create_solver(self) -> Any:
         return require("implicit.cpu.als", "baselines").AlternatingLeastSquares(
             factors=self._config.factors,
             regularization=self._config.regularization,
@@ -144,7 +144,7 @@ class ALS(_Factorisation[ALSConfig]):
         )
 
     def _solver(self, vectors: NDArray[np.float32]) -> Any:
-        library = self._library()
+        library = self._create_solver()
         library.item_factors = vectors
         return library
 
@@ -154,9 +154,9 @@ class ALS(_Factorisation[ALSConfig]):
         histories = model.warm.histories(requests)
         weights = recency_weights(histories, len(model.vectors), self._config.decay, np.float32)
         if self._config.user == "mean":
-            users = _means(weights, model.vectors)
+            users = _weighted_means(weights, model.vectors)
         else:
-            with _pinned():
+            with _single_blas_thread():
                 users = model.library.recalculate_user(np.arange(len(requests)), sparse.csr_matrix(weights))
         return model.warm.spread(users @ model.vectors.T, histories)
 
@@ -186,7 +186,7 @@ class BPR(_Factorisation[BPRConfig]):
 
     name = "bpr"
     Config = BPRConfig
-    AUTO = (Auto(16),)
+    AUTO = (AutoSetting(16),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "regularization": (0.0, 0.000001, 0.000003, 0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
         "decay": DECAYS,
@@ -199,8 +199,8 @@ class BPR(_Factorisation[BPRConfig]):
         Raises:
             MissingExtra: If ``implicit`` is not installed.
         """
-        warm, binary = _training(data)
-        with _pinned():
+        warm, binary = _training_matrix(data)
+        with _single_blas_thread():
             library = require("implicit.cpu.bpr", "baselines").BayesianPersonalizedRanking(
                 factors=self._config.factors,
                 learning_rate=self._config.learning_rate,
@@ -211,34 +211,34 @@ class BPR(_Factorisation[BPRConfig]):
             )
             library.fit(binary, show_progress=False)
         # The package stores the bias in the last column.
-        self._model = _Vectors(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
+        self._model = _FactorModel(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the dot products of mean history vectors and item vectors, shape (n, items)."""
         model = self._fitted
-        weights = windowed_recency_weights(requests, model.warm.catalogue, _WINDOW, self._config.decay)[
+        weights = windowed_recency_weights(requests, model.warm.catalogue, _HISTORY_LENGTH, self._config.decay)[
             :, model.warm.indices
         ]
-        users = _means(weights, model.vectors)
+        users = _weighted_means(weights, model.vectors)
         return model.warm.spread(users @ model.vectors.T, model.warm.histories(requests))
 
 
-def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+def _weighted_means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """Return weighted means of vectors, shape (b, factors); 0 if all weights are 0."""
     totals = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
     means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / totals) @ weights) @ vectors
     return means
 
 
-def _training(data: SplitDataset) -> tuple[WarmItems, Any]:
+def _training_matrix(data: SplitDataset) -> tuple[WarmItems, Any]:
     catalogue = Catalogue.of(data)
-    log = Log.of(data, catalogue)
+    log = InteractionLog.of(data, catalogue)
     warm = WarmItems.of(log, catalogue)
     return warm, sparse.csr_matrix(warm.log(log).binary(len(warm.indices)).astype(np.float32))
 
 
 @contextmanager
-def _pinned() -> Iterator[None]:
+def _single_blas_thread() -> Iterator[None]:
     """Limit BLAS to one thread, because sums depend on the number of threads."""
     limits = require("threadpoolctl", "baselines").threadpool_limits
     with warnings.catch_warnings(), limits(1):

@@ -1,7 +1,7 @@
 """Fits baselines, and caches slow fits by fingerprint for other runs and benchmarks.
 
-Files are safetensors in ``fits`` of the cache folder. Above `LIMIT`, files that were not read for `STALE` days are
-removed first, then those that save the least time for their size.
+Files are safetensors in ``fits`` of the cache folder. Above `DEFAULT_LIMIT`, files that were not read for `STALE_DAYS`
+days are removed first, then those that save the least time for their size.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from llmrec.baselines.parameters import hashes_of, make
+from llmrec.baselines.parameters import create_baseline, input_hashes
 from llmrec.errors import RecipeError
 from llmrec.fingerprint import fingerprint
-from llmrec.machine import cpu_has_bf16, has_cuda, version_of, versions
+from llmrec.machine import cpu_has_bf16, has_cuda, package_version, package_versions
 from llmrec.progress import Progress
 from llmrec.resources import cache_dir
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SWITCH = "LLMREC_FITS"
+LIMIT_VARIABLE = "LLMREC_FITS"
 """Environment variable: the limit of stored fits in GiB, or ``off``."""
-LIMIT = 4.0
+DEFAULT_LIMIT = 4.0
 """Default limit of stored fits in GiB."""
-LEAST = 2.0
+MIN_STORED_SECONDS = 2.0
 """Minimum duration in seconds of a fit that is stored; restoring a faster one saves no time."""
-STALE = 30
+STALE_DAYS = 30
 """Days without a read after which a fit is deleted before all others: most are from older code."""
 
 # Parameters that only affect the progress bar.
-_SHOWN = {"quiet"}
+_DISPLAY_PARAMETERS = {"quiet"}
 
 
 @runtime_checkable
@@ -71,7 +71,7 @@ class Storable(Protocol):
 
 def fit_key(model: Storable, data: SplitDataset, seed: int) -> str:
     """Return the fingerprint of a fit."""
-    config = model.config.model_dump(mode="json", exclude={*model.AT_ANSWER, *_SHOWN})
+    config = model.config.model_dump(mode="json", exclude={*model.AT_ANSWER, *_DISPLAY_PARAMETERS})
     return fingerprint(
         "fit",
         modules=(type(model).__module__,),
@@ -80,22 +80,22 @@ def fit_key(model: Storable, data: SplitDataset, seed: int) -> str:
         seed=seed,
         # A fit that uses only training interactions does not depend on validation users.
         data=[data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
-        files=hashes_of(model.name, model.config.model_dump()),
+        files=input_hashes(model.name, model.config.model_dump()),
         bf16=cpu_has_bf16(),
         # GPUs compute sums in another order.
         cuda="device" in config and config["device"] != "cpu" and has_cuda(),
-        versions={**versions(), "implicit": version_of("implicit")},
+        versions={**package_versions(), "implicit": package_version("implicit")},
     )
 
 
 def caching_enabled() -> bool:
     """Whether fits are cached."""
-    return _limit() > 0
+    return _cache_limit() > 0
 
 
 def restore_fit(model: Storable, key: str, data: SplitDataset) -> float | None:
     """Restore a cached fit, and return its original duration in seconds; None if it is not cached."""
-    path = _path(model, key)
+    path = _fit_path(model, key)
     if not path.is_file():
         return None
     from safetensors import SafetensorError, safe_open
@@ -104,7 +104,7 @@ def restore_fit(model: Storable, key: str, data: SplitDataset) -> float | None:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.get("key") != key or metadata.get("sha256") != _digest(state, metadata.get("seconds", "")):
+        if metadata.get("key") != key or metadata.get("sha256") != _state_digest(state, metadata.get("seconds", "")):
             raise ValueError("its content has changed")
         model.restore(data, state)
         seconds = float(metadata["seconds"])
@@ -118,14 +118,14 @@ def restore_fit(model: Storable, key: str, data: SplitDataset) -> float | None:
 
 def store_fit(model: Storable, key: str, seconds: float) -> None:
     """Cache a fit that took long enough and is not too large; write errors only cause a warning."""
-    limit = _limit()
-    state = model.state() if seconds >= LEAST else {}
+    limit = _cache_limit()
+    state = model.state() if seconds >= MIN_STORED_SECONDS else {}
     if not state or sum(array.nbytes for array in state.values()) > limit:
         return
     from safetensors.numpy import save_file
 
-    path = _path(model, key)
-    metadata = {"key": key, "seconds": repr(seconds), "sha256": _digest(state, repr(seconds))}
+    path = _fit_path(model, key)
+    metadata = {"key": key, "seconds": repr(seconds), "sha256": _state_digest(state, repr(seconds))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # unique, since several processes may cache the same fit at the same time
@@ -136,12 +136,12 @@ def store_fit(model: Storable, key: str, seconds: float) -> None:
             Path(draft).replace(path)
         finally:
             Path(draft).unlink(missing_ok=True)
-        _trim(path.parent, limit)
+        _trim_cache(path.parent, limit)
     except OSError as error:
         log.warning("the fitted model %s cannot be stored in %s (%s)", model.name, path.parent, error)
 
 
-def _trim(folder: Path, limit: float) -> None:
+def _trim_cache(folder: Path, limit: float) -> None:
     """Remove cached fits until the cache is within its size limit: outdated fits first, then fast ones."""
     sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors")}
     size = sum(sizes.values())
@@ -156,7 +156,7 @@ def _trim(folder: Path, limit: float) -> None:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):
             return False, 0.0, 0.0
         read = file.stat().st_mtime
-        return time.time() - read < 86_400 * STALE, seconds / sizes[file], read
+        return time.time() - read < 86_400 * STALE_DAYS, seconds / sizes[file], read
 
     for file in sorted(sizes, key=priority):
         if size <= limit:
@@ -165,27 +165,27 @@ def _trim(folder: Path, limit: float) -> None:
         size -= sizes[file]
 
 
-def _path(model: Storable, key: str) -> Path:
+def _fit_path(model: Storable, key: str) -> Path:
     return cache_dir() / "fits" / f"{model.name}-{key}.safetensors"
 
 
-def _limit() -> float:
+def _cache_limit() -> float:
     """Return the size limit of the cache in bytes; 0 if fits are not cached."""
-    value = os.environ.get(SWITCH, "").strip().lower()
+    value = os.environ.get(LIMIT_VARIABLE, "").strip().lower()
     try:
-        size = 0.0 if value == "off" else float(value or LIMIT)
+        size = 0.0 if value == "off" else float(value or DEFAULT_LIMIT)
     except ValueError:
         size = -1.0
     if not 0 <= size < float("inf"):
         raise RecipeError(
-            f"{SWITCH} is {value[:40]!r}; set the maximum size of stored models in GiB, such as 4, or off",
+            f"{LIMIT_VARIABLE} is {value[:40]!r}; set the maximum size of stored models in GiB, such as 4, or off",
             kind="bad-value",
-            column=SWITCH,
+            column=LIMIT_VARIABLE,
         )
     return size * 2**30
 
 
-def _digest(state: State, seconds: str) -> str:
+def _state_digest(state: State, seconds: str) -> str:
     result = hashlib.sha256(seconds.encode())
     for name, array in sorted(state.items()):
         result.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -196,7 +196,7 @@ def _digest(state: State, seconds: str) -> str:
 # --------------------------------------------------------------------------- fitting
 
 
-def fitted(
+def fit_baseline(
     name: str,
     parameters: Mapping[str, Any],
     data: SplitDataset,
@@ -216,16 +216,16 @@ def fitted(
             parameters that do not affect fitting, its fit is reused.
         where: The key of the parameters, for messages.
     """
-    model = make(name, parameters, seed=seed, where=where)
+    model = create_baseline(name, parameters, seed=seed, where=where)
     for other in like:
         if other.config.model_dump(exclude=model.AT_ANSWER) == model.config.model_dump(exclude=model.AT_ANSWER):
             same = other.with_config(model.config)
             same.recalled = 0.0
             return same
-    return fit_stored(model, data, seed=seed)
+    return fit_or_restore(model, data, seed=seed)
 
 
-def fit_stored(model: Any, data: SplitDataset, *, seed: int) -> Any:
+def fit_or_restore(model: Any, data: SplitDataset, *, seed: int) -> Any:
     """Fit a baseline, or restore its cached fit, and return it.
 
     Args:

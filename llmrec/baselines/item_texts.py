@@ -14,7 +14,7 @@ from llmrec.baselines.text import TfIdf
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
-from llmrec.models.text_encoder import fitting
+from llmrec.models.text_encoder import text_embedder_for_split
 from llmrec.recipe.schema import Section, SemanticIndex
 
 if TYPE_CHECKING:
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Item
 
-STORE = "store:"
+STORE_PREFIX = "store:"
 """Prefix of the folder of a store with precomputed item embeddings."""
 
 # Whitening exponents that tuning tries.
 WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # Dimensions, oversampling and iterations of latent semantic analysis.
-_WIDTH, _MORE, _ROUNDS = 128, 16, 6
+_LSA_DIMENSIONS, _LSA_OVERSAMPLING, _LSA_ITERATIONS = 128, 16, 6
 # Directions with a smaller standard deviation relative to the first one are noise.
-_LEAST = 1e-3
+_MIN_RELATIVE_SPREAD = 1e-3
 
 
-def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
+def check_pretrained_encoder(name: str, encoder: str, instead: str) -> None:
     """Reject an untrained encoder for a baseline; ``instead`` is a baseline that supports it.
 
     Raises:
         RecipeError: For latent semantic analysis and stores.
     """
-    if encoder == LSA or encoder.startswith(STORE):
+    if encoder == LSA or encoder.startswith(STORE_PREFIX):
         raise RecipeError(
             f"{name} needs a pretrained text encoder, and {encoder} is not one; set encoder, or use the baseline "
             f"{instead}",
@@ -63,7 +63,7 @@ class TextsConfig(Section):
     @property
     def folders(self) -> tuple[str, ...]:
         """The folders of the feature stores."""
-        return (self.encoder.removeprefix(STORE),) if self.encoder.startswith(STORE) else ()
+        return (self.encoder.removeprefix(STORE_PREFIX),) if self.encoder.startswith(STORE_PREFIX) else ()
 
     def order(self, count: int) -> list[int]:
         """Return, for each item, the index of the item whose text is used: the same, or with ``shuffled`` another."""
@@ -113,7 +113,7 @@ class PrincipalAxes:
 
         After Su et al. (arXiv 2103.15316), who use full whitening; directions with little variance are left out.
         """
-        known = self.spread > self.spread.max(initial=0.0) * _LEAST
+        known = self.spread > self.spread.max(initial=0.0) * _MIN_RELATIVE_SPREAD
         if not known.any():
             return np.zeros((len(self.centre), 1))
         return np.asarray(self.directions[:, known] / self.spread[known] ** exponent)
@@ -127,10 +127,10 @@ class PrincipalAxes:
 
     def turn(self, vectors: NDArray[np.floating[Any]], exponent: float) -> NDArray[np.float64]:
         """Apply `whitening` to other vectors and normalise them, shape (n, at most k)."""
-        return unit((vectors - self.centre) @ self.whitening(exponent))
+        return normalise_vectors((vectors - self.centre) @ self.whitening(exponent))
 
 
-def unit(vectors: NDArray[Any]) -> NDArray[Any]:
+def normalise_vectors(vectors: NDArray[Any]) -> NDArray[Any]:
     """Normalise vectors to length 1; zero vectors are unchanged."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
@@ -154,22 +154,24 @@ def text_vectors(
         ModelError: If the encoder is missing.
     """
     order = config.order(len(ids))
-    if config.encoder.startswith(STORE):
-        folder = config.encoder.removeprefix(STORE)
+    if config.encoder.startswith(STORE_PREFIX):
+        folder = config.encoder.removeprefix(STORE_PREFIX)
         if change is not None:
             raise DataError(f"{folder} has vectors but no texts, so words cannot be dropped", kind="unsupported")
-        return _stored(data, ids, folder)[order]
+        return _stored_vectors(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
-    texts = texts_of(items)
+    texts = texts_of_items(items)
     inputs = texts if change is None else [change(text) for text in texts]
     if config.encoder == LSA:
-        return latent(texts, inputs)[order]
+        return lsa_vectors(texts, inputs)[order]
     if change is not None:
-        return fitting(config.encoder, data)(inputs)[order]
-    return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
+        return text_embedder_for_split(config.encoder, data)(inputs)[order]
+    return item_vectors(items, item_fields(items, SemanticIndex()), text_embedder_for_split(config.encoder, data))[
+        order
+    ]
 
 
-def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
+def open_feature_store(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
     """Open a feature store after checking that it does not use held-out interactions of the split.
 
     Raises:
@@ -188,13 +190,13 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
     return store
 
 
-def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
+def _stored_vectors(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
     """Return normalised vectors of items from a feature store; missing items get the fallback vector."""
-    store = opened(data, folder, "item")
-    return unit(store.get("item", list(ids))[0])
+    store = open_feature_store(data, folder, "item")
+    return normalise_vectors(store.get("item", list(ids))[0])
 
 
-def texts_of(items: Sequence[Item]) -> list[str]:
+def texts_of_items(items: Sequence[Item]) -> list[str]:
     """Return the text of each item: its title and all its fields.
 
     Raises:
@@ -206,7 +208,7 @@ def texts_of(items: Sequence[Item]) -> list[str]:
     return [item_text(item, fields) for item in items]
 
 
-def latent(texts: Sequence[str], inputs: Sequence[str]) -> NDArray[np.float64]:
+def lsa_vectors(texts: Sequence[str], inputs: Sequence[str]) -> NDArray[np.float64]:
     """Return normalised TF-IDF vectors of ``inputs``, projected on the leading singular vectors of ``texts``.
 
     Subspace iteration starts from fixed values (Halko et al., SIAM Review 2011, algorithm 4.4), so that results are
@@ -214,12 +216,12 @@ def latent(texts: Sequence[str], inputs: Sequence[str]) -> NDArray[np.float64]:
     """
     model = TfIdf.of(texts, least=2)
     matrix = model.vectors(texts)
-    width = min(_WIDTH, *matrix.shape)
+    width = min(_LSA_DIMENSIONS, *matrix.shape)
     if width < 1:
         return np.zeros((len(texts), 1))
-    start = np.random.default_rng(0).standard_normal((matrix.shape[1], min(width + _MORE, matrix.shape[1])))
+    start = np.random.default_rng(0).standard_normal((matrix.shape[1], min(width + _LSA_OVERSAMPLING, matrix.shape[1])))
     basis = matrix @ start
-    for _ in range(_ROUNDS):
+    for _ in range(_LSA_ITERATIONS):
         basis = matrix @ np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])[0]
     rows = (matrix.T @ np.linalg.qr(basis)[0]).T
     directions = np.linalg.svd(rows, full_matrices=False)[2][:width]

@@ -12,13 +12,13 @@ from scipy import sparse
 
 from llmrec.baselines.base import (
     DECAYS,
-    Auto,
+    AutoSetting,
     Catalogue,
     Decay,
-    Log,
+    InteractionLog,
     ScoredBaseline,
-    counts,
-    filled,
+    break_ties_by_popularity,
+    item_counts,
     windowed_recency_weights,
 )
 from llmrec.recipe.schema import Positive, Section
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     Similar = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], Any]
 
 # Items per block of co-occurrence counts; fixed, so that sums do not depend on other requests.
-_BLOCK = 256
+_BLOCK_ITEMS = 256
 # Maximum number of items for which two dense matrices of all pairs (8 bytes each) are kept in memory.
-_DENSE = 4096
+_MAX_DENSE_ITEMS = 4096
 
 
 class MatrixCache:
@@ -73,11 +73,11 @@ class _UserItems:
     @staticmethod
     def of(data: SplitDataset) -> _UserItems:
         catalogue = Catalogue.of(data)
-        log = Log.of(data, catalogue)
-        return _UserItems(catalogue, log.binary(len(catalogue.ids)), counts(log, catalogue))
+        log = InteractionLog.of(data, catalogue)
+        return _UserItems(catalogue, log.binary(len(catalogue.ids)), item_counts(log, catalogue))
 
 
-def _votes(
+def _sum_similarities(
     weights: Any, model: _UserItems, matrix: Any, similar: Similar, *, matrix_key: Any, key: Any
 ) -> NDArray[np.float64]:
     """Return, for every item, the sum of its similarities to the history items.
@@ -93,8 +93,10 @@ def _votes(
     Returns:
         Sums, shape (b, items); an item is not a neighbour of itself.
     """
-    if weights.shape[1] > _DENSE:
-        return _votes_of_few(weights, matrix, model.cache("transposed", matrix_key, matrix.T.tocsr), similar)
+    if weights.shape[1] > _MAX_DENSE_ITEMS:
+        return _sum_similarities_by_block(
+            weights, matrix, model.cache("transposed", matrix_key, matrix.T.tocsr), similar
+        )
     both = model.cache("products", matrix_key, lambda: (matrix.T @ matrix).toarray())
 
     def near() -> NDArray[np.float64]:
@@ -109,30 +111,30 @@ def _votes(
     return np.asarray(weights.tocsr() @ model.cache("near", (matrix_key, key), near))
 
 
-def _votes_of_few(weights: Any, matrix: Any, transposed: Any, similar: Similar) -> NDArray[np.float64]:
+def _sum_similarities_by_block(weights: Any, matrix: Any, transposed: Any, similar: Similar) -> NDArray[np.float64]:
     """Sum similarities for catalogues whose item pairs do not fit in memory.
 
-    Sums of each `_BLOCK` of items are added up. Blocks with few items of the histories are computed together: a single
-    request has about twenty items, most of them alone in their block.
+    Sums of each `_BLOCK_ITEMS` of items are added up. Blocks with few items of the histories are computed together: a
+    single request has about twenty items, most of them alone in their block.
 
     Args:
         weights: Weights of the items of each history, sparse, shape (b, items).
         matrix: Training users and items, sparse, shape (users, items).
         transposed: The transposed ``matrix``.
-        similar: See `_votes`.
+        similar: See `_sum_similarities`.
     """
     total = np.zeros(weights.shape)
     weights = weights.tocoo()
     order = np.lexsort((weights.row, weights.col))
     rows, items, values = weights.row[order], weights.col[order], weights.data[order]
-    blocks = items // _BLOCK
-    # Each run consists of complete blocks with at most `_BLOCK` different items in total.
+    blocks = items // _BLOCK_ITEMS
+    # Each run consists of complete blocks with at most `_BLOCK_ITEMS` different items in total.
     start = 0
     while start < len(items):
         end = int(np.searchsorted(blocks, blocks[start], side="right"))
         while end < len(items):
             further = int(np.searchsorted(blocks, blocks[end], side="right"))
-            if further - start > _BLOCK:
+            if further - start > _BLOCK_ITEMS:
                 break
             end = further
         part = slice(start, end)
@@ -190,7 +192,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _UserItems]):
 
     name = "item-knn"
     Config = ItemKNNConfig
-    AUTO = (Auto(5), Auto(9, "whole history", {"history": 200, "decay": 1.0}))
+    AUTO = (AutoSetting(5), AutoSetting(9, "whole history", {"history": 200, "decay": 1.0}))
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "decay": DECAYS,
         "history": (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200),
@@ -207,7 +209,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _UserItems]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the summed similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        matrix = model.cache("matrix", config.weighting, lambda: _weighed(model.binary, config.weighting))
+        matrix = model.cache("matrix", config.weighting, lambda: _weight_user_items(model.binary, config.weighting))
 
         def powers() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
@@ -220,8 +222,8 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _UserItems]):
 
         weights = windowed_recency_weights(requests, model.catalogue, config.history, config.decay)
         key = config.asymmetry, config.shrinkage
-        votes = _votes(weights, model, matrix, similar, matrix_key=config.weighting, key=key)
-        return filled(votes, model.popular)
+        votes = _sum_similarities(weights, model, matrix, similar, matrix_key=config.weighting, key=key)
+        return break_ties_by_popularity(votes, model.popular)
 
 
 class RP3BetaConfig(Section):
@@ -249,7 +251,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _UserItems]):
 
     name = "rp3beta"
     Config = RP3BetaConfig
-    AUTO = (Auto(8),)
+    AUTO = (AutoSetting(8),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "decay": DECAYS,
         "alpha": (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
@@ -282,11 +284,11 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _UserItems]):
             return both * source_weight[source] * target_weight[item]
 
         weights = windowed_recency_weights(requests, model.catalogue, config.history, config.decay)
-        votes = _votes(weights, model, matrix, similar, matrix_key=config.alpha, key=config.beta)
-        return filled(votes, model.popular)
+        votes = _sum_similarities(weights, model, matrix, similar, matrix_key=config.alpha, key=config.beta)
+        return break_ties_by_popularity(votes, model.popular)
 
 
-def _weighed(binary: Any, weighting: str) -> Any:
+def _weight_user_items(binary: Any, weighting: str) -> Any:
     """Return the weighted user-item matrix, sparse, of the same shape."""
     if weighting == "none":
         return binary

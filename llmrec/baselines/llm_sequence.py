@@ -10,7 +10,7 @@ from pydantic import Field
 from llmrec.baselines.base import PositiveFloat
 from llmrec.baselines.text_network import TextNetwork, TextNetworkConfig
 from llmrec.errors import require
-from llmrec.models.first_layers import first_layers
+from llmrec.models.first_layers import load_first_layers
 from llmrec.recipe.schema import Positive
 from llmrec.results import Reads
 
@@ -67,7 +67,7 @@ class LLMSequence(TextNetwork[LLMSequenceConfig]):
     def _build(self, items: int) -> Any:
         torch, config = require("torch", "baselines"), self._config
         nn = torch.nn
-        layers, _ = first_layers(config.model, config.layers, column="model")
+        layers, _ = load_first_layers(config.model, config.layers, column="model")
         tokens, start = layers.get_input_embeddings().weight.detach(), layers.config.bos_token_id
         lead = tokens.mean(dim=0, keepdim=True) if start is None else tokens[start : start + 1].clone()
         length = float(tokens.norm(dim=1).mean())

@@ -12,14 +12,14 @@ from scipy import sparse
 
 from llmrec.baselines.base import (
     DECAYS,
-    Auto,
+    AutoSetting,
     Catalogue,
     Decay,
-    Log,
+    InteractionLog,
     NoParameters,
     ScoredBaseline,
-    counts,
-    filled,
+    break_ties_by_popularity,
+    item_counts,
     windowed_recency_weights,
 )
 from llmrec.recipe.schema import Positive, Section
@@ -57,7 +57,7 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
     name = "markov"
     Config = MarkovConfig
-    AUTO = (Auto(4),)
+    AUTO = (AutoSetting(4),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "order": (1, 2, 3, 5, 7, 10, 15, 20, 30),
         "decay": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
@@ -65,11 +65,11 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
     def learn(self, data: SplitDataset) -> None:
         """Count transitions in the training sequences of all users."""
-        self._model = _chain(data, self._config.order, self._config.decay)
+        self._model = _fit_transitions(data, self._config.order, self._config.decay)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transition counts for every request and item, shape (n, items)."""
-        return _voted(self._fitted, requests, self._config.order, self._config.decay)
+        return _transition_scores(self._fitted, requests, self._config.order, self._config.decay)
 
 
 class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
@@ -80,19 +80,19 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
 
     name = "markov-1"
     Config = NoParameters
-    AUTO = (Auto(3),)
+    AUTO = (AutoSetting(3),)
 
     def learn(self, data: SplitDataset) -> None:
         """Count transitions between consecutive items in the training sequences of all users."""
-        self._model = _chain(data, 1, 1.0)
+        self._model = _fit_transitions(data, 1, 1.0)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the transition counts from the last history item, shape (n, items)."""
-        return _voted(self._fitted, requests, 1, 1.0)
+        return _transition_scores(self._fitted, requests, 1, 1.0)
 
 
 @dataclass(frozen=True)
-class _Counted:
+class _TransitionsWithCooccurrence:
     """Transitions and normalised co-occurrences, shape (items, items) each, and popularity."""
 
     catalogue: Catalogue
@@ -111,7 +111,7 @@ class MarkovCooccurrenceConfig(Section):
     )
 
 
-class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
+class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _TransitionsWithCooccurrence]):
     """Adds co-occurrence with all history items to transitions from the last item.
 
     ``score(i) = transition * steps(last, i) + sum_j decay**age(j) * both(j, i) / sqrt(pop(j) * pop(i) + 1)`` over the
@@ -122,7 +122,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
 
     name = "markov-cooccurrence"
     Config = MarkovCooccurrenceConfig
-    AUTO = (Auto(7),)
+    AUTO = (AutoSetting(7),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "transition": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
         "decay": DECAYS,
@@ -133,17 +133,17 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     def learn(self, data: SplitDataset) -> None:
         """Count transitions and co-occurrences in the training sequences of all users."""
         catalogue = Catalogue.of(data)
-        log = Log.of(data, catalogue)
-        size, popular = len(catalogue.ids), counts(log, catalogue)
+        log = InteractionLog.of(data, catalogue)
+        size, popular = len(catalogue.ids), item_counts(log, catalogue)
         users = log.matrix(size)
         # Only pairs of different interactions: an item that a user chose once does not co-occur with itself.
         both = (users.T @ users - sparse.diags_array(popular)).tocoo()
         scale = np.sqrt(popular[both.row] * popular[both.col] + 1)
         together = sparse.csr_array((both.data / scale, (both.row, both.col)), shape=(size, size))
         together.eliminate_zeros()
-        self._model = _Counted(
+        self._model = _TransitionsWithCooccurrence(
             catalogue=catalogue,
-            after=_steps(log, size, 1, 1.0),
+            after=_decayed_transitions(log, size, 1, 1.0),
             together=together,
             popular=popular,
         )
@@ -157,21 +157,25 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
             @ model.together
             + last
         )
-        return filled(total.toarray(), model.popular)
+        return break_ties_by_popularity(total.toarray(), model.popular)
 
 
-def _chain(data: SplitDataset, order: int, decay: float) -> _Transitions:
+def _fit_transitions(data: SplitDataset, order: int, decay: float) -> _Transitions:
     catalogue = Catalogue.of(data)
-    log = Log.of(data, catalogue)
-    return _Transitions(catalogue, _steps(log, len(catalogue.ids), order, decay), counts(log, catalogue))
+    log = InteractionLog.of(data, catalogue)
+    return _Transitions(
+        catalogue, _decayed_transitions(log, len(catalogue.ids), order, decay), item_counts(log, catalogue)
+    )
 
 
-def _voted(model: _Transitions, requests: Sequence[Request], order: int, decay: float) -> NDArray[np.float64]:
+def _transition_scores(
+    model: _Transitions, requests: Sequence[Request], order: int, decay: float
+) -> NDArray[np.float64]:
     votes = windowed_recency_weights(requests, model.catalogue, order, decay) @ model.after
-    return filled(votes.toarray(), model.popular)
+    return break_ties_by_popularity(votes.toarray(), model.popular)
 
 
-def _steps(log: Log, size: int, order: int, decay: float) -> Any:
+def _decayed_transitions(log: InteractionLog, size: int, order: int, decay: float) -> Any:
     """Return decayed transition counts over up to ``order`` positions, sparse, shape (items, items)."""
     after = log.steps(1, size)
     for gap in range(2, order + 1):

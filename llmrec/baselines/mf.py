@@ -22,8 +22,8 @@ from llmrec.baselines.rated import (
     RecencyConfig,
     fold_in_user_bias,
     rate_with_recency,
-    ratings,
     ridge_biases,
+    training_ratings,
 )
 from llmrec.recipe.schema import Positive
 
@@ -104,7 +104,7 @@ class MF(Baseline[MFConfig, _Factors]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known, config = ratings(data, self.name), self._config
+        known, config = training_ratings(data, self.name), self._config
         user_bias, item_bias = ridge_biases(known, config.user_penalty, config.item_penalty)
         items = np.random.default_rng(self._seed).normal(0, 0.1, (len(known.item_index), config.factors))
         users = np.zeros((len(known.user_index), config.factors))
@@ -113,9 +113,13 @@ class MF(Baseline[MFConfig, _Factors]):
         penalty = config.penalty
         for _ in range(config.rounds):
             target = residual - item_bias[known.items]
-            user_bias, users = _solve(known.users, items[known.items], target, by_user, config.user_penalty, penalty)
+            user_bias, users = _solve_ridge(
+                known.users, items[known.items], target, by_user, config.user_penalty, penalty
+            )
             target = residual - user_bias[known.users]
-            item_bias, items = _solve(known.items, users[known.users], target, by_item, config.item_penalty, penalty)
+            item_bias, items = _solve_ridge(
+                known.items, users[known.users], target, by_item, config.item_penalty, penalty
+            )
         self._model = _Factors(known, user_bias, item_bias, users, items)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -158,7 +162,7 @@ class SVD(Baseline[SVDConfig, _Factors]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known, config = ratings(data, self.name), self._config
+        known, config = training_ratings(data, self.name), self._config
         rng = np.random.default_rng(self._seed)
         # A column of ones for each bias makes one dot product include biases and vectors.
         size, sides = config.factors, []
@@ -175,8 +179,12 @@ class SVD(Baseline[SVDConfig, _Factors]):
                 user_rows, item_rows = known.users[rows], known.items[rows]
                 user_vectors, item_vectors = users[user_rows], items[item_rows]
                 error = (residual[rows] - np.einsum("nk,nk->n", user_vectors, item_vectors))[:, None]
-                _step(users, user_rows, error * item_vectors - config.penalty * user_vectors, 1, config.learning_rate)
-                _step(items, item_rows, error * user_vectors - config.penalty * item_vectors, 0, config.learning_rate)
+                _apply_gradients(
+                    users, user_rows, error * item_vectors - config.penalty * user_vectors, 1, config.learning_rate
+                )
+                _apply_gradients(
+                    items, item_rows, error * user_vectors - config.penalty * item_vectors, 0, config.learning_rate
+                )
         self._model = _Factors(known, users[:, 0], items[:, 1], users[:, 2:], items[:, 2:])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -184,7 +192,7 @@ class SVD(Baseline[SVDConfig, _Factors]):
         return self._fitted.answer(requests, self._config.user_penalty, self._config)
 
 
-def _step(
+def _apply_gradients(
     table: NDArray[np.float64], rows: NDArray[np.int64], slope: NDArray[np.float64], ones: int, learning_rate: float
 ) -> None:
     """Update the rows of a table by the gradients of a batch, except the column of ones."""
@@ -194,7 +202,7 @@ def _step(
     table[present] += learning_rate * (sums @ slope)
 
 
-def _solve(
+def _solve_ridge(
     owners: NDArray[np.int64],
     others: NDArray[np.float64],
     targets: NDArray[np.float64],

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import Catalogue, Log, PositiveFloat, ScoredBaseline, WarmItems
-from llmrec.baselines.profiles import Profiles
+from llmrec.baselines.base import Catalogue, InteractionLog, PositiveFloat, ScoredBaseline, WarmItems
+from llmrec.baselines.profiles import UserProfiles
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # --------------------------------------------------------------------------- epochs
 
 
-class Epochs(Protocol):
+class TrainingSettings(Protocol):
     """Settings of optimisation and early stopping."""
 
     @property
@@ -71,7 +71,7 @@ class Epochs(Protocol):
 def train_with_early_stopping(
     network: torch.nn.Module,
     judge: Callable[[], float] | None,
-    config: Epochs,
+    config: TrainingSettings,
     learn: Callable[[Any], float],
     *,
     name: str,
@@ -127,14 +127,16 @@ def train_with_early_stopping(
 
 
 @dataclass(frozen=True)
-class Batch:
+class SequenceBatch:
     """Items and the next items as targets, padded on the right, shape (b, t); target -1 means no target."""
 
     items: NDArray[np.int64]
     targets: NDArray[np.int64]
 
 
-def training_segments(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
+def training_segments(
+    events: InteractionLog, max_len: int, leads: NDArray[np.int64] | None = None
+) -> list[NDArray[np.int64]]:
     """Split the items of every user into segments of at most ``max_len + 1``, from the end.
 
     Adjacent segments share an item, an input in one and a target in the other. With ``leads`` every item of a segment
@@ -155,7 +157,9 @@ def training_segments(events: Log, max_len: int, leads: NDArray[np.int64] | None
     return pieces
 
 
-def training_batches(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
+def training_batches(
+    sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator
+) -> Iterator[SequenceBatch]:
     """Yield batches of about ``size`` targets from sequences of similar length, in random order."""
     mixed = rng.permutation(len(sequences))
     lengths = np.array([len(sequences[index]) - 1 for index in mixed])
@@ -168,16 +172,16 @@ def training_batches(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.
     for number in rng.permutation(len(groups)).tolist():
         rows = [sequences[index] for index in groups[number]]
         if rows:
-            yield _padded(rows)
+            yield _pad_sequences(rows)
 
 
-def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
+def _pad_sequences(rows: Sequence[NDArray[np.int64]]) -> SequenceBatch:
     longest = max(len(row) for row in rows) - 1
     items = np.zeros((len(rows), longest), dtype=np.int64)
     targets = np.full((len(rows), longest), -1, dtype=np.int64)
     for index, row in enumerate(rows):
         items[index, : len(row) - 1], targets[index, : len(row) - 1] = row[:-1], row[1:]
-    return Batch(items, targets)
+    return SequenceBatch(items, targets)
 
 
 def equal_length_batches(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
@@ -189,11 +193,11 @@ def equal_length_batches(histories: Sequence[NDArray[np.int64]], most: int) -> I
 
 
 # Number of logits per block: 2 MB in single precision on a CPU, which fits in the cache of a core; and on a GPU.
-_CELLS, _GPU_CELLS = 1 << 19, 1 << 26
+_BLOCK_LOGITS, _GPU_BLOCK_LOGITS = 1 << 19, 1 << 26
 # Sequences scored per batch.
-_ROWS = 512
+_SCORING_BATCH = 512
 # Number of validation cases for early stopping; more cases change only the third digit of NDCG@10.
-_STOP_CASES = 10_000
+_EARLY_STOPPING_CASES = 10_000
 
 
 class NeuralConfig(Section):
@@ -282,7 +286,7 @@ class ProfiledConfig(SequenceConfig):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedNetwork:
     """A network with the items that it scores.
 
     Attributes:
@@ -325,12 +329,12 @@ class Trained:
         self.network.eval()
         with torch.no_grad():
             table = model._item_vectors(self.network) if self.table is None else self.table
-            for rows in equal_length_batches(histories, _ROWS):
+            for rows in equal_length_batches(histories, _SCORING_BATCH):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
                 result[rows] = (model._encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
         return self.warm.spread(result, histories)
 
-    def finished(self, epochs: int) -> Trained:
+    def finished(self, epochs: int) -> TrainedNetwork:
         """Return the model with its final item vectors after training."""
         with require("torch", "baselines").no_grad():
             return replace(self, epochs=epochs, table=self.model._item_vectors(self.network.eval()))
@@ -339,7 +343,7 @@ class Trained:
 N = TypeVar("N", bound=SequenceConfig)
 
 
-class SequenceNetwork(ScoredBaseline[N, Trained]):
+class SequenceNetwork(ScoredBaseline[N, TrainedNetwork]):
     """Base class of neural sequence models; subclasses define ``_build`` and ``_encode``.
 
     A model whose item vectors are not a plain table of embeddings also defines ``_embedded`` and ``_item_vectors``.
@@ -347,7 +351,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
 
     stochastic = True
     SCORES = "logits"
-    _profiles: Profiles | None = None
+    _profiles: UserProfiles | None = None
 
     def learn(self, data: SplitDataset) -> None:
         """Train the network on the training sequences, and keep the weights of the best epoch.
@@ -360,20 +364,20 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """
         torch, config, seed = require("torch", "baselines"), self._config, self._seed
         catalogue = Catalogue.of(data)
-        events = Log.of(data, catalogue)
+        events = InteractionLog.of(data, catalogue)
         warm = WarmItems.of(events, catalogue)
         self._open(data, warm)
         count = len(warm.indices)
         leads = None if self._profiles is None else self._profiles.numbers(list(data.train_counts()), count)
         sequences = training_segments(warm.log(events), config.max_len, leads)
-        cases = early_stopping_cases(data, config, _STOP_CASES)
+        cases = early_stopping_cases(data, config, _EARLY_STOPPING_CASES)
         # Seeds torch only for this fit; the random state of the caller is unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = self._built(count).to(config.torch_device)
-            model = Trained(self, warm, network)
+            model = TrainedNetwork(self, warm, network)
             full_loss = partial(full_softmax_loss, half=config.half)
-            loss = full_loss if config.negatives is None else _Sampled(warm, config.negatives, seed)
+            loss = full_loss if config.negatives is None else _SampledSoftmaxLoss(warm, config.negatives, seed)
             rng = np.random.default_rng(seed)
 
             def learn(optimiser: Optimizer) -> float:
@@ -399,15 +403,17 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         with require("torch", "baselines").random.fork_rng(devices=[]):
             network = self._built(len(warm.indices))
         load_network_state(network, state)
-        self._model = Trained(self, warm, network.to(self._config.torch_device)).finished(int(state["epochs"][0]))
-        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
+        self._model = TrainedNetwork(self, warm, network.to(self._config.torch_device)).finished(
+            int(state["epochs"][0])
+        )
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _EARLY_STOPPING_CASES))
 
     def _open(self, data: SplitDataset, warm: WarmItems) -> None:
         """Read the inputs other than interactions."""
         config = self._config
         self._profiles = None
         if isinstance(config, ProfiledConfig) and config.features:
-            self._profiles = Profiles.of(
+            self._profiles = UserProfiles.of(
                 config.features, data, config.whitening, shuffle=config.shuffled, experts=config.experts
             )
 
@@ -437,7 +443,9 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
             network["profiles"] = self._profiles.build(network["table"].embedding_dim)
         return network
 
-    def _epoch(self, network: torch.nn.Module, batches: Iterator[Batch], optimiser: Optimizer, loss: Any) -> float:
+    def _epoch(
+        self, network: torch.nn.Module, batches: Iterator[SequenceBatch], optimiser: Optimizer, loss: Any
+    ) -> float:
         torch = require("torch", "baselines")
         network.train()
         total, count = 0.0, 0
@@ -455,7 +463,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         return total / max(1, count)
 
 
-def early_stopping_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
+def early_stopping_cases(data: SplitDataset, config: TrainingSettings, most: int) -> Sequence[Case]:
     """Return the validation cases for early stopping; empty without early stopping."""
     return [] if config.patience is None else ranking_cases(data, most)
 
@@ -478,7 +486,7 @@ def load_network_state(network: torch.nn.Module, state: Mapping[str, NDArray[Any
     network.eval()
 
 
-class Scorer(CatalogueScorer, Protocol):
+class NetworkScorer(CatalogueScorer, Protocol):
     """A model that scores all items with a trainable network."""
 
     @property
@@ -488,9 +496,9 @@ class Scorer(CatalogueScorer, Protocol):
 
 
 def train_ranker_with_early_stopping(
-    model: Scorer,
+    model: NetworkScorer,
     cases: Sequence[Case],
-    config: Epochs,
+    config: TrainingSettings,
     learn: Callable[[Any], float],
     *,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
@@ -545,7 +553,7 @@ def full_softmax_loss(vectors: Any, table: Any, targets: torch.Tensor, *, half: 
     vector_grad, table_grad, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
     kind = torch.bfloat16 if half else vectors.dtype
     left, right = vectors.to(kind), table.to(kind)
-    block = max(1, (_GPU_CELLS if table.is_cuda else _CELLS) // len(table))
+    block = max(1, (_GPU_BLOCK_LOGITS if table.is_cuda else _BLOCK_LOGITS) // len(table))
     for start in range(0, len(vectors), block):
         rows, block_targets = left[start : start + block], targets[start : start + block, None]
         logits = (rows @ right.T).to(vectors.dtype)
@@ -571,12 +579,12 @@ def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
     return torch.nn.functional.cross_entropy(masked, torch.arange(len(logits), device=logits.device))
 
 
-def info_nce_both(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
+def symmetric_info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
     """Return the mean of the InfoNCE losses over rows and over columns."""
     return (info_nce(logits, hidden) + info_nce(logits.T, hidden.T)) / 2
 
 
-class _Sampled:
+class _SampledSoftmaxLoss:
     """The loss of `full_softmax_loss`, with the sum over items estimated from a sample (Bengio and Senecal, 2008).
 
     ``negatives`` items are sampled for each step, with replacement, in proportion to their training interactions. A

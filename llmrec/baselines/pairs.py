@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import Auto, PositiveFloat, windowed_recency_weights
-from llmrec.baselines.item_texts import refuse_unpretrained, texts_of
+from llmrec.baselines.base import AutoSetting, PositiveFloat, windowed_recency_weights
+from llmrec.baselines.item_texts import check_pretrained_encoder, texts_of_items
 from llmrec.baselines.neural import case_users, early_stopping_cases, info_nce, train_with_early_stopping
 from llmrec.baselines.transitions import (
     NEIGHBOURS,
@@ -19,11 +19,11 @@ from llmrec.baselines.transitions import (
     TransitionsText,
     TransitionsTextConfig,
     count_transitions,
-    nearest,
+    nearest_neighbour_similarities,
 )
 from llmrec.baselines.validation import mean_ndcgs
 from llmrec.errors import require
-from llmrec.models.text_encoder import TunedEncoder, batches_of, find_encoder, refuse_other_split
+from llmrec.models.text_encoder import TunedEncoder, check_encoder_split, find_encoder, group_by_length
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
 
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 # Early stopping: number of validation cases, number of latest history items, and their decay.
-_STOP_CASES, _LATEST, _DECAY = 5_000, 5, 0.5
+_EARLY_STOPPING_CASES, _LATEST_ITEMS, _LATEST_DECAY = 5_000, 5, 0.5
 # Share of the log frequency of a target that is subtracted from its similarity (logQ correction). With 1, the softmax
 # over a batch models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than by
 # chance.
-FREQUENT = 0.5
+LOG_FREQUENCY_SHARE = 0.5
 # Warm-up steps of the learning rate.
-WARM_UP = 20
+WARM_UP_STEPS = 20
 # Minimum time budget in seconds for `llmrec auto` to try it: a fit takes minutes on two cores.
-_LONG = 3600.0
+_MIN_AUTO_SECONDS = 3600.0
 
 
 class TransitionsTunedConfig(TransitionsTextConfig):
@@ -75,7 +75,7 @@ class TransitionsTunedConfig(TransitionsTextConfig):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ItemPairs:
     """Pairs of items that follow each other in training sequences.
 
     Attributes:
@@ -91,7 +91,7 @@ class Pairs:
     seen: Any
 
     @staticmethod
-    def of(steps: TransitionCounts, apart: int, nearby: float) -> Pairs:
+    def of(steps: TransitionCounts, apart: int, nearby: float) -> ItemPairs:
         """Return pairs up to a given distance; the weight is multiplied by ``nearby`` for each position."""
         total = steps.gaps[0].astype(np.float64)
         for gap in range(1, apart):
@@ -102,7 +102,7 @@ class Pairs:
         total.eliminate_zeros()
         result = total.tocoo()
         first, then = (np.asarray(coord, dtype=np.int64) for coord in result.coords)
-        return Pairs(first, then, result.data / max(result.data.sum(), 1e-300), total)
+        return ItemPairs(first, then, result.data / max(result.data.sum(), 1e-300), total)
 
     def unknown(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return a mask of negatives, shape (n, n): items that never follow the first item in training.
@@ -129,7 +129,9 @@ class SimilarToLatest:
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return similarities, shape (n, items)."""
-        latest = windowed_recency_weights(requests, self.steps.catalogue, _LATEST, _DECAY).astype(np.float32)
+        latest = windowed_recency_weights(requests, self.steps.catalogue, _LATEST_ITEMS, _LATEST_DECAY).astype(
+            np.float32
+        )
         return np.asarray((latest @ self.vectors) @ self.vectors.T)
 
 
@@ -146,7 +148,7 @@ class TransitionsTuned(TransitionsText):
     name = "transitions-tuned"
     stochastic = True
     Config = TransitionsTunedConfig
-    AUTO = (Auto(18, seconds=_LONG),)
+    AUTO = (AutoSetting(18, seconds=_MIN_AUTO_SECONDS),)
     READS = "language model"
     _config: TransitionsTunedConfig
 
@@ -168,14 +170,14 @@ class TransitionsTuned(TransitionsText):
 
     def _tuned(self, data: SplitDataset, steps: TransitionCounts) -> TunedEncoder:
         torch, config = require("torch", "train"), self._config
-        refuse_unpretrained(self.name, config.encoder, "transitions-text")
-        refuse_other_split(config.encoder, data)
-        texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
+        check_pretrained_encoder(self.name, config.encoder, "transitions-text")
+        check_encoder_split(config.encoder, data)
+        texts = texts_of_items([data.dataset.items[item] for item in steps.catalogue.ids])
         texts = [texts[index] for index in config.order(len(texts))]
         encoder = TunedEncoder(find_encoder(config.encoder)[0], texts, blocks=config.blocks)
-        cases = early_stopping_cases(data, config, _STOP_CASES)
+        cases = early_stopping_cases(data, config, _EARLY_STOPPING_CASES)
         self.looked_at = case_users(cases)
-        pairs = Pairs.of(steps, config.apart, config.nearby)
+        pairs = ItemPairs.of(steps, config.apart, config.nearby)
         if not len(pairs.first):
             return encoder
 
@@ -205,11 +207,11 @@ class TransitionsTuned(TransitionsText):
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted vectors from `state`."""
         self._put(count_transitions(data), state["vectors"])
-        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _EARLY_STOPPING_CASES))
 
     def _put(self, steps: TransitionCounts, vectors: NDArray[Any]) -> None:
         self._model = TransitionCounts(
-            steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS), vectors
+            steps.catalogue, steps.gaps, steps.popular, nearest_neighbour_similarities(vectors, NEIGHBOURS), vectors
         )
 
 
@@ -217,7 +219,7 @@ class PairEpoch:
     """Trains a text encoder on sampled pairs for one epoch; the learning rate decays over ``config.epochs`` of them."""
 
     def __init__(
-        self, encoder: TunedEncoder, pairs: Pairs, config: TransitionsTunedConfig, rng: np.random.Generator
+        self, encoder: TunedEncoder, pairs: ItemPairs, config: TransitionsTunedConfig, rng: np.random.Generator
     ) -> None:
         self.encoder, self.pairs, self.config, self.rng = encoder, pairs, config, rng
         frequency = np.bincount(pairs.then, weights=pairs.weights, minlength=pairs.seen.shape[0])
@@ -228,7 +230,7 @@ class PairEpoch:
         """Train for one epoch, and return the mean loss in nats."""
         config, total = self.config, 0.0
         for _ in range(config.steps):
-            rate = min(1.0, (self._done + 1) / WARM_UP) * (1 - self._done / (config.epochs * config.steps))
+            rate = min(1.0, (self._done + 1) / WARM_UP_STEPS) * (1 - self._done / (config.epochs * config.steps))
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * rate
             drawn = self.rng.choice(len(self.pairs.first), config.batch, p=self.pairs.weights)
@@ -243,21 +245,23 @@ class PairEpoch:
     def loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
         """Return the loss of the pairs of a batch in nats, a tensor with gradients."""
         torch = require("torch", "train")
-        logits = self.similarities(first, then) - FREQUENT * torch.from_numpy(self.log_frequency[then]).float()
+        logits = (
+            self.similarities(first, then) - LOG_FREQUENCY_SHARE * torch.from_numpy(self.log_frequency[then]).float()
+        )
         return info_nce(logits, ~torch.from_numpy(self.pairs.unknown(first, then)))
 
     def similarities(self, first: NDArray[np.int64], others: NDArray[np.int64]) -> Any:
         """Return similarities divided by the temperature, with gradients, shape (len(first), len(others))."""
         torch = require("torch", "train")
         rows, positions = np.unique(np.concatenate([first, others]), return_inverse=True)
-        vectors = _read_texts(self.encoder, rows)[torch.from_numpy(positions)]
+        vectors = _encode_texts(self.encoder, rows)[torch.from_numpy(positions)]
         return vectors[: len(first)] @ vectors[len(first) :].T / self.config.temperature
 
 
-def _read_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
+def _encode_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
     """Encode texts in groups of similar length, with gradients; returns vectors of shape (n, d)."""
     torch = require("torch", "train")
-    groups = batches_of([encoder.length(int(row)) for row in rows])
+    groups = group_by_length([encoder.length(int(row)) for row in rows])
     order = torch.tensor([position for group in groups for position in group])
     result = torch.cat([encoder([int(rows[position]) for position in group]) for group in groups])
     return result[torch.argsort(order)]

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmrec.baselines.base import LSA, config_from
-from llmrec.baselines.item_texts import STORE
+from llmrec.baselines.base import LSA, validated_config
+from llmrec.baselines.item_texts import STORE_PREFIX
 from llmrec.data.features import FeatureStore
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError
-from llmrec.models.text_encoder import CHANCE, find_encoder
+from llmrec.models.text_encoder import CHANCE_ENCODER, find_encoder
 from llmrec.recipe.schema import Section
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 
-Hashes = dict[str, str | dict[str, str]]
+InputHashes = dict[str, str | dict[str, str]]
 """Hashes of the inputs other than the data, by kind; for stores, one per folder."""
 
 
-def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
+def baseline_config(name: str, parameters: Mapping[str, Any], where: str) -> Section:
     """Return the validated configuration of a baseline.
 
     Args:
@@ -30,35 +30,35 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
     Raises:
         RecipeError: If the baseline or a parameter is unknown, or a value is out of bounds.
     """
-    config_class: type[Section] = lookup(BASELINES, name, f"baseline of {where}", key=where).Config
-    return config_from(config_class, name, parameters, where)
+    config_class: type[Section] = import_component(BASELINES, name, f"baseline of {where}", key=where).Config
+    return validated_config(config_class, name, parameters, where)
 
 
 def stops_early(name: str) -> bool:
     """Whether a baseline uses early stopping on validation users."""
-    return "patience" in lookup(BASELINES, name, "baseline").Config.model_fields
+    return "patience" in import_component(BASELINES, name, "baseline").Config.model_fields
 
 
-def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
+def feature_store_hashes(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
     """Return the feature stores that a baseline reads, with hashes of their contents.
 
     Raises:
         DataError: If one of them is not a store.
     """
-    folders = getattr(config_of(name, parameters, "parameters"), "folders", ())
+    folders = getattr(baseline_config(name, parameters, "parameters"), "folders", ())
     return {folder: FeatureStore.open(folder).stamp for folder in folders}
 
 
-def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
+def input_hashes(name: str, parameters: Mapping[str, Any]) -> InputHashes:
     """Return hashes of the models and feature stores that a baseline reads, by kind.
 
     Missing or unusable ones are left out: ``fit`` raises an error for them.
 
     Raises:
-        RecipeError: As `config_of`.
-        DataError: As `stores_of`.
+        RecipeError: As `baseline_config`.
+        DataError: As `feature_store_hashes`.
     """
-    config, stores = config_of(name, parameters, "parameters"), stores_of(name, parameters)
+    config, stores = baseline_config(name, parameters, "parameters"), feature_store_hashes(name, parameters)
     result: dict[str, str | dict[str, str] | None] = {"stores": stores}
     # Parameters of plug-ins are unknown here; their code is hashed instead.
     if type(config).__module__.startswith("llmrec."):
@@ -74,7 +74,7 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
 
 def weights_hash(name: str | None) -> str | None:
     """Return a hash of the weights of a language model or text encoder; None if they are not in a folder."""
-    if not name or name in (LSA, CHANCE) or name.startswith(STORE):
+    if not name or name in (LSA, CHANCE_ENCODER) or name.startswith(STORE_PREFIX):
         return None
     try:
         return find_encoder(name)[1]
@@ -82,10 +82,10 @@ def weights_hash(name: str | None) -> str | None:
         return None
 
 
-def make(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:
+def create_baseline(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:
     """Return an unfitted baseline with these parameters.
 
     Raises:
-        RecipeError: As `config_of`.
+        RecipeError: As `baseline_config`.
     """
-    return lookup(BASELINES, name, "baseline")(config_of(name, parameters, where), seed=seed)
+    return import_component(BASELINES, name, "baseline")(baseline_config(name, parameters, where), seed=seed)

@@ -10,20 +10,20 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import (
-    TOP,
-    Auto,
+    MAX_RANKED_ITEMS,
+    AutoSetting,
     C,
     Catalogue,
-    Log,
+    InteractionLog,
     NoParameters,
     PositiveFloat,
     ScoredBaseline,
-    counts,
-    filled,
-    ranking,
-    refusal,
-    top_of,
-    unseen,
+    break_ties_by_popularity,
+    invalid_candidates_answer,
+    item_counts,
+    rank_by_score,
+    top_ranking,
+    unseen_items,
 )
 from llmrec.data.hashing import hash_one
 from llmrec.recipe.schema import Section
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class _ItemWeights:
     """One weight per item, equal for all users."""
 
     catalogue: Catalogue
     weights: NDArray[np.float64]
 
 
-class _ConstantScores(ScoredBaseline[C, _Weights]):
+class _ConstantScores(ScoredBaseline[C, _ItemWeights]):
     """Scores items by weights that are equal for all users."""
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -63,21 +63,26 @@ class Random(_ConstantScores[NoParameters]):
     def learn(self, data: SplitDataset) -> None:
         """Store the catalogue; nothing is learned."""
         catalogue = Catalogue.of(data)
-        self._model = _Weights(catalogue, np.zeros(len(catalogue.ids)))
+        self._model = _ItemWeights(catalogue, np.zeros(len(catalogue.ids)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Give all candidates the same score; without candidates, all items outside the history, truncated to `TOP`."""
+        """Give all candidates the same score.
+
+        Without candidates, these are all items outside the history, truncated to `MAX_RANKED_ITEMS`.
+        """
         catalogue = self._fitted.catalogue
         return [self._one(request, catalogue) for request in requests]
 
     def _one(self, request: Request, catalogue: Catalogue) -> Answer:
-        if (refused := refusal(request)) is not None:
+        if (refused := invalid_candidates_answer(request)) is not None:
             return refused
         if request.candidates is not None:
-            return ranking(request, request.candidates, np.zeros(len(request.candidates)))
-        indices = unseen(request, catalogue)
-        drawn = np.random.default_rng(hash_one("random baseline", 0, request.id)).permutation(indices)[:TOP]
-        result = top_of(request, catalogue, drawn, np.zeros(len(drawn)))
+            return rank_by_score(request, request.candidates, np.zeros(len(request.candidates)))
+        indices = unseen_items(request, catalogue)
+        drawn = np.random.default_rng(hash_one("random baseline", 0, request.id)).permutation(indices)[
+            :MAX_RANKED_ITEMS
+        ]
+        result = top_ranking(request, catalogue, drawn, np.zeros(len(drawn)))
         return replace(result, unlisted=len(indices) - len(drawn))
 
 
@@ -86,12 +91,12 @@ class Popularity(_ConstantScores[NoParameters]):
 
     name = "popularity"
     Config = NoParameters
-    AUTO = (Auto(1),)
+    AUTO = (AutoSetting(1),)
 
     def learn(self, data: SplitDataset) -> None:
         """Count the training interactions of every item."""
         catalogue = Catalogue.of(data)
-        self._model = _Weights(catalogue, counts(Log.of(data, catalogue), catalogue))
+        self._model = _ItemWeights(catalogue, item_counts(InteractionLog.of(data, catalogue), catalogue))
 
 
 class RecentPopularityConfig(Section):
@@ -112,7 +117,7 @@ class RecentPopularity(_ConstantScores[RecentPopularityConfig]):
 
     name = "recent-popularity"
     Config = RecentPopularityConfig
-    AUTO = (Auto(2),)
+    AUTO = (AutoSetting(2),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "half_life": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     }
@@ -120,17 +125,17 @@ class RecentPopularity(_ConstantScores[RecentPopularityConfig]):
     def learn(self, data: SplitDataset) -> None:
         """Sum the weighted training interactions of every item."""
         catalogue = Catalogue.of(data)
-        log = Log.of(data, catalogue)
-        weights = 0.5 ** (_ages(log) / self._config.half_life)
+        log = InteractionLog.of(data, catalogue)
+        weights = 0.5 ** (_interaction_ages(log) / self._config.half_life)
         # In a fixed order, so that the order of rows with equal timestamps does not change the sum.
         order = np.lexsort((weights, log.items))
         summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
         # The weights of very old interactions may underflow; the count keeps such items above items without any.
-        (weighed,) = filled(summed[None, :].astype(np.float64), counts(log, catalogue))
-        self._model = _Weights(catalogue, weighed)
+        (weighed,) = break_ties_by_popularity(summed[None, :].astype(np.float64), item_counts(log, catalogue))
+        self._model = _ItemWeights(catalogue, weighed)
 
 
-def _ages(log: Log) -> NDArray[np.float64]:
+def _interaction_ages(log: InteractionLog) -> NDArray[np.float64]:
     """Return, for each interaction, the share of later interactions; equal timestamps have equal ages."""
     if np.isnan(log.times).all():
         ends = np.cumsum(np.bincount(log.users, minlength=log.user_count))

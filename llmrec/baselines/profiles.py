@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmrec.baselines.item_texts import PrincipalAxes
-from llmrec.data.described import cyclic_permutation, refuse_seen
+from llmrec.data.described import check_feature_leaks, cyclic_permutation
 from llmrec.data.features import FeatureKind, FeatureStore, Pair
 from llmrec.errors import DataError, require
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 # Number of experts shared by all tables, and their hidden size (Xi et al., RecSys 2024, section 3.3: 128).
-SHARED, _BETWEEN = 2, 128
+SHARED_EXPERTS, _HIDDEN_SIZE = 2, 128
 
 
-class Entities(Protocol):
+class UserItemRows(Protocol):
     """The users and items of several training rows."""
 
     @property
@@ -40,7 +40,7 @@ class Entities(Protocol):
 
 
 @dataclass(frozen=True)
-class Table:
+class FeatureTable:
     """The whitened features of users or items in a feature store.
 
     Attributes:
@@ -58,13 +58,15 @@ class Table:
     shuffled: dict[str, str] | None
 
     @staticmethod
-    def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
+    def of(
+        store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool
+    ) -> FeatureTable:
         """Fit the whitening of features."""
         turned = PrincipalAxes.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
             other = cyclic_permutation(sorted(store.ids(kind)))
-        return Table(store, kind, turned.centre, turned.whitening(exponent), other)
+        return FeatureTable(store, kind, turned.centre, turned.whitening(exponent), other)
 
     @property
     def width(self) -> int:
@@ -84,7 +86,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowFeatures:
     """The feature vectors of the users or items in several training rows.
 
     Attributes:
@@ -95,9 +97,9 @@ class Columns:
     vectors: NDArray[np.float32]
     entities: NDArray[np.int64]
 
-    def of(self, rows: NDArray[np.int64]) -> Columns:
+    def of(self, rows: NDArray[np.int64]) -> RowFeatures:
         """Return the feature vectors for several training rows."""
-        return Columns(self.vectors, self.entities[rows])
+        return RowFeatures(self.vectors, self.entities[rows])
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ class Adaptor:
         seen: User-item pairs from which the texts were written.
     """
 
-    tables: tuple[Table, ...]
+    tables: tuple[FeatureTable, ...]
     seen: frozenset[Pair]
 
     @staticmethod
     def of(
         folders: Sequence[str],
-        rows: Entities,
+        rows: UserItemRows,
         exponent: float,
         *,
         kinds: Sequence[FeatureKind],
@@ -140,7 +142,7 @@ class Adaptor:
                 )
             for kind in kinds_read:
                 names = sorted(set((rows.user_names if kind == "user" else rows.item_names).tolist()))
-                tables.append(Table.of(store, kind, names, exponent, shuffle=shuffle))
+                tables.append(FeatureTable.of(store, kind, names, exponent, shuffle=shuffle))
                 seen |= store.seen(kind)
         return Adaptor(tuple(tables), frozenset(seen))
 
@@ -149,7 +151,7 @@ class Adaptor:
         """Input size of the experts; shorter vectors are padded with 0."""
         return max((table.width for table in self.tables), default=0)
 
-    def columns(self, rows: Entities) -> list[Columns]:
+    def columns(self, rows: UserItemRows) -> list[RowFeatures]:
         """Return the feature vectors of each table for several training rows."""
         results = []
         for table in self.tables:
@@ -159,7 +161,7 @@ class Adaptor:
             vectors = table.vectors(names.tolist())
             padded = np.zeros((len(vectors), self.width), dtype=np.float32)
             padded[:, : table.width] = vectors
-            results.append(Columns(padded, indices.astype(np.int64)))
+            results.append(RowFeatures(padded, indices.astype(np.int64)))
         return results
 
     def build(self, dim: int, experts: int) -> Any:
@@ -167,18 +169,20 @@ class Adaptor:
         nn = require("torch", "baselines").nn
 
         def expert() -> Any:
-            return nn.Sequential(nn.Linear(self.width, _BETWEEN), nn.ReLU(), nn.Linear(_BETWEEN, dim), nn.ReLU())
+            return nn.Sequential(
+                nn.Linear(self.width, _HIDDEN_SIZE), nn.ReLU(), nn.Linear(_HIDDEN_SIZE, dim), nn.ReLU()
+            )
 
         return nn.ModuleDict(
             {
-                "shared": nn.ModuleList([expert() for _ in range(SHARED)]),
+                "shared": nn.ModuleList([expert() for _ in range(SHARED_EXPERTS)]),
                 "own": nn.ModuleList([nn.ModuleList([expert() for _ in range(experts)]) for _ in self.tables]),
-                "gates": nn.ModuleList([nn.Linear(self.width, SHARED + experts) for _ in self.tables]),
+                "gates": nn.ModuleList([nn.Linear(self.width, SHARED_EXPERTS + experts) for _ in self.tables]),
             }
         )
 
 
-def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
+def gated_expert_sum(network: torch.nn.Module, table: int, vectors: Any) -> Any:
     """Return the gated sum of expert outputs (KAR, equation 8).
 
     Args:
@@ -196,7 +200,7 @@ def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Profiles:
+class UserProfiles:
     """Whitened user vectors, which can be the first element of a sequence; their indices follow the item indices.
 
     Attributes:
@@ -212,7 +216,7 @@ class Profiles:
     experts: int
 
     @staticmethod
-    def of(folder: str, data: SplitDataset, exponent: float, *, shuffle: bool, experts: int) -> Profiles:
+    def of(folder: str, data: SplitDataset, exponent: float, *, shuffle: bool, experts: int) -> UserProfiles:
         """Open a feature store and fit the whitening on the training users.
 
         Raises:
@@ -227,12 +231,12 @@ class Profiles:
                 "missing-value",
                 f" has only features of {store.kinds[0]}s, but this baseline needs user features",
             )
-        refuse_seen(folder, store, data)
-        table = Table.of(store, "user", list(data.train_counts()), exponent, shuffle=shuffle)
+        check_feature_leaks(folder, store, data)
+        table = FeatureTable.of(store, "user", list(data.train_counts()), exponent, shuffle=shuffle)
         names = store.ids("user")
         vectors = np.concatenate([table.vectors(names), np.zeros((1, table.width), dtype=np.float32)])
         known = {name: row for row, name in enumerate(names)}
-        return Profiles(
+        return UserProfiles(
             Adaptor((table,), frozenset()), known, require("torch", "baselines").from_numpy(vectors), experts
         )
 
@@ -260,4 +264,4 @@ class Profiles:
         torch, table = require("torch", "baselines"), network["table"]
         adaptor = network["profiles"]
         user_vectors = adaptor.vectors[items[:, 0] - table.num_embeddings]
-        return torch.cat([adapt(adaptor, 0, user_vectors)[:, None], table(items[:, 1:])], dim=1)
+        return torch.cat([gated_expert_sum(adaptor, 0, user_vectors)[:, None], table(items[:, 1:])], dim=1)

@@ -27,9 +27,9 @@ RECENCIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 """Weights of the latest ratings that tuning tries."""
 
 # Prior strength of a decayed mean, in ratings.
-_PRIOR = 2.0
+_RECENCY_PRIOR = 2.0
 # When ridge biases count as solved, and after how many rounds at most.
-_TOLERANCE, _ROUNDS = 1e-10, 1000
+_TOLERANCE, _MAX_ROUNDS = 1e-10, 1000
 
 
 class RecencyConfig(Section):
@@ -58,7 +58,7 @@ class Ratings:
     scale: tuple[float, float]
 
 
-def ratings(data: SplitDataset, name: str) -> Ratings:
+def training_ratings(data: SplitDataset, name: str) -> Ratings:
     """Return the training ratings, with indices into sorted users and items.
 
     Raises:
@@ -98,7 +98,7 @@ def ridge_biases(
     user_weight = np.bincount(known.users) + user_penalty
     item_weight = np.bincount(known.items) + item_penalty
     of_users, of_items = np.zeros(len(user_weight)), np.zeros(len(item_weight))
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         of_items = np.bincount(known.items, weights=residual - of_users[known.users]) / item_weight
         updated = np.bincount(known.users, weights=residual - of_items[known.items]) / user_weight
         step = float(np.abs(updated - of_users).max())
@@ -108,7 +108,7 @@ def ridge_biases(
     return of_users, of_items
 
 
-def rate(
+def rate_requests(
     requests: Sequence[Request], scale: tuple[float, float], predict: Callable[[str, str, Request], float]
 ) -> list[Answer]:
     """Answer every request with ``predict(user, item, request)``, clipped to the rating scale."""
@@ -150,9 +150,9 @@ def rate_with_recency(
             return value
         errors = np.array([rating for _, rating in rated]) - of_items([name for name, _ in rated])
         weights = config.decay ** np.arange(len(rated) - 1, -1, -1, dtype=np.float64)
-        return value + config.recency * float((weights * errors).sum() / (weights.sum() + _PRIOR))
+        return value + config.recency * float((weights * errors).sum() / (weights.sum() + _RECENCY_PRIOR))
 
-    return rate(requests, scale, predict)
+    return rate_requests(requests, scale, predict)
 
 
 def fold_in_user_bias(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:

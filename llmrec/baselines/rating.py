@@ -19,10 +19,10 @@ from llmrec.baselines.rated import (
     Ratings,
     RecencyConfig,
     fold_in_user_bias,
-    rate,
+    rate_requests,
     rate_with_recency,
-    ratings,
     ridge_biases,
+    training_ratings,
 )
 from llmrec.types import Answer, Request
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Levels:
+class _RatingLevels:
     """The global mean, and a mean or bias for each user and item."""
 
     mean: float
@@ -43,7 +43,7 @@ class _Levels:
     scale: tuple[float, float]
 
 
-class _Means(Baseline[NoParameters, _Levels]):
+class _MeanBaseline(Baseline[NoParameters, _RatingLevels]):
     Config = NoParameters
 
     def learn(self, data: SplitDataset) -> None:
@@ -52,10 +52,10 @@ class _Means(Baseline[NoParameters, _Levels]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = _means(ratings(data, self.name))
+        self._model = _mean_ratings(training_ratings(data, self.name))
 
 
-class GlobalMean(_Means):
+class GlobalMean(_MeanBaseline):
     """Predicts the mean of all training ratings."""
 
     name = "global-mean"
@@ -63,10 +63,10 @@ class GlobalMean(_Means):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of the item in each request."""
         model = self._fitted
-        return rate(requests, model.scale, lambda user, item, request: model.mean)
+        return rate_requests(requests, model.scale, lambda user, item, request: model.mean)
 
 
-class UserMean(_Means):
+class UserMean(_MeanBaseline):
     """Predicts the user's mean rating, or else the item's mean rating, or else the global mean."""
 
     name = "user-mean"
@@ -81,10 +81,10 @@ class UserMean(_Means):
             known = [event.rating for event in request.history if event.rating is not None]
             return sum(known) / len(known) if known else model.by_item.get(item, model.mean)
 
-        return rate(requests, model.scale, predict)
+        return rate_requests(requests, model.scale, predict)
 
 
-class ItemMean(_Means):
+class ItemMean(_MeanBaseline):
     """Predicts the mean rating of the item; for items without ratings, the global mean."""
 
     name = "item-mean"
@@ -92,7 +92,7 @@ class ItemMean(_Means):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of the item in each request."""
         model = self._fitted
-        return rate(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
+        return rate_requests(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
 
 
 class UserItemBiasConfig(RecencyConfig):
@@ -102,7 +102,7 @@ class UserItemBiasConfig(RecencyConfig):
     item_penalty: PositiveFloat = Field(3.0, description="L2 penalty of item biases.")
 
 
-class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
+class UserItemBias(Baseline[UserItemBiasConfig, _RatingLevels]):
     """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3), corrected by recent errors.
 
     The biases minimise the squared error on the training ratings plus ``user_penalty * sum(b_user**2)`` and
@@ -126,9 +126,9 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known = ratings(data, self.name)
+        known = training_ratings(data, self.name)
         of_users, of_items = ridge_biases(known, self._config.user_penalty, self._config.item_penalty)
-        self._model = _Levels(
+        self._model = _RatingLevels(
             mean=known.mean,
             by_user={user: float(of_users[index]) for user, index in known.user_index.items()},
             by_item={item: float(of_items[index]) for item, index in known.item_index.items()},
@@ -152,12 +152,12 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
         return rate_with_recency(requests, model.scale, of_user, self._config)
 
 
-def _means(known: Ratings) -> _Levels:
+def _mean_ratings(known: Ratings) -> _RatingLevels:
     def group(indices: NDArray[np.int64], index_of: Mapping[str, int]) -> dict[str, float]:
         means = np.bincount(indices, weights=known.values) / np.bincount(indices)
         return {name: float(means[index]) for name, index in index_of.items()}
 
-    return _Levels(
+    return _RatingLevels(
         mean=known.mean,
         by_user=group(known.users, known.user_index),
         by_item=group(known.items, known.item_index),

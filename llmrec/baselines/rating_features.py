@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.rated import Ratings, ratings
-from llmrec.data.split import threshold
+from llmrec.baselines.rated import Ratings, training_ratings
+from llmrec.data.split import liked_threshold
 from llmrec.types import Request
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     Rows = NDArray[np.float64]
 
 # Prior strength, in ratings: shares of likes are shrunk towards the overall share.
-_PRIOR = 1.0
+_LIKES_PRIOR = 1.0
 # Prior strengths for residuals of ratings, which are shrunk towards 0: items, users, and recent ratings of users.
-_OF_ITEM, _OF_USER, _LATELY = 3.0, 10.0, 2.0
+_ITEM_PRIOR, _USER_PRIOR, _RECENT_PRIOR = 3.0, 10.0, 2.0
 # A feature whose standard deviation relative to max(mean, 1) is smaller than this counts as constant.
-_ROUNDING = 1e-9
+_CONSTANT_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RatingCounts:
     @staticmethod
     def of(known: Ratings, liked: float | None) -> RatingCounts:
         """Count training ratings; ``liked`` is the lowest rating of a like, by default three quarters of the scale."""
-        level = threshold(known.scale, liked)
+        level = liked_threshold(known.scale, liked)
         yes = (known.values >= level).astype(np.float64)
         size = len(known.item_index)
         return RatingCounts(
@@ -61,7 +61,7 @@ class RatingCounts:
     def of_history(self, request: Request) -> tuple[float, int]:
         """Return the share of likes in a history, shrunk towards the overall share, and the number of ratings."""
         known = [event.rating >= self.liked for event in request.history if event.rating is not None]
-        return (sum(known) + _PRIOR * self.share) / (len(known) + _PRIOR), len(known)
+        return (sum(known) + _LIKES_PRIOR * self.share) / (len(known) + _LIKES_PRIOR), len(known)
 
     def of_item(self, item: str) -> tuple[float, float]:
         """Return the share of likes of an item, shrunk towards the overall share, and its number of ratings."""
@@ -69,7 +69,7 @@ class RatingCounts:
         if index is None:
             return self.share, 0.0
         count = float(self.counts[index])
-        return (float(self.likes[index]) + _PRIOR * self.share) / (count + _PRIOR), count
+        return (float(self.likes[index]) + _LIKES_PRIOR * self.share) / (count + _LIKES_PRIOR), count
 
     def level(self, item: str) -> float:
         """Return an item's mean rating minus the overall mean, shrunk towards 0; 0 for an unknown item."""
@@ -79,7 +79,7 @@ class RatingCounts:
     @cached_property
     def levels(self) -> NDArray[np.float64]:
         """Mean rating minus the overall mean of every item, shrunk towards 0, shape (items,)."""
-        return (self.sums - self.counts * self.mean) / (self.counts + _OF_ITEM)
+        return (self.sums - self.counts * self.mean) / (self.counts + _ITEM_PRIOR)
 
     def residuals(self, request: Request) -> NDArray[np.float64]:
         """Return each rating of a history minus the mean of its item, oldest first."""
@@ -132,15 +132,15 @@ class RequestFeatures:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known = ratings(data, name)
+        known = training_ratings(data, name)
         counts = RatingCounts.of(known, liked)
         past = _RatingHistory.of(data, known, counts)
-        rows = _others(known, counts, past, before=before)
+        rows = _leave_one_out_features(known, counts, past, before=before)
         if decay is not None:
-            rows = np.column_stack([rows, _before(past, decay)])
+            rows = np.column_stack([rows, _earlier_residual_means(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         # The standard deviation of a constant feature is a rounding error, which must not be scaled to 1.
-        scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
+        scale[scale <= _CONSTANT_TOLERANCE * np.maximum(np.abs(mean), 1.0)] = 1.0
         return RequestFeatures(counts, mean, scale, decay), known, (rows - mean) / scale
 
     def row(self, request: Request) -> NDArray[np.float64]:
@@ -153,10 +153,10 @@ class RequestFeatures:
         (user_share, user_count), (item_share, item_count) = counts.of_history(request), counts.of_item(item)
         residuals = counts.residuals(request)
         row = [_log_odds(user_share), float(np.log1p(user_count)), _log_odds(item_share), float(np.log1p(item_count))]
-        row += [counts.level(item), float(residuals.sum() / (len(residuals) + _OF_USER))]
+        row += [counts.level(item), float(residuals.sum() / (len(residuals) + _USER_PRIOR))]
         if self.decay is not None:
             weights = self.decay ** np.arange(len(residuals) - 1, -1, -1, dtype=np.float64)
-            row.append(float((weights * residuals).sum() / (weights.sum() + _LATELY)))
+            row.append(float((weights * residuals).sum() / (weights.sum() + _RECENT_PRIOR)))
         return row
 
 
@@ -215,7 +215,9 @@ class _RatingHistory:
         )
 
 
-def _others(known: Ratings, counts: RatingCounts, past: _RatingHistory, *, before: bool = False) -> Rows:
+def _leave_one_out_features(
+    known: Ratings, counts: RatingCounts, past: _RatingHistory, *, before: bool = False
+) -> Rows:
     """Return the leave-one-out features of all training ratings, shape (n, 6).
 
     With ``before``, user features use only previous ratings.
@@ -227,14 +229,14 @@ def _others(known: Ratings, counts: RatingCounts, past: _RatingHistory, *, befor
     of_item = np.bincount(known.items)[known.items] - 1.0
     liked = np.bincount(known.items, weights=truth)[known.items] - truth
     for number, yes in ((count, likes), (of_item, liked)):
-        share = np.clip((yes + _PRIOR * counts.share) / (number + _PRIOR), 1e-6, 1 - 1e-6)
+        share = np.clip((yes + _LIKES_PRIOR * counts.share) / (number + _LIKES_PRIOR), 1e-6, 1 - 1e-6)
         columns += [np.log(share / (1 - share)), np.log1p(number)]
-    columns.append((counts.sums[known.items] - known.values - of_item * counts.mean) / (of_item + _OF_ITEM))
-    columns.append(residuals / (count + _OF_USER))
+    columns.append((counts.sums[known.items] - known.values - of_item * counts.mean) / (of_item + _ITEM_PRIOR))
+    columns.append(residuals / (count + _USER_PRIOR))
     return np.stack(columns, axis=1)
 
 
-def _before(past: _RatingHistory, decay: float) -> NDArray[np.float64]:
+def _earlier_residual_means(past: _RatingHistory, decay: float) -> NDArray[np.float64]:
     """Return the decayed mean of the user's residuals before each training rating, shape (n,)."""
     sizes = np.bincount(past.users)
     starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.residuals))
@@ -243,7 +245,7 @@ def _before(past: _RatingHistory, decay: float) -> NDArray[np.float64]:
     for step in range(int(sizes.max())):
         users = np.flatnonzero(sizes > step)
         rows = starts[users] + step
-        means[rows] = total[users] / (weight[users] + _LATELY)
+        means[rows] = total[users] / (weight[users] + _RECENT_PRIOR)
         total[users] = decay * total[users] + past.residuals[rows]
         weight[users] = decay * weight[users] + 1
     return means[past.train_rows]

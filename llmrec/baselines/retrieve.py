@@ -11,30 +11,30 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import CandidateSection
-from llmrec.registry import BASELINES, answering, is_plugin, lookup
+from llmrec.registry import BASELINES, components_for_family, import_component, is_plugin
 from llmrec.tasks.base import seeded_random
 from llmrec.types import CatalogueScorer, Request, SplitName
 
 log = logging.getLogger(__name__)
 
 # Requests per block of dense scores.
-_BLOCK = 256
+_BLOCK_REQUESTS = 256
 # Number of user folds: candidates for the users of a fold come from a retriever fitted on the other folds.
 _FOLDS = 5
 # Maximum number of training interactions per user for which candidates are retrieved.
-_EVENTS = 20
+_MAX_USER_EVENTS = 20
 
-HARD = 20
+HARD_NEGATIVE_POOL = 20
 """Number of top-ranked items from which hard negatives are sampled."""
 
-FUSED = "fusion"
+ENSEMBLE_RETRIEVER_NAME = "fusion"
 """The retriever that is an ensemble of the family's baselines."""
 
 
@@ -75,7 +75,7 @@ class SingleRetriever:
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
         """Return the baseline, fitted on training interactions; see `RetrieverFactory`."""
-        return [(fitted(self.name, {}, data, seed=self.seed), None)]
+        return [(fit_baseline(self.name, {}, data, seed=self.seed), None)]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return the baseline, fitted on the interactions of the other folds; see `RetrieverFactory`."""
@@ -89,22 +89,22 @@ class SingleRetriever:
             )
         inside = [user for user, user_part in parts.items() if user_part == part]
         rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside)))
-        model: CatalogueScorer = fitted(self.name, {}, rest, seed=self.seed)
+        model: CatalogueScorer = fit_baseline(self.name, {}, rest, seed=self.seed)
         return model
 
 
-def finder_of(section: CandidateSection, seed: int) -> SingleRetriever:
+def baseline_retriever(section: CandidateSection, seed: int) -> SingleRetriever:
     """Return the retriever for the baseline that a recipe names.
 
     Raises:
         RecipeError: If it is not a baseline that ranks.
     """
     name = str(section.retriever)
-    check_retriever(name, "eval.candidates.retriever", FUSED)
+    check_retriever(name, "eval.candidates.retriever", ENSEMBLE_RETRIEVER_NAME)
     return SingleRetriever(name, seed)
 
 
-def retrieve(
+def retrieve_candidates(
     data: SplitDataset,
     split: SplitName,
     section: CandidateSection,
@@ -131,14 +131,14 @@ def retrieve(
         RecipeError: If the retriever is not a baseline that ranks.
         DataError: If a history leaves fewer items than ``count``.
     """
-    finder = finder or finder_of(section, seed)
+    finder = finder or baseline_retriever(section, seed)
     held = data.holdouts(split).of(users)
     sets: dict[str, tuple[str, ...]] = {}
     for model, subset in finder.fitted(data, split):
         selected = held.of(subset)
-        for start in range(0, len(selected), _BLOCK):
-            requests = [request_of(data, one, split) for one in selected[start : start + _BLOCK]]
-            for request, items in zip(requests, best(model, requests, section.count), strict=True):
+        for start in range(0, len(selected), _BLOCK_REQUESTS):
+            requests = [request_of(data, one, split) for one in selected[start : start + _BLOCK_REQUESTS]]
+            for request, items in zip(requests, top_unseen_items(model, requests, section.count), strict=True):
                 if len(items) < section.count:
                     raise DataError(
                         f"user {request.user_id!r} has only {len(items)} unseen items out of {len(model.items)}; set "
@@ -146,7 +146,7 @@ def retrieve(
                         kind="too-few",
                         column="eval.candidates.count",
                     )
-                sets[request.id] = shuffled(items, request.id, seed)
+                sets[request.id] = shuffle_by_request(items, request.id, seed)
     sets = {name: sets[name] for name in (request_id(one.user_id, one.item_id) for one in held)}
     result = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets, users)
     log.info(
@@ -195,13 +195,13 @@ class RetrievedCandidates:
 
     @cached_property
     def _held(self) -> Mapping[str, tuple[str, ...]]:
-        sets = retrieve(self.data, "valid", self.section, seed=self.seed, finder=self.finder).sets
+        sets = retrieve_candidates(self.data, "valid", self.section, seed=self.seed, finder=self.finder).sets
         targets = {request_id(held.user_id, held.item_id): held.item_id for held in self.data.holdouts("valid")}
         return {name: items for name, items in sets.items() if targets[name] in items}
 
     @cached_property
     def _candidates(self) -> Mapping[str, Sequence[tuple[int, tuple[str, ...]]]]:
-        finder = self.finder or finder_of(self.section, self.seed)
+        finder = self.finder or baseline_retriever(self.section, self.seed)
         result: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
         users = [user for user in self.data.users() if len(self.data.train_events(user)) > 1]
         parts, total = {user: hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users}, 0
@@ -209,14 +209,16 @@ class RetrievedCandidates:
             model = finder.apart(self.data, parts, part)
             queries = [(user, at) for user in users if parts[user] == part for at in self._sampled_positions(user)]
             total += len(queries)
-            for start in range(0, len(queries), _BLOCK):
-                block = queries[start : start + _BLOCK]
+            for start in range(0, len(queries), _BLOCK_REQUESTS):
+                block = queries[start : start + _BLOCK_REQUESTS]
                 requests = [
                     Request(id=f"list/{user}/{at}", user_id=user, history=self.data.train_events(user)[:at])
                     for user, at in block
                 ]
                 more = max(len(self.data.train_events(user)) - at for user, at in block) if self.others else 0
-                for (user, at), items in zip(block, best(model, requests, self.section.count + more), strict=True):
+                for (user, at), items in zip(
+                    block, top_unseen_items(model, requests, self.section.count + more), strict=True
+                ):
                     events = self.data.train_events(user)
                     if self.others:
                         later_items = {event.item_id for event in events[at:]}
@@ -238,7 +240,7 @@ class RetrievedCandidates:
     def _sampled_positions(self, user: str) -> list[int]:
         positions = range(1, len(self.data.train_events(user)))
         rng = seeded_random("retrieved list", self.seed, user)
-        return sorted(rng.sample(positions, min(_EVENTS, len(positions))))
+        return sorted(rng.sample(positions, min(_MAX_USER_EVENTS, len(positions))))
 
 
 def check_retriever(name: str, where: str, *others: str) -> None:
@@ -252,9 +254,9 @@ def check_retriever(name: str, where: str, *others: str) -> None:
     Raises:
         RecipeError: If it does not; the message lists the baselines that do.
     """
-    ranking = answering(BASELINES, "sequential")
+    ranking = components_for_family(BASELINES, "sequential")
     known = (*ranking, *others)
-    if name not in ranking and not _scores(name):
+    if name not in ranking and not _is_scoring_plugin(name):
         raise RecipeError(
             f"{where}: {name!r} is not a ranking baseline{did_you_mean(name, known)}; choose from {', '.join(known)}",
             kind="unknown-name",
@@ -262,13 +264,13 @@ def check_retriever(name: str, where: str, *others: str) -> None:
         )
 
 
-def _scores(name: str) -> bool:
+def _is_scoring_plugin(name: str) -> bool:
     """Whether a name belongs to a plug-in that scores all items."""
-    baseline_class = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
+    baseline_class = import_component(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
     return all(hasattr(baseline_class, verb) for verb in ("scores", "items"))
 
 
-def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
+def top_unseen_items(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
     """Return the highest-scoring unseen items for each request; fewer than ``count`` if there are not enough.
 
     Ties are ordered by a hash of the request's id, so that results are reproducible and not biased by item ids.
@@ -284,7 +286,7 @@ def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> lis
     return results
 
 
-def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
+def shuffle_by_request(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
     """Order retrieved items by a seeded hash of the request id, so that their order reveals nothing."""
     results = sorted(items)
     seeded_random("retrieved candidates", seed, request).shuffle(results)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from llmrec.baselines.base import Auto
+from llmrec.baselines.base import AutoSetting
 from llmrec.baselines.neural import ProfiledConfig, SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Width
@@ -48,7 +48,7 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
     name = "sasrec"
     Config = SASRecConfig
-    AUTO = (Auto(17),)
+    AUTO = (AutoSetting(17),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "dropout": (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8),
         "dim": (32, 64, 128, 256),
@@ -62,11 +62,11 @@ class SASRec(SequenceNetwork[SASRecConfig]):
         return attention_network(self._config, self._config.steps, table=table)
 
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
-        return attended(network, self._embedded(network, items), self._config.heads, self._config.dropout)
+        return apply_attention_blocks(network, self._embedded(network, items), self._config.heads, self._config.dropout)
 
 
 def attention_network(config: AttentionConfig, steps: int, **parts: Any) -> Any:
-    """Return an untrained network for `attended`.
+    """Return an untrained network for `apply_attention_blocks`.
 
     Args:
         config: Its shape.
@@ -90,10 +90,10 @@ def attention_network(config: AttentionConfig, steps: int, **parts: Any) -> Any:
         "blocks": nn.ModuleList([nn.ModuleDict(block) for block in blocks]),
         "last_norm": nn.LayerNorm(dim),
     }
-    return start_small(nn.ModuleDict(parts))
+    return initialise_weights(nn.ModuleDict(parts))
 
 
-def start_small(network: torch.nn.Module) -> Any:
+def initialise_weights(network: torch.nn.Module) -> Any:
     """Initialise weight matrices from a narrow normal distribution and biases with 0."""
     init = require("torch", "baselines").nn.init
     for name, parameter in network.named_parameters():
@@ -104,7 +104,7 @@ def start_small(network: torch.nn.Module) -> Any:
     return network
 
 
-def attended(network: torch.nn.Module, items: Any, heads: int, dropout: float) -> Any:
+def apply_attention_blocks(network: torch.nn.Module, items: Any, heads: int, dropout: float) -> Any:
     """Return one vector per position, computed from this and earlier positions, shape (b, t, dim).
 
     Padding is on the right and attention is causal, so that padding needs no mask.

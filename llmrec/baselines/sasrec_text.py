@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from llmrec.baselines.sasrec import AttentionConfig, attended, attention_network
+from llmrec.baselines.sasrec import AttentionConfig, apply_attention_blocks, attention_network
 from llmrec.baselines.text_network import TextNetwork, TextNetworkConfig
 from llmrec.recipe.schema import Width
 from llmrec.results import Reads
@@ -43,4 +43,4 @@ class SASRecText(TextNetwork[SASRecTextConfig]):
         return attention_network(self._config, self._config.max_len)
 
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
-        return attended(network, self._embedded(network, items), self._config.heads, self._config.dropout)
+        return apply_attention_blocks(network, self._embedded(network, items), self._config.heads, self._config.dropout)

@@ -13,7 +13,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import Baseline, NoParameters, PositiveFloat
-from llmrec.baselines.rated import rate, ratings
+from llmrec.baselines.rated import rate_requests, training_ratings
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Answer, Request, Text, Unparsed
@@ -52,7 +52,7 @@ class TfIdf:
             longest: Maximum length of n-grams in words.
             least: The minimum number of texts that contain a word or n-gram.
         """
-        frequency = Counter(word for text in texts for word in set(_grams(text, longest)))
+        frequency = Counter(word for text in texts for word in set(_word_ngrams(text, longest)))
         words = sorted(word for word, count in frequency.items() if count >= least)
         document_counts = np.array([frequency[word] for word in words], dtype=np.float64)
         return TfIdf(
@@ -63,7 +63,9 @@ class TfIdf:
 
     def vectors(self, texts: Sequence[str]) -> Any:
         """Return normalised TF-IDF vectors, sparse, shape (n, words); 0 for a text without known words."""
-        indices = [[self.index[word] for word in _grams(text, self.longest) if word in self.index] for text in texts]
+        indices = [
+            [self.index[word] for word in _word_ngrams(text, self.longest) if word in self.index] for text in texts
+        ]
         rows = np.repeat(np.arange(len(texts)), [len(row) for row in indices])
         columns = np.array([index for row in indices for index in row], dtype=np.int64)
         matrix = sparse.csr_array((self.weights[columns], (rows, columns)), shape=(len(texts), len(self.index)))
@@ -72,7 +74,7 @@ class TfIdf:
         return (sparse.diags_array(1 / np.where(lengths > 0, lengths, 1.0)) @ matrix).tocsr()
 
 
-def _grams(text: str, longest: int) -> list[str]:
+def _word_ngrams(text: str, longest: int) -> list[str]:
     """Return the words and n-grams of a text, up to length ``longest``."""
     words = _WORD.findall(text.lower())
     return [
@@ -83,7 +85,7 @@ def _grams(text: str, longest: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Texts:
+class _TrainingTexts:
     """Training texts in a fixed order, with their users and items."""
 
     users: tuple[str, ...]
@@ -95,7 +97,7 @@ class _Texts:
 class _TextIndex:
     """Training texts with their vectors, indices by item and user, and titles."""
 
-    known: _Texts
+    known: _TrainingTexts
     model: TfIdf
     vectors: Any
     of_item: Mapping[str, NDArray[np.int64]]
@@ -119,12 +121,12 @@ class FrequentText(Baseline[NoParameters, str]):
         Raises:
             DataError: If the training interactions carry no texts.
         """
-        self._model = _frequent(data, self.name)
+        self._model = _frequent_training_text(data, self.name)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the most frequent text for every request."""
         text = self._fitted
-        return [_write(request, text) for request in requests]
+        return [_text_answer(request, text) for request in requests]
 
 
 class NearestText(Baseline[NoParameters, _TextIndex]):
@@ -145,7 +147,7 @@ class NearestText(Baseline[NoParameters, _TextIndex]):
         Raises:
             DataError: If the training interactions carry no texts.
         """
-        known = _texts(data, self.name)
+        known = _training_texts(data, self.name)
         titles = {item_id: item.title for item_id, item in data.dataset.items.items()}
         model = TfIdf.of([*known.texts, *(titles[item] for item in sorted(titles))])
         vectors = model.vectors(known.texts)
@@ -156,13 +158,13 @@ class NearestText(Baseline[NoParameters, _TextIndex]):
             of_item=_rows_by_name(known.items),
             of_user=_rows_by_name(known.users),
             titles=titles,
-            fallback=_most_frequent(known.texts, vectors),
+            fallback=_most_frequent_text(known.texts, vectors),
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the most similar text for every request."""
         library = self._fitted
-        return [_write(request, _nearest(request, library)) for request in requests]
+        return [_text_answer(request, _nearest_text(request, library)) for request in requests]
 
 
 class FirstSentence(FrequentText):
@@ -177,7 +179,9 @@ class FirstSentence(FrequentText):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the first sentence of the review for every request."""
         fallback = self._fitted
-        return [_write(request, first_sentence(request.context.get("review", "")) or fallback) for request in requests]
+        return [
+            _text_answer(request, first_sentence(request.context.get("review", "")) or fallback) for request in requests
+        ]
 
 
 def first_sentence(text: str) -> str:
@@ -231,7 +235,7 @@ class TextRidge(Baseline[TextRidgeConfig, _RidgeModel]):
         Raises:
             DataError: If the training interactions carry no ratings, or the data has no reviews for them.
         """
-        known, config, reviews = ratings(data, self.name), self._config, data.dataset.reviews
+        known, config, reviews = training_ratings(data, self.name), self._config, data.dataset.reviews
         users, items = list(known.user_index), list(known.item_index)
         pairs = [(users[user], items[item]) for user, item in zip(known.users, known.items, strict=True)]
         rows = [row for row, pair in enumerate(pairs) if pair in reviews and reviews[pair].text]
@@ -265,18 +269,18 @@ class TextRidge(Baseline[TextRidgeConfig, _RidgeModel]):
         vectors = fitted.model.vectors([request.context.get("review", "") for request in requests])
         offsets = np.where(np.diff(vectors.indptr) > 0, vectors @ fitted.weights - fitted.average, 0.0)
         values = iter((fitted.mean + offsets)[[request.item is not None for request in requests]].tolist())
-        return rate(requests, fitted.scale, lambda user, item, request: float(next(values)))
+        return rate_requests(requests, fitted.scale, lambda user, item, request: float(next(values)))
 
 
 # --------------------------------------------------------------------------- helpers
 
 
-def _frequent(data: SplitDataset, name: str) -> str:
-    texts = _texts(data, name).texts
-    return _most_frequent(texts, TfIdf.of(texts).vectors(texts))
+def _frequent_training_text(data: SplitDataset, name: str) -> str:
+    texts = _training_texts(data, name).texts
+    return _most_frequent_text(texts, TfIdf.of(texts).vectors(texts))
 
 
-def _texts(data: SplitDataset, name: str) -> _Texts:
+def _training_texts(data: SplitDataset, name: str) -> _TrainingTexts:
     rows = data.train.drop_nulls("text").select("user_id", "item_id", "text").sort("user_id", "item_id", "text")
     kept = [(user, item, text.strip()) for user, item, text in rows.iter_rows() if text.strip()]
     if not kept:
@@ -288,7 +292,7 @@ def _texts(data: SplitDataset, name: str) -> _Texts:
             column="text",
         )
     users, items, texts = zip(*kept, strict=True)
-    return _Texts(users=users, items=items, texts=texts)
+    return _TrainingTexts(users=users, items=items, texts=texts)
 
 
 def _rows_by_name(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -298,7 +302,7 @@ def _rows_by_name(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     return {name: np.array(indices) for name, indices in rows.items()}
 
 
-def _most_frequent(texts: Sequence[str], vectors: Any) -> str:
+def _most_frequent_text(texts: Sequence[str], vectors: Any) -> str:
     counts = Counter(texts)
     most = max(counts.values())
     tied = np.array([row for row, text in enumerate(texts) if counts[text] == most])
@@ -310,7 +314,7 @@ def _most_frequent(texts: Sequence[str], vectors: Any) -> str:
     return text
 
 
-def _nearest(request: Request, library: _TextIndex) -> str:
+def _nearest_text(request: Request, library: _TextIndex) -> str:
     item = request.item or ""
     title = library.titles.get(item, "")
     if item in library.of_item:
@@ -328,7 +332,7 @@ def _nearest(request: Request, library: _TextIndex) -> str:
     return library.known.texts[int(rows[best])]
 
 
-def _write(request: Request, text: str) -> Answer:
+def _text_answer(request: Request, text: str) -> Answer:
     if request.item is None:
         return Unparsed(request_id=request.id, reason="the request has no item to write about")
     return Text(request_id=request.id, text=text)

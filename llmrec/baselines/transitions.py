@@ -12,13 +12,13 @@ from scipy import sparse
 
 from llmrec.baselines.base import (
     DECAYS,
-    Auto,
+    AutoSetting,
     Catalogue,
     Decay,
-    Log,
+    InteractionLog,
     ScoredBaseline,
-    counts,
-    filled,
+    break_ties_by_popularity,
+    item_counts,
     windowed_recency_weights,
 )
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 NEIGHBOURS = 100
 """Number of neighbours of an item by text similarity."""
 # Maximum distance of a transition.
-_FURTHEST = 20
+_MAX_DISTANCE = 20
 # Rows per block of item-item similarities.
-_BLOCK = 1024
-_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_BLOCK_ROWS = 1024
+_BACKWARD_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TransitionCounts:
 class TransitionsConfig(Section):
     """Parameters of `Transitions`."""
 
-    reach: int = Field(10, ge=1, le=_FURTHEST, description="Maximum distance of a transition, in positions.")
+    reach: int = Field(10, ge=1, le=_MAX_DISTANCE, description="Maximum distance of a transition, in positions.")
     fade: Decay = Field(
         0.7, description="Decay with distance: weight of a transition relative to one that is one position shorter."
     )
@@ -98,11 +98,11 @@ class Transitions(ScoredBaseline[TransitionsConfig, TransitionCounts]):
 
     name = "transitions"
     Config = TransitionsConfig
-    AUTO = (Auto(6),)
+    AUTO = (AutoSetting(6),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "fade": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "reach": (1, 2, 3, 5, 7, 10, 15, 20),
-        "backward": _SHARES,
+        "backward": _BACKWARD_WEIGHTS,
         "leaving": (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0),
         "arriving": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "smoothing": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
@@ -118,10 +118,10 @@ class Transitions(ScoredBaseline[TransitionsConfig, TransitionCounts]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transitions for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        votes = windowed_recency_weights(requests, model.catalogue, config.history, config.decay) @ normalised(
-            model, config
-        )
-        return filled(votes.toarray(), model.popular)
+        votes = windowed_recency_weights(
+            requests, model.catalogue, config.history, config.decay
+        ) @ normalise_transitions(model, config)
+        return break_ties_by_popularity(votes.toarray(), model.popular)
 
 
 class TransitionsTextConfig(TransitionsConfig, TextsConfig):
@@ -148,7 +148,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, TransitionCounts]):
 
     name = "transitions-text"
     Config = TransitionsTextConfig
-    AUTO = (Auto(10),)
+    AUTO = (AutoSetting(10),)
     READS: ClassVar[Reads] = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0, 30.0),
@@ -169,21 +169,25 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, TransitionCounts]):
         """
         steps = count_transitions(data)
         vectors = text_vectors(data, steps.catalogue.ids, self._config)
-        self._model = TransitionCounts(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
+        self._model = TransitionCounts(
+            steps.catalogue, steps.gaps, steps.popular, nearest_neighbour_similarities(vectors, NEIGHBOURS)
+        )
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transitions and similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        steps = normalised(model, config)
-        similarity = model.cache("similarity", config.sharpness, lambda: _shares(model.near, config.sharpness))
+        steps = normalise_transitions(model, config)
+        similarity = model.cache(
+            "similarity", config.sharpness, lambda: _sharpen_similarities(model.near, config.sharpness)
+        )
         votes = windowed_recency_weights(requests, model.catalogue, config.history, config.decay) @ steps
         last = windowed_recency_weights(requests, model.catalogue, config.text_history, config.text_decay)
         # One product for both text terms, with the weights of these requests only, because the product A T is large.
         text_votes = (config.onward * votes + config.text * last) @ similarity
-        return filled(votes.toarray() + text_votes.toarray(), model.popular)
+        return break_ties_by_popularity(votes.toarray() + text_votes.toarray(), model.popular)
 
 
-def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
+def nearest_neighbour_similarities(vectors: NDArray[np.floating[Any]], count: int) -> Any:
     """Return the positive cosine similarities to the nearest other items, sparse, shape (items, items).
 
     Args:
@@ -193,8 +197,8 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
     items = len(vectors)
     count = min(count, items - 1)
     parts = [sparse.csr_array((0, items))]
-    for start in range(0, items if count > 0 else 0, _BLOCK):
-        cosines = np.asarray(vectors[start : start + _BLOCK] @ vectors.T, dtype=np.float64)
+    for start in range(0, items if count > 0 else 0, _BLOCK_ROWS):
+        cosines = np.asarray(vectors[start : start + _BLOCK_ROWS] @ vectors.T, dtype=np.float64)
         cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
         border = np.partition(cosines, items - count, axis=1)[:, items - count, None]
         parts.append(sparse.csr_array(np.where(cosines >= np.maximum(border, 1e-9), cosines, 0.0)))
@@ -205,12 +209,12 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
 def count_transitions(data: SplitDataset) -> TransitionCounts:
     """Return the training transition counts for each distance."""
     catalogue = Catalogue.of(data)
-    log, size = Log.of(data, catalogue), len(catalogue.ids)
-    gaps = tuple(log.steps(gap, size) for gap in range(1, _FURTHEST + 1))
-    return TransitionCounts(catalogue, gaps, counts(log, catalogue))
+    log, size = InteractionLog.of(data, catalogue), len(catalogue.ids)
+    gaps = tuple(log.steps(gap, size) for gap in range(1, _MAX_DISTANCE + 1))
+    return TransitionCounts(catalogue, gaps, item_counts(log, catalogue))
 
 
-def normalised(model: TransitionCounts, config: TransitionsConfig) -> Any:
+def normalise_transitions(model: TransitionCounts, config: TransitionsConfig) -> Any:
     """Return the normalised transitions in both directions, sparse, shape (items, items)."""
     shape = config.reach, config.fade, config.backward
 
@@ -230,7 +234,7 @@ def normalised(model: TransitionCounts, config: TransitionsConfig) -> Any:
     return model.cache("divided", (*shape, config.smoothing, config.leaving, config.arriving), divided)
 
 
-def _shares(near: Any, sharpness: float) -> Any:
+def _sharpen_similarities(near: Any, sharpness: float) -> Any:
     """Raise similarities to a power and scale rows to sum 1."""
     result = near.copy()
     result.data = result.data**sharpness

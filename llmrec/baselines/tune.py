@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from llmrec.baselines.fits import fitted
-from llmrec.baselines.parameters import config_of
+from llmrec.baselines.fits import fit_baseline
+from llmrec.baselines.parameters import baseline_config
 from llmrec.baselines.validation import (
     mean_log_loss,
     mean_ndcgs,
@@ -20,11 +20,11 @@ from llmrec.baselines.validation import (
     rating_cases,
     root_mean_squared_error,
 )
-from llmrec.data.split import scale_of, threshold
+from llmrec.data.split import liked_threshold, scale_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.schema import Section
-from llmrec.registry import BASELINES, lookup
-from llmrec.tasks.family import answers, families
+from llmrec.registry import BASELINES, import_component
+from llmrec.tasks.family import families, is_family_supported
 from llmrec.types import Answer, Probability, Rating, Text
 
 if TYPE_CHECKING:
@@ -35,34 +35,34 @@ if TYPE_CHECKING:
 # All settings of a small grid; one parameter at a time in a large grid.
 
 
-Point = dict[str, Any]
+ParameterSetting = dict[str, Any]
 """A hyperparameter setting: a value for every parameter of a grid."""
 
 Grid = Mapping[str, tuple[Any, ...]]
 
-Judge = Callable[[Point], Mapping[str, float] | None]
+SettingEvaluator = Callable[[ParameterSetting], Mapping[str, float] | None]
 """Returns the results of a setting by table, higher is better; None if no further fit is allowed."""
 
-SMALL = 12
+SMALL_GRID_SIZE = 12
 """Maximum number of settings of a grid that is searched completely."""
 
 # Maximum number of rounds over all parameters.
-_ROUNDS = 3
+_MAX_ROUNDS = 3
 # Number of values without improvement after which the search along a parameter stops.
 _PATIENCE = 2
 
 
-def points(grid: Grid) -> list[Point]:
+def grid_combinations(grid: Grid) -> list[ParameterSetting]:
     """Return all combinations of values in a grid; one empty combination for an empty grid."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def search_grid(
-    grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge, *, most: int | None = None
+    grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: SettingEvaluator, *, most: int | None = None
 ) -> None:
     """Evaluate hyperparameter settings until the best one for each table is found.
 
-    All settings of a grid of at most `SMALL` settings, and of at most ``most``, are tried. In a larger grid,
+    All settings of a grid of at most `SMALL_GRID_SIZE` settings, and of at most ``most``, are tried. In a larger grid,
     coordinate search moves one parameter at a time along its values while the metric improves, until a round over all
     parameters changes nothing. Values that are not numbers have no order and are all tried.
 
@@ -74,7 +74,7 @@ def search_grid(
         most: The maximum number of settings that ``judge`` accepts; None: unlimited.
     """
     # A grid that is only tried in part would leave out values of its first parameters.
-    every = points(grid) if _size(grid) <= min(SMALL, most or SMALL) else []
+    every = grid_combinations(grid) if _grid_size(grid) <= min(SMALL_GRID_SIZE, most or SMALL_GRID_SIZE) else []
     for point in every:
         if judge(point) is None:
             return
@@ -82,7 +82,7 @@ def search_grid(
         return
     ladders = {name: search_values(values, start[name]) for name, values in grid.items()}
     for table in tables:
-        _climb(ladders, {name: start[name] for name in grid}, table, judge)
+        _run_coordinate_search(ladders, {name: start[name] for name in grid}, table, judge)
 
 
 def search_values(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ def search_values(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
     if start in values:
         return tuple(values)
     result = (*values, start)
-    return tuple(sorted(result)) if _ordered(result) else result
+    return tuple(sorted(result)) if _is_numeric(result) else result
 
 
 def parameters_at_grid_edge(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
@@ -102,26 +102,26 @@ def parameters_at_grid_edge(config: type[Section], grid: Grid, point: Mapping[st
         name
         for name, values in grid.items()
         if len(values) > 1
-        and _ordered(values)
+        and _is_numeric(values)
         and (
-            (point[name] == min(values) and _allowed(config, point, name, below=True))
-            or (point[name] == max(values) and _allowed(config, point, name, below=False))
+            (point[name] == min(values) and _can_extend_range(config, point, name, below=True))
+            or (point[name] == max(values) and _can_extend_range(config, point, name, below=False))
         )
     )
 
 
-def _size(grid: Grid) -> int:
+def _grid_size(grid: Grid) -> int:
     result = 1
     for values in grid.values():
         result *= len(values)
     return result
 
 
-def _ordered(values: Sequence[Any]) -> bool:
+def _is_numeric(values: Sequence[Any]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _allowed(config: type[Section], point: Mapping[str, Any], name: str, *, below: bool) -> bool:
+def _can_extend_range(config: type[Section], point: Mapping[str, Any], name: str, *, below: bool) -> bool:
     value = point[name]
     step = 1 if isinstance(value, int) else max(abs(value), 1.0) * 1e-6
     try:
@@ -131,15 +131,15 @@ def _allowed(config: type[Section], point: Mapping[str, Any], name: str, *, belo
     return True
 
 
-def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
+def _run_coordinate_search(ladders: Grid, start: ParameterSetting, table: str, judge: SettingEvaluator) -> None:
     result = judge(start)
     if result is None:
         return
     best, value = start, result[table]
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         before = best
         for name, values in ladders.items():
-            for others in _ways(values, best[name]):
+            for others in _search_directions(values, best[name]):
                 improved, missed = False, 0
                 for other in others:
                     point = {**best, name: other}
@@ -149,7 +149,7 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
                         best, value, improved, missed = point, result[table], True, 0
                     else:
                         missed += 1
-                    if missed == _PATIENCE and _ordered(values):
+                    if missed == _PATIENCE and _is_numeric(values):
                         break
                 if improved:
                     break
@@ -157,10 +157,10 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
             return
 
 
-def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
+def _search_directions(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
     """Return the values on each side of the current value, nearest first."""
     position = list(values).index(current)
-    if not _ordered(values):
+    if not _is_numeric(values):
         return [[value for value in values if value != current]]
     return [values[position + 1 :], values[:position][::-1]]
 
@@ -170,7 +170,7 @@ log = logging.getLogger(__name__)
 RANKING_METRIC, RATING_METRIC, CTR_METRIC = "NDCG@10", "RMSE", "LogLoss"
 
 # Maximum number of scores, and of validation requests, per setting.
-_SCORES, _CASES = 30_000_000, 10_000
+_MAX_SCORES, _MAX_CASES = 30_000_000, 10_000
 
 Parameters = Mapping[str, Any]
 
@@ -184,7 +184,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenSetting:
     """The setting chosen for a table.
 
     Attributes:
@@ -199,7 +199,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class TuningResult:
     """The result of tuning a baseline.
 
     Attributes:
@@ -210,7 +210,7 @@ class Tuned:
         recalled: The original duration of restored fits in seconds.
     """
 
-    choices: Mapping[str, Choice]
+    choices: Mapping[str, ChosenSetting]
     trials: tuple[Trial, ...]
     metric: str
     recalled: float = 0.0
@@ -230,7 +230,7 @@ def tune(
     grid: Grid | None = None,
     known: Sequence[Trial] = (),
     kept: Callable[[Sequence[Trial]], None] = lambda trials: None,
-) -> Tuned:
+) -> TuningResult:
     """Fit all settings of a grid, and return the best one on the validation split.
 
     Models are fitted on training interactions and evaluated on validation interactions; the test split is not used.
@@ -251,16 +251,16 @@ def tune(
         RecipeError: If the baseline or a parameter is unknown, or the baseline writes texts.
         DataError: If the split has no validation interactions.
     """
-    baseline_class = lookup(BASELINES, name, "baseline")
-    if _answers(name, Text):
+    baseline_class = import_component(BASELINES, name, "baseline")
+    if _has_answer_type(name, Text):
         raise RecipeError(
             f"the baseline {name!r} generates texts, which have no metric for tuning; do not tune this baseline",
             kind="contradiction",
         )
-    metric, measure = _measured(name, data, tables)
+    metric, measure = _validation_metric(name, data, tables)
     declared: Grid = baseline_class.GRID if grid is None else grid
     single = {key: values[0] for key, values in declared.items() if len(values) == 1}
-    defaults = config_of(name, single, f"grid of {name}").model_dump()
+    defaults = baseline_config(name, single, f"grid of {name}").model_dump()
     search = _Search(name, data, seed, metric, measure, kept, baseline_class.FITS, list(known))
     search_grid(declared, defaults, tables, search.judge, most=baseline_class.FITS)
     choices = {}
@@ -269,10 +269,10 @@ def tune(
         model = search.model(best)
         if model is not None and len(search.trials) > 1:
             model.looked_at |= frozenset(data.valid["user_id"].to_list())
-        choices[table] = Choice(
+        choices[table] = ChosenSetting(
             best.parameters, parameters_at_grid_edge(baseline_class.Config, declared, best.parameters), model
         )
-    return Tuned(choices=choices, trials=tuple(search.trials), metric=metric, recalled=search.recalled)
+    return TuningResult(choices=choices, trials=tuple(search.trials), metric=metric, recalled=search.recalled)
 
 
 @dataclass
@@ -295,7 +295,7 @@ class _Search:
         """Return the validation results of a hyperparameter setting; None if the maximum number of fits is reached."""
         trial = next((trial for trial in self.trials if dict(trial.parameters) == point), None)
         if trial is None:
-            if self.fits is not None and len(self._fits() | {self._fit_of(point)}) > self.fits:
+            if self.fits is not None and len(self._fit_keys() | {self._fit_key(point)}) > self.fits:
                 return None
             trial = self._try(point)
         return {table: self._sign() * value for table, value in trial.values.items()}
@@ -310,7 +310,9 @@ class _Search:
 
     def _try(self, point: dict[str, Any]) -> Trial:
         like = [self._last, *(model for _, model in self._models.values())]
-        model = fitted(self.name, point, self.data, seed=self.seed, like=[item for item in like if item is not None])
+        model = fit_baseline(
+            self.name, point, self.data, seed=self.seed, like=[item for item in like if item is not None]
+        )
         self.recalled += model.recalled
         trial = Trial(point, self.measure(model, point))
         log.info("%s %s: validation %s %s", self.name, point, self.metric, trial.values)
@@ -325,25 +327,29 @@ class _Search:
     def _sign(self) -> int:
         return 1 if self.metric == RANKING_METRIC else -1
 
-    def _fits(self) -> set[str]:
-        return {self._fit_of(trial.parameters) for trial in self.trials}
+    def _fit_keys(self) -> set[str]:
+        return {self._fit_key(trial.parameters) for trial in self.trials}
 
-    def _fit_of(self, point: Parameters) -> str:
-        answering = lookup(BASELINES, self.name, "baseline").AT_ANSWER
+    def _fit_key(self, point: Parameters) -> str:
+        answering = import_component(BASELINES, self.name, "baseline").AT_ANSWER
         return json.dumps({key: value for key, value in point.items() if key not in answering}, sort_keys=True)
 
 
-def _answers(name: str, kind: type[Answer]) -> bool:
+def _has_answer_type(name: str, kind: type[Answer]) -> bool:
     """Whether a baseline gives answers of a type."""
-    return any(answers(known, BASELINES, name, silent=False) for known in families().values() if known.answer is kind)
+    return any(
+        is_family_supported(known, BASELINES, name, silent=False)
+        for known in families().values()
+        if known.answer is kind
+    )
 
 
-def _measured(
+def _validation_metric(
     name: str, data: SplitDataset, tables: Sequence[str]
 ) -> tuple[str, Callable[[Any, Parameters], Mapping[str, float]]]:
     """Return the metric by which settings are chosen, and the function that evaluates a fitted model."""
-    rates, judges = _answers(name, Rating), _answers(name, Probability)
-    limit = min(_CASES, max(1, _SCORES // len(data.dataset.items)))
+    rates, judges = _has_answer_type(name, Rating), _has_answer_type(name, Probability)
+    limit = min(_MAX_CASES, max(1, _MAX_SCORES // len(data.dataset.items)))
     cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)
     if not cases:
         raise DataError(
@@ -360,6 +366,6 @@ def _measured(
     if judges:
         scale = scale_of(data)
         return CTR_METRIC, lambda model, parameters: {
-            only: mean_log_loss(model, cases, threshold(scale, parameters.get("liked")))
+            only: mean_log_loss(model, cases, liked_threshold(scale, parameters.get("liked")))
         }
     return RANKING_METRIC, lambda model, parameters: mean_ndcgs(model, cases, tables)

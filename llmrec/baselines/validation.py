@@ -10,7 +10,7 @@ import polars as pl
 
 from llmrec.data.hashing import hash64
 from llmrec.data.split import request_id
-from llmrec.evaluate.catalogue import conventions, rank_catalogue
+from llmrec.evaluate.catalogue import parse_seen_conventions, rank_catalogue
 from llmrec.metrics.probability import log_loss
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.rating import rmse
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 
-def drawn(data: SplitDataset) -> NDArray[np.uint64]:
+def sampling_keys(data: SplitDataset) -> NDArray[np.uint64]:
     """Return random sampling keys of the validation interactions, shape (n,)."""
     if data.drawn is not None and len(data.drawn) == len(data.valid):
         return data.drawn
@@ -40,7 +40,7 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
         limit: Maximum number of requests, a random sample; None: all.
     """
     users, items = data.valid["user_id"].to_list(), data.valid["item_id"].to_list()
-    order = np.argsort(drawn(data), kind="stable")[:limit]
+    order = np.argsort(sampling_keys(data), kind="stable")[:limit]
     return [
         Case(
             request=Request(
@@ -64,7 +64,7 @@ def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
         limit: Return a sample of this size, drawn as in `ranking_cases`.
     """
     reviews = data.dataset.reviews
-    rated = data.valid.with_columns(drawn=drawn(data)).drop_nulls("rating")
+    rated = data.valid.with_columns(drawn=sampling_keys(data)).drop_nulls("rating")
     if limit is not None:
         rated = rated.filter(pl.col("drawn").rank("ordinal") <= limit)
     rated = rated.select("user_id", "item_id", "rating")
@@ -97,7 +97,7 @@ def mean_ndcgs(
     Returns:
         The means by convention.
     """
-    ranked = rank_catalogue(scorer, cases, cutoffs=(), seen=conventions(seen))
+    ranked = rank_catalogue(scorer, cases, cutoffs=(), seen=parse_seen_conventions(seen))
     return {item: float(ndcg(result.greater, result.tied, k).mean()) for item, result in ranked.items()}
 
 

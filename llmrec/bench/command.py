@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import console, say, store_facts, written
+from llmrec.cli.console import rich_console, say, show_written_files, store_facts
 from llmrec.recipe.shared import RESAMPLES
 
 
@@ -43,13 +43,13 @@ def compare(options: CompareOptions) -> None:
     Example:
         llmrec compare runs/quickstart runs/longer
     """
-    from llmrec.bench.runs import NOTE, compare_runs, tables, write
+    from llmrec.bench.runs import INTERVAL_NOTE, compare_runs, comparison_tables, write_differences
 
     result = compare_runs(options.a, options.b, resamples=options.resamples, seed=options.seed)
     store_facts(**result.as_json())
-    say(f"A: {result.a}\nB: {result.b}\n{NOTE}\n")
-    for table in tables(result):
-        console().print(table)
+    say(f"A: {result.a}\nB: {result.b}\n{INTERVAL_NOTE}\n")
+    for table in comparison_tables(result):
+        rich_console().print(table)
     if options.to is not None:
-        write(result, options.to)
-        written({"file": options.to})
+        write_differences(result, options.to)
+        show_written_files({"file": options.to})

@@ -18,32 +18,32 @@ from numpy.typing import NDArray
 
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import Models, open_baselines
-from llmrec.bench.engine import Finished, FinishedRow, Sample, cached
+from llmrec.bench.engine import BenchmarkProgress, FinishedRow, RequestValues, read_or_compute
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, Dialogues, RowFigures
-from llmrec.chat.audience import DataUser, data_users, talks
-from llmrec.chat.calls import Call, read_call, written
+from llmrec.chat.audience import DataUser, data_user_conversations, data_users
+from llmrec.chat.calls import Call, format_call, parse_call
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.opening import CONTROLS, MANAGERS, grader, opened
-from llmrec.chat.reading import Reader, title_of
-from llmrec.chat.simulator import SimulatedConversation, near
-from llmrec.chat.tools import ModelLists, Tools, asking
+from llmrec.chat.opening import BASELINE_MANAGERS, MANAGERS, open_grader, open_manager_factory
+from llmrec.chat.reading import Reader, spoken_title
+from llmrec.chat.simulator import SimulatedConversation, is_near_title
+from llmrec.chat.tools import ModelListRecommender, Tools, make_answer_function
 from llmrec.data.assemble import digest_items
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.fingerprint import fingerprint
-from llmrec.metrics.stats import interval
-from llmrec.pipeline.results import describe
-from llmrec.pipeline.resume import SUITE, locked
+from llmrec.metrics.stats import bootstrap_interval
+from llmrec.pipeline.results import data_info
+from llmrec.pipeline.resume import SUITE_FILES, lock_folder
 from llmrec.progress import Progress
 from llmrec.recipe.comparisons import ChatRow, ChatSuite
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.records import Record
 from llmrec.results import Figure
-from llmrec.terminal import works_in
+from llmrec.terminal import set_command_folder
 
 # Keys that do not affect the conversations.
-_SILENT = {"chat", "description", "rows", "pairs", "bootstrap"}
+_IGNORED_KEYS = {"chat", "description", "rows", "pairs", "bootstrap"}
 TABLE = "conversations"
 
 
@@ -73,7 +73,7 @@ class ConversationData(Record):
 
 
 @dataclass(frozen=True)
-class Setting:
+class SharedSetting:
     """The data, catalogue and recommender that all systems of a benchmark share."""
 
     page: ChatSuite
@@ -82,12 +82,12 @@ class Setting:
     reader: Reader
 
     @staticmethod
-    def of(page: ChatSuite, models: Models) -> Setting:
+    def of(page: ChatSuite, models: Models) -> SharedSetting:
         """Return the shared data for an open recommender."""
         assert models.data is not None
         facts = Facts(models.items)
-        tools = Tools(facts, ModelLists(Catalogue(models.items), asking(models)))
-        return Setting(page, models.data, tools, Reader(facts))
+        tools = Tools(facts, ModelListRecommender(Catalogue(models.items), make_answer_function(models)))
+        return SharedSetting(page, models.data, tools, Reader(facts))
 
     @cached_property
     def data_users(self) -> Mapping[int, Sequence[DataUser]]:
@@ -102,22 +102,22 @@ class Setting:
     def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[ConversationData]:
         """Run the conversations of a dialogue system, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
-        reader = None if row.manager in CONTROLS else self.reader
-        with opened(row.manager, k=page.k) as create, grader(row.ranker) as judge:
+        reader = None if row.manager in BASELINE_MANAGERS else self.reader
+        with open_manager_factory(row.manager, k=page.k) as create, open_grader(row.ranker) as judge:
             tools = replace(self.tools, judge=judge)
             for seed in page.seeds:
                 every = self.data_users[seed][: row.users or page.users]
                 conversation = Conversation(tools, create(seed), reader)
-                for simulated_user, held in talks(conversation, every, seed, page.turns, row.knows):
-                    yield _talk(facts, seed, simulated_user.user, simulated_user.target, held)
+                for simulated_user, held in data_user_conversations(conversation, every, seed, page.turns, row.knows):
+                    yield _conversation_data(facts, seed, simulated_user.user, simulated_user.target, held)
                     out(1)
 
 
-def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
+def run_conversations(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[BenchmarkProgress]:
     """Run the missing conversations of all systems, and yield the results.
 
     Args:
-        page: From `llmrec.recipe.load.load_chat`.
+        page: From `llmrec.recipe.load.load_chat_suite`.
         out: Folder of finished rows.
         say: Called with a line on each finished row.
 
@@ -133,12 +133,12 @@ def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) ->
             at=page.chat,
             column="items",
         )
-    with locked(out, SUITE), closing(open_baselines(recipe, [page.recommender], items)) as models:
-        works_in(out)
-        setting = Setting.of(page, models)
+    with lock_folder(out, SUITE_FILES), closing(open_baselines(recipe, [page.recommender], items)) as models:
+        set_command_folder(out)
+        setting = SharedSetting.of(page, models)
         _check_fields(page, setting.tools.facts)
         key = {
-            "page": page.model_dump(mode="json", exclude=_SILENT),
+            "page": page.model_dump(mode="json", exclude=_IGNORED_KEYS),
             "recipe": recipe_hash(recipe),
             "data": setting.data.fingerprint,
             "items": digest_items(setting.tools.facts.items),
@@ -147,11 +147,11 @@ def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) ->
         rows: list[FinishedRow] = []
         seconds = 0.0
         for number, row in enumerate(page.rows):
-            held = _stored(setting, row, out / "rows" / f"{number:02d}.json", key)
+            held = _read_or_run(setting, row, out / "rows" / f"{number:02d}.json", key)
             seconds += sum(talk.seconds for talk in held)
-            rows.append(finished_row(page, row, held))
-            say(_line(page, rows[-1].row))
-        yield _finished(setting, rows, seconds)
+            rows.append(finished_conversation_row(page, row, held))
+            say(_format_progress_line(page, rows[-1].row))
+        yield _conversation_progress(setting, rows, seconds)
 
 
 def _check_fields(page: ChatSuite, facts: Facts) -> None:
@@ -167,27 +167,31 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
                 )
 
 
-def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ConversationData]:
+def _read_or_run(setting: SharedSetting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ConversationData]:
     """Return stored conversations with the same cache key, or run and store them."""
     config = row.model_dump(mode="json", exclude={"name"})
-    key = fingerprint("chat", row=config, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
+    key = fingerprint("chat", row=config, models=[_model_files(name) for name in (row.manager, row.ranker)], **shared)
 
     def make() -> Mapping[str, Any]:
         with Progress(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:
             return {"talks": [talk.as_json() for talk in setting.held(row, bar.advance)]}
 
-    return cached(path, key, lambda stored: [ConversationData.model_validate(talk) for talk in stored["talks"]], make)
+    return read_or_compute(
+        path, key, lambda stored: [ConversationData.model_validate(talk) for talk in stored["talks"]], make
+    )
 
 
-def _model(name: str | None) -> list[tuple[str, int, int]]:
+def _model_files(name: str | None) -> list[tuple[str, int, int]]:
     """Return names, sizes and times of the files in a model folder; empty for a model name."""
     if name is None or name in MANAGERS or not (folder := Path(name)).is_dir():
         return []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
 
 
-def _talk(facts: Facts, seed: int, user: str, target: str, held: SimulatedConversation) -> ConversationData:
-    title = title_of(facts.titles[target])
+def _conversation_data(
+    facts: Facts, seed: int, user: str, target: str, held: SimulatedConversation
+) -> ConversationData:
+    title = spoken_title(facts.titles[target])
     return ConversationData(
         seed=seed,
         user=user,
@@ -196,15 +200,15 @@ def _talk(facts: Facts, seed: int, user: str, target: str, held: SimulatedConver
         seconds=held.seconds,
         tokens=held.cost.prompt_tokens + held.cost.completion_tokens,
         calls=dict(Counter(held.tools)),
-        unread=sum(not _parses(call) for turn in held.turns for call in turn.calls),
+        unread=sum(not _is_parseable(call) for turn in held.turns for call in turn.calls),
         outside=sum(item not in facts.items for item in held.shown),
-        named=sum(near(line, title) for line in held.lines),
+        named=sum(is_near_title(line, title) for line in held.lines),
     )
 
 
-def _parses(call: Call) -> bool:
+def _is_parseable(call: Call) -> bool:
     try:
-        return read_call(written(call)) == call
+        return parse_call(format_call(call)) == call
     except DataError:
         return False
 
@@ -212,17 +216,17 @@ def _parses(call: Call) -> bool:
 # --------------------------------------------------------------------------- results
 
 
-def metric_of(page: ChatSuite, turns: int) -> str:
+def hit_metric(page: ChatSuite, turns: int) -> str:
     """Return the name of the metric: the share of conversations with a hit in their first lists."""
     return f"Hit@{page.k}-in-{turns}"
 
 
-def _within(talks: Sequence[ConversationData], turns: int) -> NDArray[np.float64]:
+def _hits_within(talks: Sequence[ConversationData], turns: int) -> NDArray[np.float64]:
     """Return 1 for each conversation with a hit within a number of turns, else 0, shape (n,)."""
     return np.array([float(talk.hit is not None and talk.hit <= turns) for talk in talks])
 
 
-def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> BenchmarkRow:
+def conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> BenchmarkRow:
     """Return the results of a dialogue system, with intervals over users."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
@@ -231,9 +235,9 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> 
         calls.update(talk.calls)
     metrics = {}
     for within in range(1, page.turns + 1):
-        hit = _within(talks, within)
-        result = interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
-        metrics[metric_of(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(result).items()})
+        hit = _hits_within(talks, within)
+        result = bootstrap_interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
+        metrics[hit_metric(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(result).items()})
     parse_rate = 1 - sum(talk.unread for talk in talks) / max(1, calls.total())
     return BenchmarkRow(
         name=row.label,
@@ -256,30 +260,31 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> 
     )
 
 
-def finished_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
+def finished_conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
     """Return the values of a dialogue system, one per conversation."""
     requests = [(talk.seed, talk.user) for talk in talks]
     return FinishedRow(
-        row_of(page, row, talks), {TABLE: Sample(_within(talks, page.turns), [talk.user for talk in talks], requests)}
+        conversation_row(page, row, talks),
+        {TABLE: RequestValues(_hits_within(talks, page.turns), [talk.user for talk in talks], requests)},
     )
 
 
-def tables_of(page: ChatSuite, rows: Sequence[FinishedRow]) -> list[BenchmarkTable]:
+def conversation_tables(page: ChatSuite, rows: Sequence[FinishedRow]) -> list[BenchmarkTable]:
     """Return the only table of a benchmark of conversations."""
     samples = [row.samples[TABLE] for row in rows]
     return [
         BenchmarkTable(
             name=TABLE,
             task=TABLE,
-            metric=metric_of(page, page.turns),
-            metrics=tuple(metric_of(page, turns) for turns in range(1, page.turns + 1)),
+            metric=hit_metric(page, page.turns),
+            metrics=tuple(hit_metric(page, turns) for turns in range(1, page.turns + 1)),
             requests=max(len(sample.users) for sample in samples),
             users=max(len(set(sample.users)) for sample in samples),
         )
     ]
 
 
-def _finished(setting: Setting, rows: Sequence[FinishedRow], seconds: float) -> Finished:
+def _conversation_progress(setting: SharedSetting, rows: Sequence[FinishedRow], seconds: float) -> BenchmarkProgress:
     page, facts = setting.page, setting.tools.facts
     protocol = BenchmarkProtocol(
         split=f"{setting.data.kind}/{page.split}",
@@ -292,14 +297,14 @@ def _finished(setting: Setting, rows: Sequence[FinishedRow], seconds: float) -> 
         k=page.k,
         past=page.past,
     )
-    return Finished(
-        tables_of(page, rows), rows, {"data": describe(setting.data), "protocol": protocol}, seconds=seconds
+    return BenchmarkProgress(
+        conversation_tables(page, rows), rows, {"data": data_info(setting.data), "protocol": protocol}, seconds=seconds
     )
 
 
-def _line(page: ChatSuite, row: BenchmarkRow) -> str:
+def _format_progress_line(page: ChatSuite, row: BenchmarkRow) -> str:
     metrics, dialogues = row.tables[TABLE].metrics, row.dialogues
     assert dialogues is not None
-    names = dict.fromkeys((metric_of(page, 1), metric_of(page, page.turns)))
+    names = dict.fromkeys((hit_metric(page, 1), hit_metric(page, page.turns)))
     shown = "  ".join(f"{name} {metrics[name].value:.3f}" for name in names)
     return f"{row.name:<28} {shown}  {1000 * dialogues.seconds_a_turn:.0f} ms a turn"

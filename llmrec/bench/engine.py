@@ -19,15 +19,15 @@ from llmrec import __version__
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import benchmark_pages
 from llmrec.bench.records import BenchmarkPair, BenchmarkResult, BenchmarkRow, BenchmarkTable, PairSlice
-from llmrec.bench.references import all_references
-from llmrec.durable import write_checked, write_json, write_text
-from llmrec.evaluate.compare import Contrast, ModelValues, Plan, compare_tables, exploratory
-from llmrec.evaluate.slices import FEW
-from llmrec.machine import command_line, commit, machine, versions
+from llmrec.bench.references import read_references
+from llmrec.durable import write_checked_json, write_json, write_text
+from llmrec.evaluate.compare import ComparisonPlan, Contrast, ModelValues, compare_exploratory, compare_tables
+from llmrec.evaluate.slices import SMALL_SLICE
+from llmrec.machine import command_line, commit_hash, machine_facts, package_versions
 from llmrec.pipeline.resume import read_stage
-from llmrec.recipe.comparisons import AnyPair, Benchmark, ChatSuite, PartialPair, Suite, names_of
+from llmrec.recipe.comparisons import AnyPair, Benchmark, ChatSuite, PartialPair, Suite, compared_names
 from llmrec.recipe.load import recipe_hash
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 from llmrec.results import Pair
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,13 @@ Page = Suite | Benchmark | ChatSuite
 T = TypeVar("T")
 
 # Prefixes of subsets defined by target items, which are resampled by item.
-_OF_TARGETS = ("count:", "words:")
+_TARGET_PREFIXES = ("count:", "words:")
 # The subset whose targets have no training interactions.
-_COLD = "count:0-0"
+_COLD_SLICE = "count:0-0"
 
 
 @dataclass(frozen=True)
-class Sample:
+class RequestValues:
     """The per-request values of a model in a table.
 
     Attributes:
@@ -61,11 +61,11 @@ class FinishedRow:
     """A model with its values in each table."""
 
     row: BenchmarkRow
-    samples: Mapping[str, Sample]
+    samples: Mapping[str, RequestValues]
 
 
 @dataclass(frozen=True)
-class Parts:
+class RequestSubsets:
     """Subsets of the requests in a table, and the target of each request."""
 
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Finished:
+class BenchmarkProgress:
     """The models of a benchmark that are finished so far.
 
     Attributes:
@@ -88,7 +88,7 @@ class Finished:
     tables: Sequence[BenchmarkTable]
     rows: Sequence[FinishedRow]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    parts: Parts = field(default_factory=Parts)
+    parts: RequestSubsets = field(default_factory=RequestSubsets)
     missing: int = 0
     seconds: float = 0.0
 
@@ -101,12 +101,12 @@ class FinishedBenchmark:
     files: dict[str, Path]
 
 
-def name_of(page: Page) -> str:
+def benchmark_name(page: Page) -> str:
     """Return the name of a benchmark."""
     return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
 
 
-def write(page: Page, done: Finished, results: Path, seconds: float) -> FinishedBenchmark:
+def write_result(page: Page, done: BenchmarkProgress, results: Path, seconds: float) -> FinishedBenchmark:
     """Compare the finished models, and write the result with its pages.
 
     Args:
@@ -118,24 +118,24 @@ def write(page: Page, done: Finished, results: Path, seconds: float) -> Finished
     kind = "suite" if isinstance(page, Suite) else "benchmark" if isinstance(page, Benchmark) else "chat"
     result = BenchmarkResult(
         kind=kind,
-        benchmark=name_of(page),
+        benchmark=benchmark_name(page),
         description=page.description,
         llmrec=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         command=command_line(),
-        commit=commit(),
+        commit=commit_hash(),
         hash=recipe_hash(page),
-        versions=versions(),
-        machine=machine(),
+        versions=package_versions(),
+        machine=machine_facts(),
         rows=tuple(row.row for row in done.rows),
         missing=done.missing,
         seconds=max(seconds, done.seconds),
-        **compared(page, done),
+        **compare_models(page, done),
         **done.facts,
     )
     file = results / f"{result.benchmark}.json"
     write_json(file, result.as_json())
-    pages = benchmark_pages(result, all_references()) | leaderboard.pages_for(results)
+    pages = benchmark_pages(result, read_references()) | leaderboard.leaderboard_pages(results)
     for name, text in pages.items():
         write_text(results.parent / name, text)
     titles = {leaderboard.PAGE: "leaderboard", f"{result.benchmark}.md": "page"}
@@ -144,7 +144,9 @@ def write(page: Page, done: Finished, results: Path, seconds: float) -> Finished
     )
 
 
-def cached(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
+def read_or_compute(
+    path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]
+) -> T:
     """Return a stored result with the same key, or compute it and store it.
 
     Args:
@@ -156,7 +158,7 @@ def cached(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: C
     stored = read_stage(path, key, read)
     if stored is None:
         stored = {"key": key, **make()}
-        write_checked(path, stored)
+        write_checked_json(path, stored)
     else:
         log.info("benchmark: reusing %s", path)
     return read(stored)
@@ -165,19 +167,21 @@ def cached(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: C
 # --------------------------------------------------------------------------- comparisons
 
 
-def compared(page: Page, done: Finished) -> dict[str, Any]:
+def compare_models(page: Page, done: BenchmarkProgress) -> dict[str, Any]:
     """Compare the models: planned comparisons of all tables as one family of tests, then exploratory ones.
 
     Returns:
         Fields of a result.
     """
     explored = page.explored if isinstance(page, Suite) else ()
-    by_table = [_pairs(table, done, page.pairs) for table in done.tables]
-    explored_by_table = [_pairs(table, done, explored) for table in done.tables]
-    unrun = _unrun(page, done)
-    described = [_described(page, table, done, planned) for table, planned in zip(done.tables, by_table, strict=True)]
+    by_table = [_collect_comparisons(table, done, page.pairs) for table in done.tables]
+    explored_by_table = [_collect_comparisons(table, done, explored) for table in done.tables]
+    unrun = _count_unrun_pairs(page, done)
+    described = [
+        _exploratory_contrasts(page, table, done, planned) for table, planned in zip(done.tables, by_table, strict=True)
+    ]
     plans = [
-        Plan(
+        ComparisonPlan(
             table.metric,
             [contrast for frame, contrast in planned if contrast is not None and frame.items is None],
             others,
@@ -192,13 +196,13 @@ def compared(page: Page, done: Finished) -> dict[str, Any]:
         numbers = [
             None if contrast is None else next(full if frame.items is None else partial) for frame, contrast in planned
         ]
-        pairs += _filled(planned, numbers, done.parts, page.bootstrap)
+        pairs += _fill_results(planned, numbers, done.parts, page.bootstrap)
         comparisons += [
             BenchmarkPair(table=table.name, metric=table.metric, **pair.as_json()) for pair in results.described
         ]
-        able = exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
+        able = compare_exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
         left = iter(able)
-        afterwards += _filled(
+        afterwards += _fill_results(
             more, [None if contrast is None else next(left) for _, contrast in more], done.parts, page.bootstrap
         )
     detectable = zip(done.tables, (results.detectable for results in tested), strict=True)
@@ -210,16 +214,16 @@ def compared(page: Page, done: Finished) -> dict[str, Any]:
     }
 
 
-def _unrun(page: Page, done: Finished) -> int:
+def _count_unrun_pairs(page: Page, done: BenchmarkProgress) -> int:
     """Return the number of planned comparisons with models that were not run yet."""
     tables = [{row.row.name for row in done.rows if table.name in row.samples} for table in done.tables]
-    absent = [pair for pair in page.pairs if not any(names.issuperset(names_of(pair)) for names in tables)]
+    absent = [pair for pair in page.pairs if not any(names.issuperset(compared_names(pair)) for names in tables)]
     if isinstance(page, Suite):
         return len(absent) * len(tables)
     return len(absent) if done.missing else 0
 
 
-def _standings(table: BenchmarkTable, done: Finished) -> dict[str, tuple[ModelValues, Sample]]:
+def _rows_with_value(table: BenchmarkTable, done: BenchmarkProgress) -> dict[str, tuple[ModelValues, RequestValues]]:
     """Return the models in a table that have a value, by name."""
     standings = {}
     for entry in done.rows:
@@ -230,7 +234,9 @@ def _standings(table: BenchmarkTable, done: Finished) -> dict[str, tuple[ModelVa
     return standings
 
 
-def _contrast(metric: str, a: tuple[ModelValues, Sample], b: tuple[ModelValues, Sample]) -> Contrast:
+def _contrast_on_common_requests(
+    metric: str, a: tuple[ModelValues, RequestValues], b: tuple[ModelValues, RequestValues]
+) -> Contrast:
     """Pair two models on the requests that both have answered."""
     (one, first), (other, second) = a, b
     if first.requests == second.requests:
@@ -246,28 +252,28 @@ def _contrast(metric: str, a: tuple[ModelValues, Sample], b: tuple[ModelValues, 
     )
 
 
-def _pairs(
-    table: BenchmarkTable, done: Finished, pairs: Sequence[AnyPair]
+def _collect_comparisons(
+    table: BenchmarkTable, done: BenchmarkProgress, pairs: Sequence[AnyPair]
 ) -> list[tuple[BenchmarkPair, Contrast | None]]:
     """Return the comparisons to make in a table; None for comparisons without requests.
 
     Rows that were not run or have no figure are not compared.
     """
-    rows, comparisons = _standings(table, done), list[tuple[BenchmarkPair, Contrast | None]]()
+    rows, comparisons = _rows_with_value(table, done), list[tuple[BenchmarkPair, Contrast | None]]()
     for pair in pairs:
-        names = names_of(pair)
+        names = compared_names(pair)
         if not rows.keys() >= set(names):
             continue
-        contrast = _contrast(table.metric, rows[names[0]], rows[names[1]])
+        contrast = _contrast_on_common_requests(table.metric, rows[names[0]], rows[names[1]])
         frame = BenchmarkPair(table=table.name, metric=table.metric, a=names[0], b=names[1])
         if isinstance(pair, PartialPair):
             cold = pair.items == "cold"
-            indices = np.flatnonzero(done.parts.masks[_COLD] == cold).tolist()
+            indices = np.flatnonzero(done.parts.masks[_COLD_SLICE] == cold).tolist()
             # Cold-start interactions are few and concentrate on few items, so items are resampled.
             owners = [(done.parts.targets if cold else contrast.users)[index] for index in indices]
             clusters = len(set(owners)) if cold else None
             frame = frame.model_copy(update={"items": pair.items, "n": len(indices), "clusters": clusters})
-            comparisons.append((frame, _on(contrast, indices, owners) if indices else None))
+            comparisons.append((frame, _restrict_contrast(contrast, indices, owners) if indices else None))
             continue
         if len(contrast.users) < table.requests:
             frame = frame.model_copy(update={"n": len(contrast.users), "users": len(set(contrast.users))})
@@ -275,15 +281,15 @@ def _pairs(
     return comparisons
 
 
-def _described(
-    page: Page, table: BenchmarkTable, done: Finished, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
+def _exploratory_contrasts(
+    page: Page, table: BenchmarkTable, done: BenchmarkProgress, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
 ) -> list[Contrast]:
     """Return the exploratory comparisons of a table.
 
     For runs of recipes these compare the language models with the best baseline, unless that is planned; for models
     under one protocol they compare the best one with every other.
     """
-    rows = _standings(table, done)
+    rows = _rows_with_value(table, done)
     if isinstance(page, ChatSuite):
         return []
     if isinstance(page, Benchmark):
@@ -291,19 +297,23 @@ def _described(
         best = rows.get(table.best_baseline or "")
         arms = {entry.row.name: entry.row.arm for entry in done.rows}
         return [
-            _contrast(table.metric, row, best)
+            _contrast_on_common_requests(table.metric, row, best)
             for name, row in rows.items()
             if best is not None and arms[name] != "baseline" and (name, table.best_baseline) not in tested
         ]
-    sign = -1 if lower(table.metric) else 1
+    sign = -1 if is_lower_better(table.metric) else 1
     first = max(rows.values(), key=lambda row: sign * (row[0].value or 0.0), default=None)
-    return [_contrast(table.metric, first, row) for row in rows.values() if first is not None and row is not first]
+    return [
+        _contrast_on_common_requests(table.metric, first, row)
+        for row in rows.values()
+        if first is not None and row is not first
+    ]
 
 
-def _filled(
+def _fill_results(
     comparisons: Sequence[tuple[BenchmarkPair, Contrast | None]],
     numbers: Sequence[Pair | None],
-    parts: Parts,
+    parts: RequestSubsets,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
     """Yield comparisons with their results, also on subsets of the requests."""
@@ -311,29 +321,29 @@ def _filled(
         if contrast is None or pair is None:
             yield frame
             continue
-        slices = _sliced(contrast, parts, resamples) if parts.masks and frame.items is None else None
+        slices = _compare_slices(contrast, parts, resamples) if parts.masks and frame.items is None else None
         update = dict(pair) | ({} if slices is None else {"slices": slices})
         yield frame.model_copy(update=update)
 
 
-def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice, ...]:
+def _compare_slices(contrast: Contrast, parts: RequestSubsets, resamples: int) -> tuple[PairSlice, ...]:
     """Return a comparison on each subset; subsets with too few requests have no result."""
     slices = []
     for name, mask in parts.masks.items():
         indices = np.flatnonzero(mask).tolist()
         if not indices:
             continue
-        by_target = name.startswith(_OF_TARGETS)
+        by_target = name.startswith(_TARGET_PREFIXES)
         owners = [(parts.targets if by_target else contrast.users)[index] for index in indices]
         part = PairSlice(name=name, n=len(indices), clusters=len(set(owners)) if by_target else None)
-        if len(indices) >= FEW:
-            (pair,) = exploratory([_on(contrast, indices, owners)], resamples=resamples)
+        if len(indices) >= SMALL_SLICE:
+            (pair,) = compare_exploratory([_restrict_contrast(contrast, indices, owners)], resamples=resamples)
             part = part.model_copy(update={"value": pair.value, "low": pair.low, "high": pair.high})
         slices.append(part)
     return tuple(slices)
 
 
-def _on(contrast: Contrast, indices: Sequence[int], owners: Sequence[str]) -> Contrast:
+def _restrict_contrast(contrast: Contrast, indices: Sequence[int], owners: Sequence[str]) -> Contrast:
     """Return a comparison on some of its requests, resampled by ``owners``."""
     one, other = (replace(row, values=row.values[..., list(indices)]) for row in (contrast.a, contrast.b))
     return Contrast(contrast.metric, one, other, owners)

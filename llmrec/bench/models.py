@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.baselines.fits import fitted
-from llmrec.baselines.parameters import Hashes, hashes_of, weights_hash
-from llmrec.baselines.tune import CTR_METRIC, RANKING_METRIC, RATING_METRIC, Choice, Trial, Tuned
+from llmrec.baselines.fits import fit_baseline
+from llmrec.baselines.parameters import InputHashes, input_hashes, weights_hash
+from llmrec.baselines.tune import CTR_METRIC, RANKING_METRIC, RATING_METRIC, ChosenSetting, Trial, TuningResult
 from llmrec.baselines.validation import ranking_cases, rating_cases
-from llmrec.data.split import SplitDataset, scale_of, split_validation_users, threshold
+from llmrec.data.split import SplitDataset, liked_threshold, scale_of, split_validation_users
 from llmrec.durable import sha256_of
 from llmrec.ensembles.blend import PredictionEnsemble
-from llmrec.ensembles.cells import Kind
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import combined_reads, kind_of, reads_of
-from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.cells import ScoreScale
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.members import baseline_reads, baseline_score_scale, combined_reads
+from llmrec.ensembles.rankers import CatalogueEnsemble, CatalogueMember
 from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import ListMetricData
@@ -31,7 +31,7 @@ from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SemanticIndex
-from llmrec.registry import BASELINES, TASKS, lookup, stamps, written
+from llmrec.registry import BASELINES, TASKS, import_component, plugin_digests, task_name_in_recipes
 from llmrec.results import Reads
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.catalogue import CatalogueRanker, SearchedCatalogue
@@ -41,10 +41,10 @@ from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating
 log = logging.getLogger(__name__)
 
 # Number of random validation cases on which an ensemble is fitted; each has some hundred candidates.
-_WEIGHING = 20_000
+_MAX_WEIGHING_CASES = 20_000
 
 
-def _read_by(recipe: Recipe) -> Mapping[str, Any]:
+def _recipe_inputs(recipe: Recipe) -> Mapping[str, Any]:
     """Return the recipe settings and file hashes that determine a cached result."""
     families = recipe.tasks.present()
     templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
@@ -56,17 +56,17 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
         "model": weights_hash(recipe.model.name) if recipe.model.shape is None else None,
         "encoders": [weights_hash(recipe.encoder), weights_hash(index.semantic.encoder) if index is not None else None],
         "index": sha256_of(path) if path is not None and path.is_file() else None,
-        **stamps([(TASKS, written(name)) for name in families]),
+        **plugin_digests([(TASKS, task_name_in_recipes(name)) for name in families]),
     }
 
 
-def _form(tried: EnsembleTrial | None) -> dict[str, Any]:
+def _form_parameters(tried: EnsembleTrial | None) -> dict[str, Any]:
     """Return the type of an ensemble as parameters for its record."""
     assert tried is not None
     return {"form": tried.form, "of": tried.name}
 
 
-def family(suite: Suite) -> Family:
+def suite_family(suite: Suite) -> Family:
     """Return the task of a benchmark; full ranking predicts the next item."""
     return family_of("sequential" if suite.task == "ranking" else suite.task)
 
@@ -107,7 +107,7 @@ class Models:
         if row.baseline is None:
             model = known[0] if known else self._tuned(row, self.choosing(data), seed)
         else:
-            model = fitted(row.baseline, parameters, self.choosing(data), seed=seed, like=known)
+            model = fit_baseline(row.baseline, parameters, self.choosing(data), seed=seed, like=known)
             self.earlier += model.recalled
         self.keep(row, data, seed, model)
         return model
@@ -119,35 +119,35 @@ class Models:
             if not any(model is entry for entry in known):
                 known.append(model)
 
-    def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
+    def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> TuningResult:
         """Select the type and the weights of an ensemble on validation users."""
         if row.fuse:
-            return self._weighed(row, data, tables)
-        only = Choice(dict(self._recipe(row)[1]))
-        return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
+            return self._choose_ensemble(row, data, tables)
+        only = ChosenSetting(dict(self._recipe(row)[1]))
+        return TuningResult(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
 
     def inputs(self, row: SuiteRow) -> Any:
         """Return additional inputs of a model's cache key."""
         if row.recipe:
-            return _read_by(self._recipe(row)[0])
+            return _recipe_inputs(self._recipe(row)[0])
         if row.baseline is not None:
-            return [*self.read(row), *stamps([(BASELINES, row.baseline)]).values()]
+            return [*self.read(row), *plugin_digests([(BASELINES, row.baseline)]).values()]
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.fuse]
 
-    def read(self, row: SuiteRow) -> list[Hashes]:
+    def read(self, row: SuiteRow) -> list[InputHashes]:
         """Return hashes of the files that a baseline reads in addition to the data."""
         values = [
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
         every = [row.parameters, *({**row.parameters, name: value} for name, value in values)]
-        return [result for entry in every if (result := hashes_of(str(row.baseline), entry))]
+        return [result for entry in every if (result := input_hashes(str(row.baseline), entry))]
 
     def reads(self, row: SuiteRow) -> Reads:
         """Return which item data a model (or any member of an ensemble) reads."""
         if row.fuse:
             return combined_reads([self.reads(self._row(label)) for label in row.fuse])
         if row.baseline is not None:
-            return reads_of(row.baseline, row.parameters)
+            return baseline_reads(row.baseline, row.parameters)
         recipe = self._recipe(row)[0]
         if recipe.model.shape is None:
             return "language model"
@@ -157,16 +157,16 @@ class Models:
     def stochastic(self, row: SuiteRow) -> bool:
         """Whether the result of a model depends on the seed."""
         if row.baseline is not None:
-            return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
+            return bool(import_component(BASELINES, row.baseline, "baseline").stochastic)
         return not row.fuse or any(self.stochastic(self._row(label)) for label in row.fuse)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
         """Return a split with only the validation users for selecting hyperparameters and epochs."""
         if not any(row.fuse for row in self.suite.rows):
             return data
-        return self._halves(data)[0]
+        return self._validation_halves(data)[0]
 
-    def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
+    def _validation_halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
         """Return two splits: with the validation users for hyperparameters, and for ensemble weights."""
         if data.fingerprint not in self._split:
             self._split[data.fingerprint] = split_validation_users(data, self.suite.reserved)
@@ -193,15 +193,17 @@ class Models:
     def _row(self, label: str) -> SuiteRow:
         return next(row for row in self.suite.rows if row.label == label)
 
-    def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
+    def _choose_ensemble(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> TuningResult:
         """Fit all types of ensemble for each table of results."""
         choices, trials = {}, []
-        metric = {Ranking: RANKING_METRIC, Rating: RATING_METRIC, Probability: CTR_METRIC}[family(self.suite).answer]
+        metric = {Ranking: RANKING_METRIC, Rating: RATING_METRIC, Probability: CTR_METRIC}[
+            suite_family(self.suite).answer
+        ]
         for table in tables:
             model = self._fused(row, data, self.suite.seeds[0], table, ablate=table == tables[0])
-            trials += [Trial(_form(entry), {table: abs(entry.value)}) for entry in model.tried]
-            choices[table] = Choice(_form(model.chosen), model=model)
-        return Tuned(choices=choices, trials=tuple(trials), metric=metric)
+            trials += [Trial(_form_parameters(entry), {table: abs(entry.value)}) for entry in model.tried]
+            choices[table] = ChosenSetting(_form_parameters(model.chosen), model=model)
+        return TuningResult(choices=choices, trials=tuple(trials), metric=metric)
 
     def _fused(
         self,
@@ -230,7 +232,7 @@ class Models:
             RecipeError: If a member is an ensemble.
         """
         models = {}
-        of = "excluded" if family(self.suite).answer is Ranking and "excluded" in self.suite.seen else table
+        of = "excluded" if suite_family(self.suite).answer is Ranking and "excluded" in self.suite.seen else table
         for label in row.fuse:
             part = self._row(label)
             if part.fuse:
@@ -243,32 +245,32 @@ class Models:
             # A deterministic member is fitted once for all seeds.
             fitted_with = seed if self.stochastic(part) else self.suite.seeds[0]
             models[label] = self.fit(part, data, fitted_with, of, self.chosen[label][of])
-        weighing = self._halves(data)[1]
-        if family(self.suite).answer is Ranking:
-            parts = [Member(label, model, self._kind(label)) for label, model in models.items()]
+        weighing = self._validation_halves(data)[1]
+        if suite_family(self.suite).answer is Ranking:
+            parts = [CatalogueMember(label, model, self._score_kind(label)) for label, model in models.items()]
             result: CatalogueEnsemble | PredictionEnsemble = CatalogueEnsemble(
-                row.label, parts, filtered=table == "excluded", context=Context(data), learns=row.ranker
+                row.label, parts, filtered=table == "excluded", context=ContextFeatures(data), learns=row.ranker
             )
-            result.fit(ranking_cases(weighing, _WEIGHING), ablate=ablate, only=only)
+            result.fit(ranking_cases(weighing, _MAX_WEIGHING_CASES), ablate=ablate, only=only)
         else:
             result = PredictionEnsemble(
-                row.label, list(models.items()), predicts_probability=family(self.suite).answer is Probability
+                row.label, list(models.items()), predicts_probability=suite_family(self.suite).answer is Probability
             )
-            result.fit(self._rated(weighing), ablate=ablate, only=only)
+            result.fit(self._rating_cases(weighing), ablate=ablate, only=only)
         log.info("%s, %s: %s", row.label, table, result.fitted)
         return result
 
-    def _kind(self, label: str) -> Kind:
+    def _score_kind(self, label: str) -> ScoreScale:
         """Return how an ensemble must convert a model's scores."""
         name = self._row(label).baseline
-        return "beams" if name is None else kind_of(name)
+        return "beams" if name is None else baseline_score_scale(name)
 
-    def _rated(self, data: SplitDataset) -> list[Case]:
+    def _rating_cases(self, data: SplitDataset) -> list[Case]:
         """Return the validation ratings as cases; for CTR tasks with 1 or 0 as true answer."""
         cases = rating_cases(data)
-        if family(self.suite).answer is Rating:
+        if suite_family(self.suite).answer is Rating:
             return cases
-        least = threshold(scale_of(data), self.suite.liked)
+        least = liked_threshold(scale_of(data), self.suite.liked)
         return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:

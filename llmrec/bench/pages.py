@@ -25,27 +25,27 @@ from llmrec.bench.records import (
     RowFigures,
     sort_key,
 )
-from llmrec.bench.references import Published, Reference
+from llmrec.bench.references import PublishedResult, Reference
 from llmrec.chat.opening import MANAGERS
-from llmrec.display import flat
+from llmrec.display import single_line
 from llmrec.errors import DataError, LlmrecError
-from llmrec.recipe.schema import settings
-from llmrec.report.breakdowns import in_words
-from llmrec.report.escape import cell, code, without_surrogates
-from llmrec.report.render import markdown_engine
-from llmrec.report.table import grid
+from llmrec.recipe.schema import flat_parameters
+from llmrec.report.breakdowns import slice_title
+from llmrec.report.escape import code_span, escape_cell, without_surrogates
+from llmrec.report.render import markdown_environment
+from llmrec.report.table import markdown_table
 from llmrec.report.wording import (
     DASH,
-    FORMS,
-    KINDS,
+    ENSEMBLE_FORMS,
+    INPUT_KINDS,
     SEEDS,
     UNDEFINED,
     USERS,
-    coverage,
+    describe_history_weight,
     difference,
-    history_worth,
-    outcome,
-    p_value,
+    format_confidence_level,
+    format_p_value,
+    format_verdict,
     title,
     undefined_lines,
 )
@@ -57,15 +57,15 @@ _HEADINGS = {
     "excluded": "Seen items filtered",
     "included": "Seen items not filtered",
 }
-_TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
+_SEEN_ITEM_WORDS = {"excluded": "seen items filtered", "included": "seen items not filtered"}
 # Number of features of a learned ensemble to list.
-_FEATURES = 12
+_MAX_FEATURES = 12
 
 
 # --------------------------------------------------------------------------- reading and writing
 
 
-def read_results(folder: Path) -> list[BenchmarkResult]:
+def read_benchmark_results(folder: Path) -> list[BenchmarkResult]:
     """Return all benchmark results in a folder; other files are ignored.
 
     Raises:
@@ -81,10 +81,11 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
                 f"{file} is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
             ) from error
         if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
-            result = result_of({"benchmark": file.stem, **content})
+            result = parse_benchmark_result({"benchmark": file.stem, **content})
             if result.benchmark != file.stem:
                 raise DataError(
-                    f"{file}: contains the result of {flat(result.benchmark)!r}, which is not the name of the file; "
+                    f"{file}: contains the result of {single_line(result.benchmark)!r}, which is not the name of "
+                    "the file; "
                     "rename the file, or write it again with `llmrec eval`",
                     kind="mismatch",
                     at=file,
@@ -93,14 +94,14 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
     return results
 
 
-def result_of(content: Mapping[str, object]) -> BenchmarkResult:
+def parse_benchmark_result(content: Mapping[str, object]) -> BenchmarkResult:
     """Validate the content of a benchmark result.
 
     Raises:
         DataError: If it is incomplete.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
-    name = flat(str(content.get("benchmark")))
+    name = single_line(str(content.get("benchmark")))
     for key in () if content.get("kind") == "benchmark" else ("data", "protocol"):
         if content.get(key) is None:
             raise DataError(
@@ -113,7 +114,7 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
         result = BenchmarkResult.model_validate(without_surrogates(dict(content)))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
-        key = flat(".".join(map(str, problem["loc"])))
+        key = single_line(".".join(map(str, problem["loc"])))
         raise DataError(
             f"benchmark {name!r}: key {key!r}: {problem['msg']}; write the result again with `llmrec eval`",
             kind="missing-key" if problem["type"] == "missing" else "bad-value",
@@ -155,25 +156,25 @@ def benchmark_pages(result: BenchmarkResult, references: Mapping[str, Reference]
     """Return the page of a benchmark by file name.
 
     Args:
-        result: From `read_results`.
+        result: From `read_benchmark_results`.
         references: Pages of published figures by name.
     """
-    view = _view(result, _named(result, references))
-    return {f"{result.benchmark}.md": engine().get_template("benchmark.md.j2").render(view=view)}
+    view = _template_variables(result, _named_references(result, references))
+    return {f"{result.benchmark}.md": benchmark_environment().get_template("benchmark.md.j2").render(view=view)}
 
 
 @functools.cache
-def engine() -> ImmutableSandboxedEnvironment:
+def benchmark_environment() -> ImmutableSandboxedEnvironment:
     """Return the template engine of the pages."""
-    result = markdown_engine(Path(__file__).resolve().parent)
-    result.globals.update(exploratory=_exploratory, compared=_compared, managers=MANAGERS, least=SEEDS)
+    result = markdown_environment(Path(__file__).resolve().parent)
+    result.globals.update(exploratory=_exploratory_note, compared=_comparison_line, managers=MANAGERS, least=SEEDS)
     return result
 
 
 # --------------------------------------------------------------------------- page of a benchmark
 
 
-def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str, Any]:
+def _template_variables(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str, Any]:
     """Return the template variables of a benchmark."""
     tuned = [row for row in result.rows if row.arm == "tuned"]
     return {
@@ -181,35 +182,39 @@ def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str,
         "tables": [
             {
                 "table": table,
-                "heading": _heading(result, table),
+                "heading": _table_heading(result, table),
                 "seeds": min((row.seeds for row in tuned if table.name in row.tables), default=SEEDS),
-                "grid": Markup(_grid(result, table)),
-                "less": bool(_less(result, table)),
-                "undefined": _undefined(result, table),
-                "blocks": [*_fusions(result, table), *_cold(result, table)],
+                "grid": Markup(_result_table(result, table)),
+                "less": bool(_differences_by_model(result, table)),
+                "undefined": _describe_undefined(result, table),
+                "blocks": [*_ensemble_blocks(result, table), *_cold_item_blocks(result, table)],
                 "planned": [pair for pair in result.pairs if pair.table == table.name],
-                "opponents": _opponents(result, table),
+                "opponents": _opponent_notes(result, table),
                 "explored": [pair for pair in result.explored if pair.table == table.name],
-                "published": _external(result, references, table.name, "Published under the same protocol", ":"),
+                "published": _published_blocks(
+                    result, references, table.name, "Published under the same protocol", ":"
+                ),
             }
             for table in result.tables
         ],
-        "chosen": _chosen(result) if result.kind == "suite" else [],
+        "chosen": _tuning_sentences(result) if result.kind == "suite" else [],
         "fewer": [row for row in result.rows if row.fewer_seeds and row.seeds < SEEDS],
         "tested": [pair for pair in result.pairs if pair.p is not None],
         "ensembles": any(figures.members for row in result.rows for figures in row.tables.values()),
-        "slices": _slices(result),
-        "unknown": _external(result, references, "unknown", "## Published, without a statement on seen items", ""),
+        "slices": _slice_tables(result),
+        "unknown": _published_blocks(
+            result, references, "unknown", "## Published, without a statement on seen items", ""
+        ),
     }
 
 
-def _heading(result: BenchmarkResult, table: BenchmarkTable) -> str:
+def _table_heading(result: BenchmarkResult, table: BenchmarkTable) -> str:
     if result.kind == "suite":
         return _HEADINGS.get(table.name, f"Seen items {table.name}")
     return "" if result.kind == "chat" else f"{title(table.task)}: {table.metric}"
 
 
-def _exploratory(users: int, seeds: int) -> str:
+def _exploratory_note(users: int, seeds: int) -> str:
     """Return a note if a table is exploratory because it has too few users or seeds; otherwise empty.
 
     Args:
@@ -223,7 +228,7 @@ def _exploratory(users: int, seeds: int) -> str:
     return f"Exploratory ({'; '.join(few)}): results and verdicts are preliminary."
 
 
-def _chosen(result: BenchmarkResult) -> list[str]:
+def _tuning_sentences(result: BenchmarkResult) -> list[str]:
     """Return a sentence on how hyperparameters were selected."""
     names = [table.name for table in result.tables]
     tuned = [row for row in result.rows if len(row.trials) > 1]
@@ -243,7 +248,7 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     return lines
 
 
-def _opponents(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
+def _opponent_notes(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
     """Return a line for each planned comparison of an ensemble with a single model that validation does not prefer."""
     rows = {row.name: row for row in result.rows if table.name in row.tables}
     lines = list[Markup]()
@@ -253,10 +258,11 @@ def _opponents(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
         ensemble, single = (rows[name].tables[table.name].fusion is not None for name in (pair.a, pair.b))
         best = result.best_on_validation(table, rows[pair.a].reads)
         if ensemble and not single and best and pair.b not in best:
-            names = ", ".join(code(name) for name in sorted(best))
+            names = ", ".join(code_span(name) for name in sorted(best))
             lines.append(
                 Markup(
-                    f"{code(pair.a)} is compared with {code(pair.b)}, which is not the best model on validation; "
+                    f"{code_span(pair.a)} is compared with {code_span(pair.b)}, which is not the best model on "
+                    "validation; "
                     f"that is {names}."
                 )
             )
@@ -268,55 +274,55 @@ def _opponents(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
 Column = tuple[str, Callable[[BenchmarkRow, RowFigures], str]]
 
 
-def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
+def _result_table(result: BenchmarkResult, table: BenchmarkTable) -> str:
     """Return the models of a table, best first, grouped by type if there are several types."""
-    rows, columns = result.standings(table), _columns(result, table)
+    rows, columns = result.standings(table), _table_columns(result, table)
     kinds = [kind for kind in get_args(Reads) if any(row.reads == kind for row, _ in rows)]
     if len(kinds) > 1:
         rows.sort(key=lambda entry: kinds.index(entry[0].reads or kinds[0]))
     lines: list[list[str]] = []
     for number, (row, figures) in enumerate(rows):
         if len(kinds) > 1 and row.reads and (number == 0 or row.reads != rows[number - 1][0].reads):
-            lines.append([f"*{KINDS[row.reads]}*", *[""] * (len(columns) - 1)])
+            lines.append([f"*{INPUT_KINDS[row.reads]}*", *[""] * (len(columns) - 1)])
         lines.append([write(row, figures) for _, write in columns])
     header = [head for head, _ in columns]
     # parameters are the only text among the columns
     numbers = header.index("parameters") if "parameters" in header else len(header)
-    return grid([cell(name) for name in header], lines, numeric_to=numbers)
+    return markdown_table([escape_cell(name) for name in header], lines, numeric_to=numbers)
 
 
-def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
+def _table_columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     """Return the columns of a table that are not empty."""
     entries = result.standings(table)
     rows, figures = [row for row, _ in entries], [entry for _, entry in entries]
-    columns: list[Column] = [("model", _name)]
+    columns: list[Column] = [("model", _model_cell)]
     for name in table.metrics:
         values = [entry.metrics[name].value for entry in figures if name in entry.metrics]
         best = min(values, key=functools.partial(sort_key, metric=name), default=None)
-        columns.append((name, functools.partial(_metric, name, best, headline=name == table.metric)))
+        columns.append((name, functools.partial(_metric_cell, name, best, headline=name == table.metric)))
     if any(entry.metrics[table.metric].range for entry in figures):
-        columns.append(("over tie rules", lambda _, entry: _range(entry.metrics[table.metric])))
-    if less := _less(result, table):
+        columns.append(("over tie rules", lambda _, entry: _range_cell(entry.metrics[table.metric])))
+    if less := _differences_by_model(result, table):
         head = "best model − this one" if result.kind == "suite" else "− best baseline"
         columns.append((head, lambda row, _: less.get(row.name, DASH)))
     if any(entry.tie_rate is not None for entry in figures):
         columns.append(("ties", lambda _, entry: DASH if entry.tie_rate is None else f"{entry.tie_rate:.1%}"))
     if any(entry.parameters for entry in figures):
-        columns.append(("parameters", lambda _, entry: _parameters(entry)))
+        columns.append(("parameters", lambda _, entry: _parameters_cell(entry)))
     if any(entry.tokens_per_request for entry in figures):
         columns += [
-            ("tokens", lambda row, entry: _cost(entries, row, entry, "tokens_per_request", ",.0f")),
-            ("calls", lambda row, entry: _cost(entries, row, entry, "forwards_per_request", ",.1f")),
+            ("tokens", lambda row, entry: _cost_cell(entries, row, entry, "tokens_per_request", ",.0f")),
+            ("calls", lambda row, entry: _cost_cell(entries, row, entry, "forwards_per_request", ",.1f")),
         ]
     if any(entry.seconds_per_request for entry in figures):
-        columns.append(("seconds", lambda row, entry: _cost(entries, row, entry, "seconds_per_request", ".3f")))
+        columns.append(("seconds", lambda row, entry: _cost_cell(entries, row, entry, "seconds_per_request", ".3f")))
     if any(row.seconds for row in rows):
         columns.append(("seconds", lambda row, _: f"{sum(row.seconds.values()):.0f}"))
     if any(row.memory_gb is not None for row in rows):
         columns.append(("GB", lambda row, _: DASH if row.memory_gb is None else f"{row.memory_gb:.1f}"))
     if any(row.dialogues for row in rows):
         columns += [
-            (head, functools.partial(_dialogue, name, form))
+            (head, functools.partial(_dialogue_cell, name, form))
             for head, name, form in (
                 ("turns", "turns", ".1f"),
                 ("seconds per turn", "seconds_a_turn", ".3f"),
@@ -325,17 +331,17 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
         ]
         columns += [
             ("parsed calls", lambda _, entry: f"{entry.parse_rate:.3f}"),
-            ("users", functools.partial(_dialogue, "users", ",")),
+            ("users", functools.partial(_dialogue_cell, "users", ",")),
         ]
     return columns
 
 
-def _name(row: BenchmarkRow, _: RowFigures) -> str:
+def _model_cell(row: BenchmarkRow, _: RowFigures) -> str:
     knows = f" (users know {', '.join(row.dialogues.knows)})" if row.dialogues and row.dialogues.knows else ""
-    return cell(row.name + knows) + (" (baseline)" if row.arm == "baseline" else "")
+    return escape_cell(row.name + knows) + (" (baseline)" if row.arm == "baseline" else "")
 
 
-def _metric(name: str, best: float | None, _: BenchmarkRow, figures: RowFigures, *, headline: bool) -> str:
+def _metric_cell(name: str, best: float | None, _: BenchmarkRow, figures: RowFigures, *, headline: bool) -> str:
     figure = figures.metrics.get(name)
     if figure is None:
         return DASH
@@ -347,11 +353,11 @@ def _metric(name: str, best: float | None, _: BenchmarkRow, figures: RowFigures,
     return text + bounds + ("" if figure.sd is None else f" sd {figure.sd:.4f}")
 
 
-def _range(figure: Figure) -> str:
+def _range_cell(figure: Figure) -> str:
     return DASH if figure.range is None else "{:.4f} to {:.4f}".format(*figure.range)
 
 
-def _less(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
+def _differences_by_model(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
     """Return the difference best − model or, for language models, model − best baseline.
 
     Empty if two rows have the same name.
@@ -368,36 +374,36 @@ def _less(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
     }
 
 
-def _parameters(figures: RowFigures) -> str:
+def _parameters_cell(figures: RowFigures) -> str:
     chosen = ", ".join(
         f"{name} {value}{' (end of its grid)' if name in figures.border else ''}"
-        for name, value in settings(figures.parameters)
+        for name, value in flat_parameters(figures.parameters)
         # The form names the only member that the ensemble uses; other forms use all members.
         if name != "of" or value != figures.parameters.get("form")
     )
-    return cell(chosen or "none")
+    return escape_cell(chosen or "none")
 
 
-def _cost(
+def _cost_cell(
     entries: Sequence[tuple[BenchmarkRow, RowFigures]], row: BenchmarkRow, figures: RowFigures, name: str, form: str
 ) -> str:
     """Return the inference cost per request, including the members of an ensemble."""
     if row.arm == "baseline" and name != "seconds_per_request":
         return DASH
-    return f"{_with_members(entries, figures, name):{form}}"
+    return f"{_total_with_members(entries, figures, name):{form}}"
 
 
-def _with_members(entries: Sequence[tuple[BenchmarkRow, RowFigures]], figures: RowFigures, name: str) -> float:
+def _total_with_members(entries: Sequence[tuple[BenchmarkRow, RowFigures]], figures: RowFigures, name: str) -> float:
     members = [entry for row, entry in entries if row.name in figures.members]
     return float(sum(getattr(entry, name) for entry in (figures, *members)))
 
 
-def _dialogue(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
+def _dialogue_cell(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
     value = getattr(row.dialogues, name)
     return f"{value:{form}}" if value else DASH
 
 
-def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+def _describe_undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Return sentences on the undefined values of a table, with models and reasons."""
     rows = result.standings(table)
     figures = [
@@ -407,7 +413,7 @@ def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     return undefined_lines(missing, len(rows), table.metric)
 
 
-def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+def _ensemble_blocks(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Return the weights, member contributions and costs of the ensembles in a table."""
     rows, blocks = {row.name: row for row in result.rows}, list[str]()
     for row in result.rows:
@@ -415,11 +421,11 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         if fusion is None:
             continue
         limits = "; 95 % intervals over users" if any(part.low is not None for part in fusion.parts) else ""
-        history_note = f" {note}" if (note := history_worth(fusion.repeat)) else ""
+        history_note = f" {note}" if (note := describe_history_weight(fusion.repeat)) else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
         single = next((part.name for part in fusion.parts if part.weight), "")
-        alone = f"{cell(row.name)} uses a single member, {cell(single)}."
-        several = f"The table shows the weights of {cell(row.name)} ({FORMS[fusion.form]}{limits})."
+        alone = f"{escape_cell(row.name)} uses a single member, {escape_cell(single)}."
+        several = f"The table shows the weights of {escape_cell(row.name)} ({ENSEMBLE_FORMS[fusion.form]}{limits})."
         start = alone if fusion.form == "alone" else several
         block = (
             f"{start}{history_note} Fitting the members took {spent:.0f} s with tuning and all seeds, and fitting the "
@@ -430,28 +436,30 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
             continue
         lines = [
             [
-                cell(part.name),
-                _limited(part.weight, part.low, part.high, 2),
-                _limited(part.loss, part.loss_low, part.loss_high, 4),
+                escape_cell(part.name),
+                _format_with_limits(part.weight, part.low, part.high, 2),
+                _format_with_limits(part.loss, part.loss_low, part.loss_high, 4),
             ]
             for part in sorted(fusion.parts, key=lambda part: -(part.loss or 0.0))
         ]
-        blocks += [block, _left(["member", "weight", "ablation, on validation"], lines)]
+        blocks += [block, _left_aligned_table(["member", "weight", "ablation, on validation"], lines)]
         if fusion.features:
-            shares = [[cell(feature.name), f"{feature.gain or 0.0:.3f}"] for feature in fusion.features[:_FEATURES]]
+            shares = [
+                [escape_cell(feature.name), f"{feature.gain or 0.0:.3f}"] for feature in fusion.features[:_MAX_FEATURES]
+            ]
             note = "These features of the ensemble have the largest share of the gain:"
-            blocks += [note, _left(["feature", "share"], shares)]
+            blocks += [note, _left_aligned_table(["feature", "share"], shares)]
     return [Markup(block) for block in blocks]
 
 
-def _limited(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+def _format_with_limits(value: float | None, low: float | None, high: float | None, digits: int) -> str:
     if value is None:
         return DASH
     shown = f"{value:.{digits}f}"
     return shown if low is None or high is None else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+def _cold_item_blocks(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Return sentences on the models that recommend cold-start items."""
     metrics, rows = table.metrics, list[tuple[float, list[str]]]()
     entries = result.standings(table)
@@ -462,7 +470,7 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         if not cold.get(table.metric) or overall is None or few >= figures.n:
             continue
         rest = (overall * figures.n - cold[table.metric] * few) / (figures.n - few)
-        cells = [cell(row.name), *(f"{cold[name]:.4f}" for name in metrics), f"{rest:.4f}"]
+        cells = [escape_cell(row.name), *(f"{cold[name]:.4f}" for name in metrics), f"{rest:.4f}"]
         cells += [f"{figures.metrics[name].value or 0:.4g}" for name in shown if name in figures.metrics]
         rows.append((cold[table.metric], cells))
     if not rows:
@@ -474,28 +482,31 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     )
     ordered = [cells for _, cells in sorted(rows, key=lambda entry: -entry[0])]
     head = ["model", *metrics, f"{table.metric} on all other requests", *shown]
-    return [note, Markup(_left(head, ordered))]
+    return [note, Markup(_left_aligned_table(head, ordered))]
 
 
-def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return grid([cell(name) for name in header], rows, numeric_from=len(header))
+def _left_aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown_table([escape_cell(name) for name in header], rows, numeric_from=len(header))
 
 
 # --------------------------------------------------------------------------- comparisons
 
 
-def _compared(pair: BenchmarkPair) -> str:
+def _comparison_line(pair: BenchmarkPair) -> str:
     """Format a comparison as one line."""
-    ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} − {cell(pair.b)}"
+    ends = f"{escape_cell(pair.metric)}{_describe_requests(pair)}: {escape_cell(pair.a)} − {escape_cell(pair.b)}"
     if pair.n == 0:
         return Markup(f"{ends}: no such requests")
     result = difference(pair.value, pair.low, pair.high, 4)
     if pair.verdict is None:
         return Markup(f"{ends}: {result}")
-    return Markup(f"{ends}: {result} ({coverage(pair.level)}), p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
+    return Markup(
+        f"{ends}: {result} ({format_confidence_level(pair.level)}), p {escape_cell(format_p_value(pair.p))}, "
+        f"{format_verdict(pair.verdict)}"
+    )
 
 
-def _where(pair: BenchmarkPair) -> str:
+def _describe_requests(pair: BenchmarkPair) -> str:
     """Describe on which requests a comparison was made; empty for all requests."""
     if pair.users is not None:
         return f", {pair.users:,} users{', exploratory' if pair.users < USERS else ''}"
@@ -511,22 +522,24 @@ def _where(pair: BenchmarkPair) -> str:
 # --------------------------------------------------------------------------- published results
 
 
-def _external(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
+def _published_blocks(
+    result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str
+) -> list[str]:
     """Return tables of published results with a given treatment of items in the history, ``seen``."""
     metrics = result.tables[0].metrics
-    fitting = [page for page in references if _fits(page, result)]
-    same = _on_its_data(result, references, seen)
-    blocks = [f"{heading}{end}", _published(same, metrics)] if same else []
+    fitting = [page for page in references if _has_same_protocol(page, result)]
+    same = _matching_published(result, references, seen)
+    blocks = [f"{heading}{end}", _published_table(same, metrics)] if same else []
     for page in fitting:
         rows = [row for row in page.rows if row.seen == seen]
-        if rows and not _same_data(page, result):
-            counts = ", ".join(f"{count:,} {cell(what)}" for what, count in page.counts.items())
-            blocks += [f"{heading}, on a different set of interactions ({cell(page.data)}: {counts}){end}"]
-            blocks += [_published(rows, metrics)]
+        if rows and not _has_same_data(page, result):
+            counts = ", ".join(f"{count:,} {escape_cell(what)}" for what, count in page.counts.items())
+            blocks += [f"{heading}, on a different set of interactions ({escape_cell(page.data)}: {counts}){end}"]
+            blocks += [_published_table(rows, metrics)]
     return [Markup(block) for block in blocks]
 
 
-def _fits(page: Reference, result: BenchmarkResult) -> bool:
+def _has_same_protocol(page: Reference, result: BenchmarkResult) -> bool:
     # A benchmark without candidates has one table, which its references name.
     protocol = result.protocol
     if protocol is None:
@@ -535,50 +548,50 @@ def _fits(page: Reference, result: BenchmarkResult) -> bool:
     return page.protocol.candidates == kind and page.protocol.split in protocol.split
 
 
-def _same_data(page: Reference, result: BenchmarkResult) -> bool:
+def _has_same_data(page: Reference, result: BenchmarkResult) -> bool:
     """Whether a publication reports the same numbers of users, items and interactions as the benchmark."""
     return all(getattr(result.data, what) == count for what, count in page.counts.items())
 
 
-def published_results(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[Published]:
+def published_results(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[PublishedResult]:
     """Return the published results on the same data, protocol and treatment of history items."""
-    return _on_its_data(result, _named(result, references), seen)
+    return _matching_published(result, _named_references(result, references), seen)
 
 
-def _named(result: BenchmarkResult, references: Mapping[str, Reference]) -> list[Reference]:
+def _named_references(result: BenchmarkResult, references: Mapping[str, Reference]) -> list[Reference]:
     """Return the references that a benchmark names, if they exist."""
     return [references[name] for name in result.references if name in references]
 
 
-def _on_its_data(result: BenchmarkResult, references: Sequence[Reference], seen: str) -> list[Published]:
-    fitting = [page for page in references if _fits(page, result) and _same_data(page, result)]
+def _matching_published(result: BenchmarkResult, references: Sequence[Reference], seen: str) -> list[PublishedResult]:
+    fitting = [page for page in references if _has_same_protocol(page, result) and _has_same_data(page, result)]
     return [row for page in fitting for row in page.rows if row.seen == seen]
 
 
-def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
+def _published_table(rows: Sequence[PublishedResult], metrics: Sequence[str]) -> str:
     """Return published results, best first by the last metric."""
 
-    def key(row: Published) -> tuple[int, bool, float]:
+    def key(row: PublishedResult) -> tuple[int, bool, float]:
         last = next((number for number, name in enumerate(reversed(metrics)) if name in row.values), len(metrics))
         name = metrics[-1 - last] if last < len(metrics) else metrics[-1]
         return (last, *sort_key(row.values.get(name), name))
 
     lines = [
         [
-            cell(row.system),
+            escape_cell(row.system),
             *(f"{row.values[name]:.4f}" if name in row.values else "" for name in metrics),
-            cell(row.source),
-            cell(row.note),
+            escape_cell(row.source),
+            escape_cell(row.note),
         ]
         for row in sorted(rows, key=key)
     ]
-    return _left(["system", *metrics, "source", "note"], lines)
+    return _left_aligned_table(["system", *metrics, "source", "note"], lines)
 
 
 # --------------------------------------------------------------------------- subsets
 
 
-def _slices(result: BenchmarkResult) -> dict[str, str]:
+def _slice_tables(result: BenchmarkResult) -> dict[str, str]:
     """Return tables of planned comparisons on subsets, by title."""
     reads = {row.name: row.reads for row in result.rows}
     order = get_args(Reads)
@@ -588,25 +601,33 @@ def _slices(result: BenchmarkResult) -> dict[str, str]:
         if pair.slices and one is not None and other is not None and order.index(one) > order.index(other):
             kinds.setdefault((pair.a, pair.b), []).append(pair)
     return {
-        Markup(f"{cell(a)} ({KINDS[reads[a]]}) − {cell(b)} ({KINDS[reads[b]]}), {cell(pairs[0].metric)}:"): Markup(
-            _slice_table(pairs)
-        )
+        Markup(
+            f"{escape_cell(a)} ({INPUT_KINDS[reads[a]]}) − {escape_cell(b)} ({INPUT_KINDS[reads[b]]}), "
+            f"{escape_cell(pairs[0].metric)}:"
+        ): Markup(_slice_table(pairs))
         for (a, b), pairs in kinds.items()
     }
 
 
 def _slice_table(pairs: Sequence[BenchmarkPair]) -> str:
-    header = ["requests", "n", "items", *(cell(_TREATED.get(pair.table, pair.table)) for pair in pairs)]
+    header = ["requests", "n", "items", *(escape_cell(_SEEN_ITEM_WORDS.get(pair.table, pair.table)) for pair in pairs)]
     names = dict.fromkeys((part.name, part.n, part.clusters) for pair in pairs for part in pair.slices)
-    rows = [["all", "", "", *map(_slice, pairs)]]
+    rows = [["all", "", "", *map(_slice_cell, pairs)]]
     for name, n, items in names:
         parts = [next((part for part in pair.slices if part.name == name), None) for pair in pairs]
         size = f"{items:,}" if items else ""
-        rows.append([cell(in_words(name)), f"{n:,}", size, *(DASH if part is None else _slice(part) for part in parts)])
-    return grid(header, rows, numeric_from=1)
+        rows.append(
+            [
+                escape_cell(slice_title(name)),
+                f"{n:,}",
+                size,
+                *(DASH if part is None else _slice_cell(part) for part in parts),
+            ]
+        )
+    return markdown_table(header, rows, numeric_from=1)
 
 
-def _slice(result: BenchmarkPair | PairSlice) -> str:
+def _slice_cell(result: BenchmarkPair | PairSlice) -> str:
     if result.value is None or result.low is None or result.high is None:
         return DASH
     text = difference(result.value, result.low, result.high, 4)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.bench.engine import Finished, FinishedRow, Sample
+from llmrec.bench.engine import BenchmarkProgress, FinishedRow, RequestValues
 from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, sort_key
 from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import average_over_seeds
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.study import BY_TEXT
+from llmrec.pipeline.study import TEXT_BASELINE
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe
@@ -26,12 +26,14 @@ from llmrec.recipe.schema import Recipe
 from llmrec.results import Figure, Results, Row, arm_name
 from llmrec.tasks.family import family_of
 
-Shared = tuple[str, str, str, str | None]
+TableKey = tuple[str, str, str, str | None]
 """The key of a table: family, headline metric, its signature, and the hash of the candidates, if any."""
 
-_UNEQUAL = "evaluated different users or items; use the same data, split, seed, eval.users and cases per user for both"
+_UNEQUAL_CASES = (
+    "evaluated different users or items; use the same data, split, seed, eval.users and cases per user for both"
+)
 # Metrics that the page shows in addition to the metric of comparisons.
-_SHOWN = 3
+_MAX_OTHER_METRICS = 3
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ class RunVariant:
     @property
     def label(self) -> str:
         """Label in tables, which all seeds share."""
-        short = (f"{key.rpartition('.')[2]}={_written(value)}" for key, value in self.changes.items())
+        short = (f"{key.rpartition('.')[2]}={_format_value(value)}" for key, value in self.changes.items())
         return ", ".join([self.run.name, *short])
 
     @property
     def folder(self) -> str:
         """Name of the run's folder."""
-        return _folder(self.label, self.seed)
+        return _folder_name(self.label, self.seed)
 
 
-def _folder(label: str, seed: int | None) -> str:
+def _folder_name(label: str, seed: int | None) -> str:
     plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in label)
     return plain if seed is None else f"{plain}-seed{seed}"
 
@@ -81,7 +83,7 @@ class VariantRow:
         members: Names of the members of an ensemble.
     """
 
-    table: Shared
+    table: TableKey
     name: str
     label: str
     run: str = ""
@@ -92,7 +94,7 @@ class VariantRow:
     members: Sequence[str] = ()
 
 
-def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
+def run_recipes(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> Iterator[BenchmarkProgress]:
     """Run everything that is missing, and yield the results after each run.
 
     A killed benchmark resumes at the interrupted run, as any run does.
@@ -106,16 +108,16 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> 
         RecipeError: If a recipe, a grid or a pair cannot be used.
     """
     todo = planned_runs(benchmark, out)
-    lines: dict[tuple[Shared, str], VariantRow] = {}
+    lines: dict[tuple[TableKey, str], VariantRow] = {}
     spent = 0.0
     for number, (point, recipe) in enumerate(todo, start=1):
         done = pipeline.run(recipe, out / point.folder)
         spent += float(done.results["seconds"])
-        for line in _lines(point, done, several=_several(recipe)):
-            _add(lines, line)
-        yield combined(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
+        for line in _variant_rows(point, done, several=_has_several_arms(recipe)):
+            _add_row(lines, line)
+        yield combine_rows(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
-    tables: dict[Shared, set[str]] = {}
+    tables: dict[TableKey, set[str]] = {}
     for table, name in lines:
         tables.setdefault(table, set()).add(name)
     if apart := next(
@@ -139,10 +141,12 @@ def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[RunVariant, Reci
     Raises:
         RecipeError: If a recipe or a grid cannot be used, or a pair names a model that no run has.
     """
-    todo = list(points(benchmark))
-    _refuse_shared_folders(benchmark, todo)
-    runs = [(point, recipe_of(benchmark, point, out)) for point in todo]
-    known = {name for point, recipe in runs for name in _possible(point, recipe)} if benchmark.pairs else set()
+    todo = list(iterate_variants(benchmark))
+    _check_unique_folders(benchmark, todo)
+    runs = [(point, load_variant_recipe(benchmark, point, out)) for point in todo]
+    known = (
+        {name for point, recipe in runs for name in _possible_model_names(point, recipe)} if benchmark.pairs else set()
+    )
     if unknown := next((name for pair in benchmark.pairs for name in pair if name not in known), None):
         raise RecipeError(
             f"benchmark {benchmark.benchmark}, pairs: unknown model {unknown!r}{did_you_mean(unknown, sorted(known))}; "
@@ -154,20 +158,20 @@ def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[RunVariant, Reci
     return runs
 
 
-def _possible(point: RunVariant, recipe: Recipe) -> Iterator[str]:
+def _possible_model_names(point: RunVariant, recipe: Recipe) -> Iterator[str]:
     """Yield the names that models of a run can have; the data determine which of them occur."""
     for family, section in recipe.tasks.present().items():
-        for name in (*(baseline.label for baseline in section.baselines), BY_TEXT, *ENSEMBLE_NAMES.values()):
+        for name in (*(baseline.label for baseline in section.baselines), TEXT_BASELINE, *ENSEMBLE_NAMES.values()):
             yield from (name, f"{name} · {point.label}")
         chosen = section.eval_templates or section.templates
         named = {name.rpartition("/")[2] for name in (*chosen, *section.untuned_templates)}
         templates = named if chosen else load_templates(family, family_of(family).prompts, *recipe.prompts)
         methods = (*section.strategies, ENSEMBLE_NAMES["language model"])
         for parts in itertools.product(methods, templates, recipe.eval.arms):
-            yield _model_name(*parts, point.label, several=_several(recipe))
+            yield _model_name(*parts, point.label, several=_has_several_arms(recipe))
 
 
-def points(benchmark: Benchmark) -> Iterator[RunVariant]:
+def iterate_variants(benchmark: Benchmark) -> Iterator[RunVariant]:
     """Yield the runs seed by seed, so that an interrupted benchmark has complete tables."""
     seeds = sorted({seed for run in benchmark.runs for seed in run.seeds})
     for now in (None, *seeds):
@@ -178,7 +182,7 @@ def points(benchmark: Benchmark) -> Iterator[RunVariant]:
                         yield RunVariant(run, dict(zip(run.grid, values, strict=True)), seed)
 
 
-def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[RunVariant]) -> None:
+def _check_unique_folders(benchmark: Benchmark, todo: Sequence[RunVariant]) -> None:
     """Reject runs whose names differ only in characters that a folder name cannot contain."""
     known: dict[str, RunVariant] = {}
     for point in todo:
@@ -192,7 +196,7 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[RunVariant]) -> 
             )
 
 
-def recipe_of(benchmark: Benchmark, point: RunVariant, out: Path) -> Recipe:
+def load_variant_recipe(benchmark: Benchmark, point: RunVariant, out: Path) -> Recipe:
     """Return the recipe of a run; ``out`` contains the run folders.
 
     Raises:
@@ -201,7 +205,7 @@ def recipe_of(benchmark: Benchmark, point: RunVariant, out: Path) -> Recipe:
     changes = [f"{key}={json.dumps(value)}" for key, value in point.changes.items()]
     seed = [] if point.seed is None else [f"train.seed={point.seed}"]
     above = [
-        f"{key}={json.dumps(str(_above(benchmark, name, point, out)))}"
+        f"{key}={json.dumps(str(_earlier_run_folder(benchmark, name, point, out)))}"
         for key, name in (("train.start", point.run.start), ("train.teacher.run", point.run.teacher))
         if name
     ]
@@ -212,21 +216,21 @@ def recipe_of(benchmark: Benchmark, point: RunVariant, out: Path) -> Recipe:
         raise error.reworded(f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}") from None
 
 
-def _above(benchmark: Benchmark, name: str, point: RunVariant, out: Path) -> Path:
+def _earlier_run_folder(benchmark: Benchmark, name: str, point: RunVariant, out: Path) -> Path:
     """Return the folder of the earlier run that a run continues."""
     first = next(run for run in benchmark.runs if run.name == name)
-    return out / _folder(first.name, point.seed if first.seeds else None)
+    return out / _folder_name(first.name, point.seed if first.seeds else None)
 
 
 # --------------------------------------------------------------------------- results
 
 
-def _several(recipe: Recipe) -> bool:
+def _has_several_arms(recipe: Recipe) -> bool:
     """Whether a run evaluates several settings of the language model, whose names must differ."""
     return len(recipe.eval.arms) > 1
 
 
-def _lines(point: RunVariant, done: pipeline.Run, *, several: bool) -> Iterator[VariantRow]:
+def _variant_rows(point: RunVariant, done: pipeline.Run, *, several: bool) -> Iterator[VariantRow]:
     results = Results.model_validate(done.results)
     for row, evaluated in zip(results.rows, done.rows, strict=True):
         headline = results.headline[row.task]
@@ -237,18 +241,20 @@ def _lines(point: RunVariant, done: pipeline.Run, *, several: bool) -> Iterator[
         yield VariantRow(
             # The signature of the metric includes split, candidates and everything else that results must share.
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
-            name=_name(row, point.label, several=several),
+            name=_row_name(row, point.label, several=several),
             label=label,
             run=point.label,
             figures=[row],
             values=[evaluated.values],
             users=[record.user_id for record in evaluated.records],
             requests=[record.request_id for record in evaluated.records],
-            members=[_name(part, point.label, several=several) for part in results.members(row)] if row.fusion else (),
+            members=[_row_name(part, point.label, several=several) for part in results.members(row)]
+            if row.fusion
+            else (),
         )
 
 
-def _name(row: Row, label: str, *, several: bool) -> str:
+def _row_name(row: Row, label: str, *, several: bool) -> str:
     """Return the name of a model in tables."""
     if row.arm == "baseline":
         return row.predictor
@@ -260,56 +266,60 @@ def _model_name(method: str, template: str, arm: str, label: str, *, several: bo
     return " · ".join([method, template, label, *([arm_name(arm)] if several else [])])
 
 
-def _add(lines: dict[tuple[Shared, str], VariantRow], line: VariantRow) -> None:
+def _add_row(lines: dict[tuple[TableKey, str], VariantRow], line: VariantRow) -> None:
     """Add a result: another seed of a known model, a shared baseline, or a new model."""
     known = lines.setdefault((line.table, line.name), line)
     if known is line:
         return
     if known.requests != line.requests:
-        raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}", kind="mismatch")
+        raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL_CASES}", kind="mismatch")
     if line.label:
         known.figures += line.figures
         known.values += line.values
-    elif known.run != line.run and not _alike(known, line):
+    elif known.run != line.run and not _has_same_values(known, line):
         # for example an ensemble of different members
-        _add(lines, replace(line, name=f"{line.name} · {line.run}"))
+        _add_row(lines, replace(line, name=f"{line.name} · {line.run}"))
 
 
-def _alike(one: VariantRow, other: VariantRow) -> bool:
+def _has_same_values(one: VariantRow, other: VariantRow) -> bool:
     """Whether a baseline has the same values in two runs, up to rounding."""
     metric = one.table[1]
-    return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
+    return np.allclose(_request_values(one, metric), _request_values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
-def combined(lines: Iterable[VariantRow], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Finished:
+def combine_rows(
+    lines: Iterable[VariantRow], resamples: int, *, seconds: float = 0.0, missing: int = 0
+) -> BenchmarkProgress:
     """Return tables and models; a model in several tables has the same name in all of them.
 
     Raises:
         RecipeError: If the runs of one table have different users or items.
     """
-    by_table: dict[Shared, list[VariantRow]] = {}
+    by_table: dict[TableKey, list[VariantRow]] = {}
     for line in lines:
         by_table.setdefault(line.table, []).append(line)
     tables, rows = list[BenchmarkTable](), dict[str, FinishedRow]()
     for shared, group in by_table.items():
         if any(line.requests != group[0].requests for line in group):
-            raise RecipeError(f"{shared[0]}: the runs of one table {_UNEQUAL}", kind="mismatch")
+            raise RecipeError(f"{shared[0]}: the runs of one table {_UNEQUAL_CASES}", kind="mismatch")
         same = sum(table.task == shared[0] for table in tables)
         name = f"{shared[0]}-{same + 1}" if same else shared[0]
-        figures = {line.name: _figures(line, resamples) for line in group}
-        tables.append(_table(name, shared, group, figures))
+        figures = {line.name: _average_figures(line, resamples) for line in group}
+        tables.append(_benchmark_table(name, shared, group, figures))
         for line in group:
-            sample = Sample(_values(line, shared[1]), line.users, line.requests)
+            sample = RequestValues(_request_values(line, shared[1]), line.users, line.requests)
             known = rows.get(line.name)
-            row = _row(line) if known is None else known.row
+            row = _benchmark_row(line) if known is None else known.row
             rows[line.name] = FinishedRow(
                 row.model_copy(update={"tables": {**row.tables, name: figures[line.name]}}),
                 {**({} if known is None else known.samples), name: sample},
             )
-    return Finished(tables, list(rows.values()), missing=missing, seconds=seconds)
+    return BenchmarkProgress(tables, list(rows.values()), missing=missing, seconds=seconds)
 
 
-def _table(name: str, shared: Shared, lines: Sequence[VariantRow], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
+def _benchmark_table(
+    name: str, shared: TableKey, lines: Sequence[VariantRow], figures: Mapping[str, RowFigures]
+) -> BenchmarkTable:
     family, metric, signature, candidates = shared
     ordered = sorted(lines, key=lambda line: sort_key(figures[line.name].value(metric), metric))
     others = [entry for entry in figures[ordered[0].name].metrics if entry != metric]
@@ -318,7 +328,7 @@ def _table(name: str, shared: Shared, lines: Sequence[VariantRow], figures: Mapp
         name=name,
         task=family,
         metric=metric,
-        metrics=(metric, *others[:_SHOWN]),
+        metrics=(metric, *others[:_MAX_OTHER_METRICS]),
         signature=signature,
         candidates=candidates,
         requests=len(lines[0].users),
@@ -327,7 +337,7 @@ def _table(name: str, shared: Shared, lines: Sequence[VariantRow], figures: Mapp
     )
 
 
-def _row(line: VariantRow) -> BenchmarkRow:
+def _benchmark_row(line: VariantRow) -> BenchmarkRow:
     first = line.figures[0]
     return BenchmarkRow(
         name=line.name,
@@ -342,11 +352,11 @@ def _row(line: VariantRow) -> BenchmarkRow:
     )
 
 
-def _figures(line: VariantRow, resamples: int) -> RowFigures:
+def _average_figures(line: VariantRow, resamples: int) -> RowFigures:
     first = line.figures[0]
     metrics = {
         name: average_over_seeds(
-            [_bare(row.metrics[name]) for row in line.figures],
+            [_value_with_interval(row.metrics[name]) for row in line.figures],
             [values[name] for values in line.values if name in values],
             metric=name,
             users=line.users,
@@ -355,32 +365,34 @@ def _figures(line: VariantRow, resamples: int) -> RowFigures:
         for name in first.metrics
     }
     costs = [row.cost for row in line.figures]
-    tokens = _mean([cost.prompt_tokens for cost in costs]) + _mean([cost.completion_tokens for cost in costs])
+    tokens = _mean_or_zero([cost.prompt_tokens for cost in costs]) + _mean_or_zero(
+        [cost.completion_tokens for cost in costs]
+    )
     requests = max(1, first.n)
     return RowFigures(
         metrics=metrics,
         n=first.n,
-        parse_rate=_mean([row.parse_rate for row in line.figures]),
+        parse_rate=_mean_or_zero([row.parse_rate for row in line.figures]),
         **({"members": tuple(line.members)} if line.members else {}),
         tokens_per_request=tokens / requests,
-        forwards_per_request=_mean([cost.forwards for cost in costs]) / requests,
-        seconds_per_request=_mean([cost.seconds for cost in costs]) / requests,
+        forwards_per_request=_mean_or_zero([cost.forwards for cost in costs]) / requests,
+        seconds_per_request=_mean_or_zero([cost.seconds for cost in costs]) / requests,
     )
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean_or_zero(values: Sequence[float | None]) -> float:
     return float(np.mean([value or 0.0 for value in values]))
 
 
-def _bare(figure: Figure) -> Figure:
+def _value_with_interval(figure: Figure) -> Figure:
     """Return a metric value with its interval, but without the settings of its computation."""
     return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 
-def _values(line: VariantRow, metric: str) -> NDArray[np.float64]:
+def _request_values(line: VariantRow, metric: str) -> NDArray[np.float64]:
     """Return the per-request values of a model, shape (seeds, n)."""
     return np.array([values[metric] for values in line.values], dtype=np.float64)
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

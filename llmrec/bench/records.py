@@ -12,17 +12,17 @@ from pydantic import Field
 
 from llmrec.recipe.schema import Plain
 from llmrec.records import DataInfo, Number, Record
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 from llmrec.results import Fact, Figure, FusionWeights, Pair, Reads
 
-Setting = str | bool | int | float | list[float] | list[str] | dict[str, Plain] | None
+ParameterValue = str | bool | int | float | list[float] | list[str] | dict[str, Plain] | None
 """The value of a row's parameter."""
 
 
 class Trial(Record):
     """A hyperparameter setting with its validation values by table."""
 
-    parameters: dict[str, Setting]
+    parameters: dict[str, ParameterValue]
     values: dict[str, Number] = Field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ class RowFigures(Record):
     parse_rate: Number = None
     tie_rate: Number = None
     cold: dict[str, float] | None = None
-    parameters: dict[str, Setting] = Field(default_factory=dict)
+    parameters: dict[str, ParameterValue] = Field(default_factory=dict)
     border: tuple[str, ...] = ()
     fusion: FusionWeights | None = None
     members: tuple[str, ...] = ()
@@ -291,4 +291,4 @@ class BenchmarkResult(Record):
 
 def sort_key(value: float | None, metric: str) -> tuple[bool, float]:
     """Return the sort key of a value: best first, None last."""
-    return (True, 0.0) if value is None else (False, value if lower(metric) else -value)
+    return (True, 0.0) if value is None else (False, value if is_lower_better(metric) else -value)

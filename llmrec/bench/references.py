@@ -8,19 +8,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llmrec.display import flat
+from llmrec.display import single_line
 from llmrec.errors import DataError, RecipeError
-from llmrec.recipe.pages import parsed
+from llmrec.recipe.pages import parse_yaml
 from llmrec.resources import resource
 
 
-class Page(BaseModel):
+class FrozenRecord(BaseModel):
     """Frozen base class of the records in eval/references."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Published(Page):
+class PublishedResult(FrozenRecord):
     """A published result; ``seen`` is whether history items could be ranked, if known."""
 
     system: str
@@ -30,27 +30,27 @@ class Published(Page):
     note: str = ""
 
 
-class Protocol(Page):
+class PublishedProtocol(FrozenRecord):
     """The evaluation protocol of a publication's results."""
 
     split: str
     candidates: str
 
 
-class Reference(Page):
+class Reference(FrozenRecord):
     """Published results on one data set, from one file."""
 
     reference: str
     data: str
     counts: Mapping[Literal["users", "items", "interactions"], int]
-    protocol: Protocol
-    rows: tuple[Published, ...]
+    protocol: PublishedProtocol
+    rows: tuple[PublishedResult, ...]
 
 
-def all_references(folder: Path | None = None) -> dict[str, Reference]:
+def read_references(folder: Path | None = None) -> dict[str, Reference]:
     """Return all references by name."""
     pages = sorted((folder or resource("eval", "references")).glob("*.yaml"))
-    return {page.stem: load_reference(page) for page in pages}
+    return {page.stem: read_reference_file(page) for page in pages}
 
 
 def reference(name: str) -> Reference:
@@ -68,20 +68,20 @@ def reference(name: str) -> Reference:
             kind="unknown-name",
             column="references",
         )
-    return load_reference(path)
+    return read_reference_file(path)
 
 
-def load_reference(path: Path) -> Reference:
+def read_reference_file(path: Path) -> Reference:
     """Read a reference from its file.
 
     Raises:
         DataError: If it cannot be read or has another format.
     """
     try:
-        return Reference.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
+        return Reference.model_validate(parse_yaml(path.read_text(encoding="utf-8"), path)[0])
     except (OSError, RecipeError, ValueError) as error:
         raise DataError(
-            f"{path}: invalid file of published results ({flat(str(error))}); see the other files in its folder",
+            f"{path}: invalid file of published results ({single_line(str(error))}); see the other files in its folder",
             kind="wrong-format",
             at=path,
         ) from error

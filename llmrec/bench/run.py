@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from llmrec.baselines.retrieve import check_retriever
-from llmrec.bench.conversations import conversation_rows
-from llmrec.bench.engine import Finished, FinishedBenchmark, Page, name_of, write
-from llmrec.bench.recipes import planned_runs, recipe_rows
-from llmrec.bench.suite import check_rows, suite_rows
-from llmrec.cli.console import say, store_facts, written
+from llmrec.bench.conversations import run_conversations
+from llmrec.bench.engine import BenchmarkProgress, FinishedBenchmark, Page, benchmark_name, write_result
+from llmrec.bench.recipes import planned_runs, run_recipes
+from llmrec.bench.suite import check_rows, run_suite
+from llmrec.cli.console import say, show_written_files, store_facts
 from llmrec.pipeline.results import overwrite_warning
 from llmrec.recipe.comparisons import Benchmark, Suite
-from llmrec.recipe.load import load_benchmark, load_chat, load_recipe, load_suite, recipe_hash
+from llmrec.recipe.load import load_benchmark, load_chat_suite, load_recipe, load_suite, recipe_hash
 
 log = logging.getLogger(__name__)
 
@@ -35,21 +35,21 @@ def run_benchmark(page: Page, *, out: Path, results: Path, say: Callable[[str], 
         DataError: If the data cannot be used.
     """
     begin, result = time.monotonic(), None
-    if note := overwrite_warning(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
+    if note := overwrite_warning(results / f"{benchmark_name(page)}.json", "hash", recipe_hash(page)):
         say(note)
     # Intermediate results are also written, so that an interrupted benchmark of recipes has a page.
-    for finished in _rows(page, out, say):
-        result = write(page, finished, results, time.monotonic() - begin)
+    for finished in _iterate_progress(page, out, say):
+        result = write_result(page, finished, results, time.monotonic() - begin)
     assert result is not None
     return result
 
 
-def _rows(page: Page, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
+def _iterate_progress(page: Page, out: Path, say: Callable[[str], None]) -> Iterator[BenchmarkProgress]:
     if isinstance(page, Suite):
-        return suite_rows(page, out, say)
+        return run_suite(page, out, say)
     if isinstance(page, Benchmark):
-        return recipe_rows(page, out, say)
-    return conversation_rows(page, out, say)
+        return run_recipes(page, out, say)
+    return run_conversations(page, out, say)
 
 
 def run_page(
@@ -58,7 +58,7 @@ def run_page(
     """Run a benchmark file, as ``llmrec eval`` does.
 
     Args:
-        kind: From `llmrec.recipe.load.kind_of_page`.
+        kind: From `llmrec.recipe.load.detect_page_kind`.
         path: The file of the page.
         overrides: Changed keys.
         out: Folder of finished rows; None for one below ``runs``.
@@ -67,12 +67,12 @@ def run_page(
     Raises:
         LlmrecError: If a key is wrong, or a component that it names cannot be used.
     """
-    load: dict[str, Callable[..., Page]] = {"suite": load_suite, "benchmark": load_benchmark, "chat": load_chat}
+    load: dict[str, Callable[..., Page]] = {"suite": load_suite, "benchmark": load_benchmark, "chat": load_chat_suite}
     page = load[kind](path, overrides)
-    folder = out or Path("runs") / ("benchmarks" if kind == "benchmark" else "suites") / name_of(page)
+    folder = out or Path("runs") / ("benchmarks" if kind == "benchmark" else "suites") / benchmark_name(page)
     ran = run_benchmark(page, out=folder, results=results, say=say)
     store_facts(benchmark=ran.results.benchmark, rows=ran.results.rows)
-    written(ran.files)
+    show_written_files(ran.files)
 
 
 def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides
             f"{len(bench.pairs)} planned comparisons"
         )
     else:
-        talks = load_chat(page, overrides)
+        talks = load_chat_suite(page, overrides)
         load_recipe(talks.recipe, talks.overrides)
         check_retriever(talks.recommender, "recommender")
         store_facts(name=talks.chat, rows=[row.label for row in talks.rows], pairs=talks.pairs)

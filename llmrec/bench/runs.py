@@ -11,26 +11,26 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.answer.loaded import Loaded
-from llmrec.answer.rank.outputs import check_out, write_summary
+from llmrec.answer.rank.outputs import check_output_file, write_summary
 from llmrec.data.ranked import write_records
 from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
-from llmrec.evaluate.compare import Contrast, ModelValues, exploratory
+from llmrec.evaluate.compare import Contrast, ModelValues, compare_exploratory
 from llmrec.evaluate.scoring import Scores
 from llmrec.metrics.signature import parse_signature
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.runs import finished, stored_row
+from llmrec.pipeline.runs import read_finished_results, read_stored_row
 from llmrec.recipe.shared import RESAMPLES
 from llmrec.records import Record
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 from llmrec.report.summary import headline
-from llmrec.report.wording import difference, listed, number, title
+from llmrec.report.wording import difference, format_number, join_words, title
 from llmrec.results import ComparedMetric, Pair, Results, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-NOTE = "95 % intervals of A − B, paired by user and not corrected for the number of comparisons"
+INTERVAL_NOTE = "95 % intervals of A − B, paired by user and not corrected for the number of comparisons"
 
 
 class RunPair(Pair, ComparedMetric):
@@ -71,7 +71,7 @@ class ComparedRuns(Displayed, Record):
 
     def _summary(self) -> Summary:
         rows = [
-            (title(pair.task), *_cells(pair))
+            (title(pair.task), *_pair_cells(pair))
             for task, metric in self.headline.items()
             for pair in self.differences
             if (pair.task, pair.metric) == (task, metric)
@@ -128,11 +128,12 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
             other users or candidates, or under another protocol.
     """
     runs = tuple(Path(getattr(run, "folder", run)).expanduser() for run in (a, b))
-    one, other = (finished(run) for run in runs)
+    one, other = (read_finished_results(run) for run in runs)
     tasks = [task for task in one.tasks if task in other.tasks]
     if not tasks:
         raise DataError(
-            f"{runs[0]} has {listed(one.tasks)} and {runs[1]} has {listed(other.tasks)}, so the runs have no task in "
+            f"{runs[0]} has {join_words(one.tasks)} and {runs[1]} has {join_words(other.tasks)}, so the runs have "
+            "no task in "
             "common",
             kind="mismatch",
             at=runs[1],
@@ -140,11 +141,11 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
         )
     matches: list[RunPair] = []
     for task in tasks:
-        _refuse_other_data(task, runs, (one, other))
-        for first, second, best in _pairs(task, one, other):
-            rows = stored_row(runs[0], first), stored_row(runs[1], second)
-            _refuse_other_cases(runs, rows)
-            matches += _differences(one.headline[task], rows, best=best, resamples=resamples, seed=seed)
+        _check_same_data(task, runs, (one, other))
+        for first, second, best in _model_pairs(task, one, other):
+            rows = read_stored_row(runs[0], first), read_stored_row(runs[1], second)
+            _check_same_cases(runs, rows)
+            matches += _metric_differences(one.headline[task], rows, best=best, resamples=resamples, seed=seed)
     ids = [{row.id for row in results.rows if row.task in tasks} for results in (one, other)]
     return ComparedRuns(
         a=str(runs[0]),
@@ -156,7 +157,7 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
     )
 
 
-def _pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, bool]]:
+def _model_pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, bool]]:
     """Yield the best models of both runs as a pair, and then pairs of the same model."""
     best, rival = (headline(results, task).model or results.standings(task)[0] for results in (one, other))
     yield best, rival, True
@@ -166,17 +167,17 @@ def _pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, 
             yield row, known[row.id], False
 
 
-def _differences(
+def _metric_differences(
     first: str, rows: tuple[ResultRow, ResultRow], *, best: bool, resamples: int, seed: int
 ) -> Iterator[RunPair]:
     one, other = rows
     users = [record.user_id for record in one.records]
     # the main metric first
     for name in sorted(set(one.values) & set(other.values), key=lambda name: (name != first, name)):
-        a, b = (ModelValues(row.figures.id, _value(row, name), np.asarray(row.values[name])) for row in rows)
+        a, b = (ModelValues(row.figures.id, _metric_value(row, name), np.asarray(row.values[name])) for row in rows)
         if a.value is None or b.value is None:
             continue
-        (pair,) = exploratory([Contrast(name, a, b, users)], resamples=resamples, seed=seed)
+        (pair,) = compare_exploratory([Contrast(name, a, b, users)], resamples=resamples, seed=seed)
         yield RunPair(
             task=one.figures.task,
             metric=name,
@@ -188,44 +189,44 @@ def _differences(
         )
 
 
-def _value(row: ResultRow, metric: str) -> float | None:
+def _metric_value(row: ResultRow, metric: str) -> float | None:
     return row.figures.metrics[metric].value if metric in row.figures.metrics else None
 
 
 # --------------------------------------------------------------------------- checking that cases are equal
 
 
-def _refuse_other_data(task: str, runs: Sequence[Path], results: tuple[Results, Results]) -> None:
+def _check_same_data(task: str, runs: Sequence[Path], results: tuple[Results, Results]) -> None:
     data = [entry.data_of(task) for entry in results]
     if data[0] is None or data[1] is None or data[0].split_fingerprint != data[1].split_fingerprint:
-        raise _mismatch(
+        raise _mismatch_error(
             runs, task, "on other data or another split", "run both with the same data, data.split and seed", "data"
         )
 
 
-def _refuse_other_cases(runs: Sequence[Path], rows: tuple[ResultRow, ResultRow]) -> None:
+def _check_same_cases(runs: Sequence[Path], rows: tuple[ResultRow, ResultRow]) -> None:
     one, other = rows
     task = one.figures.task
     if [record.request_id for record in one.records] != [record.request_id for record in other.records]:
         users = [len({record.user_id for record in row.records}) for row in rows]
-        raise _mismatch(
+        raise _mismatch_error(
             runs, task, f"on other users ({users[0]:,} and {users[1]:,})", "run both with the same eval.users and seed",
             "eval.users",
         )  # fmt: skip
     if one.figures.candidates != other.figures.candidates:
-        raise _mismatch(
+        raise _mismatch_error(
             runs, task, "on other candidates", "run both with the same eval.candidates and seed", "eval.candidates"
         )
     for name in set(one.figures.metrics) & set(other.figures.metrics):
-        signed = [_protocol(row.figures.metrics[name].signature) for row in rows]
+        signed = [_signature_without_version(row.figures.metrics[name].signature) for row in rows]
         if signed[0] != signed[1]:
-            raise _mismatch(
+            raise _mismatch_error(
                 runs, task, f"under another protocol ({signed[0]}, and {signed[1]})", "run both with the same eval",
                 "eval",
             )  # fmt: skip
 
 
-def _protocol(signature: str) -> str:
+def _signature_without_version(signature: str) -> str:
     """Return a metric signature without the version of llmrec."""
     try:
         version = parse_signature(signature).version
@@ -234,7 +235,7 @@ def _protocol(signature: str) -> str:
     return signature.removesuffix(f"|llmrec:{version}")
 
 
-def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str) -> DataError:
+def _mismatch_error(runs: Sequence[Path], task: str, what: str, fix: str, column: str) -> DataError:
     return DataError(
         f"{runs[1]} measured {title(task)} {what} than {runs[0]}, so the runs cannot be compared; {fix}",
         kind="mismatch",
@@ -246,44 +247,50 @@ def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str)
 # --------------------------------------------------------------------------- output
 
 
-def tables(compared: ComparedRuns) -> Iterator[Table]:
+def comparison_tables(compared: ComparedRuns) -> Iterator[Table]:
     """Yield a table per task: the main metric for the best models and for all models in both runs."""
     from rich.text import Text
 
-    from llmrec.report.table import plain, table_of
+    from llmrec.report.table import console_table, plain_text
 
     for task, metric in compared.headline.items():
         pairs = [pair for pair in compared.differences if (pair.task, pair.metric) == (task, metric)]
         same = [pair for pair in pairs if not pair.best and pair.low == pair.high == 0]
         notes = (
-            [f"{len(same)} models are the same in both: {listed([_name(pair.a) for pair in same])}."] if same else []
+            [f"{len(same)} models are the same in both: {join_words([_name_without_task(pair.a) for pair in same])}."]
+            if same
+            else []
         )
         users = f", {pairs[0].users:,} users" if pairs else ""
-        turned = " (lower is better)" if lower(metric) else ""
-        table = table_of(f"{title(task)}: {metric}{turned}{users}", notes)
+        turned = " (lower is better)" if is_lower_better(metric) else ""
+        table = console_table(f"{title(task)}: {metric}{turned}{users}", notes)
         table.add_column("Model", overflow="fold")
         for head in ("A", "B", "A − B"):
             table.add_column(head, justify="right", no_wrap=True)
         for pair in pairs:
             if pair in same:
                 continue
-            name, *cells = _cells(pair)
-            table.add_row(plain(name, "bold" if pair.best else ""), *map(Text, cells))
+            name, *cells = _pair_cells(pair)
+            table.add_row(plain_text(name, "bold" if pair.best else ""), *map(Text, cells))
         yield table
 
 
-def _cells(pair: RunPair) -> tuple[str, str, str, str]:
-    name = _name(pair.a) if pair.a == pair.b else f"A: {_name(pair.a)}; B: {_name(pair.b)}"
-    return name, number(pair.a_value), number(pair.b_value), difference(pair.value, pair.low, pair.high)
+def _pair_cells(pair: RunPair) -> tuple[str, str, str, str]:
+    name = (
+        _name_without_task(pair.a)
+        if pair.a == pair.b
+        else f"A: {_name_without_task(pair.a)}; B: {_name_without_task(pair.b)}"
+    )
+    return name, format_number(pair.a_value), format_number(pair.b_value), difference(pair.value, pair.low, pair.high)
 
 
-def _name(row_id: str) -> str:
+def _name_without_task(row_id: str) -> str:
     """Return the id of a model without its task."""
     return row_id.partition("/")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class DifferenceLine:
     """A row in the file of differences."""
 
     task: str
@@ -299,15 +306,15 @@ class Line:
     users: int
 
 
-def write(compared: ComparedRuns, path: Path) -> None:
+def write_differences(compared: ComparedRuns, path: Path) -> None:
     """Write all differences as rows of a table file.
 
     Raises:
         DataError: If the file extension is unknown, or the existing file is not one of `llmrec compare`.
     """
-    check_out(path, (), option="--to", by="compare")
+    check_output_file(path, (), option="--to", by="compare")
     lines = [
-        Line(
+        DifferenceLine(
             task=pair.task,
             metric=pair.metric,
             best=pair.best,
@@ -322,5 +329,5 @@ def write(compared: ComparedRuns, path: Path) -> None:
         )
         for pair in compared.differences
     ]
-    write_records(path, lines, Line)
+    write_records(path, lines, DifferenceLine)
     write_summary(path, {"a": compared.a, "b": compared.b})

@@ -17,48 +17,59 @@ from typing import Any, TypeAlias
 import numpy as np
 import psutil
 
-from llmrec.baselines.item_texts import STORE
-from llmrec.baselines.parameters import config_of
-from llmrec.baselines.tune import Choice, Grid, Tuned, tune
+from llmrec.baselines.item_texts import STORE_PREFIX
+from llmrec.baselines.parameters import baseline_config
+from llmrec.baselines.tune import ChosenSetting, Grid, TuningResult, tune
 from llmrec.baselines.tune import Trial as Tried
-from llmrec.bench.engine import Finished, FinishedRow, Parts, Sample, cached
-from llmrec.bench.models import Models, family
+from llmrec.bench.engine import BenchmarkProgress, FinishedRow, RequestSubsets, RequestValues, read_or_compute
+from llmrec.bench.models import Models, suite_family
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, RowFigures, Trial
 from llmrec.bench.references import reference
 from llmrec.data.features import FeatureStore
-from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
-from llmrec.data.stats import wide_cutoffs
-from llmrec.durable import write_checked
-from llmrec.ensembles.members import weights_of
-from llmrec.entries import Kind
+from llmrec.data.split import SplitDataset, liked_threshold, request_of, scale_of
+from llmrec.data.stats import wide_cutoff_warning
+from llmrec.durable import write_checked_json
+from llmrec.ensembles.members import ensemble_weights_record
+from llmrec.entries import MetricKind
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
+from llmrec.evaluate.catalogue import evaluate_catalogue, parse_seen_conventions
 from llmrec.evaluate.compare import average_over_seeds
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.lists import cold_figures
-from llmrec.evaluate.predictor import Evaluated, evaluate
+from llmrec.evaluate.lists import cold_target_figures
+from llmrec.evaluate.predictor import EvaluationResult, evaluate
 from llmrec.evaluate.slices import target_slices
 from llmrec.fingerprint import fingerprint
-from llmrec.machine import versions
+from llmrec.machine import package_versions
 from llmrec.models.text_encoder import text_embedder
-from llmrec.pipeline.results import describe
-from llmrec.pipeline.resume import SUITE, locked, read_stage
+from llmrec.pipeline.results import data_info
+from llmrec.pipeline.resume import SUITE_FILES, lock_folder, read_stage
 from llmrec.pipeline.study import load_split
 from llmrec.progress import Progress
 from llmrec.recipe.comparisons import Suite, SuiteRow
-from llmrec.registry import BASELINES, compared_metrics, lookup
+from llmrec.registry import BASELINES, compared_metrics, import_component
 from llmrec.results import Figure, FusionWeights
-from llmrec.tasks.family import answers
-from llmrec.terminal import works_in
+from llmrec.tasks.family import is_family_supported
+from llmrec.terminal import set_command_folder
 from llmrec.types import Case, Interaction, Probability, Rating
 
 # The name of the only table for these tasks; ranking has one table for each treatment of history items.
 TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
-_KINDS: Mapping[str, Kind] = {"rating": "rating", "ctr": "probability"}
+_KINDS: Mapping[str, MetricKind] = {"rating": "rating", "ctr": "probability"}
 
 # Keys that do not affect results.
-_SILENT = {"suite", "description", "plugins", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
-_MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
+_IGNORED_KEYS = {
+    "suite",
+    "description",
+    "plugins",
+    "data",
+    "rows",
+    "references",
+    "pairs",
+    "explored",
+    "skip",
+    "reserved",
+}
+_KEY_PACKAGES = ("numpy", "scipy", "torch", "implicit", "polars")
 
 # shape (requests,) or (seeds, requests)
 Values: TypeAlias = list[float] | list[list[float]]
@@ -76,7 +87,7 @@ class FinishedModel:
 class SeedResult:
     """The results of a model in one table with one seed."""
 
-    evaluated: Evaluated
+    evaluated: EvaluationResult
     cold: Mapping[str, float] | None = None
 
 
@@ -89,20 +100,20 @@ class Trials:
 
     def known(self) -> list[Tried]:
         """Return the settings that an earlier call tried for the same model."""
-        stored = read_stage(self.path, self.key, _tried)
-        return _tried(stored) if stored else []
+        stored = read_stage(self.path, self.key, _parse_trials)
+        return _parse_trials(stored) if stored else []
 
     def keep(self, trials: Sequence[Tried]) -> None:
         """Store all settings tried so far."""
         points = [{"parameters": dict(trial.parameters), "values": dict(trial.values)} for trial in trials]
-        write_checked(self.path, {"key": self.key, "trials": points})
+        write_checked_json(self.path, {"key": self.key, "trials": points})
 
 
-def _tried(stored: Mapping[str, Any]) -> list[Tried]:
+def _parse_trials(stored: Mapping[str, Any]) -> list[Tried]:
     return [Tried(trial["parameters"], trial["values"]) for trial in stored["trials"]]
 
 
-def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
+def run_suite(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[BenchmarkProgress]:
     """Run all missing models, and yield the results.
 
     Args:
@@ -117,23 +128,23 @@ def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[
     check_rows(suite)
     for name in suite.references:
         reference(name)
-    with locked(out, SUITE):
-        works_in(out)
+    with lock_folder(out, SUITE_FILES):
+        set_command_folder(out)
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         if suite.task == "ranking":
             fewest = min(len(data.dataset.items) for data in splits.values())
-            if wide := wide_cutoffs(suite.cutoffs, fewest):
+            if wide := wide_cutoff_warning(suite.cutoffs, fewest):
                 say(wide)
         rows: list[FinishedModel] = []
         models = Models(suite, out)
         for number, row in enumerate(suite.rows):
             if row.label in suite.skipped:
                 continue
-            done = _stored(suite, row, number, splits, models)
+            done = _read_or_evaluate(suite, row, number, splits, models)
             models.chosen[row.label] = {name: figures.parameters for name, figures in done.row.tables.items()}
             rows.append(done)
-            say(_line(suite, done.row))
-        yield _finished(suite, rows, splits[suite.split_seeds[0]])
+            say(_format_progress_line(suite, done.row))
+        yield _suite_progress(suite, rows, splits[suite.split_seeds[0]])
 
 
 def check_rows(suite: Suite) -> None:
@@ -145,8 +156,8 @@ def check_rows(suite: Suite) -> None:
     for row in suite.rows:
         if row.baseline is None:
             continue
-        supported = family(suite).baselines
-        if not answers(family(suite), BASELINES, row.baseline):
+        supported = suite_family(suite).baselines
+        if not is_family_supported(suite_family(suite), BASELINES, row.baseline):
             raise RecipeError(
                 f"suite {suite.suite}: {row.baseline!r} does not support the task {suite.task}"
                 f"{did_you_mean(row.baseline, supported)}; choose from {', '.join(supported)}",
@@ -154,27 +165,27 @@ def check_rows(suite: Suite) -> None:
                 at=suite.suite,
                 column="rows",
             )
-        config_of(row.baseline, row.parameters, f"suite {suite.suite}, row {row.label!r}: parameters")
+        baseline_config(row.baseline, row.parameters, f"suite {suite.suite}, row {row.label!r}: parameters")
         for name, values in row.grid.items():
             for value in values:
-                config_of(
+                baseline_config(
                     row.baseline, {**row.parameters, name: value}, f"suite {suite.suite}, row {row.label!r}: grid"
                 )
 
 
-def _finished(suite: Suite, rows: Sequence[FinishedModel], data: SplitDataset) -> Finished:
-    cases, metric = cases_of(suite, data), headline_of(suite)
+def _suite_progress(suite: Suite, rows: Sequence[FinishedModel], data: SplitDataset) -> BenchmarkProgress:
+    cases, metric = suite_cases(suite, data), headline_metric(suite)
     users, requests = [case.request.user_id for case in cases], range(len(cases))
     tables = [
         BenchmarkTable(
             name=name,
             task=suite.task,
             metric=metric,
-            metrics=tuple(metrics_of(suite)),
+            metrics=tuple(metric_names(suite)),
             requests=rows[0].row.tables[name].n,
             users=len(set(users)),
         )
-        for name in tables_of(suite)
+        for name in table_names(suite)
     ]
     protocol = BenchmarkProtocol(
         split=f"{data.kind}/{suite.split}",
@@ -185,27 +196,29 @@ def _finished(suite: Suite, rows: Sequence[FinishedModel], data: SplitDataset) -
         users=len(set(users)),
         requests=tables[0].requests,
     )
-    facts = {"data": describe(data), "protocol": protocol, "skipped": suite.skipped, "references": suite.references}
+    facts = {"data": data_info(data), "protocol": protocol, "skipped": suite.skipped, "references": suite.references}
     finished = [
         FinishedRow(
             done.row,
-            {name: Sample(np.array(values[metric]), users, requests) for name, values in done.values.items()},
+            {name: RequestValues(np.array(values[metric]), users, requests) for name, values in done.values.items()},
         )
         for done in rows
     ]
-    parts = Parts()
+    parts = RequestSubsets()
     if suite.task == "ranking":
-        parts = Parts(target_slices(cases, data), [str(case.truth) for case in cases])
-    return Finished(tables, finished, facts, parts, seconds=sum(sum(done.row.seconds.values()) for done in rows))
+        parts = RequestSubsets(target_slices(cases, data), [str(case.truth) for case in cases])
+    return BenchmarkProgress(
+        tables, finished, facts, parts, seconds=sum(sum(done.row.seconds.values()) for done in rows)
+    )
 
 
-def _line(suite: Suite, row: BenchmarkRow) -> str:
-    metrics = row.tables[tables_of(suite)[0]].metrics
-    shown = "  ".join(f"{name} {_shown(metrics[name])}" for name in metrics_of(suite))
+def _format_progress_line(suite: Suite, row: BenchmarkRow) -> str:
+    metrics = row.tables[table_names(suite)[0]].metrics
+    shown = "  ".join(f"{name} {_format_figure(metrics[name])}" for name in metric_names(suite))
     return f"{row.name:<20} {shown}  {sum(row.seconds.values()):.0f} s"
 
 
-def _shown(figure: Figure) -> str:
+def _format_figure(figure: Figure) -> str:
     """Return a value for the terminal, or the reason why it is undefined."""
     return f"{figure.value:.4f}" if figure.value is not None else f"undefined ({figure.undefined})"
 
@@ -213,7 +226,7 @@ def _shown(figure: Figure) -> str:
 # --------------------------------------------------------------------------- one model
 
 
-def _stored(
+def _read_or_evaluate(
     suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, SplitDataset], models: Models
 ) -> FinishedModel:
     """Return the stored result of a model with the same key, or compute and store it."""
@@ -221,30 +234,31 @@ def _stored(
     key = fingerprint(
         "suite",
         made_by=[(BASELINES, row.baseline)] if row.baseline else [],
-        packages={name: version for name, version in versions().items() if name in _MATTERS},
+        packages={name: version for name, version in package_versions().items() if name in _KEY_PACKAGES},
         # Without defaults, so that a new key does not invalidate stored results.
         row=row.model_dump(exclude_defaults=True),
-        grid=grid_of(suite, row) if row.baseline else None,
+        grid=parameter_grid(suite, row) if row.baseline else None,
         parts=[models.chosen[label] for label in row.fuse],
         inputs=models.inputs(row) if row.baseline is None else None,
         files=models.read(row) if row.baseline else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
         reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
         protocol=suite.model_dump(
-            exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True
+            exclude=_IGNORED_KEYS if suite_family(suite).answer is Probability else _IGNORED_KEYS | {"liked"},
+            exclude_defaults=True,
         ),
     )
 
     def make() -> Mapping[str, Any]:
-        done = make_row(suite, row, splits, models, Trials(path.with_name(f"{path.stem}.trials.json"), key))
+        done = evaluate_row(suite, row, splits, models, Trials(path.with_name(f"{path.stem}.trials.json"), key))
         return {"row": done.row.as_json(), "values": done.values}
 
-    return cached(
+    return read_or_compute(
         path, key, lambda stored: FinishedModel(BenchmarkRow.model_validate(stored["row"]), stored["values"]), make
     )
 
 
-def make_row(
+def evaluate_row(
     suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials
 ) -> FinishedModel:
     """Tune a model on the first split, fit it with every seed on every split, and evaluate it.
@@ -258,24 +272,26 @@ def make_row(
     """
     first = suite.split_seeds[0]
     seconds: dict[str, float] = {}
-    with _peak() as memory:
+    with _measure_peak_memory() as memory:
         begin = time.monotonic()
         tuned = (
-            _tuned(suite, row, models.choosing(splits[first]), tried)
+            _tune_baseline(suite, row, models.choosing(splits[first]), tried)
             if row.baseline
-            else models.choose(row, splits[first], tables_of(suite))
+            else models.choose(row, splits[first], table_names(suite))
         )
         seconds["tune"] = time.monotonic() - begin + tuned.recalled
         drawn = models.stochastic(row)
         seeds = suite.seeds_of(row) if drawn else suite.seeds[:1]
-        measure = partial(_measured, models, row, tuned, seconds)
+        measure = partial(_fit_and_evaluate, models, row, tuned, seconds)
         # Tuning has already fitted the chosen setting with the first seed.
         runs = [measure(splits[first], seed, seed == seeds[0]) for seed in seeds]
         others = [measure(splits[seed], suite.seeds[0], False) for seed in suite.split_seeds[1:]]
     tables = {}
     for name, choice in tuned.choices.items():
-        table = _figures([run[name] for run in runs], [run[name] for run in (runs[0], *others)], suite.bootstrap)
-        fusion = _without_trees(weights_of(choice.model))
+        table = _average_figures(
+            [run[name] for run in runs], [run[name] for run in (runs[0], *others)], suite.bootstrap
+        )
+        fusion = _without_trees(ensemble_weights_record(choice.model))
         chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": fusion}
         tables[name] = table.model_copy(update=chosen)
     result = BenchmarkRow(
@@ -284,14 +300,14 @@ def make_row(
         reads=models.reads(row),
         trials=tuple(Trial(parameters=dict(trial.parameters), values=dict(trial.values)) for trial in tuned.trials),
         chosen_by=tuned.metric,
-        **_encoder(row),
+        **_encoder_settings(row),
         seeds=len(seeds),
         **({"fewer_seeds": True} if drawn and len(seeds) < len(suite.seeds) else {}),
         tables=tables,
         seconds={name: round(value, 2) for name, value in seconds.items()},
         memory_gb=round(memory[0] / 2**30, 2),
     )
-    return FinishedModel(result, {name: _values([run[name] for run in runs]) for name in tables})
+    return FinishedModel(result, {name: _request_values([run[name] for run in runs]) for name in tables})
 
 
 def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
@@ -299,43 +315,50 @@ def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
     return weights and weights.model_copy(update={"trees": None})
 
 
-def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
+def _encoder_settings(row: SuiteRow) -> dict[str, dict[str, str]]:
     """Return the settings of a model's text encoder for its record; empty without one."""
     if row.baseline is None:
         return {}
-    config = config_of(row.baseline, row.parameters, row.label)
-    name = lookup(BASELINES, row.baseline, "baseline").text_encoder(config.model_dump())
+    config = baseline_config(row.baseline, row.parameters, row.label)
+    name = import_component(BASELINES, row.baseline, "baseline").text_encoder(config.model_dump())
     if name is None:
         return {}
-    if name.startswith(STORE):
-        source = FeatureStore.open(name.removeprefix(STORE)).provenance("item")
+    if name.startswith(STORE_PREFIX):
+        source = FeatureStore.open(name.removeprefix(STORE_PREFIX)).provenance("item")
         return {
-            "encoder": {"store": name.removeprefix(STORE), **{key: str(value) for key, value in source.encoder.items()}}
+            "encoder": {
+                "store": name.removeprefix(STORE_PREFIX),
+                **{key: str(value) for key, value in source.encoder.items()},
+            }
         }
     return {"encoder": text_embedder(name).record}
 
 
-def grid_of(suite: Suite, row: SuiteRow) -> Grid:
+def parameter_grid(suite: Suite, row: SuiteRow) -> Grid:
     """Return the grid of a baseline, with the values and fixed parameters that the suite sets."""
-    declared = {**lookup(BASELINES, str(row.baseline), "baseline").GRID, **_ascending(row.grid)} if row.tune else {}
+    declared = (
+        {**import_component(BASELINES, str(row.baseline), "baseline").GRID, **_sort_grid_values(row.grid)}
+        if row.tune
+        else {}
+    )
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
     fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
-    if family(suite).answer is Probability:
+    if suite_family(suite).answer is Probability:
         fixed["liked"] = (suite.liked,)
     return grid | fixed
 
 
-def _ascending(grid: Grid) -> Grid:
+def _sort_grid_values(grid: Grid) -> Grid:
     numbers = {name: all(isinstance(value, int | float) for value in values) for name, values in grid.items()}
     return {name: tuple(sorted(values)) if numbers[name] else values for name, values in grid.items()}
 
 
-def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tuned:
+def _tune_baseline(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> TuningResult:
     """Return the parameters selected for each table; fixed ones are evaluated on validation users once."""
-    grid, tables = grid_of(suite, row), tables_of(suite)
+    grid, tables = parameter_grid(suite, row), table_names(suite)
     if data.valid.is_empty() and all(len(values) == 1 for values in grid.values()):
-        only = Choice({name: values[0] for name, values in grid.items()})
-        return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
+        only = ChosenSetting({name: values[0] for name, values in grid.items()})
+        return TuningResult(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
     return tune(
         str(row.baseline),
         data,
@@ -347,10 +370,10 @@ def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tu
     )
 
 
-def _measured(
+def _fit_and_evaluate(
     models: Models,
     row: SuiteRow,
-    tuned: Tuned,
+    tuned: TuningResult,
     seconds: dict[str, float],
     data: SplitDataset,
     seed: int,
@@ -371,11 +394,11 @@ def _measured(
         else:
             model = models.fit(row, data, seed, tables[0], choice.parameters)
         seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin + models.earlier - before
-        results |= _measure(models, row, data, seconds, model, tables)
+        results |= _evaluate_tables(models, row, data, seconds, model, tables)
     return {table: results[table] for table in tuned.choices}
 
 
-def _measure(
+def _evaluate_tables(
     models: Models,
     row: SuiteRow,
     data: SplitDataset,
@@ -393,25 +416,32 @@ def _measure(
         catalogue=len(data.dataset.items),
     )
     begin = time.monotonic()
-    cases = cases_of(suite, data)
+    cases = suite_cases(suite, data)
     results: dict[str, SeedResult] = {}
     if suite.task == "ranking":
         background = models.background(data)
         with Progress(row.label, len(cases)) as bar:
             ranked = evaluate_catalogue(
-                predictor, cases, protocol, seen=conventions(tables), background=background, progress=bar.advance
+                predictor,
+                cases,
+                protocol,
+                seen=parse_seen_conventions(tables),
+                background=background,
+                progress=bar.advance,
             )
         for table, evaluated in ranked.items():
-            results[table] = SeedResult(evaluated, cold_figures(cases, background, evaluated.values, metrics_of(suite)))
+            results[table] = SeedResult(
+                evaluated, cold_target_figures(cases, background, evaluated.values, metric_names(suite))
+            )
     else:
         (table,) = tables
-        measured = evaluate(predictor, cases, name=suite.task, kind=family(suite).answer, protocol=protocol)
+        measured = evaluate(predictor, cases, name=suite.task, kind=suite_family(suite).answer, protocol=protocol)
         results[table] = SeedResult(measured)
     seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
     return results
 
 
-def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
+def suite_cases(suite: Suite, data: SplitDataset) -> list[Case]:
     """Return the held-out interactions of the suite's users as requests, except those without a true answer.
 
     Raises:
@@ -420,7 +450,7 @@ def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
     cases, held_out = [], data.holdouts(suite.split)
     # If a user has several held-out interactions, use all of them or none.
     for held in held_out.of(None if suite.users is None else held_out.first_users(suite.users)):
-        truth = _truth(suite, data, held)
+        truth = _true_answer(suite, data, held)
         if truth is None:
             continue  # without a true answer there is nothing to compare with
         request = request_of(data, held, suite.split, item=None if suite.task == "ranking" else held.item_id)
@@ -436,15 +466,15 @@ def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
     return cases
 
 
-def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float | None:
+def _true_answer(suite: Suite, data: SplitDataset, held: Interaction) -> str | float | None:
     if suite.task == "ranking":
         return held.item_id
-    if family(suite).answer is Rating or held.rating is None:
+    if suite_family(suite).answer is Rating or held.rating is None:
         return held.rating
-    return float(held.rating >= threshold(scale_of(data), suite.liked))
+    return float(held.rating >= liked_threshold(scale_of(data), suite.liked))
 
 
-def _figures(runs: Sequence[SeedResult], splits: Sequence[SeedResult], resamples: int) -> RowFigures:
+def _average_figures(runs: Sequence[SeedResult], splits: Sequence[SeedResult], resamples: int) -> RowFigures:
     """Return results averaged over seeds, with their range over different orders of tied interactions."""
     first = runs[0].evaluated.figures
     users = [record.user_id for record in runs[0].evaluated.records]
@@ -468,10 +498,10 @@ def _figures(runs: Sequence[SeedResult], splits: Sequence[SeedResult], resamples
         metrics=metrics, tie_rate=float(np.mean([run.evaluated.figures.tie_rate for run in runs])), n=first.n
     )
     colds = [run.cold for run in runs if run.cold is not None]
-    return table.model_copy(update={"cold": _mean_of(colds)}) if colds else table
+    return table.model_copy(update={"cold": _mean_by_name(colds)}) if colds else table
 
 
-def _values(runs: Sequence[SeedResult]) -> dict[str, Values]:
+def _request_values(runs: Sequence[SeedResult]) -> dict[str, Values]:
     """Return the values by request, and by seed if there are several seeds."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:
@@ -481,12 +511,12 @@ def _values(runs: Sequence[SeedResult]) -> dict[str, Values]:
     return values
 
 
-def _mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean_by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([one[name] for one in figures])) for name in figures[0]}
 
 
 @contextmanager
-def _peak() -> Iterator[list[float]]:
+def _measure_peak_memory() -> Iterator[list[float]]:
     """Measure the peak resident memory of this process; yields a list with the size in bytes."""
     process, over = psutil.Process(), threading.Event()
     peak = [float(process.memory_info().rss)]
@@ -504,18 +534,18 @@ def _peak() -> Iterator[list[float]]:
         watcher.join()
 
 
-def tables_of(suite: Suite) -> tuple[str, ...]:
+def table_names(suite: Suite) -> tuple[str, ...]:
     """Return the names of a suite's result tables."""
     return TABLES.get(suite.task, suite.seen)
 
 
-def metrics_of(suite: Suite) -> list[str]:
+def metric_names(suite: Suite) -> list[str]:
     """Return the metrics of a suite's tables, with the sort metric last."""
     if suite.task in _KINDS:
         return [*reversed(compared_metrics(_KINDS[suite.task]))]
     return [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
 
 
-def headline_of(suite: Suite) -> str:
+def headline_metric(suite: Suite) -> str:
     """Return the metric used for comparisons."""
-    return f"NDCG@{max(suite.cutoffs)}" if suite.task == "ranking" else metrics_of(suite)[-1]
+    return f"NDCG@{max(suite.cutoffs)}" if suite.task == "ranking" else metric_names(suite)[-1]

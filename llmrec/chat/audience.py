@@ -14,14 +14,14 @@ import numpy as np
 
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.simulator import SimulatedConversation, SimulatedUser, hold, knowledge_of
-from llmrec.chat.state import ITEM, MOST_SHOWN, State, UserPreference
+from llmrec.chat.simulator import SimulatedConversation, SimulatedUser, sample_user_knowledge, simulate_conversation
+from llmrec.chat.state import ITEM, MAX_SHOWN_ITEMS, State, UserPreference
 from llmrec.data.hashing import hash64
-from llmrec.data.split import SplitDataset, scale_of, threshold
+from llmrec.data.split import SplitDataset, liked_threshold, scale_of
 from llmrec.errors import DataError
 
 # Maximum number of earlier items that are excluded, so that enough items remain for recommendations.
-_EARLIER = MOST_SHOWN - 100
+_MAX_EARLIER_ITEMS = MAX_SHOWN_ITEMS - 100
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def data_users(
             column="data.columns.fields",
         )
     rated = data.train["rating"].null_count() < len(data.train)
-    least = threshold(scale_of(data), liked) if rated else 0.0
+    least = liked_threshold(scale_of(data), liked) if rated else 0.0
     known: dict[str, list[tuple[str, bool]]] = {}
     for user, item, rating in data.train.select("user_id", "item_id", "rating").iter_rows():
         known.setdefault(str(user), []).append((str(item), rating is None or rating >= least))
@@ -94,12 +94,12 @@ def _data_user(user: str, target: str, known: Sequence[tuple[str, bool]], past: 
     wishes = [
         UserPreference(field=ITEM, op="is" if likes else "seen", value=item, hard=False) for item, likes in known[at:]
     ]
-    earlier = tuple(item for item, _ in known[:at])[-_EARLIER:]
+    earlier = tuple(item for item, _ in known[:at])[-_MAX_EARLIER_ITEMS:]
     liked = tuple(item for item, likes in known[at:] if likes)
     return DataUser(user, target, State(profile=tuple(wishes), past=earlier), liked)
 
 
-def talks(
+def data_user_conversations(
     conversation: Conversation, every: Sequence[DataUser], seed: int, turns: int, knows: Sequence[str] = ()
 ) -> Iterator[tuple[DataUser, SimulatedConversation]]:
     """Yield each user with a simulated conversation; their messages depend only on the questions of the manager.
@@ -109,10 +109,10 @@ def talks(
     facts = conversation.tools.facts
     for number, user in enumerate(every):
         user_seed = seed * 1000 + number
-        knowledge = knowledge_of(facts, user.target, user.liked, user_seed)
+        knowledge = sample_user_knowledge(facts, user.target, user.liked, user_seed)
         if knows:
             attributes = {field: values for field, values in knowledge.attributes.items() if field in knows}
             unwanted = tuple(item for item in knowledge.unwanted if item[0] in knows)
             knowledge = replace(knowledge, attributes=attributes, unwanted=unwanted)
         simulated_user = SimulatedUser(knowledge, facts.numeric, user_seed)
-        yield user, hold(conversation, simulated_user, user.target, turns, user.state)
+        yield user, simulate_conversation(conversation, simulated_user, user.target, turns, user.state)

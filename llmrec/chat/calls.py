@@ -15,16 +15,16 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmrec.chat.facts import Facts
-from llmrec.chat.state import LONGEST, State
+from llmrec.chat.state import MAX_QUERY_CHARACTERS, State
 from llmrec.errors import DataError
 
-Talk = Literal["hello", "thanks", "bye", "decline", "explained"]
-FEW, COUNTS, DEFAULT_COUNT = 60, (5, 20, 50), 5
+FixedSentence = Literal["hello", "thanks", "bye", "decline", "explained"]
+MAX_LISTED_VALUES, SEARCH_COUNTS, DEFAULT_LIST_LENGTH = 60, (5, 20, 50), 5
 """Maximum number of values of a field listed in full; numbers of items a search returns; default list length."""
 
 _WORDS = re.compile(r"[\w'’-]+")
 # Number of words of a message at which a search text may begin, and its maximum length in words.
-_BEGINS, _SPAN = 40, 5
+_MAX_SEARCH_START, _MAX_SEARCH_WORDS = 40, 5
 
 
 class _Call(BaseModel):
@@ -35,7 +35,7 @@ class Search(_Call):
     """Find items by words."""
 
     tool: Literal["search"] = "search"
-    text: str = Field(min_length=1, max_length=LONGEST)
+    text: str = Field(min_length=1, max_length=MAX_QUERY_CHARACTERS)
     k: int = Field(20, ge=1, le=200)
 
 
@@ -73,7 +73,7 @@ class Show(_Call):
     """End the turn by showing recommendations; if ``ask`` names a field, also ask about it."""
 
     tool: Literal["show"] = "show"
-    k: int = Field(DEFAULT_COUNT, ge=1, le=50)
+    k: int = Field(DEFAULT_LIST_LENGTH, ge=1, le=50)
     ask: str = Field("", max_length=100)
 
 
@@ -101,7 +101,7 @@ class Say(_Call):
     """End the turn with a fixed sentence."""
 
     tool: Literal["say"] = "say"
-    what: Talk
+    what: FixedSentence
 
 
 Call: TypeAlias = Annotated[
@@ -109,18 +109,18 @@ Call: TypeAlias = Annotated[
 ]
 ENDINGS = (Show, Ask, ShowProfile, Forget, Say)
 """Calls that end a turn; the others are tools."""
-_READER: TypeAdapter[Call] = TypeAdapter(Call)
+_CALL_ADAPTER: TypeAdapter[Call] = TypeAdapter(Call)
 
 
-def written(call: Call) -> str:
+def format_call(call: Call) -> str:
     """Return a tool call as one line of JSON."""
     return json.dumps(call.model_dump(), ensure_ascii=False)
 
 
-def read_call(text: str) -> Call:
+def parse_call(text: str) -> Call:
     """Parse a tool call."""
     try:
-        return _READER.validate_json(text)
+        return _CALL_ADAPTER.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(
@@ -128,16 +128,16 @@ def read_call(text: str) -> Call:
         ) from None
 
 
-def ends(call: Call) -> bool:
+def is_ending_call(call: Call) -> bool:
     """Whether a tool call ends the turn."""
     return isinstance(call, ENDINGS)
 
 
-def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending: bool = False) -> list[Call]:
+def allowed_calls(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending: bool = False) -> list[Call]:
     """Return all tool calls allowed in a state.
 
-    Values of fields with more than `FEW` values are legal if they share a word with the last user message. `Forget` is
-    legal only if the user requests it.
+    Values of fields with more than `MAX_LISTED_VALUES` values are legal if they share a word with the last user
+    message. `Forget` is legal only if the user requests it.
 
     Args:
         state: The state, with the last user message.
@@ -145,24 +145,26 @@ def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending
         intents: The intents of that message, without the words of titles (`llmrec.chat.reading.ParsedMessage`).
         ending: Return endings only, as after the last tool of a turn.
     """
-    results: list[Call] = list(_endings(state, facts, intents))
-    return results if ending else [*_tools(state, facts), *results]
+    results: list[Call] = list(_ending_calls(state, facts, intents))
+    return results if ending else [*_tool_calls(state, facts), *results]
 
 
-def _last_message(state: State) -> str:
+def _last_user_message(state: State) -> str:
     """Return the last user message."""
     return next((line.text for line in reversed(state.lines) if line.role == "user"), "")
 
 
-def _tools(state: State, facts: Facts) -> Iterator[Call]:
-    words = _WORDS.findall(_last_message(state))[:_BEGINS]
-    spans = {" ".join(words[at : at + size]) for at in range(len(words)) for size in range(1, _SPAN + 1)}
-    for text in sorted(span for span in spans if len(span) <= LONGEST):
-        yield from (Search(text=text, k=k) for k in COUNTS)
+def _tool_calls(state: State, facts: Facts) -> Iterator[Call]:
+    words = _WORDS.findall(_last_user_message(state))[:_MAX_SEARCH_START]
+    spans = {" ".join(words[at : at + size]) for at in range(len(words)) for size in range(1, _MAX_SEARCH_WORDS + 1)}
+    for text in sorted(span for span in spans if len(span) <= MAX_QUERY_CHARACTERS):
+        yield from (Search(text=text, k=k) for k in SEARCH_COUNTS)
     lowered = {word.casefold() for word in words}
     for field, values in facts.values.items():
         near = [
-            value for value in values if len(values) <= FEW or lowered & {w.casefold() for w in _WORDS.findall(value)}
+            value
+            for value in values
+            if len(values) <= MAX_LISTED_VALUES or lowered & {w.casefold() for w in _WORDS.findall(value)}
         ]
         for value in near:
             yield from (Filter(field=field, op=op, value=value) for op in ("is", "not"))
@@ -179,9 +181,9 @@ def _tools(state: State, facts: Facts) -> Iterator[Call]:
     yield from (Explain(item=position) for position in positions)
 
 
-def _endings(state: State, facts: Facts, intents: Set[str]) -> Iterator[Call]:
+def _ending_calls(state: State, facts: Facts, intents: Set[str]) -> Iterator[Call]:
     fields = [field for field in facts.values if field not in state.asked]
-    for k in (1, 3, DEFAULT_COUNT):
+    for k in (1, 3, DEFAULT_LIST_LENGTH):
         yield Show(k=k)
         yield from (Show(k=k, ask=field) for field in fields)
     yield from (Ask(field=field) for field in fields)

@@ -15,6 +15,6 @@ def chat(options: ChatOptions) -> None:
     Example:
         llmrec chat runs/demo
     """
-    from llmrec.chat.run import chat
+    from llmrec.chat.run import run_chat
 
-    raise typer.Exit(chat(options))
+    raise typer.Exit(run_chat(options))

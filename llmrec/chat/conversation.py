@@ -10,30 +10,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llmrec.chat.calls import Call, Say, ShowProfile, ends
+from llmrec.chat.calls import Call, Say, ShowProfile, is_ending_call
 from llmrec.chat.managers import Manager, ManagerInput
 from llmrec.chat.reading import ParsedMessage, Reader
-from llmrec.chat.state import ITEM, MOST_TURNS, State, fresh, learned, revoked
+from llmrec.chat.state import ITEM, MAX_TURNS, State, drop_expired_preferences, merge_preferences, remove_preferences
 from llmrec.chat.tools import Outcome, Tools
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Cost
 
-_SAY = {
+_FIXED_SENTENCES = {
     "hello": "Hello! Say what you are looking for, what you like, or what you do not want.",
     "thanks": "You are welcome.",
     "bye": "Goodbye.",
     "decline": "I only know this catalogue. Say what you like, what you want, or what you do not want.",
     "explained": "That is what the catalogue says.",
 }
-_LIST, _QUESTION, _EMPTY = (
+_LIST_INTRODUCTION, _FIELD_QUESTION, _EMPTY_PROFILE = (
     "How about:",
     "Do you have a wish about {field}, such as {some}?",
     "Nothing is noted of you yet.",
 )
-_BANNED = "You did not want {value}. Say that it is fine again to see some."
-_BETWEEN = "Do you have a wish about {field} ({low} to {high})?"
+_BANNED_VALUE = "You did not want {value}. Say that it is fine again to see some."
+_RANGE_QUESTION = "Do you have a wish about {field} ({low} to {high})?"
 # Number of example values in a question.
-_NAMED = 3
+_EXAMPLE_VALUES = 3
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class Conversation:
         """
         begun = time.perf_counter()
         message = clean(text, TEXT_LIMIT)
-        state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", message)
+        state = self._drop_unknown_entries(state).with_(turn=min(state.turn + 1, MAX_TURNS)).saying("user", message)
         parsed = ParsedMessage() if self.reader is None else self.reader.read(message, state)
-        state, notes = self._updated(state, parsed)
+        state, notes = self._update_state(state, parsed)
         start = state
         steps: list[tuple[Call, str]] = []
         cost, outcome = Cost(), Outcome()
-        while not steps or not ends(steps[-1][0]):
+        while not steps or not is_ending_call(steps[-1][0]):
             call, took = self.manager.choose(ManagerInput(state, start, parsed, tuple(steps), self.tools))
             cost += took
             state, outcome = self.tools.apply(call, state)
@@ -97,12 +97,12 @@ class Conversation:
             called(call)
         # Items are looked up again, so that no tool can show an item that is not in the catalogue.
         items = tuple(name for name in outcome.items if name in self.tools.titles)
-        answer = self._wording(steps[-1][0], notes, items, outcome.ask)
+        answer = self._format_reply(steps[-1][0], notes, items, outcome.ask)
         calls = tuple(call for call, _ in steps)
         spent = time.perf_counter() - begun
         return Reply(answer, items, calls, state.saying("assistant", answer), parsed, cost, spent)
 
-    def _sound(self, state: State) -> State:
+    def _drop_unknown_entries(self, state: State) -> State:
         """Return a state without items, fields and values that are not in the catalogue."""
         facts, titles = self.tools.facts, self.tools.titles
         return state.with_(
@@ -112,11 +112,11 @@ class Conversation:
             asked=tuple(name for name in state.asked if name in facts.values),
         )
 
-    def _updated(self, state: State, parsed: ParsedMessage) -> tuple[State, list[str]]:
+    def _update_state(self, state: State, parsed: ParsedMessage) -> tuple[State, list[str]]:
         """Update the state with a parsed message; also return notes on requests that contradict an exclusion."""
         profile = state.profile
         for name, value in parsed.revoked:
-            profile = revoked(profile, name, value)
+            profile = remove_preferences(profile, name, value)
         wishes = [wish for wish in parsed.wishes if self.tools.facts.legal(wish)]
         # Mentioning an excluded value does not include it again.
         bans = {
@@ -127,7 +127,7 @@ class Conversation:
         kept = [wish for wish in wishes if wish.op not in ("is", "or") or wish.key not in bans]
         new = {wish.key for wish in wishes if wish.op == "not"}
         notes = [
-            _BANNED.format(value=clean(wish.value))
+            _BANNED_VALUE.format(value=clean(wish.value))
             for wish in wishes
             if wish not in kept and wish.hard and wish.key not in new
         ]
@@ -135,26 +135,26 @@ class Conversation:
         if "instead" in parsed.intents:
             fields = {wish.field for wish in wishes if wish.asks}
             profile = tuple(wish for wish in profile if not (wish.asks and wish.field in fields))
-        changed = learned(profile, wishes)
+        changed = merge_preferences(profile, wishes)
         # Drop candidates found with earlier preferences.
         buffer = () if changed != state.profile else state.buffer
         # A new request replaces the last search.
         asks = any(wish.asks or (wish.field == ITEM and wish.op == "is") for wish in wishes)
         query = "" if asks else state.query
-        state = state.with_(profile=fresh(changed, state.turn), buffer=buffer, query=query)
+        state = state.with_(profile=drop_expired_preferences(changed, state.turn), buffer=buffer, query=query)
         # Nothing is inferred without new items, and earlier inferences expire. A state may begin with likes.
         named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
         return (self.tools.concluded(state) if named else state), notes
 
-    def _wording(self, call: Call, notes: list[str], items: tuple[str, ...], ask: str) -> str:
+    def _format_reply(self, call: Call, notes: list[str], items: tuple[str, ...], ask: str) -> str:
         lines = list(notes)
         if isinstance(call, ShowProfile) and not notes:
-            lines.append(_EMPTY)
+            lines.append(_EMPTY_PROFILE)
         if isinstance(call, Say):
-            lines.append(_SAY[call.what])
+            lines.append(_FIXED_SENTENCES[call.what])
         if items:
             titles = [f"{index}. {self.tools.titles[name]}" for index, name in enumerate(items, start=1)]
-            lines += [_LIST, *titles]
+            lines += [_LIST_INTRODUCTION, *titles]
         if ask:
             lines.append(self._question(ask))
         return "\n".join(lines)
@@ -164,5 +164,7 @@ class Conversation:
         values = facts.values.get(name, ())
         if name in facts.numeric:
             low, high = facts.bounds(name)
-            return _BETWEEN.format(field=clean(name), low=low, high=high)
-        return _QUESTION.format(field=clean(name), some=", ".join(clean(value) for value in values[:_NAMED]))
+            return _RANGE_QUESTION.format(field=clean(name), low=low, high=high)
+        return _FIELD_QUESTION.format(
+            field=clean(name), some=", ".join(clean(value) for value in values[:_EXAMPLE_VALUES])
+        )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.baselines.neural import info_nce_both, train_with_early_stopping
-from llmrec.durable import read_json, replacing, write_json
+from llmrec.baselines.neural import symmetric_info_nce, train_with_early_stopping
+from llmrec.durable import read_json, replace_atomically, write_json
 from llmrec.errors import DataError, require
 from llmrec.models.text_encoder import text_embedder
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from llmrec.chat.transcripts import Turn
     from llmrec.index.table import Embed
 
-ENCODER = "all-MiniLM-L6-v2"
-LAST = 3
+DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+CONTEXT_UTTERANCES = 3
 """Number of last utterances from which a conversation is encoded."""
-_ABOUT, _MAPS = "dual-encoder.json", "maps.safetensors"
-_BATCH, _RATE, _DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
+_METADATA_FILE, _MAPS_FILE = "dual-encoder.json", "maps.safetensors"
+_BATCH_SIZE, _LEARNING_RATE, _WEIGHT_DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
 # Maximum number of epochs, and epochs without a lower validation loss before training stops.
 _EPOCHS, _PATIENCE = 40, 3
 # Minimum number of dialogues: two are held out, so that the item of each is a negative of the other.
-_FEWEST = 20
+_MIN_DIALOGUES = 20
 # Initial logarithm of the scale of cosines.
-_SCALE = 3.0
+_INITIAL_LOG_SCALE = 3.0
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,26 @@ class DualEncoder:
 
     def embed_contexts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised vectors of conversation texts, shape (n, d)."""
-        return mapped(text_embedder(self.encoder)(texts), self.context)
+        return apply_linear_map(text_embedder(self.encoder)(texts), self.context)
 
     def embed_items(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised vectors of item texts, shape (n, d)."""
-        return mapped(text_embedder(self.encoder)(texts), self.item)
+        return apply_linear_map(text_embedder(self.encoder)(texts), self.item)
 
     def save(self, folder: Path) -> None:
         """Save the maps as safetensors, with the name of their text encoder."""
-        with replacing(folder / _MAPS) as draft:
+        with replace_atomically(folder / _MAPS_FILE) as draft:
             require("safetensors.numpy", "train").save_file({"context": self.context, "item": self.item}, draft)
-        write_json(folder / _ABOUT, {"encoder": self.encoder})
+        write_json(folder / _METADATA_FILE, {"encoder": self.encoder})
 
     @staticmethod
     def load(folder: Path) -> DualEncoder:
         """Load a dual encoder written by `save`."""
-        about = read_json(folder / _ABOUT, "train it again with `llmrec chat --learn`")
+        about = read_json(folder / _METADATA_FILE, "train it again with `llmrec chat --learn`")
         try:
-            return DualEncoder(str(about["encoder"]), **require("safetensors.numpy", "train").load_file(folder / _MAPS))
+            return DualEncoder(
+                str(about["encoder"]), **require("safetensors.numpy", "train").load_file(folder / _MAPS_FILE)
+            )
         except Exception as error:
             raise DataError(
                 f"the dual encoder {folder} cannot be read ({error}); train it again with `llmrec chat --learn`",
@@ -118,18 +120,18 @@ class DualEncoder:
             ) from error
 
 
-def contexts_of(turns: Sequence[Turn]) -> list[str]:
+def reply_contexts(turns: Sequence[Turn]) -> list[str]:
     """Return the context of each reply: the last messages of both sides before it."""
     messages: list[str] = []
     results = []
     for turn in turns:
         messages.append(turn.user or "")
-        results.append(" ".join(messages[-LAST:]))
+        results.append(" ".join(messages[-CONTEXT_UTTERANCES:]))
         messages.append(turn.text)
     return results
 
 
-def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> DialogueTurns:
+def build_dialogue_turns(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> DialogueTurns:
     """Return training data from simulated conversations: each user message is a request for the target item.
 
     Args:
@@ -141,7 +143,7 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
     begun = [n for n, turn in enumerate(turns) if turn.user is None]
     contexts, targets, dialogues = [], [], []
     for number, (start, end) in enumerate(pairwise([*begun, len(turns)])):
-        lines = contexts_of(turns[start + 1 : end])
+        lines = reply_contexts(turns[start + 1 : end])
         contexts += lines
         targets += [row_of[turns[start].items[0]]] * len(lines)
         dialogues += [number] * len(lines)
@@ -151,22 +153,22 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
     )
 
 
-def embedders(name: str) -> tuple[Embed, Embed]:
+def load_embedders(name: str) -> tuple[Embed, Embed]:
     """Return the embedding functions for item texts and for messages, from a text encoder or a dual encoder."""
-    if (Path(name) / _ABOUT).is_file():
+    if (Path(name) / _METADATA_FILE).is_file():
         dual = DualEncoder.load(Path(name))
         return dual.embed_items, dual.embed_contexts
     return text_embedder(name), text_embedder(name)
 
 
-def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def apply_linear_map(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """Apply a linear map to vectors and normalise them, shape (n, d)."""
     result = vectors @ weights.T
     unit: NDArray[np.float32] = result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
     return unit
 
 
-def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
+def train_dual_encoder(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
     """Train the maps, starting from the identity.
 
     The loss is contrastive in both directions, with in-batch negatives and without correction for the frequency of
@@ -186,9 +188,9 @@ def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: i
     torch = require("torch", "train")
     rng = np.random.default_rng(seed)
     names = rng.permutation(np.unique(data.dialogues))
-    if len(names) < _FEWEST:
+    if len(names) < _MIN_DIALOGUES:
         raise DataError(
-            f"a dual encoder needs at least {_FEWEST} dialogues, but there are only {len(names)}; simulate more "
+            f"a dual encoder needs at least {_MIN_DIALOGUES} dialogues, but there are only {len(names)}; simulate more "
             "dialogues",
             kind="too-few",
         )
@@ -198,12 +200,12 @@ def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: i
     targets = torch.from_numpy(data.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _maps(items.shape[1])
+        network = _build_residual_maps(items.shape[1])
 
         def loss(batch: NDArray[np.int64]) -> Any:
-            context = _moved(network, "context", vectors[batch]) * network["scale"][0].exp()
-            item = _moved(network, "item", table[targets[batch]])
-            return info_nce_both(context @ item.T, torch.from_numpy(data.false(batch)))
+            context = _apply_residual_map(network, "context", vectors[batch]) * network["scale"][0].exp()
+            item = _apply_residual_map(network, "item", table[targets[batch]])
+            return symmetric_info_nce(context @ item.T, torch.from_numpy(data.false(batch)))
 
         def judge() -> float:
             network.eval()
@@ -213,7 +215,7 @@ def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: i
         def learn_once(optimiser: Optimizer) -> float:
             network.train()
             order, total = rng.permutation(rows), 0.0
-            for batch in np.array_split(order, -(-len(order) // _BATCH)):
+            for batch in np.array_split(order, -(-len(order) // _BATCH_SIZE)):
                 optimiser.zero_grad(set_to_none=True)
                 value = loss(batch)
                 value.backward()
@@ -224,7 +226,7 @@ def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: i
         # Advance the random generator as in the first epoch, which does not train.
         rng.permutation(rows)
         train_with_early_stopping(
-            network, judge, _Epochs(), learn_once, name="dual encoder", measure="loss", learned=True
+            network, judge, _TrainingParameters(), learn_once, name="dual encoder", measure="loss", learned=True
         )
     kept = network.state_dict()
     eye = np.eye(items.shape[1], dtype=np.float32)
@@ -232,27 +234,27 @@ def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: i
 
 
 @dataclass(frozen=True)
-class _Epochs:
+class _TrainingParameters:
     """The hyperparameters of training."""
 
-    learning_rate: float = _RATE
-    weight_decay: float = _DECAY
+    learning_rate: float = _LEARNING_RATE
+    weight_decay: float = _WEIGHT_DECAY
     epochs: int = _EPOCHS
     patience: int = _PATIENCE
     quiet: bool = True
 
 
-def _maps(width: int) -> Any:
+def _build_residual_maps(width: int) -> Any:
     """Return the residual maps, which are initially zero, and the scale of cosines."""
     torch = require("torch", "train")
     network = torch.nn.ModuleDict({name: torch.nn.Linear(width, width, bias=False) for name in ("context", "item")})
     for part in network.values():
         torch.nn.init.zeros_(part.weight)
-    network["scale"] = torch.nn.ParameterList([torch.tensor(_SCALE)])
+    network["scale"] = torch.nn.ParameterList([torch.tensor(_INITIAL_LOG_SCALE)])
     return network
 
 
-def _moved(network: torch.nn.Module, name: str, vectors: Any) -> Any:
+def _apply_residual_map(network: torch.nn.Module, name: str, vectors: Any) -> Any:
     """Add the residual map to vectors and normalise the result, shape (n, d)."""
     nn = require("torch", "train").nn.functional
     vectors = nn.dropout(vectors, _DROPOUT, network.training)

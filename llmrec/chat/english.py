@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 WORD = re.compile(r"[\w'’&-]+")
-CLAUSE = re.compile(
+CLAUSE_SEPARATOR = re.compile(
     r"[.!?;\n]+\s*|"
     r",?\s*\b(?:(?<!anything )(?<!all )but|however|although|though|instead|what about|how about)\b\s*",
     re.IGNORECASE,
@@ -13,11 +13,11 @@ CLAUSE = re.compile(
 """Separators of clauses."""
 
 
-def _words(pattern: str) -> re.Pattern[str]:
+def _compile_words(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
 
 
-NO = _words(
+NEGATION = _compile_words(
     "no|not|don['’]?t|do not|doesn['’]?t|didn['’]?t|never|without|except|hate[ds]?|dislike[ds]?|avoid|anything but|"
     "(?:sick|tired|bored) of|other than|can['’]?t stand|isn['’]?t|non|less|couldn['’]?t|nothing|"
     "remov(?:e|ing)|exclud(?:e|ing)|skip|(?:leave|rule|filter) out|neither|nor|hardly"
@@ -25,36 +25,40 @@ NO = _words(
 # Negations are excluded: *do not forget* is not a request to forget.
 _FORGET = "(?<!never )(?<!not )(?<!n't )(?<!n’t )forget"
 _LIFT = r"lift (?:\w+ ){0,2}(?:bans?|limits?|restrictions?)"
-AGAIN = _words(
+BAN_REVOCATION = _compile_words(
     "(?:is|are|'s|would be|will be|sounds?|fine|ok|okay) (?:\\w+ )?"
     "(?:fine|ok|okay|allowed|good|alright|possible|welcome)|again|after all|don['’]?t mind|do not mind|no longer mind|"
     f"allow|bring back|{_FORGET} (?:about|what i said)|never mind|{_LIFT}"
 )
 """Phrases that take back a ban."""
-LIFTED = _words(f"{_FORGET}|{_LIFT}")
-TOLERATED = _words("(?:don['’]?t|do not|doesn['’]?t|does not|no longer|never) mind|not opposed to|nothing against")
+BAN_LIFTING = _compile_words(f"{_FORGET}|{_LIFT}")
+TOLERATED = _compile_words(
+    "(?:don['’]?t|do not|doesn['’]?t|does not|no longer|never) mind|not opposed to|nothing against"
+)
 """Phrases that are neither a ban nor a request."""
-OUT = (
+LEAVE_OUT = (
     re.compile(r"\b(?:leave|rule|filter|keep|take|cut)\s+(?:\w+\s+){0,2}$", re.IGNORECASE),
     re.compile(r"\s*(?:movies?|films?|books?|ones?)?\s*(?:out|off|away)\b", re.IGNORECASE),
 )
 """Words before and after something to leave out."""
-WANT = _words(
+WANT = _compile_words(
     "want|need|looking|look for|find|recommend|suggest|show|give|something|anything|any|some|please|only|must|should|"
     "mood|['’]d (?:like|love|prefer)|would (?:be|like|love|prefer)|prefer|another|more|let['’]?s|try|make it|how about"
 )
 WOULD = re.compile(r"['’]d |\bwould\b", re.IGNORECASE)
-LIKE = _words("likes?|liked|loves?|loved|enjoy(?:ed|s)?|fan|favou?rites?|into|adore|great|good|best|amazing")
-SEEN = _words("seen|watched|know|read|have (?:it|that|this|those|them)|saw|already")
-UNSEEN = _words(
+LIKE = _compile_words("likes?|liked|loves?|loved|enjoy(?:ed|s)?|fan|favou?rites?|into|adore|great|good|best|amazing")
+SEEN = _compile_words("seen|watched|know|read|have (?:it|that|this|those|them)|saw|already")
+UNSEEN = _compile_words(
     "(?:haven['’]?t|have not|hadn['’]?t|never|don['’]?t|do not|didn['’]?t|did not) (?:yet |ever )?"
     "(?:seen|watched|read|saw|see|watch|know)"
 )
-DISLIKED = _words(
-    rf"(?:{NO.pattern}|wasn['’]?t)(?:\s+\w+){{0,2}}\s+(?:{LIKE.pattern})|hate[ds]?|dislike[ds]?|can['’]?t stand"
+DISLIKED = _compile_words(
+    rf"(?:{NEGATION.pattern}|wasn['’]?t)(?:\s+\w+){{0,2}}\s+(?:{LIKE.pattern})|hate[ds]?|dislike[ds]?|can['’]?t stand"
 )
 """Phrases about a disliked item; whether it was seen is then irrelevant."""
-TURN = re.compile(r",\s*(?!\s*$)(?:(?:just|only|more|maybe|rather|i|show|give|something|some|please)\b)", re.IGNORECASE)
+NEGATION_END = re.compile(
+    r",\s*(?!\s*$)(?:(?:just|only|more|maybe|rather|i|show|give|something|some|please)\b)", re.IGNORECASE
+)
 """The end of a negation's scope within a clause."""
 IS_NOT = re.compile(r"\s*(?:movies?|films?|books?|one|ones)?\s*(?:is|are|was|were)(?:n['’]t| not)\b", re.IGNORECASE)
 DID_NOT = re.compile(r"\s*(?:did|does)(?:n['’]t| not)\b", re.IGNORECASE)
@@ -65,7 +69,7 @@ _AFTER, _BEFORE = (
     "before|until|older than|earlier than|up to",
 )
 _YEAR = r"\s+(?:the\s+)?(?:year\s+)?((?:19|20)\d\d)\b(?!s)"
-BOUNDS = (
+YEAR_BOUNDS = (
     (re.compile(rf"\b(?:{_AFTER}){_YEAR}", re.IGNORECASE), True),
     (re.compile(rf"\b(?:{_BEFORE}){_YEAR}", re.IGNORECASE), False),
 )
@@ -85,34 +89,36 @@ ORDINALS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "last"
 POSITION = re.compile(
     r"(?:#|\bnumber |\bno\. ?|\[)(\d{1,2})\b|\b(first|second|third|fourth|fifth|last)(?: one)?\b", re.IGNORECASE
 )
-THESE = _words("these|those|them|all|both|any of|none of")
+THESE = _compile_words("these|those|them|all|both|any of|none of")
 
 INTENTS = {
-    "profile": _words(
+    "profile": _compile_words(
         "my profile|know about me|what (?:do|have) you (?:know|remember|noted)|what have i (?:said|told)"
     ),
-    "forget": _words(
+    "forget": _compile_words(
         f"{_FORGET} (?:all|everything|me(?! not))|start over|reset|clear (?:my )?(?:profile|everything)|new search"
     ),
-    "lift": LIFTED,
-    "instead": _words("instead"),
-    "explain": _words("why|explain|tell me (?:more )?about|what is (?:it|that|this) about|more about|who (?:is|stars)"),
-    "similar": _words("similar|alike|more like|something like|like (?:that|this|the|number|#)"),
-    "bye": _words("bye|goodbye|see you|good night|that['’]?s all|have a (?:good|nice|great)"),
-    "thanks": _words("thanks?|thank you|thx|cheers|appreciate"),
+    "lift": BAN_LIFTING,
+    "instead": _compile_words("instead"),
+    "explain": _compile_words(
+        "why|explain|tell me (?:more )?about|what is (?:it|that|this) about|more about|who (?:is|stars)"
+    ),
+    "similar": _compile_words("similar|alike|more like|something like|like (?:that|this|the|number|#)"),
+    "bye": _compile_words("bye|goodbye|see you|good night|that['’]?s all|have a (?:good|nice|great)"),
+    "thanks": _compile_words("thanks?|thank you|thx|cheers|appreciate"),
     "hello": re.compile(r"^\W*(?:hi|hello|hey|good (?:morning|evening|afternoon))\b", re.IGNORECASE),
-    "more": _words("more|another|others?|else|next|different"),
+    "more": _compile_words("more|another|others?|else|next|different"),
     "elsewhere": re.compile(
         r"^\W*(?:what|how|when|where|who|which|can you|could you|do you|are you|is|write|tell|translate)\b",
         re.IGNORECASE,
     ),
-    "request": _words(
+    "request": _compile_words(
         r"recommend\w*|suggest\w*|find|looking|want|need|show|watch|give me|movies?|films?|books?|something|anything|"
         "ideas?|surprise"
     ),
 }
 
-MEANS = {
+SYNONYMS = {
     "sci fi": "science fiction",
     "scifi": "science fiction",
     "sci-fi": "science fiction",
@@ -136,12 +142,12 @@ MEANS = {
 }
 """Synonyms of values: a catalogue may use either name."""
 
-PLAIN = frozenset(
+COMMON_WORD_TITLES = frozenset(
     WORD.findall("it up her us them action adventure drama comedy horror you me we go seven heat big one two yes no")
 )
 """Words that are also titles but are rarely meant as such."""
 
-STOP = frozenset(
+STOP_WORDS = frozenset(
     WORD.findall(
         """a about after again all already also always am an and any anything are as ask at be because been before being
         best both but by can could did do does doing done each else enjoy enjoyed even every everything fan favorite

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmrec.answer.rules import OneOf, Rules
-from llmrec.chat.state import ITEM, UserPreference, alternatives
-from llmrec.data.knowledge import BM25, FIELD
+from llmrec.chat.state import ITEM, UserPreference, alternative_groups
+from llmrec.data.knowledge import BM25, FACTS_FIELD
 from llmrec.guard import clean
 from llmrec.types import Item
 
@@ -25,13 +25,13 @@ _T = TypeVar("_T")
 
 _NUMBER = re.compile(r"-?\d{1,9}")
 # Fields whose values have more words on average, or are unique to an item, are texts.
-_LONGEST = 4.0
+_MAX_MEAN_WORDS = 4.0
 # Maximum length in characters of a value and of a field name; longer ones are only searched.
-_LONGEST_VALUE, _LONGEST_FIELD = 300, 100
+_MAX_VALUE_CHARACTERS, _MAX_FIELD_CHARACTERS = 300, 100
 # Minimum share of numbers in a numeric field; years may be "unknown".
-_MOSTLY = 0.9
+_MIN_NUMBER_SHARE = 0.9
 # The constant k of reciprocal rank fusion (Cormack et al., SIGIR 2009).
-_RANK = 60
+_FUSION_CONSTANT = 60
 
 
 class Facts:
@@ -51,7 +51,7 @@ class Facts:
     def __init__(self, items: Mapping[str, Item], embed: Embed | None = None, embed_query: Embed | None = None) -> None:
         self.items, self._embed, self._embed_query = dict(items), embed, embed_query or embed
         self.titles = {name: clean(item.title) or clean(name) or name for name, item in self.items.items()}
-        self.values = _closed(self.items.values())
+        self.values = _categorical_values(self.items.values())
         self._spelt = {field: {value.casefold(): value for value in values} for field, values in self.values.items()}
         self.numeric = frozenset(field for field, values in self.values.items() if _are_numbers(values))
         self.years = next((name for name in sorted(self.numeric) if _are_years(*self.bounds(name))), "")
@@ -77,8 +77,8 @@ class Facts:
                 without[wish.field].add(wish.value)
         return Rules(
             more=tuple(
-                OneOf(group[0].field, frozenset(value for wish in group for value in self._meeting(wish)))
-                for group in alternatives(wishes)
+                OneOf(group[0].field, frozenset(value for wish in group for value in self._matching_values(wish)))
+                for group in alternative_groups(wishes)
             ),
             without={field: frozenset(values) for field, values in without.items()},
             block=frozenset(wish.value for wish in wishes if wish.field == ITEM),
@@ -88,7 +88,7 @@ class Facts:
         """Whether an item has the value that a preference names, or is within its limit."""
         values = self._held[item].get(wish.field, ())
         if wish.op in ("from", "until"):
-            return any(_inside(value, wish) for value in values)
+            return any(_is_within_limit(value, wish) for value in values)
         return wish.value.casefold() in {value.casefold() for value in values}
 
     def fields_of(self, item: str) -> list[tuple[str, str]]:
@@ -109,7 +109,7 @@ class Facts:
             orders += [np.argsort(-(table @ query), kind="stable") for table in (self._vectors, self.concepts)]
         joined = np.zeros(len(self.items))
         for order in orders:
-            joined[order] += 1 / (_RANK + np.arange(len(order)))
+            joined[order] += 1 / (_FUSION_CONSTANT + np.arange(len(order)))
         names = list(self.items)
         results = [names[row] for row in np.argsort(-joined, kind="stable") if joined[row] > 0]
         return [name for name in results if allowed is None or name in allowed]
@@ -123,16 +123,16 @@ class Facts:
         numbers = [int(value) for value in self.values[field] if _NUMBER.fullmatch(value)]
         return min(numbers), max(numbers)
 
-    def _meeting(self, wish: UserPreference) -> list[str]:
+    def _matching_values(self, wish: UserPreference) -> list[str]:
         if wish.op not in ("from", "until"):
             return [wish.value]
-        return [value for value in self.values.get(wish.field, ()) if _inside(value, wish)]
+        return [value for value in self.values.get(wish.field, ()) if _is_within_limit(value, wish)]
 
     @cached_property
     def _held(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
         """The values of the categorical fields of each item."""
         return {
-            name: {field: text for field in self.values if (text := tuple(_values(item.fields.get(field, ""))))}
+            name: {field: text for field in self.values if (text := tuple(_split_values(item.fields.get(field, ""))))}
             for name, item in self.items.items()
         }
 
@@ -164,22 +164,22 @@ class Facts:
         return np.stack([table[row].mean(axis=0) if row else np.zeros(table.shape[1]) for row in rows])
 
 
-def fused(*orders: Sequence[_T]) -> dict[_T, float]:
+def reciprocal_rank_fusion(*orders: Sequence[_T]) -> dict[_T, float]:
     """Return the scores of reciprocal rank fusion of several rankings, best first each."""
     scores: dict[_T, float] = defaultdict(float)
     for order in orders:
         for rank, entry in enumerate(order):
-            scores[entry] += 1 / (_RANK + rank)
+            scores[entry] += 1 / (_FUSION_CONSTANT + rank)
     return scores
 
 
-def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
+def _categorical_values(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
     """Return the values of each categorical field, most frequent first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         for field, text in item.fields.items():
-            if field not in (FIELD, ITEM, "title") and len(field) <= _LONGEST_FIELD:
-                counts[field].update(_values(text))
+            if field not in (FACTS_FIELD, ITEM, "title") and len(field) <= _MAX_FIELD_CHARACTERS:
+                counts[field].update(_split_values(text))
     result = {}
     for field, counted in counts.items():
         if not counted:
@@ -188,25 +188,25 @@ def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
         for value, _ in counted.most_common():
             spellings.setdefault(value.casefold(), value)
         words = sum(len(value.split()) for value in spellings.values()) / max(1, len(spellings))
-        if words <= _LONGEST and (counted.total() > len(spellings) or _are_numbers(spellings)):
+        if words <= _MAX_MEAN_WORDS and (counted.total() > len(spellings) or _are_numbers(spellings)):
             result[field] = tuple(spellings.values())
     return result
 
 
-def _values(text: str) -> list[str]:
-    return [value for value in map(str.strip, text.split(",")) if 0 < len(value) <= _LONGEST_VALUE]
+def _split_values(text: str) -> list[str]:
+    return [value for value in map(str.strip, text.split(",")) if 0 < len(value) <= _MAX_VALUE_CHARACTERS]
 
 
 def _are_numbers(values: Iterable[str]) -> bool:
     values = list(values)
-    return sum(map(bool, map(_NUMBER.fullmatch, values))) >= _MOSTLY * len(values)
+    return sum(map(bool, map(_NUMBER.fullmatch, values))) >= _MIN_NUMBER_SHARE * len(values)
 
 
 def _are_years(low: int, high: int) -> bool:
     return low >= 1800 and high <= 2100
 
 
-def _inside(value: str, wish: UserPreference) -> bool:
+def _is_within_limit(value: str, wish: UserPreference) -> bool:
     if not _NUMBER.fullmatch(value):
         return False
     return int(value) >= int(wish.value) if wish.op == "from" else int(value) <= int(wish.value)

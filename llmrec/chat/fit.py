@@ -12,18 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmrec.chat.facts import Facts, fused
-from llmrec.chat.state import ITEM, State, UserPreference, alternatives
-from llmrec.guard import cut
+from llmrec.chat.facts import Facts, reciprocal_rank_fusion
+from llmrec.chat.state import ITEM, State, UserPreference, alternative_groups
+from llmrec.guard import shorten_at_grapheme
 from llmrec.prompts.template import Template, load_templates
 from llmrec.types import Backend, Cost, Prompt
 
-PHRASES = ("poor fit", "weak fit", "fair fit", "good fit", "excellent fit")
+GRADE_PHRASES = ("poor fit", "weak fit", "fair fit", "good fit", "excellent fit")
 """The possible grades, worst first; equally spaced from 0 to 1."""
-MOST = 10
+MAX_GRADED_ITEMS = 10
 """Maximum number of items that are judged for a list: each needs a separate prompt."""
 # Limits of a prompt: messages, preferences, fields, and characters of each.
-_LINES, _WISHES, _FIELDS, _LETTERS = 3, 12, 8, 160
+_MAX_MESSAGES, _MAX_WISHES, _MAX_FIELDS, _MAX_CHARACTERS = 3, 12, 8, 160
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Grade:
     """A model's grade of an item.
 
     Attributes:
-        score: The expected position among `PHRASES`, from 0 to 1.
+        score: The expected position among `GRADE_PHRASES`, from 0 to 1.
         phrase: The most likely phrase.
         reason: The reason shown in the prompt.
     """
@@ -49,13 +49,13 @@ class Grade:
     reason: Reason
 
 
-def reason(facts: Facts, state: State, item: str) -> Reason:
+def match_preferences(facts: Facts, state: State, item: str) -> Reason:
     """Return which preferences in the profile an item meets.
 
     An item without the banned value meets a ban. One of several alternatives is enough.
     """
     met, missed = [], []
-    groups = {wish: group for group in alternatives(state.profile) for wish in group}
+    groups = {wish: group for group in alternative_groups(state.profile) for wish in group}
     for wish in state.profile:
         if wish.field == ITEM:
             continue
@@ -66,22 +66,22 @@ def reason(facts: Facts, state: State, item: str) -> Reason:
     return Reason(tuple(met), tuple(missed))
 
 
-def shares(logprobs: Sequence[float]) -> list[float]:
+def phrase_probabilities(logprobs: Sequence[float]) -> list[float]:
     """Return the normalised probabilities of phrases, given their log-probabilities."""
     most = max(logprobs)
     weights = [math.exp(value - most) for value in logprobs]
     return [weight / sum(weights) for weight in weights]
 
 
-def expected(logprobs: Sequence[float]) -> float:
+def expected_position(logprobs: Sequence[float]) -> float:
     """Return the expected position among the phrases, 0 for the first and 1 for the last."""
-    return sum(index * share for index, share in enumerate(shares(logprobs))) / (len(logprobs) - 1)
+    return sum(index * share for index, share in enumerate(phrase_probabilities(logprobs))) / (len(logprobs) - 1)
 
 
-def joined(items: Sequence[str], scores: Sequence[float]) -> list[str]:
+def fuse_order_and_scores(items: Sequence[str], scores: Sequence[float]) -> list[str]:
     """Combine the order of items with their scores by reciprocal rank fusion; ties keep the order."""
     positions = range(len(items))
-    combined = fused(positions, sorted(positions, key=lambda position: -scores[position]))
+    combined = reciprocal_rank_fusion(positions, sorted(positions, key=lambda position: -scores[position]))
     return [items[position] for position in sorted(positions, key=lambda position: -combined[position])]
 
 
@@ -95,7 +95,7 @@ class FitJudge:
     """
 
     backend: Backend
-    most: int = MOST
+    most: int = MAX_GRADED_ITEMS
     template: Template = field(default_factory=lambda: load_templates("chat")["fit"])
 
     def ordered(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[str], Cost]:
@@ -106,7 +106,7 @@ class FitJudge:
         """
         first = list(items[: self.most])
         judged, cost = self.judge(facts, state, first)
-        return [*joined(first, [item.score for item in judged]), *items[self.most :]], cost
+        return [*fuse_order_and_scores(first, [item.score for item in judged]), *items[self.most :]], cost
 
     def judge(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[Grade], Cost]:
         """Return the grades of items, each scored with a separate prompt.
@@ -116,11 +116,15 @@ class FitJudge:
         """
         if not items:
             return [], Cost()
-        reasons = [reason(facts, state, name) for name in items]
+        reasons = [match_preferences(facts, state, name) for name in items]
         prompts = [self.prompt(facts, state, name, why) for name, why in zip(items, reasons, strict=True)]
-        result = self.backend.score(prompts, [PHRASES] * len(prompts))
+        result = self.backend.score(prompts, [GRADE_PHRASES] * len(prompts))
         judged = [
-            Grade(expected(item.logprobs), PHRASES[max(range(len(PHRASES)), key=item.logprobs.__getitem__)], why)
+            Grade(
+                expected_position(item.logprobs),
+                GRADE_PHRASES[max(range(len(GRADE_PHRASES)), key=item.logprobs.__getitem__)],
+                why,
+            )
             for item, why in zip(result, reasons, strict=True)
         ]
         cost = Cost(
@@ -135,19 +139,22 @@ class FitJudge:
         titles = facts.titles
 
         def described(wishes: Sequence[UserPreference]) -> list[dict[str, str]]:
-            return [{"value": cut(wish.describe(titles), _LETTERS)} for wish in wishes[-_WISHES:]]
+            return [
+                {"value": shorten_at_grapheme(wish.describe(titles), _MAX_CHARACTERS)} for wish in wishes[-_MAX_WISHES:]
+            ]
 
-        messages = [line.text for line in state.lines if line.role == "user"][-_LINES:]
+        messages = [line.text for line in state.lines if line.role == "user"][-_MAX_MESSAGES:]
         return Prompt(
             messages=self.template.turns(
                 {
-                    "phrases": [{"text": phrase} for phrase in PHRASES],
+                    "phrases": [{"text": phrase} for phrase in GRADE_PHRASES],
                     # The part that all items share comes first, as a common prefix.
-                    "lines": [{"text": cut(text, _LETTERS)} for text in messages],
+                    "lines": [{"text": shorten_at_grapheme(text, _MAX_CHARACTERS)} for text in messages],
                     "profile": described([wish for wish in state.profile if wish.op != "seen"]),
-                    "title": cut(titles[item], _LETTERS),
+                    "title": shorten_at_grapheme(titles[item], _MAX_CHARACTERS),
                     "fields": [
-                        {"name": name, "value": cut(value, _LETTERS)} for name, value in facts.fields_of(item)[:_FIELDS]
+                        {"name": name, "value": shorten_at_grapheme(value, _MAX_CHARACTERS)}
+                        for name, value in facts.fields_of(item)[:_MAX_FIELDS]
                     ],
                     "met": described(why.met),
                     "missed": described(why.missed),

@@ -7,21 +7,35 @@ from collections.abc import Sequence
 from llmrec.chat import tuning
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.managers import Manager
-from llmrec.chat.opening import opened
+from llmrec.chat.opening import open_manager_factory
 from llmrec.chat.options import ChatOptions
-from llmrec.chat.simulator import OTHER, USUAL, MessageTemplates, dialogues, transcript
+from llmrec.chat.simulator import (
+    OTHER_MESSAGES,
+    USUAL_MESSAGES,
+    MessageTemplates,
+    random_target_conversations,
+    transcript_turns,
+)
 from llmrec.chat.transcripts import Turn
-from llmrec.chat.tuning import Agreement, MostFrequentManager, TrainingDecision, agreement, decisions_in, known, parted
+from llmrec.chat.tuning import (
+    Agreement,
+    MostFrequentManager,
+    TrainingDecision,
+    known_prompt_share,
+    measure_agreement,
+    replay_decisions,
+    split_decisions,
+)
 from llmrec.cli.console import say, store_facts
-from llmrec.models.load import resolve
-from llmrec.pipeline.study import folder_of
+from llmrec.models.load import resolve_model_folder
+from llmrec.pipeline.study import resolve_run_folder
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.base import seeded_random
 
 # Simulated users for training: turns per conversation, and probability of a message without a preference.
-_TURNS, _ASIDES = 8, 0.4
+_SIMULATED_TURNS, _ASIDE_PROBABILITY = 8, 0.4
 # Number of calls on which each manager is evaluated; an untuned model takes a second or more per call.
-_EVALUATED = 60
+_EVALUATED_CALLS = 60
 
 
 def fine_tune_manager(
@@ -36,24 +50,28 @@ def fine_tune_manager(
     """
     turns = past
     if turns is None:
-        turns = _simulated(conversation, options.simulate or 0, options.seed, USUAL)
-    moments = decisions_in(conversation, turns)
+        turns = _simulate_turns(conversation, options.simulate or 0, options.seed, USUAL_MESSAGES)
+    moments = replay_decisions(conversation, turns)
     allowed = [moment for moment in moments if moment.allowed]
-    trained, held = parted(allowed, page.seed)
-    samples = {"held out": _drawn(held, page.seed)}
+    trained, held = split_decisions(allowed, page.seed)
+    samples = {"held out": _sample_decisions(held, page.seed)}
     if past is None:
-        others = decisions_in(conversation, _simulated(conversation, max(10, len(held) // 4), options.seed + 1, OTHER))
-        samples["in other words"] = _drawn([other for other in others if other.allowed], page.seed)
+        others = replay_decisions(
+            conversation, _simulate_turns(conversation, max(10, len(held) // 4), options.seed + 1, OTHER_MESSAGES)
+        )
+        samples["in other words"] = _sample_decisions([other for other in others if other.allowed], page.seed)
     names = sorted({moment.conversation for moment in moments})
     left_out = len(moments) - len(allowed)
     say(f"{len(trained)} examples from {len(names)} conversations; {left_out} invalid calls are excluded")
-    result: dict[str, dict[str, Agreement]] = {"usual": _agreements(MostFrequentManager.of(trained), samples)}
-    with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as new_manager:
-        result["untrained"] = _agreements(new_manager(options.seed), samples)
-    folder = folder_of(page, None)
-    done = tuning.tune(page, trained, held, folder, quiet=False)
-    with opened(str(folder), k=options.k, dtype=options.dtype) as new_manager:
-        result["tuned"] = _agreements(new_manager(options.seed), samples)
+    result: dict[str, dict[str, Agreement]] = {"usual": _measure_agreements(MostFrequentManager.of(trained), samples)}
+    with open_manager_factory(
+        resolve_model_folder(page.model, seed=page.seed), k=options.k, dtype=options.dtype
+    ) as new_manager:
+        result["untrained"] = _measure_agreements(new_manager(options.seed), samples)
+    folder = resolve_run_folder(page, None)
+    done = tuning.fine_tune_on_decisions(page, trained, held, folder, quiet=False)
+    with open_manager_factory(str(folder), k=options.k, dtype=options.dtype) as new_manager:
+        result["tuned"] = _measure_agreements(new_manager(options.seed), samples)
     losses = [line["valid_loss"]["chat"] for line in done.log if line.get("valid_loss")]
     say(f"{done.steps} steps in {done.seconds:.0f} s; held-out loss {', '.join(f'{loss:.3f}' for loss in losses)}")
     for name, parts in result.items():
@@ -66,24 +84,26 @@ def fine_tune_manager(
         rows=len(trained),
         conversations=len(names),
         left_out=left_out,
-        known={part: round(known(item, trained), 4) for part, item in samples.items()},
+        known={part: round(known_prompt_share(item, trained), 4) for part, item in samples.items()},
         held_out_loss=[round(loss, 4) for loss in losses],
         steps=done.steps,
         seconds=round(done.seconds, 1),
-        agreement={name: tuning.as_numbers(item) for name, item in result.items()},
+        agreement={name: tuning.agreements_as_dicts(item) for name, item in result.items()},
     )
     say(f"conversation manager fine-tuned: llmrec chat {options.model} --manager {folder}")
     return () if past is not None else turns
 
 
-def _simulated(conversation: Conversation, count: int, seed: int, words: MessageTemplates) -> list[Turn]:
-    return transcript(dialogues(conversation, count, seed, _TURNS, _ASIDES, words))
+def _simulate_turns(conversation: Conversation, count: int, seed: int, words: MessageTemplates) -> list[Turn]:
+    return transcript_turns(
+        random_target_conversations(conversation, count, seed, _SIMULATED_TURNS, _ASIDE_PROBABILITY, words)
+    )
 
 
-def _drawn(moments: Sequence[TrainingDecision], seed: int) -> list[TrainingDecision]:
+def _sample_decisions(moments: Sequence[TrainingDecision], seed: int) -> list[TrainingDecision]:
     """Return a random sample of calls for the evaluation."""
-    return seeded_random("chat", seed, "asked").sample(list(moments), min(_EVALUATED, len(moments)))
+    return seeded_random("chat", seed, "asked").sample(list(moments), min(_EVALUATED_CALLS, len(moments)))
 
 
-def _agreements(manager: Manager, samples: dict[str, list[TrainingDecision]]) -> dict[str, Agreement]:
-    return {part: agreement(manager, item) for part, item in samples.items()}
+def _measure_agreements(manager: Manager, samples: dict[str, list[TrainingDecision]]) -> dict[str, Agreement]:
+    return {part: measure_agreement(manager, item) for part, item in samples.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llmrec.chat.calls import (
-    FEW,
+    MAX_LISTED_VALUES,
     Ask,
     Call,
     Explain,
@@ -19,25 +19,25 @@ from llmrec.chat.calls import (
     Show,
     ShowProfile,
     Similar,
-    legal,
-    read_call,
-    written,
+    allowed_calls,
+    format_call,
+    parse_call,
 )
 from llmrec.chat.facts import Facts
 from llmrec.chat.reading import ParsedMessage
-from llmrec.chat.state import LONGEST, State
+from llmrec.chat.state import MAX_QUERY_CHARACTERS, State
 from llmrec.chat.tools import Tools
-from llmrec.guard import cut
+from llmrec.guard import shorten_at_grapheme
 from llmrec.prompts.template import Template, load_templates
 from llmrec.types import Backend, Cost, Prompt, Scores
 
-MOST_CALLS = 4
+MAX_CALLS = 4
 """Maximum number of calls in a turn; the last one ends the turn."""
 # Beam width of the search for a call.
-_BEAMS = 4
+_BEAM_WIDTH = 4
 # Limits of a prompt, for small models: messages, preferences, titles of the list, and characters of each.
-_LINES, _WISHES, _TITLES, _LETTERS = 4, 12, 10, 160
-_READS = ("profile", "shown", "lines", "made")
+_MAX_MESSAGES, _MAX_WISHES, _MAX_TITLES, _MAX_CHARACTERS = 4, 12, 10, 160
+_PROMPT_VARIABLES = ("profile", "shown", "lines", "made")
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class ManagerInput:
     @property
     def last(self) -> bool:
         """Whether the next call must end the turn."""
-        return len(self.steps) >= MOST_CALLS - 1
+        return len(self.steps) >= MAX_CALLS - 1
 
 
-def choices(moment: ManagerInput, most: int) -> list[Call]:
+def call_choices(moment: ManagerInput, most: int) -> list[Call]:
     """Return the tool calls that a model may choose from: the last ``most`` of the allowed calls.
 
     Each tool is available once per turn: greedy models would repeat it.
     """
-    calls = legal(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
+    calls = allowed_calls(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
     used = {call for call, _ in moment.steps}
     return [call for call in calls[-most:] if call not in used]
 
@@ -130,7 +130,7 @@ class RuleManager:
         elif state.liked and any(wish.value in state.liked for wish in parsed.wishes):
             results.append(Similar())
         # The last search remains valid if only the constraints have changed.
-        elif query := parsed.rest[:LONGEST] or (state.query if parsed.wishes or parsed.revoked else ""):
+        elif query := parsed.rest[:MAX_QUERY_CHARACTERS] or (state.query if parsed.wishes or parsed.revoked else ""):
             results.append(Search(text=query, k=50))
         return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
@@ -138,7 +138,9 @@ class RuleManager:
         """Return the field to ask about next, fields with few values first; empty if none is left."""
         known = {wish.field for wish in state.profile if wish.hard and wish.op != "not"} | set(state.asked)
         open_ = [name for name, values in facts.values.items() if name not in known and len(values) > 1]
-        return min(open_, key=lambda name: (len(facts.values[name]) > FEW, len(facts.values[name])), default="")
+        return min(
+            open_, key=lambda name: (len(facts.values[name]) > MAX_LISTED_VALUES, len(facts.values[name])), default=""
+        )
 
 
 @dataclass
@@ -171,18 +173,18 @@ class ModelManager:
         Raises:
             LlmrecError: If the engine fails.
         """
-        calls = choices(moment, self.most)
-        prompt = model_input(moment, self.template)
-        tool, cost = self._tool(prompt, tuple(sorted({call.tool for call in calls})))
-        texts = [written(call) for call in calls if call.tool == tool]
-        (result,) = self.backend.search([prompt], texts, k=1, width=_BEAMS)
+        calls = call_choices(moment, self.most)
+        prompt = render_decision_prompt(moment, self.template)
+        tool, cost = self._select_tool(prompt, tuple(sorted({call.tool for call in calls})))
+        texts = [format_call(call) for call in calls if call.tool == tool]
+        (result,) = self.backend.search([prompt], texts, k=1, width=_BEAM_WIDTH)
         cost += Cost(prompt_tokens=result.prompt_tokens, completion_tokens=result.tokens, forwards=1)
-        return read_call(texts[result.items[0]]), cost
+        return parse_call(texts[result.items[0]]), cost
 
-    def _tool(self, prompt: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
+    def _select_tool(self, prompt: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
         prompts = [prompt]
         if not self.tuned and tools not in self._empty:
-            prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
+            prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_PROMPT_VARIABLES, ()))))
         # In training, the token after the name spans several characters.
         begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
         scores, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
@@ -193,14 +195,23 @@ class ModelManager:
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
 
-def model_input(moment: ManagerInput, template: Template) -> Prompt:
+def render_decision_prompt(moment: ManagerInput, template: Template) -> Prompt:
     """Return the prompt for a decision; texts of users and catalogue are treated as data."""
     titles = moment.tools.titles
     values: Mapping[str, object] = {
-        "profile": [{"value": cut(line, _LETTERS)} for line in moment.tools.profile(moment.state)[-_WISHES:]],
-        "shown": [{"title": cut(titles.get(name, name), _LETTERS)} for name in moment.state.shown[:_TITLES]],
-        "lines": [{"role": line.role, "text": cut(line.text, _LETTERS)} for line in moment.state.lines[-_LINES:]],
-        "made": [{"call": written(call), "note": note} for call, note in moment.steps],
+        "profile": [
+            {"value": shorten_at_grapheme(line, _MAX_CHARACTERS)}
+            for line in moment.tools.profile(moment.state)[-_MAX_WISHES:]
+        ],
+        "shown": [
+            {"title": shorten_at_grapheme(titles.get(name, name), _MAX_CHARACTERS)}
+            for name in moment.state.shown[:_MAX_TITLES]
+        ],
+        "lines": [
+            {"role": line.role, "text": shorten_at_grapheme(line.text, _MAX_CHARACTERS)}
+            for line in moment.state.lines[-_MAX_MESSAGES:]
+        ],
+        "made": [{"call": format_call(call), "note": note} for call, note in moment.steps],
     }
     return Prompt(messages=template.turns(values))
 
@@ -229,7 +240,7 @@ class RandomManager:
 
     def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
-        calls = legal(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
+        calls = allowed_calls(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
         # Draw the tool first and then its arguments, since most allowed calls are searches.
         tool = self._random.choice(sorted({call.tool for call in calls}))
         return self._random.choice([call for call in calls if call.tool == tool]), Cost()

@@ -20,12 +20,12 @@ MANAGERS: Mapping[str, Callable[[int, int], Manager]] = {
     "random": lambda k, seed: RandomManager(seed),
 }
 """Managers that need no model, as functions of the list length and a seed."""
-CONTROLS = frozenset({"history", "random"})
+BASELINE_MANAGERS = frozenset({"history", "random"})
 """Managers that ignore messages; they are baselines."""
 
 
 @contextmanager
-def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int], Manager]]:
+def open_manager_factory(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int], Manager]]:
     """Yield a function that returns a manager for a seed.
 
     The name is one of `MANAGERS`, or a language model: a folder, a run of ``--tune`` or a name. ``k`` is the number of
@@ -38,22 +38,22 @@ def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int],
         yield lambda seed: MANAGERS[name](k, seed)
         return
     weights, learned = manager_weights(name)
-    with _backend(weights, dtype, "search") as backend:
+    with _open_backend(weights, dtype, "search") as backend:
         yield lambda seed: ModelManager(backend, tuned=learned)
 
 
 @contextmanager
-def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]:
+def open_grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]:
     """Yield the language model that grades items; None if no name is given."""
     if name is None:
         yield None
         return
-    with _backend(name, dtype, "likelihood") as backend:
+    with _open_backend(name, dtype, "likelihood") as backend:
         yield FitJudge(backend)
 
 
 @contextmanager
-def _backend(name: str, dtype: str, strategy: str) -> Iterator[Backend]:
+def _open_backend(name: str, dtype: str, strategy: str) -> Iterator[Backend]:
     options = RecommenderOptions(model=name, backend="hf", dtype=dtype)
     with LanguageModel.open(with_resolved_engine(options), ranks=False) as model, model.backend(strategy) as backend:
         yield backend

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from llmrec.answer.options import ModelOptions, OptionHelp
 
-RULES = "rules"
+RULES_MANAGER = "rules"
 """The manager without a model."""
-MOST = 50
+MAX_LIST_LENGTH = 50
 """Maximum length of a list, as in `llmrec.chat.calls.Show`."""
 
 
@@ -32,7 +32,7 @@ class ChatOptions(ModelOptions):
     ] = ()
     manager: Annotated[
         str, OptionHelp(metavar="rules|MODEL", help="Dialogue manager: rules, or a language model (name or folder).")
-    ] = RULES
+    ] = RULES_MANAGER
     encoder: Annotated[
         str | None,
         OptionHelp(metavar="NAME", help="Text encoder (name, or folder written by --learn) for semantic search."),
@@ -40,7 +40,7 @@ class ChatOptions(ModelOptions):
     ranker: Annotated[
         str | None, OptionHelp(metavar="MODEL", help="Language model (name or folder) that reranks and explains items.")
     ] = None
-    k: Annotated[int, OptionHelp(least=1, most=MOST, help="Number of items in a list.")] = 5
+    k: Annotated[int, OptionHelp(least=1, most=MAX_LIST_LENGTH, help="Number of items in a list.")] = 5
     save: Annotated[Path | None, OptionHelp(metavar="FILE", help="Write a transcript as JSON lines.")] = None
     replay: Annotated[
         Path | None,

@@ -22,9 +22,9 @@ _ARTICLE = re.compile(r"^(.*), (The|A|An|Les?|La|Il|Der|Die|Das)$", re.IGNORECAS
 _YEAR = re.compile(r"\s*\((\d{4})\)")
 _LETTER = re.compile(r"\w")
 # Fields with more values contain names; a single word of a name matches only if it is capitalised.
-_NAMES = 200
+_NAMES_THRESHOLD = 200
 # Maximum number of words in a clause that is a request without a verb.
-_BARE = 6
+_MAX_BARE_WORDS = 6
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Reader:
         self._facts = facts
         self._phrases: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for name, title in facts.titles.items():
-            if form := title_key(title_of(title)):
+            if form := title_key(spoken_title(title)):
                 self._phrases[form].append((ITEM, name))
         for field, values in facts.values.items():
             for value in values if field not in facts.numeric else ():
                 for form in {title_key(value), singular(title_key(value))}:
                     # Stop words such as "no" are too frequent: such values can only be chosen by filters.
-                    if not english.STOP.issuperset(form.split()):
+                    if not english.STOP_WORDS.issuperset(form.split()):
                         self._phrases[form].append((field, value))
         # Two passes, since a word may be a synonym of a synonym.
-        for text, meant in (*english.MEANS.items(), *english.MEANS.items()):
+        for text, meant in (*english.SYNONYMS.items(), *english.SYNONYMS.items()):
             known = self._values(title_key(meant))
             if known and not self._values(title_key(text)):
                 self._phrases[title_key(text)] += known
@@ -84,15 +84,15 @@ class Reader:
         wishes: list[UserPreference] = []
         revoked: list[tuple[str, str]] = []
         rest: list[str] = []
-        mentions = list(self._mentions(text))
+        mentions = list(self._find_mentions(text))
         # Titles and names come first, since their words do not belong to clauses.
         titles = [mention for mention in mentions if mention.field == ITEM]
         names = [mention for mention in mentions if mention.field == ITEM or _is_name(text, mention)]
-        plain = _without(text, names)
-        for start, end in _clauses(text, names):
+        plain = _mask_names(text, names)
+        for start, end in _clause_spans(text, names):
             bare = plain[start:end]
             inside = [mention for mention in mentions if start <= mention.start < end]
-            for wish, revokes in self._wishes(bare, start, inside, state):
+            for wish, revokes in self._clause_preferences(bare, start, inside, state):
                 if revokes:
                     revoked.append((wish.field, wish.value))
                 else:
@@ -100,35 +100,35 @@ class Reader:
             wishes += self._times(bare, state)
             rest += self._rest(bare, start, inside)
         intents = frozenset(name for name, pattern in english.INTENTS.items() if pattern.search(plain))
-        positions = _positions(plain, len(state.shown))
+        positions = _parse_positions(plain, len(state.shown))
         if not titles and "explain" not in intents:
-            wishes += _about_list(plain, state, positions, intents)
+            wishes += _list_preferences(plain, state, positions, intents)
         return ParsedMessage(tuple(dict.fromkeys(wishes)), tuple(revoked), intents, positions, " ".join(rest))
 
     # ------------------------------------------------------------------- wishes
 
-    def _wishes(
+    def _clause_preferences(
         self, bare: str, start: int, inside: Sequence[_Mention], state: State
     ) -> Iterator[tuple[UserPreference, bool]]:
         """Yield a preference for each mention in a clause, and whether it revokes an exclusion."""
         banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
-        requested = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
+        requested = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _MAX_BARE_WORDS
         last: _Mention | None = None
         for item in inside:
             before, after = bare[: item.start - start], bare[item.end - start :]
             tolerated = bool(english.TOLERATED.search(before))
-            unwanted = _negated(before, after, item.field == ITEM)
+            unwanted = _is_negated(before, after, item.field == ITEM)
             if item.field == ITEM:
-                if not _unseen(before):
+                if not _is_unseen(before):
                     yield (
                         UserPreference(
-                            field=ITEM, op=_op(bare, unwanted), value=item.value, hard=False, turn=state.turn
+                            field=ITEM, op=_item_operator(bare, unwanted), value=item.value, hard=False, turn=state.turn
                         ),
                         False,
                     )
                 continue
-            revokes = bool(english.AGAIN.search(bare)) and (
-                ((item.field, item.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
+            revokes = bool(english.BAN_REVOCATION.search(bare)) and (
+                ((item.field, item.value) in banned and not unwanted) or bool(english.BAN_LIFTING.search(bare))
             )
             if tolerated and not unwanted and not revokes:
                 continue
@@ -147,15 +147,15 @@ class Reader:
         def bound(op: Op, year: int | str, ban: bool = False) -> UserPreference:
             return UserPreference(field=self._years, op=op, value=str(year), turn=state.turn, ban=ban)
 
-        for pattern, newer in english.BOUNDS:
+        for pattern, newer in english.YEAR_BOUNDS:
             for result in pattern.finditer(bare):
                 # Excluding items before a year is a lower limit at that year.
-                ban = bool(english.NO.search(bare[: result.start()]))
+                ban = bool(english.NEGATION.search(bare[: result.start()]))
                 yield bound("from" if newer != ban else "until", result[1], ban)
         decades = [int(result[1]) for result in english.DECADE.finditer(bare)]
         decades += [year for name, year in english.DECADES.items() if re.search(rf"\b{name}\b", bare, re.IGNORECASE)]
         years = [year if year > 100 else 1900 + year if year >= 20 else 2000 + year for year in decades]
-        if not years or english.NO.search(bare):
+        if not years or english.NEGATION.search(bare):
             return
         if english.OLDER.search(bare):
             yield bound("until", min(years) - 1)
@@ -166,25 +166,25 @@ class Reader:
 
     def _rest(self, bare: str, start: int, inside: Sequence[_Mention]) -> list[str]:
         """Return the words of a clause to search for; empty for a negated clause."""
-        if english.NO.search(bare) or english.TOLERATED.search(bare):
+        if english.NEGATION.search(bare) or english.TOLERATED.search(bare):
             return []
         taken = [(item.start - start, item.end - start) for item in inside]
         free = [
             result.group()
             for result in english.WORD.finditer(bare)
             if not any(low <= result.start() < high for low, high in taken)
-            and result.group().casefold() not in english.STOP
+            and result.group().casefold() not in english.STOP_WORDS
         ]
         return self._facts.known_words([word for word in free if len(word) > 2])
 
     # ------------------------------------------------------------------- mentions
 
-    def _mentions(self, text: str) -> Iterator[_Mention]:
+    def _find_mentions(self, text: str) -> Iterator[_Mention]:
         """Yield the mentions of catalogue values in a text, the longest one at each position."""
         words = [(result.start(), result.end(), title_key(result.group())) for result in english.WORD.finditer(text)]
         at = 0
         while at < len(words):
-            result = self._mention(text, words[at : at + self._longest])
+            result = self._longest_mention(text, words[at : at + self._longest])
             if result is None:
                 at += 1
                 continue
@@ -192,7 +192,7 @@ class Reader:
             while at < len(words) and words[at][0] < result.end:
                 at += 1
 
-    def _mention(self, text: str, words: Sequence[tuple[int, int, str]]) -> _Mention | None:
+    def _longest_mention(self, text: str, words: Sequence[tuple[int, int, str]]) -> _Mention | None:
         """Return the longest mention at the beginning of a list of words."""
         for size in range(len(words), 0, -1):
             start, end = words[0][0], words[size - 1][1]
@@ -217,7 +217,7 @@ class Reader:
             same = [name for name in items if year and year[1] in self._facts.titles[name]]
             if year or quoted or (value is None and _is_title(text, start, end, form)):
                 return ITEM, (same or items)[0]
-        if value is not None and len(self._facts.values[value[0]]) > _NAMES and " " not in form:
+        if value is not None and len(self._facts.values[value[0]]) > _NAMES_THRESHOLD and " " not in form:
             return value if text[start].isupper() else None
         return value
 
@@ -228,7 +228,7 @@ class Reader:
 # --------------------------------------------------------------------------- words
 
 
-def title_of(title: str) -> str:
+def spoken_title(title: str) -> str:
     """Return a title as people say it: without its year, and with its article in front."""
     bare = title
     while (result := _BRACKET.search(bare)) is not None and result.start() > 0:
@@ -246,7 +246,7 @@ def _is_title(text: str, start: int, end: int, form: str) -> bool:
         return capitals > 1 or len(words) > 2
     # the first word of a sentence is always capitalised
     inner = bool(before) and before[-1] not in ".!?"
-    return capitals == 1 and inner and form not in english.PLAIN and len(form) > 3
+    return capitals == 1 and inner and form not in english.COMMON_WORD_TITLES and len(form) > 3
 
 
 def _is_name(text: str, value: _Mention) -> bool:
@@ -255,10 +255,10 @@ def _is_name(text: str, value: _Mention) -> bool:
     return name[:1].isupper() and _is_title(text, value.start, value.end, title_key(name))
 
 
-def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
+def _clause_spans(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
     """Yield the start and end of clauses; separators inside titles and names are ignored."""
     begin = 0
-    for result in english.CLAUSE.finditer(text):
+    for result in english.CLAUSE_SEPARATOR.finditer(text):
         # the space before a word belongs to the separator
         if any(result.start() < name.end and name.start < result.end() for name in names):
             continue
@@ -269,7 +269,7 @@ def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
         yield begin, len(text)
 
 
-def _without(text: str, names: Sequence[_Mention]) -> str:
+def _mask_names(text: str, names: Sequence[_Mention]) -> str:
     """Mask titles and replace names by neutral words, without changing the length of the text."""
     result = text
     for name in names:
@@ -279,24 +279,26 @@ def _without(text: str, names: Sequence[_Mention]) -> str:
     return result
 
 
-def _negated(before: str, after: str, item: bool) -> bool:
+def _is_negated(before: str, after: str, item: bool) -> bool:
     """Whether a mention is negated by the last negation before it, or one directly after it."""
-    negations = list(english.NO.finditer(english.TOLERATED.sub(lambda match: "\u00b7" * len(match.group()), before)))
-    if not negations and english.OUT[0].search(before) and english.OUT[1].match(after):
+    negations = list(
+        english.NEGATION.finditer(english.TOLERATED.sub(lambda match: "\u00b7" * len(match.group()), before))
+    )
+    if not negations and english.LEAVE_OUT[0].search(before) and english.LEAVE_OUT[1].match(after):
         return True
     if negations:
         between = before[negations[-1].end() :]
-        return not re.match(r"\s+only\b", between, re.IGNORECASE) and not english.TURN.search(between)
+        return not re.match(r"\s+only\b", between, re.IGNORECASE) and not english.NEGATION_END.search(between)
     return bool(english.IS_NOT.match(after)) or (item and bool(english.DID_NOT.match(after)))
 
 
-def _unseen(before: str) -> bool:
+def _is_unseen(before: str) -> bool:
     """Whether the words before a title say that the user has not seen it, which is not a preference."""
     matches = list(english.UNSEEN.finditer(before))
-    return bool(matches) and not english.TURN.search(before[matches[-1].end() :])
+    return bool(matches) and not english.NEGATION_END.search(before[matches[-1].end() :])
 
 
-def _op(bare: str, unwanted: bool) -> Op:
+def _item_operator(bare: str, unwanted: bool) -> Op:
     """Return the operator (like, dislike, ...) of a clause that names an item."""
     seen, liked = english.SEEN.search(bare), english.LIKE.search(bare)
     if english.DISLIKED.search(bare) or (unwanted and (liked or not seen)):
@@ -304,7 +306,7 @@ def _op(bare: str, unwanted: bool) -> Op:
     return "seen" if seen and not liked else "is"
 
 
-def _positions(text: str, count: int) -> tuple[int, ...]:
+def _parse_positions(text: str, count: int) -> tuple[int, ...]:
     """Return the list positions mentioned in a text: numbers, *the first one*, *last*."""
     if not count:
         return ()
@@ -316,10 +318,12 @@ def _positions(text: str, count: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(position for position in positions if 1 <= position <= count))
 
 
-def _about_list(text: str, state: State, positions: Sequence[int], intents: frozenset[str]) -> Iterator[UserPreference]:
+def _list_preferences(
+    text: str, state: State, positions: Sequence[int], intents: frozenset[str]
+) -> Iterator[UserPreference]:
     """Yield preferences about items of the list to which the user refers."""
     everything = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
-    seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NO))
+    seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NEGATION))
     if not (seen or liked or unwanted) or (positions and "similar" in intents) or english.UNSEEN.search(text):
         return
     op: Op = "seen" if seen and (not liked or unwanted) else "not" if unwanted else "is"

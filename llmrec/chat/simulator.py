@@ -13,14 +13,14 @@ from difflib import SequenceMatcher
 
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.reading import title_of
+from llmrec.chat.reading import spoken_title
 from llmrec.chat.state import State
 from llmrec.chat.transcripts import Turn
 from llmrec.errors import DataError
 from llmrec.index.titles import title_key
 from llmrec.types import Cost
 
-NEAR = 0.9
+MIN_TITLE_SIMILARITY = 0.9
 """Minimum similarity at which a text counts as a title."""
 
 
@@ -43,7 +43,7 @@ class MessageTemplates:
     asides: Mapping[str, tuple[str, ...]]
 
 
-USUAL = MessageTemplates(
+USUAL_MESSAGES = MessageTemplates(
     begin=(
         "Hi, I'm looking for something to watch.",
         "Hello! Can you recommend something?",
@@ -65,7 +65,7 @@ USUAL = MessageTemplates(
         "forget": ("Forget everything.", "Please reset."),
     },
 )
-OTHER = MessageTemplates(
+OTHER_MESSAGES = MessageTemplates(
     begin=("Hey, what do you suggest?", "Good evening, surprise me.", "Please find me something nice."),
     likes=("I loved {title}.", "{title} was great."),
     wants=("I'm looking for {value}.", "Please show me {value}.", "I want {value}."),
@@ -83,8 +83,8 @@ OTHER = MessageTemplates(
         "forget": ("Let's start over.", "Clear my profile."),
     },
 )
-"""Other wordings of the same messages, for a model that was fine-tuned on the `USUAL` ones."""
-_NTH = ("first", "second", "third", "fourth", "fifth")
+"""Other wordings of the same messages, for a model that was fine-tuned on the `USUAL_MESSAGES` ones."""
+_ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class SimulatedUser:
     numeric: frozenset[str]
     seed: int
     asides: float = 0.0
-    words: MessageTemplates = USUAL
+    words: MessageTemplates = USUAL_MESSAGES
     _left: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class SimulatedUser:
             wish = self._left[0]
         if wish is not None:
             self._left.remove(wish)
-            lines.append(self._wish(*wish))
+            lines.append(self._wish_message(*wish))
         if self._unwanted and self._random.random() < 0.3:
             lines.append(self._random.choice(self.words.unwanted).format(value=self._unwanted.pop(0)[1]))
         return " ".join(lines) or self._random.choice(self.words.more)
@@ -165,10 +165,10 @@ class SimulatedUser:
         intent = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
         if intent == "forget":
             self._left = [(name, value) for name, values in self.knowledge.attributes.items() for value in values]
-        index = self._aside.randrange(min(shown, len(_NTH))) if shown else 0
-        return self._aside.choice(self.words.asides[intent]).format(n=index + 1, nth=_NTH[index])
+        index = self._aside.randrange(min(shown, len(_ORDINALS))) if shown else 0
+        return self._aside.choice(self.words.asides[intent]).format(n=index + 1, nth=_ORDINALS[index])
 
-    def _wish(self, name: str, value: str) -> str:
+    def _wish_message(self, name: str, value: str) -> str:
         if name in self.numeric:
             return self._random.choice(self.words.time).format(decade=int(value) // 10 * 10)
         return self._random.choice(self.words.wants).format(value=value)
@@ -206,7 +206,7 @@ class SimulatedConversation:
         return [item for turn in self.turns for item in turn.items]
 
 
-def hold(
+def simulate_conversation(
     conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None
 ) -> SimulatedConversation:
     """Run a conversation until a list contains the target, or up to a maximum number of turns.
@@ -232,13 +232,13 @@ def hold(
     return SimulatedConversation(tuple(done), hit, seconds, cost)
 
 
-def dialogues(
+def random_target_conversations(
     conversation: Conversation,
     count: int,
     seed: int,
     turns: int = 5,
     asides: float = 0.0,
-    words: MessageTemplates = USUAL,
+    words: MessageTemplates = USUAL_MESSAGES,
 ) -> Iterator[tuple[str, SimulatedConversation]]:
     """Yield random targets from the catalogue, each with the conversation of a simulated user; see `SimulatedUser`."""
     facts, rng = conversation.tools.facts, random.Random(seed)
@@ -251,24 +251,26 @@ def dialogues(
         )
     for _ in range(count):
         target, user_seed = rng.choice(names), rng.randrange(2**32)
-        user = SimulatedUser(knowledge_of(facts, target, (), user_seed), facts.numeric, user_seed, asides, words)
-        yield target, hold(conversation, user, target, turns)
+        user = SimulatedUser(
+            sample_user_knowledge(facts, target, (), user_seed), facts.numeric, user_seed, asides, words
+        )
+        yield target, simulate_conversation(conversation, user, target, turns)
 
 
-def transcript(held: Iterable[tuple[str, SimulatedConversation]]) -> list[Turn]:
+def transcript_turns(held: Iterable[tuple[str, SimulatedConversation]]) -> list[Turn]:
     """Return conversations as a transcript."""
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
-def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Knowledge:
+def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Knowledge:
     """Return what a user knows about a target: its attributes, and liked items with dissimilar titles.
 
     Values similar to the title are excluded, and so are numbers other than years, which users give as decades.
     ``likes`` is the number of liked items that are named.
     """
-    rng, title = random.Random(seed), title_of(facts.titles[target])
+    rng, title = random.Random(seed), spoken_title(facts.titles[target])
     attributes = {
-        name: tuple(value for value in text.split(", ") if not near(value, title))
+        name: tuple(value for value in text.split(", ") if not is_near_title(value, title))
         for name, text in facts.fields_of(target)
         if name not in facts.numeric or name == facts.years
     }
@@ -279,9 +281,9 @@ def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, lik
         for name, values in facts.values.items()
         if name not in facts.numeric and len(values) < 50
         for value in values
-        if value not in attributes.get(name, ()) and not near(value, title)
+        if value not in attributes.get(name, ()) and not is_near_title(value, title)
     ]
-    known = [facts.titles[name] for name in liked if not near(facts.titles[name], title)]
+    known = [facts.titles[name] for name in liked if not is_near_title(facts.titles[name], title)]
     rng.shuffle(known)
     return Knowledge(
         attributes={name: attributes[name] for name in names if attributes[name]},
@@ -290,12 +292,12 @@ def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, lik
     )
 
 
-def near(text: str, title: str) -> bool:
-    """Whether a text contains a title, or words at least `NEAR` similar to it."""
+def is_near_title(text: str, title: str) -> bool:
+    """Whether a text contains a title, or words at least `MIN_TITLE_SIMILARITY` similar to it."""
     words, target = title_key(text).split(), title_key(title)
     count = len(target.split())
     return any(
-        SequenceMatcher(None, " ".join(words[at : at + size]), target, autojunk=False).ratio() >= NEAR
+        SequenceMatcher(None, " ".join(words[at : at + size]), target, autojunk=False).ratio() >= MIN_TITLE_SIMILARITY
         for size in {max(1, count - 1), count, count + 1}
         for at in range(max(1, len(words) - size + 1))
     )

@@ -20,14 +20,14 @@ Source = Literal["said", "inferred", "edited"]
 
 ITEM = "item_id"
 """The field of wishes about an item itself: liked (``is``), unwanted (``not``) or already known (``seen``)."""
-KEPT = 8
+INFERRED_WISH_TURNS = 8
 """Number of turns after which an inferred wish expires; a stated wish holds until it is revoked."""
-LONGEST = 200
+MAX_QUERY_CHARACTERS = 200
 """Maximum length of a search query in characters."""
-MOST_WISHES, MOST_SHOWN, MOST_BUFFER, MOST_LINES, MOST_TURNS = 100, 1000, 200, 12, 1 << 20
+MAX_PROFILE_WISHES, MAX_SHOWN_ITEMS, MAX_BUFFER_ITEMS, MAX_LINES, MAX_TURNS = 100, 1000, 200, 12, 1 << 20
 
-_WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "until": "is at most"}
-_ABOUT_ITEMS = {"is": "likes", "not": "does not want", "seen": "knows already"}
+_OPERATOR_WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "until": "is at most"}
+_ITEM_OPERATOR_WORDS = {"is": "likes", "not": "does not want", "seen": "knows already"}
 
 
 class UserPreference(BaseModel):
@@ -50,7 +50,7 @@ class UserPreference(BaseModel):
     value: str = Field(max_length=1000)
     hard: bool = True
     source: Source = "said"
-    turn: int = Field(0, ge=0, le=MOST_TURNS)
+    turn: int = Field(0, ge=0, le=MAX_TURNS)
     ban: bool = False
 
     @property
@@ -66,9 +66,9 @@ class UserPreference(BaseModel):
     def describe(self, titles: Mapping[str, str]) -> str:
         """Return the preference in words, on one line; ``titles`` has those of items by id."""
         if self.field == ITEM:
-            text = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
+            text = f"{_ITEM_OPERATOR_WORDS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
         else:
-            text = f"{'' if self.hard else 'rather: '}{self.field} {_WORDS[self.op]} {self.value}"
+            text = f"{'' if self.hard else 'rather: '}{self.field} {_OPERATOR_WORDS[self.op]} {self.value}"
         return clean(text, TEXT_LIMIT)
 
 
@@ -97,14 +97,14 @@ class State(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    turn: int = Field(0, ge=0, le=MOST_TURNS)
-    profile: tuple[UserPreference, ...] = Field((), max_length=MOST_WISHES)
-    buffer: tuple[str, ...] = Field((), max_length=MOST_BUFFER)
-    query: str = Field("", max_length=LONGEST)
-    shown: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
-    past: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
-    asked: tuple[str, ...] = Field((), max_length=MOST_WISHES)
-    lines: tuple[ChatMessage, ...] = Field((), max_length=MOST_LINES)
+    turn: int = Field(0, ge=0, le=MAX_TURNS)
+    profile: tuple[UserPreference, ...] = Field((), max_length=MAX_PROFILE_WISHES)
+    buffer: tuple[str, ...] = Field((), max_length=MAX_BUFFER_ITEMS)
+    query: str = Field("", max_length=MAX_QUERY_CHARACTERS)
+    shown: tuple[str, ...] = Field((), max_length=MAX_SHOWN_ITEMS)
+    past: tuple[str, ...] = Field((), max_length=MAX_SHOWN_ITEMS)
+    asked: tuple[str, ...] = Field((), max_length=MAX_PROFILE_WISHES)
+    lines: tuple[ChatMessage, ...] = Field((), max_length=MAX_LINES)
 
     @property
     def liked(self) -> tuple[str, ...]:
@@ -122,20 +122,20 @@ class State(BaseModel):
 
     def saying(self, role: Literal["user", "assistant"], text: str) -> State:
         """Return the state with an additional message."""
-        return self.with_(lines=(*self.lines, ChatMessage(role=role, text=text[:4000]))[-MOST_LINES:])
+        return self.with_(lines=(*self.lines, ChatMessage(role=role, text=text[:4000]))[-MAX_LINES:])
 
 
 # --------------------------------------------------------------------------- the profile
 
 
-def learned(profile: Iterable[UserPreference], new: Iterable[UserPreference]) -> tuple[UserPreference, ...]:
+def merge_preferences(profile: Iterable[UserPreference], new: Iterable[UserPreference]) -> tuple[UserPreference, ...]:
     """Merge new preferences into a profile.
 
     A wish replaces the one on the same value, or the bound on the same side; repeating one of several alternatives
     replaces all of them. An inferred wish never replaces a stated or edited one.
     """
     known = {wish.key: wish for wish in profile}
-    groups = {wish.key: group for group in alternatives(known.values()) for wish in group}
+    groups = {wish.key: group for group in alternative_groups(known.values()) for wish in group}
     new = list(new)
     chosen = {wish.field for wish in new if wish.op == "or"}
     for wish in new:
@@ -150,10 +150,10 @@ def learned(profile: Iterable[UserPreference], new: Iterable[UserPreference]) ->
             # alternatives are kept together
             known.pop(wish.key, None)
         known[wish.key] = wish
-    return _most(tuple(known.values()))
+    return _limit_profile_size(tuple(known.values()))
 
 
-def _most(profile: tuple[UserPreference, ...]) -> tuple[UserPreference, ...]:
+def _limit_profile_size(profile: tuple[UserPreference, ...]) -> tuple[UserPreference, ...]:
     """Limit the size of a profile: drop inferred preferences first, then soft, then the oldest; exclusions last."""
 
     def priority(wish: UserPreference) -> int:
@@ -162,10 +162,10 @@ def _most(profile: tuple[UserPreference, ...]) -> tuple[UserPreference, ...]:
         return 3 if wish.op in ("not", "seen") or wish.ban else 2 if wish.hard else 1
 
     order = sorted(range(len(profile)), key=lambda index: priority(profile[index]))
-    return tuple(profile[index] for index in sorted(order[max(0, len(profile) - MOST_WISHES) :]))
+    return tuple(profile[index] for index in sorted(order[max(0, len(profile) - MAX_PROFILE_WISHES) :]))
 
 
-def alternatives(profile: Iterable[UserPreference]) -> list[list[UserPreference]]:
+def alternative_groups(profile: Iterable[UserPreference]) -> list[list[UserPreference]]:
     """Return the constraints that an item must meet, each as a list of alternative preferences.
 
     ``or`` adds to the last constraint on its field of the same turn; otherwise it starts a new constraint.
@@ -181,22 +181,24 @@ def alternatives(profile: Iterable[UserPreference]) -> list[list[UserPreference]
     return results
 
 
-def revoked(profile: Iterable[UserPreference], field: str, value: str) -> tuple[UserPreference, ...]:
+def remove_preferences(profile: Iterable[UserPreference], field: str, value: str) -> tuple[UserPreference, ...]:
     """Return a profile without the preferences about a value."""
     return tuple(wish for wish in profile if (wish.field, wish.value) != (field, value))
 
 
-def fresh(profile: Iterable[UserPreference], turn: int) -> tuple[UserPreference, ...]:
-    """Return a profile without preferences inferred more than `KEPT` turns ago."""
-    return tuple(wish for wish in profile if wish.source != "inferred" or turn - wish.turn <= KEPT)
+def drop_expired_preferences(profile: Iterable[UserPreference], turn: int) -> tuple[UserPreference, ...]:
+    """Return a profile without preferences inferred more than `INFERRED_WISH_TURNS` turns ago."""
+    return tuple(wish for wish in profile if wish.source != "inferred" or turn - wish.turn <= INFERRED_WISH_TURNS)
 
 
-def eased(profile: tuple[UserPreference, ...]) -> tuple[tuple[UserPreference, ...], UserPreference | None]:
+def relax_oldest_constraint(
+    profile: tuple[UserPreference, ...],
+) -> tuple[tuple[UserPreference, ...], UserPreference | None]:
     """Remove the oldest constraint from a profile, and return both.
 
     Inferred constraints go before stated ones. Alternatives are removed together.
     """
-    groups = [group for group in alternatives(profile) if group[0].asks]
+    groups = [group for group in alternative_groups(profile) if group[0].asks]
     if not groups:
         return profile, None
     out = min(groups, key=lambda group: (group[0].source != "inferred", group[0].turn))

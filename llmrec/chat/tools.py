@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.listing import ListSpec, listing
+from llmrec.answer.listing import ListSpec, recommendation_steps
 from llmrec.answer.opening import Models
-from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, ranking_of
+from llmrec.answer.recommender import RANK, SIMILAR, AnnotatedAnswer, Question, require_ranking
 from llmrec.answer.rules import Rules
 from llmrec.chat.calls import (
     Ask,
@@ -23,22 +23,32 @@ from llmrec.chat.calls import (
     ShowProfile,
     Similar,
 )
-from llmrec.chat.facts import Facts, fused
-from llmrec.chat.fit import FitJudge, reason
-from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, UserPreference, eased, learned, revoked
+from llmrec.chat.facts import Facts, reciprocal_rank_fusion
+from llmrec.chat.fit import FitJudge, match_preferences
+from llmrec.chat.state import (
+    ITEM,
+    MAX_BUFFER_ITEMS,
+    MAX_PROFILE_WISHES,
+    MAX_SHOWN_ITEMS,
+    State,
+    UserPreference,
+    merge_preferences,
+    relax_oldest_constraint,
+    remove_preferences,
+)
 from llmrec.data.requests import PastEvent, RankRequest
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Cost
 
 # Weight of soft preferences in the order of items, relative to 1 for the first rank.
-_SOFT = 0.5
+_SOFT_WEIGHT = 0.5
 # Number of rejected or liked items with the same value from which a preference is inferred.
-_SHARED = 2
-_FREE = Cost()
+_MIN_SHARED_ITEMS = 2
+_NO_COST = Cost()
 
 
-class Lists(Protocol):
+class ListRecommender(Protocol):
     """Interface to the recommender of a conversation."""
 
     @property
@@ -56,7 +66,7 @@ class Lists(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelLists:
+class ModelListRecommender:
     """Recommends with models in this or another process.
 
     Attributes:
@@ -66,15 +76,15 @@ class ModelLists:
     """
 
     catalogue: Catalogue
-    ask: Callable[[Question, RankRequest], Answered]
+    ask: Callable[[Question, RankRequest], AnnotatedAnswer]
     rules: Rules = field(default_factory=Rules)
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
-        """See `Lists`."""
+        """See `ListRecommender`."""
         return self._request(RANK, liked, rules, k, candidates)
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
-        """See `Lists`."""
+        """See `ListRecommender`."""
         return self._request(SIMILAR, items, rules, k)
 
     def _request(
@@ -86,21 +96,21 @@ class ModelLists:
             candidates=tuple(items[name] for name in candidates if name in items),
             history=tuple(PastEvent(item=items[name]) for name in history if name in items),
         )
-        steps = listing(request, ListSpec(k, rules=self.rules.joined(rules)), self.catalogue, verb)
+        steps = recommendation_steps(request, ListSpec(k, rules=self.rules.joined(rules)), self.catalogue, verb)
         step = next(steps)
         while True:
             try:
                 step = steps.send(self.ask(*step))
             except StopIteration as done:
-                return list(ranking_of(done.value).items)
+                return list(require_ranking(done.value).items)
 
 
-def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
+def make_answer_function(models: Models) -> Callable[[Question, RankRequest], AnnotatedAnswer]:
     """Return a function that sends questions to models in this process."""
     by = "text" if models.data is None else "interactions"
     models.similar(by)
 
-    def ask(question: Question, request: RankRequest) -> Answered:
+    def ask(question: Question, request: RankRequest) -> AnnotatedAnswer:
         query = replace(question, model=by if question.verb == SIMILAR else None)
         return models.answer(query, [request])[0]
 
@@ -138,7 +148,7 @@ class Tools:
     """
 
     facts: Facts
-    lists: Lists
+    lists: ListRecommender
     judge: FitJudge | None = None
 
     @property
@@ -168,7 +178,7 @@ class Tools:
         if isinstance(call, Show):
             return self._show(call, state)
         if isinstance(call, Ask):
-            return state.with_(asked=(*state.asked, call.field)[-MOST_WISHES:]), Outcome(ask=call.field)
+            return state.with_(asked=(*state.asked, call.field)[-MAX_PROFILE_WISHES:]), Outcome(ask=call.field)
         if isinstance(call, ShowProfile):
             return state, Outcome(lines=self.profile(state))
         if isinstance(call, Forget):
@@ -193,12 +203,12 @@ class Tools:
                     if fact not in self.facts.numeric:
                         for value in text.split(", "):
                             counts[fact, value] = counts.get((fact, value), 0) + 1
-            profile = learned(
+            profile = merge_preferences(
                 profile,
                 [
                     UserPreference(field=fact, op=op, value=value, hard=False, source="inferred", turn=state.turn)
                     for (fact, value), times in counts.items()
-                    if times >= _SHARED and 2 * times > len(named)
+                    if times >= _MIN_SHARED_ITEMS and 2 * times > len(named)
                 ],
             )
         return state.with_(profile=profile)
@@ -210,7 +220,7 @@ class Tools:
         wish = UserPreference(field=call.field, op=call.op, value=value, source="inferred", turn=state.turn)
         if not self.facts.legal(wish):
             return state, Outcome(note="this value does not exist")
-        state = state.with_(profile=learned(state.profile, [wish]))
+        state = state.with_(profile=merge_preferences(state.profile, [wish]))
         left = self.allowed(state)
         return _with_buffer(state, [name for name in state.buffer if name in left], f"{len(left)} items are left")
 
@@ -218,7 +228,7 @@ class Tools:
         chosen = [state.shown[position - 1] for position in call.items if position <= len(state.shown)]
         if chosen:
             order = self._tried(self.lists.rank, list(state.liked), state, candidates=chosen, shown=True)
-            order, cost = self._judged(order, state)
+            order, cost = self._rerank_by_grades(order, state)
             return state, Outcome(items=tuple(order), note="the list is ordered", cost=cost)
         allowed = self.allowed(state)
         pool = [name for name in state.buffer if name in allowed]
@@ -226,11 +236,11 @@ class Tools:
         if not order:
             # Items unknown to the recommender follow in the order of the search or of the catalogue.
             new = [(name, 0.0) for name in pool or self.facts.items if name in allowed]
-            order = [name for name, _ in self.lists.rules.arrange(new, self.facts.items, MOST_BUFFER)]
-        order, cost = self._judged(self._softened(_joined(order, pool), state), state)
+            order = [name for name, _ in self.lists.rules.arrange(new, self.facts.items, MAX_BUFFER_ITEMS)]
+        order, cost = self._rerank_by_grades(self._apply_soft_preferences(_fuse_rankings(order, pool), state), state)
         return _with_buffer(state, order, f"{len(order)} items are ranked", cost)
 
-    def _judged(self, order: Sequence[str], state: State) -> tuple[list[str], Cost]:
+    def _rerank_by_grades(self, order: Sequence[str], state: State) -> tuple[list[str], Cost]:
         """Rerank items by the grades of a language model, if there is one."""
         return (list(order), Cost()) if self.judge is None else self.judge.ordered(self.facts, state, order)
 
@@ -246,7 +256,7 @@ class Tools:
         rules = self.facts.rules(state.profile).joined(Rules(block=frozenset() if shown else state.barred))
         further = {"candidates": candidates} if candidates else {}
         try:
-            result = ask(history, rules, MOST_BUFFER, **further)
+            result = ask(history, rules, MAX_BUFFER_ITEMS, **further)
         except DataError as error:
             # A model without interactions has no similar items and would raise an error each time.
             if error.kind not in ("empty", "unsupported"):
@@ -254,7 +264,7 @@ class Tools:
             return []
         return [name for name in result if name in self.facts.items]
 
-    def _softened(self, order: Sequence[str], state: State) -> list[str]:
+    def _apply_soft_preferences(self, order: Sequence[str], state: State) -> list[str]:
         """Reorder items by the soft preferences that they satisfy."""
         wishes = [wish for wish in state.profile if not wish.hard and wish.field != ITEM]
         if not wishes:
@@ -262,7 +272,7 @@ class Tools:
 
         def value(index: int) -> float:
             met = [self.facts.matches(order[index], wish) * (-1 if wish.op == "not" else 1) for wish in wishes]
-            return 1 - index / len(order) + _SOFT * sum(met) / len(wishes)
+            return 1 - index / len(order) + _SOFT_WEIGHT * sum(met) / len(wishes)
 
         return [order[index] for index in sorted(range(len(order)), key=lambda index: (-value(index), index))]
 
@@ -272,7 +282,7 @@ class Tools:
         name = state.shown[call.item - 1]
         text = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.fields_of(name))
         lines = [f"{self.titles[name]}: {text}"]
-        why, graded, cost = reason(self.facts, state, name), "", Cost()
+        why, graded, cost = match_preferences(self.facts, state, name), "", Cost()
         if self.judge is not None:
             (judged,), cost = self.judge.judge(self.facts, state, [name])
             graded = judged.phrase
@@ -291,7 +301,7 @@ class Tools:
         lines: list[str] = []
         result, cost = self._listed(state)
         while not result:
-            profile, out = eased(state.profile)
+            profile, out = relax_oldest_constraint(state.profile)
             if out is None:
                 break
             lines.append(f"No item satisfies this, so it is only a preference now: {out.describe(self.titles)}.")
@@ -301,8 +311,8 @@ class Tools:
         items = tuple(result[: call.k])
         if not items:
             lines.append("No more items satisfy these wishes.")
-        fields = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
-        past = (*state.past, *items)[-MOST_SHOWN:]
+        fields = (*state.asked, call.ask)[-MAX_PROFILE_WISHES:] if call.ask else state.asked
+        past = (*state.past, *items)[-MAX_SHOWN_ITEMS:]
         return state.with_(shown=items, past=past, asked=fields), Outcome(items, tuple(lines), call.ask, cost=cost)
 
     def _listed(self, state: State) -> tuple[list[str], Cost]:
@@ -321,17 +331,17 @@ class Tools:
         if call.wish > len(state.profile):
             return state, Outcome(note="this wish is not in the profile")
         wish = state.profile[call.wish - 1]
-        profile = revoked(state.profile, wish.field, wish.value)
+        profile = remove_preferences(state.profile, wish.field, wish.value)
         return state.with_(profile=profile, buffer=()), Outcome(lines=(f"Forgotten: {wish.describe(self.titles)}.",))
 
 
-def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
+def _fuse_rankings(order: Sequence[str], pool: Sequence[str]) -> list[str]:
     """Combine the rankings of a recommender and of a search by reciprocal rank fusion."""
     if not pool:
         return list(order)
-    scores, ranked = fused(pool, order), set(order)
+    scores, ranked = reciprocal_rank_fusion(pool, order), set(order)
     return sorted((name for name in pool if name in ranked), key=lambda name: -scores[name])
 
 
-def _with_buffer(state: State, items: Sequence[str], note: str, cost: Cost = _FREE) -> tuple[State, Outcome]:
-    return state.with_(buffer=tuple(items[:MOST_BUFFER])), Outcome(note=note, cost=cost)
+def _with_buffer(state: State, items: Sequence[str], note: str, cost: Cost = _NO_COST) -> tuple[State, Outcome]:
+    return state.with_(buffer=tuple(items[:MAX_BUFFER_ITEMS])), Outcome(note=note, cost=cost)

@@ -43,7 +43,7 @@ def write(file: Path, turns: Sequence[Turn]) -> None:
     write_text(file, "".join(json.dumps(turn.model_dump(), ensure_ascii=False) + "\n" for turn in turns))
 
 
-def refuse_other(file: Path) -> None:
+def check_overwritable(file: Path) -> None:
     """Reject an existing file that is not a transcript."""
     if not file.exists():
         return
@@ -84,7 +84,7 @@ def read(file: Path) -> list[Turn]:
     return results
 
 
-def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[str]:
+def replay_differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[str]:
     """Replay the conversations of a transcript, and yield a line for each different reply.
 
     Raises:
@@ -100,9 +100,9 @@ def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[s
         for key in ("calls", "items", "text"):
             then, result = turn.model_dump()[key], now.model_dump()[key]
             if then != result:
-                yield f"line {number}, {turn.user[:60]!r}: {key} were {_short(then)}, are {_short(result)}"
+                yield f"line {number}, {turn.user[:60]!r}: {key} were {_short_json(then)}, are {_short_json(result)}"
                 break
 
 
-def _short(value: object) -> str:
+def _short_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)[:200]

@@ -16,41 +16,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.chat.calls import Call, ends, written
+from llmrec.chat.calls import Call, format_call, is_ending_call
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.managers import Manager, ManagerInput, choices, model_input
+from llmrec.chat.managers import Manager, ManagerInput, call_choices, render_decision_prompt
 from llmrec.chat.state import State
 from llmrec.chat.transcripts import Turn
-from llmrec.durable import read_json, replacing, write_checked
+from llmrec.durable import read_json, replace_atomically, write_checked_json
 from llmrec.errors import DataError, RecipeError, require
 from llmrec.fingerprint import fingerprint
-from llmrec.models.load import device, load_config, load_tokenizer, quiet_libraries, release_memory, resolve
-from llmrec.models.load import weights_stamp as stamp
-from llmrec.models.memory import TRAINING, reporting_full_memory
-from llmrec.models.traits import is_paired
-from llmrec.pipeline.resume import RUN, locked
-from llmrec.pipeline.training import clear_foreign
+from llmrec.models.load import (
+    device,
+    load_config,
+    load_tokenizer,
+    release_memory,
+    resolve_model_folder,
+    silence_libraries,
+)
+from llmrec.models.load import model_folder_hash as stamp
+from llmrec.models.memory import TRAINING_ADVICE, convert_memory_errors
+from llmrec.models.traits import is_encoder_decoder
+from llmrec.pipeline.resume import RUN_FILES, lock_folder
+from llmrec.pipeline.training import remove_foreign_checkpoints
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.schema import ADAPTED, Recipe
+from llmrec.recipe.schema import ADAPTER_METHODS, Recipe
 from llmrec.tasks.base import seeded_random
-from llmrec.terminal import works_in
+from llmrec.terminal import set_command_folder
 from llmrec.types import Cost, Example, Prompt
 
 if TYPE_CHECKING:
-    from llmrec.train.sft import Training
-    from llmrec.train.steps import Steps
+    from llmrec.train.sft import TrainingResult
+    from llmrec.train.steps import PlannedSteps
 
 log = logging.getLogger(__name__)
 
-ABOUT = "manager.json"
+MANAGER_FILE = "manager.json"
 """The file next to a fine-tuned manager's weights that records its base model and prompt."""
-FEWEST = 20
+MIN_CONVERSATIONS = 20
 """Minimum number of conversations for fine-tuning: a tenth of them is held out."""
-MOST = 2000
+MAX_ALLOWED_CALLS = 2000
 """Maximum number of allowed calls in a turn, the default of `ModelManager`."""
 _FAMILY = "chat"
 # Recipe keys that do not apply here.
-_NEVER = ("preference", "judge", "reward", "examples", "start", "teacher")
+_UNSUPPORTED_KEYS = ("preference", "judge", "reward", "examples", "start", "teacher")
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,11 @@ class TrainingDecision:
     @property
     def allowed(self) -> bool:
         """Whether a language model could make the call, since rules can also search for non-adjacent words."""
-        return self.call in choices(self.moment, MOST)
+        return self.call in call_choices(self.moment, MAX_ALLOWED_CALLS)
 
 
 @dataclass
-class _Follower:
+class _TranscriptManager:
     """A manager that repeats the calls of a transcript and records its inputs."""
 
     name: str = "transcript"
@@ -95,12 +102,12 @@ class _Follower:
         return call, Cost()
 
 
-def decisions_in(conversation: Conversation, turns: Sequence[Turn]) -> list[TrainingDecision]:
+def replay_decisions(conversation: Conversation, turns: Sequence[Turn]) -> list[TrainingDecision]:
     """Return all decisions in a transcript with their calls, in order.
 
     Calls are those of the transcript, so manual corrections of it are learned.
     """
-    follower = _Follower()
+    follower = _TranscriptManager()
     replayed, state = replace(conversation, manager=follower), State()
     for number, turn in enumerate(turns, start=1):
         if turn.user is None or number == 1:
@@ -119,13 +126,15 @@ def decisions_in(conversation: Conversation, turns: Sequence[Turn]) -> list[Trai
     return follower.decisions
 
 
-def parted(moments: Sequence[TrainingDecision], seed: int) -> tuple[list[TrainingDecision], list[TrainingDecision]]:
+def split_decisions(
+    moments: Sequence[TrainingDecision], seed: int
+) -> tuple[list[TrainingDecision], list[TrainingDecision]]:
     """Divide decisions into training and held-out decisions; 10 % of the conversations are held out."""
     names = sorted({moment.conversation for moment in moments})
-    if len(names) < FEWEST:
+    if len(names) < MIN_CONVERSATIONS:
         raise DataError(
             f"{len(names)} conversations are too few for fine-tuning, since a tenth of them is held out; give at "
-            f"least {FEWEST}",
+            f"least {MIN_CONVERSATIONS}",
             kind="too-few",
             column="--tune",
         )
@@ -137,15 +146,15 @@ def parted(moments: Sequence[TrainingDecision], seed: int) -> tuple[list[Trainin
     )
 
 
-def example(choice: TrainingDecision, number: int, template: Template) -> Example:
+def training_example(choice: TrainingDecision, number: int, template: Template) -> Example:
     """Return a decision as a training example: the prompt, with the call as answer."""
-    _, answer = template.step({"text": written(choice.call)})
+    _, answer = template.step({"text": format_call(choice.call)})
     return Example(
         id=f"{_FAMILY}/{number}",
         user_id=f"conversation {choice.conversation}",
         task=_FAMILY,
         template=template.id,
-        messages=model_input(choice.moment, template).messages,
+        messages=render_decision_prompt(choice.moment, template).messages,
         answer=answer,
         ends_turn=True,
     )
@@ -169,7 +178,7 @@ class Agreement:
     tool: float
 
 
-def agreement(manager: Manager, moments: Sequence[TrainingDecision]) -> Agreement:
+def measure_agreement(manager: Manager, moments: Sequence[TrainingDecision]) -> Agreement:
     """Return the agreement of a manager with the decisions in a transcript.
 
     Raises:
@@ -196,44 +205,48 @@ class MostFrequentManager:
         """Count the training calls, and return the manager."""
         counts: dict[tuple[str, ...], Counter[Call]] = {}
         for moment in moments:
-            counts.setdefault(_tools_so_far(moment.moment), Counter())[moment.call] += 1
+            counts.setdefault(_earlier_tools(moment.moment), Counter())[moment.call] += 1
         return MostFrequentManager(counts)
 
     def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
-        allowed = choices(moment, MOST)
-        usual = [call for call, _ in self.counts.get(_tools_so_far(moment), Counter()).most_common() if call in allowed]
-        return (usual or [call for call in allowed if ends(call)])[0], Cost()
+        allowed = call_choices(moment, MAX_ALLOWED_CALLS)
+        usual = [
+            call for call, _ in self.counts.get(_earlier_tools(moment), Counter()).most_common() if call in allowed
+        ]
+        return (usual or [call for call in allowed if is_ending_call(call)])[0], Cost()
 
 
-def _tools_so_far(moment: ManagerInput) -> tuple[str, ...]:
+def _earlier_tools(moment: ManagerInput) -> tuple[str, ...]:
     return tuple(call.tool for call, _ in moment.steps)
 
 
-def known(moments: Sequence[TrainingDecision], trained: Sequence[TrainingDecision]) -> float:
+def known_prompt_share(moments: Sequence[TrainingDecision], trained: Sequence[TrainingDecision]) -> float:
     """Return the share of decisions whose prompt is also in the training examples."""
     template = load_templates(_FAMILY)["manage"]
-    seen = {_text(model_input(item.moment, template)) for item in trained}
-    return sum(_text(model_input(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
+    seen = {_prompt_text(render_decision_prompt(item.moment, template)) for item in trained}
+    return sum(_prompt_text(render_decision_prompt(moment.moment, template)) in seen for moment in moments) / max(
+        1, len(moments)
+    )
 
 
-def _text(prompt: Prompt) -> str:
+def _prompt_text(prompt: Prompt) -> str:
     return "\0".join(message.text for message in prompt.messages)
 
 
 # --------------------------------------------------------------------------- training
 
 
-def refuse(page: Recipe) -> None:
+def check_manager_recipe(page: Recipe) -> None:
     """Reject a recipe whose model or training cannot be used for dialogue managers."""
-    if page.train.method not in (*ADAPTED, "full"):
+    if page.train.method not in (*ADAPTER_METHODS, "full"):
         raise RecipeError(
             f"train.method={page.train.method} cannot train a manager; set train.method to one of "
-            f"{', '.join((*ADAPTED, 'full'))}",
+            f"{', '.join((*ADAPTER_METHODS, 'full'))}",
             kind="unsupported",
             column="train.method",
         )
-    for key in _NEVER:
+    for key in _UNSUPPORTED_KEYS:
         if getattr(page.train, key) is not None:
             raise RecipeError(
                 f"train.{key}: not supported for conversations; remove the key",
@@ -242,23 +255,23 @@ def refuse(page: Recipe) -> None:
             )
 
 
-def tune(
+def fine_tune_on_decisions(
     page: Recipe, trained: Sequence[TrainingDecision], held: Sequence[TrainingDecision], folder: Path, *, quiet: bool
-) -> Training:
+) -> TrainingResult:
     """Fine-tune the model of a recipe on decisions; the merged model is stored in ``merged``.
 
-    Only the sections ``model`` and ``train`` of the recipe, and its seed, are used; see `parted` for the decisions.
-    Up to ``train.valid_rows`` of those held out give the validation loss.
+    Only the sections ``model`` and ``train`` of the recipe, and its seed, are used; see `split_decisions` for the
+    decisions. Up to ``train.valid_rows`` of those held out give the validation loss.
     """
-    from llmrec.train.batches import plan
+    from llmrec.train.batches import plan_steps
     from llmrec.train.rows import tokenise_validation_rows
 
-    refuse(page)
-    quiet_libraries()
+    check_manager_recipe(page)
+    silence_libraries()
     template, section = load_templates(_FAMILY)["manage"], page.train
     seed = page.seed if section.seed is None else section.seed
-    base = resolve(page.model, seed=page.seed)
-    if is_paired(load_config(base, page.model)):
+    base = resolve_model_folder(page.model, seed=page.seed)
+    if is_encoder_decoder(load_config(base, page.model)):
         raise RecipeError(
             f"model.name={page.model.name} is an encoder-decoder; choose a decoder as manager",
             kind="unsupported",
@@ -267,7 +280,7 @@ def tune(
     encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
     limit = section.max_row_tokens
     rows = tokenise_validation_rows(
-        (example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False
+        (training_example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False
     )
     # truncated calls would be invalid
     rows = [row for row in rows if row.labels[-1] == encoder.end_id]
@@ -279,27 +292,29 @@ def tune(
             kind="too-large",
             column="train.max_row_tokens",
         )
-    valid = [example(item, n, template) for n, item in enumerate(held[: section.valid_rows], start=len(trained))]
-    steps = plan(
-        _passes(rows, seed),
+    valid = [
+        training_example(item, n, template) for n, item in enumerate(held[: section.valid_rows], start=len(trained))
+    ]
+    steps = plan_steps(
+        _iterate_epochs(rows, seed),
         steps=section.steps,
         batch_tokens=section.batch_tokens,
         seed=seed,
         width=limit if section.packing == "tree" else None,
     )
-    with locked(folder, RUN):
-        works_in(folder)
+    with lock_folder(folder, RUN_FILES):
+        set_command_folder(folder)
         key = fingerprint("chat", weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed)
-        clear_foreign(folder, key)
-        with reporting_full_memory("training", TRAINING, "train.batch_tokens"):
-            done = _trained(
+        remove_foreign_checkpoints(folder, key)
+        with convert_memory_errors("training", TRAINING_ADVICE, "train.batch_tokens"):
+            done = _train_model(
                 page, encoder, base, steps, tokenise_validation_rows(valid, encoder, limit, paired=False), folder, quiet
             )
-        _merge(page, encoder, base, folder, template)
+        _write_merged_model(page, encoder, base, folder, template)
     return done
 
 
-def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
+def _iterate_epochs(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
     """Yield examples endlessly, reshuffled in each epoch."""
     for number in count():
         order = list(rows)
@@ -307,15 +322,15 @@ def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
         yield from order
 
 
-def _trained(
+def _train_model(
     page: Recipe,
     encoder: Encoder,
     base: str,
-    steps: Steps,
+    steps: PlannedSteps,
     valid: Sequence[TokenRow],
     folder: Path,
     quiet: bool,
-) -> Training:
+) -> TrainingResult:
     from llmrec.train import lora, sft
 
     seed = page.seed if page.train.seed is None else page.train.seed
@@ -338,23 +353,25 @@ def _trained(
     return done
 
 
-def _merge(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Template) -> None:
+def _write_merged_model(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Template) -> None:
     from llmrec.train import lora
 
-    with replacing(folder / "merged") as draft:
+    with replace_atomically(folder / "merged") as draft:
         if page.train.method == "full":
-            lora.save_full(folder / "adapter", page.model, draft)
+            lora.save_full_model(folder / "adapter", page.model, draft)
         else:
-            lora.merge(base, page.model, folder / "adapter", draft)
+            lora.merge_adapter(base, page.model, folder / "adapter", draft)
         encoder.tokenizer.save_pretrained(draft)
-        write_checked(draft / ABOUT, {"base": page.model.name, "template": template.id, "sha": template.sha})
+        write_checked_json(
+            draft / MANAGER_FILE, {"base": page.model.name, "template": template.id, "sha": template.sha}
+        )
 
 
 def manager_weights(name: str) -> tuple[str, bool]:
     """Return the weights of a dialogue manager, and whether they were fine-tuned for this purpose."""
     for folder in (Path(name) / "merged", Path(name)):
-        if (folder / ABOUT).is_file():
-            about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")
+        if (folder / MANAGER_FILE).is_file():
+            about = read_json(folder / MANAGER_FILE, "tune the manager again with `llmrec chat --tune`")
             if about.get("sha") != load_templates(_FAMILY)["manage"].sha:
                 log.warning(
                     "%s was fine-tuned with another version of the prompt chat/manage; repeat the fine-tuning", folder
@@ -363,6 +380,6 @@ def manager_weights(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def as_numbers(figures: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
+def agreements_as_dicts(figures: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
     """Return agreements by name as plain data."""
     return {name: {key: round(value, 4) for key, value in asdict(item).items()} for name, item in figures.items()}

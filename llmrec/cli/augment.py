@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import say, show, show_shard, store_facts
-from llmrec.cli.options import Ray, RecipeOptions, Shard, refuse_several
+from llmrec.cli.console import say, show_shard, show_values, store_facts
+from llmrec.cli.options import Ray, RecipeOptions, Shard, check_exclusive_options
 from llmrec.errors import RecipeError
-from llmrec.registry import hook
+from llmrec.registry import extension_hook
 
 if TYPE_CHECKING:
-    from llmrec.pipeline.augmenting import Augmented
+    from llmrec.pipeline.augmenting import AugmentResult
     from llmrec.recipe.schema import Recipe
 
-_SHOWN = 3
+_SHOWN_TEXTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,10 @@ def augment(options: AugmentOptions) -> None:
     """
     from llmrec import records
     from llmrec.pipeline import augmenting
-    from llmrec.pipeline.study import folder_of
+    from llmrec.pipeline.study import resolve_run_folder
     from llmrec.recipe.load import load_recipe
 
-    refuse_several(options.shard, options.ray)
+    check_exclusive_options(options.shard, options.ray)
     if options.without_model and (options.shard, options.ray) != (None, None):
         raise RecipeError(
             "--without-model makes no model calls, so --shard and --ray do not apply; remove one of the options",
@@ -61,14 +61,14 @@ def augment(options: AugmentOptions) -> None:
             column="--without-model",
         )
     recipe = load_recipe(options.recipe, options.overrides)
-    folder = folder_of(recipe, None)
+    folder = resolve_run_folder(recipe, None)
     target = options.out or folder / augmenting.FEATURES
     if options.dry_run:
         _show_plan(recipe)
     elif options.without_model:
-        show_texts(augmenting.without_model(recipe, options.out or folder / augmenting.CONTROL))
+        show_texts(augmenting.build_reference_store(recipe, options.out or folder / augmenting.CONTROL))
     elif options.ray is not None:
-        hook("recipe-on-ray")(options.ray, "augment", target, recipe)
+        extension_hook("recipe-on-ray")(options.ray, "augment", target, recipe)
     elif options.shard is not None:
         show_shard(augmenting.augment_shard(recipe, target, records.Shard.parse(options.shard)), target)
     else:
@@ -79,23 +79,23 @@ def _show_plan(recipe: Recipe) -> None:
     """Print the estimated cost, and a prompt about a user and about an item."""
     from llmrec.pipeline import augmenting
 
-    planned = augmenting.plan(recipe)
+    planned = augmenting.plan_texts(recipe)
     for questions in planned.asked.values():
         for question in questions[:1]:
             say("\n".join(message.text for message in question.prompt.messages) + "\n")
     assert recipe.augment is not None
-    show("augment", augmenting.estimate(planned, recipe.augment))
+    show_values("augment", augmenting.estimate_cost(planned, recipe.augment))
 
 
-def show_texts(done: Augmented) -> None:
+def show_texts(done: AugmentResult) -> None:
     """Print some texts of a new feature store, and their cost."""
     from llmrec.data.features import PLURALS, FeatureStore
 
     store = FeatureStore.open(done.folder)
     for kind in store.kinds:
-        for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):
+        for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN_TEXTS]).items()):
             say(f"{kind} {name}: {text}")
     store_facts(texts=done.texts, cost=done.cost, seconds=done.seconds, store=done.folder)
     facts = {PLURALS[kind]: f"{count:,}" for kind, count in done.texts.items()}
     tokens = f"{done.cost.prompt_tokens:,} tokens read, {done.cost.completion_tokens:,} written"
-    show("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})
+    show_values("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})

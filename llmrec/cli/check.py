@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import detail, say, store_facts
+from llmrec.cli.console import say, say_if_verbose, store_facts
 from llmrec.cli.options import RecipeOptions
 from llmrec.errors import RecipeError
-from llmrec.registry import hook
+from llmrec.registry import extension_hook
 
 if TYPE_CHECKING:
     from llmrec.pipeline.study import Study
@@ -35,9 +35,9 @@ def check(options: CheckOptions) -> None:
     Example:
         llmrec check recipes/quickstart.yaml --dry-run
     """
-    from llmrec.recipe.load import kind_of_page
+    from llmrec.recipe.load import detect_page_kind
 
-    page, kind = options.recipe, kind_of_page(options.recipe)
+    page, kind = options.recipe, detect_page_kind(options.recipe)
     store_facts(page=page, kind=kind)
     if kind == "recipe":
         _check_recipe(page, options.overrides, dry_run=options.dry_run)
@@ -46,27 +46,27 @@ def check(options: CheckOptions) -> None:
         raise RecipeError(
             f"--dry-run is only for recipes, and {page} is a {kind}; remove the option", kind="contradiction"
         )
-    hook("check-page")(kind, page, options.overrides)
+    extension_hook("check-page")(kind, page, options.overrides)
 
 
 def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
-    from llmrec.data.stats import baskets
-    from llmrec.pipeline.preflight import checked_study
+    from llmrec.data.stats import basket_warning
+    from llmrec.pipeline.preflight import build_checked_study
     from llmrec.pipeline.results import cutoff_warning
     from llmrec.pipeline.study import leak_warning, leaking_users
     from llmrec.recipe.load import load_recipe
 
     loaded = load_recipe(page, overrides)
-    study = checked_study(loaded)
+    study = build_checked_study(loaded)
     template_ids = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
     cases = {family: len(study.cases(family)) for family in template_ids}
     store_facts(
         name=loaded.name, split=loaded.eval.split, cases=cases, templates=template_ids, warnings=(warned := list[str]())
     )
     for family, templates in template_ids.items():
-        detail(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
+        say_if_verbose(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
     for table in study.tables:
-        if cut := baskets(table):
+        if cut := basket_warning(table):
             warned.append(cut)
             say(cut)
         if result := study.leaks(table):
@@ -80,10 +80,10 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
         from llmrec.cli.estimate import show_dry_run
 
         show_dry_run(study)
-    say(f"recipe {loaded.name} is valid: {_facts(study, cases)}")
+    say(f"recipe {loaded.name} is valid: {_describe_study(study, cases)}")
 
 
-def _facts(study: Study, cases: Mapping[str, int]) -> str:
+def _describe_study(study: Study, cases: Mapping[str, int]) -> str:
     """Return one line about the data, prompts and metrics of a run."""
     recipe, data = study.recipe, study.data.dataset
     size = f"{data.interactions['user_id'].n_unique():,} users, {len(data.items):,} items"

@@ -19,42 +19,42 @@ if TYPE_CHECKING:
 
 facts: dict[str, object] = {}
 """The facts that the command of this process has stored so far, by name."""
-given: list[str] = []
+shared_options: list[str] = []
 """The shared options on the command line, to pass to the same command in another process; without ``--json``."""
 
 
 # Keys that are not printed: they are in results.json, which the output names.
-_DETAILS = {"slices", "by_position", "position_bias"}
+_UNPRINTED_KEYS = {"slices", "by_position", "position_bias"}
 
 
-def finish(done: Any) -> None:
+def show_run_results(done: Any) -> None:
     """Print the main results of a run, its duration, the path of its report, and the next command."""
     from rich.text import Text
 
-    from llmrec.report.results import results_of
-    from llmrec.report.summary import first_sentence
-    from llmrec.report.verdicts import coloured, metrics_table, screen, spent
+    from llmrec.report.results import parse_results
+    from llmrec.report.summary import main_finding
+    from llmrec.report.verdicts import closing_lines, describe_run_time, metrics_table, verdict_patterns
 
-    result = results_of(done.results)
-    sentence = first_sentence(result)
-    console().print(metrics_table(result))
+    result = parse_results(done.results)
+    sentence = main_finding(result)
+    rich_console().print(metrics_table(result))
     say("")
-    verdicts = Text("\n".join(screen(result)))
-    for pattern, style in coloured():
+    verdicts = Text("\n".join(closing_lines(result)))
+    for pattern, style in verdict_patterns():
         verdicts.highlight_regex(pattern, style)
-    console().print(verdicts, soft_wrap=True)
+    rich_console().print(verdicts, soft_wrap=True)
     say("")
     budget = {entry["stage"]: entry["seconds"] for entry in done.results["budget"]}
     store_facts(
         name=result.name,
         budget={**budget, "total": done.results["seconds"]},
         headline=result.headline,
-        rows=[{key: row[key] for key in row if key not in _DETAILS} for row in done.results["rows"]],
+        rows=[{key: row[key] for key in row if key not in _UNPRINTED_KEYS} for row in done.results["rows"]],
         comparisons=done.results["comparisons"],
         notes=[sentence] if sentence else [],
     )
-    say(f"time: {spent(result)}")
-    written({"results": done.folder / "results.json", "report": done.report})
+    say(f"time: {describe_run_time(result)}")
+    show_written_files({"results": done.folder / "results.json", "report": done.report})
     say(f"all tables: llmrec report {shlex.quote(str(done.folder))} --table")
     if (done.folder / "merged").is_dir() or any(row.fusion for row in result.rows):
         say(f"serve it: llmrec serve {shlex.quote(str(done.folder))}")
@@ -62,28 +62,28 @@ def finish(done: Any) -> None:
 
 def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
     """Print the state of a shard and the command that merges shards; return the record of the shard."""
-    from llmrec.pipeline.shards import read
+    from llmrec.pipeline.shards import read_shard
 
-    done = read(folder)
+    done = read_shard(folder)
     counts = {name: f"{done.facts[name]:,}" for name in ("lines", "failed", "answers", "texts") if name in done.facts}
     seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in done.facts["seconds"].items())
     rows = {**counts, "seconds": seconds, "folder": str(folder)}
     last = f"when all {done.shard.count} are done: llmrec merge {shlex.quote(str(target))}"
-    show(f"shard {done.shard}", rows, record={"shard": {**done.facts, "of": str(done.shard), "folder": folder}})
+    show_values(f"shard {done.shard}", rows, record={"shard": {**done.facts, "of": str(done.shard), "folder": folder}})
     say(last)
     return done.facts
 
 
 def show_tables(folder: Path) -> None:
     """Print the result tables of a run folder."""
-    from llmrec.report.results import content_of, results_of
+    from llmrec.report.results import parse_results, read_results_json
     from llmrec.report.table import console_tables
 
-    for table in console_tables(results_of(content_of(folder))):
-        console().print(table, "")
+    for table in console_tables(parse_results(read_results_json(folder))):
+        rich_console().print(table, "")
 
 
-def console() -> Console:
+def rich_console() -> Console:
     """Return the rich console that prints tables and colours to the output of a command."""
     from rich.console import Console
 
@@ -105,23 +105,23 @@ def store_facts(**values: Any) -> None:
     facts.update(values)
 
 
-def as_json(value: Any) -> str:
+def format_json(value: Any) -> str:
     """Return values as JSON: records become objects, paths and dates become strings, and NaN becomes null."""
     # Imported here, because printing a help text should not load it.
     from pydantic_core import to_jsonable_python
 
-    plain = to_jsonable_python(value, inf_nan_mode="null", fallback=_plain)
+    plain = to_jsonable_python(value, inf_nan_mode="null", fallback=_to_plain_value)
     return json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _to_plain_value(value: Any) -> Any:
     """Convert a value of a type that pydantic does not know."""
     if isinstance(value, Mapping):
         return dict(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def show(
+def show_values(
     title: str,
     rows: Mapping[str, Any],
     form: Callable[[Any], str] = str,
@@ -143,24 +143,24 @@ def show(
         progress.say(line, file or terminal.out())
 
 
-def written(files: Mapping[str, Any]) -> None:
+def show_written_files(files: Mapping[str, Any]) -> None:
     """Print the files that were written, with their descriptions."""
     store_facts(**files)
     say("\n".join(f"{name}: {path}" for name, path in files.items()))
 
 
-def short(value: Any) -> str:
+def format_number(value: Any) -> str:
     """Return a number with thousands separators."""
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def minutes(seconds: float) -> str:
+def format_minutes(seconds: float) -> str:
     """Return seconds as full minutes, at least one."""
     count = max(1, round(seconds / 60))
     return f"{count} minute{'s' if count > 1 else ''}"
 
 
-def detail(text: str) -> None:
+def say_if_verbose(text: str) -> None:
     """Print a line if ``-v`` is set."""
     if logging.getLogger("llmrec").isEnabledFor(logging.INFO):
         say(text)

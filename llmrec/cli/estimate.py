@@ -14,32 +14,32 @@ from typing import Any
 import psutil
 
 from llmrec.backends.encode import Encoder
-from llmrec.cli.console import minutes, say, show, show_prompts
-from llmrec.cli.prompts import by_task
+from llmrec.cli.console import format_minutes, say, show_prompts, show_values
+from llmrec.cli.prompts import training_prompts_by_task
 from llmrec.errors import LlmrecError, ModelError, require
-from llmrec.models.load import device, dtype, load_config, resolve
-from llmrec.models.memory import CpuMemory, count_weights, cpu_memory, free_bytes, memory_of
-from llmrec.models.traits import is_paired
-from llmrec.pipeline.row_specs import asks
+from llmrec.models.load import device, dtype, load_config, resolve_model_folder
+from llmrec.models.memory import CpuMemory, count_weights, estimate_cpu_memory, free_gpu_bytes, training_step_bytes
+from llmrec.models.traits import is_encoder_decoder
+from llmrec.pipeline.row_specs import is_arm_evaluated
 from llmrec.pipeline.run import Session
 from llmrec.pipeline.study import Study, encoder_of
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.results import arm_name
-from llmrec.strategies.counting import questions_of
+from llmrec.strategies.counting import count_prompts
 from llmrec.types import Request
 
 # --------------------------------------------------------------------------- speed measurement
-# A few layers of a model with random weights are timed for at most `SECONDS`. On a CPU, one thread computes and its
-# processor time is measured, so that a busy machine gives about the same result as an idle one; all threads of torch
-# are assumed to share the work. On a GPU, wall time is measured.
+# A few layers of a model with random weights are timed for at most `MAX_PROBE_SECONDS`. On a CPU, one thread computes
+# and its processor time is measured, so that a busy machine gives about the same result as an idle one; all threads of
+# torch are assumed to share the work. On a GPU, wall time is measured.
 
 
-SECONDS = 10.0
+MAX_PROBE_SECONDS = 10.0
 """Time limit of a probe, not counting the first repetition of each measurement."""
 # Maximum number of weights in the timed layers, and maximum vocabulary: more would only take longer.
-_WEIGHTS, _VOCABULARY = 3e8, 2048
-_LAYERS, _REPEATS = 4, 3
+_MAX_WEIGHTS, _MAX_VOCABULARY = 3e8, 2048
+_MAX_LAYERS, _REPEATS = 4, 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Speed:
     train: float
 
 
-def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
+def measure_speed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     """Time a few layers of a model with random weights, and extrapolate to all of its layers.
 
     Args:
@@ -87,7 +87,7 @@ def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
         ModelError: If a model with a few of its layers cannot be built or run.
     """
     try:
-        return _timed(config, model, train)
+        return _time_layers(config, model, train)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"layers of a {config.model_type} cannot be timed separately ({type(error).__name__}: "
@@ -99,14 +99,14 @@ def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
         ) from error
 
 
-def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
+def _time_layers(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     torch = require("torch", "train")
-    until = time.monotonic() + SECONDS
+    until = time.monotonic() + MAX_PROBE_SECONDS
     text = config.get_text_config()
     layers, width, vocabulary = int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size)
-    few_layers = min(_LAYERS, layers, max(1, int(_WEIGHTS // (12 * width**2))))
+    few_layers = min(_MAX_LAYERS, layers, max(1, int(_MAX_WEIGHTS // (12 * width**2))))
     device_name = device(model)
-    small = _few_layers(config, few_layers).to(device=device_name, dtype=dtype(model))
+    small = _build_few_layers(config, few_layers).to(device=device_name, dtype=dtype(model))
     clock, shapes = _Clock(device_name, until), _SHAPES[device_name]
     states = torch.ones(shapes.states, width, dtype=dtype(model), device=device_name)
     table = torch.full((vocabulary, width), 0.01, dtype=dtype(model), device=device_name)
@@ -116,11 +116,13 @@ def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     try:
         with torch.no_grad():
             small.eval()
-            read = clock(lambda: _forward(small, shapes.read)) / math.prod(shapes.read)
-            write = clock(lambda: _forward(small, shapes.written)) / math.prod(shapes.written)
+            read = clock(lambda: _last_hidden_states(small, shapes.read)) / math.prod(shapes.read)
+            write = clock(lambda: _last_hidden_states(small, shapes.written)) / math.prod(shapes.written)
             head = clock(lambda: (states @ table.T).float().logsumexp(-1)) / len(states)
-        learning = _learning(small, train)
-        step = clock(lambda: _forward(learning, shapes.read).float().sum().backward()) / math.prod(shapes.read)
+        learning = _make_trainable(small, train)
+        step = clock(lambda: _last_hidden_states(learning, shapes.read).float().sum().backward()) / math.prod(
+            shapes.read
+        )
     finally:
         torch.set_num_threads(threads)
     scale = layers / few_layers
@@ -158,7 +160,7 @@ class _Clock:
         return time.process_time()
 
 
-def _few_layers(config: Any, layers: int) -> Any:
+def _build_few_layers(config: Any, layers: int) -> Any:
     """Return a model with random weights, this configuration, fewer layers and a small vocabulary."""
     torch = require("torch", "train")
     small = copy.deepcopy(config)
@@ -170,7 +172,7 @@ def _few_layers(config: Any, layers: int) -> Any:
         # Some configurations derive the types of layers from their number.
         with suppress(AttributeError):
             text.layer_types = list(text.layer_types)[:layers]
-    text.vocab_size = min(_VOCABULARY, int(text.vocab_size))
+    text.vocab_size = min(_MAX_VOCABULARY, int(text.vocab_size))
     for entry in (small, text):
         entry.pad_token_id, entry.bos_token_id, entry.eos_token_id = 0, 0, 0
     # Layers are created on the CPU; saving the random state of GPUs would open a context on each.
@@ -178,7 +180,7 @@ def _few_layers(config: Any, layers: int) -> Any:
         return require("transformers", "train").AutoModel.from_config(small)
 
 
-def _learning(body: Any, train: TrainSection) -> Any:
+def _make_trainable(body: Any, train: TrainSection) -> Any:
     """Return the layers with their trainable weights: adapters, or all weights."""
     if train.method == "full":
         return body.requires_grad_(True).train()
@@ -188,12 +190,12 @@ def _learning(body: Any, train: TrainSection) -> Any:
     return peft.get_peft_model(body, config).train()
 
 
-def _forward(body: Any, shape: tuple[int, int]) -> Any:
+def _last_hidden_states(body: Any, shape: tuple[int, int]) -> Any:
     """Return the last hidden states of the timed layers."""
     torch = require("torch", "train")
     rows, tokens = shape
     ids = torch.ones(rows, tokens, dtype=torch.long, device=next(body.parameters()).device)
-    if not is_paired(body.config):
+    if not is_encoder_decoder(body.config):
         return body(input_ids=ids, use_cache=False).last_hidden_state
     half = max(tokens // 2, 1)
     return body(input_ids=ids[:, :half], decoder_input_ids=ids[:, :half], use_cache=False).last_hidden_state
@@ -202,9 +204,9 @@ def _forward(body: Any, shape: tuple[int, int]) -> Any:
 # --------------------------------------------------------------------------- work of an evaluation
 
 
-_SAMPLE = 24
+_SAMPLE_SIZE = 24
 # Block size of the prefix caches of engines, in tokens.
-_BLOCK = 16
+_BLOCK_TOKENS = 16
 # Answer tokens by strategy; other strategies count one token.
 _ONE_TOKEN = 1
 _ANSWER_TOKENS = {
@@ -262,27 +264,30 @@ class ReadPrefixes:
     def new(self, ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt are not cached, and add the prompt to the cache."""
         key, fresh = 0, 0
-        for start in range(0, len(ids) - _BLOCK + 1, _BLOCK):
-            key = hash((key, *ids[start : start + _BLOCK]))
+        for start in range(0, len(ids) - _BLOCK_TOKENS + 1, _BLOCK_TOKENS):
+            key = hash((key, *ids[start : start + _BLOCK_TOKENS]))
             fresh += key not in self._known
             self._known.add(key)
-        return max(fresh * _BLOCK + len(ids) % _BLOCK, 1)
+        return max(fresh * _BLOCK_TOKENS + len(ids) % _BLOCK_TOKENS, 1)
 
 
-def eval_work(study: Study, encoder: Encoder) -> dict[str, TokenWork]:
+def estimate_eval_work(study: Study, encoder: Encoder) -> dict[str, TokenWork]:
     """Estimate the number of tokens for zero-shot, few-shot and tuned evaluation from a sample of prompts."""
     totals: dict[str, TokenWork] = {}
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
         seen, total = ReadPrefixes(), TokenWork()
-        for family in (family for family in study.tasks if asks(study.recipe, family, arm)):
+        for family in (family for family in study.tasks if is_arm_evaluated(study.recipe, family, arm)):
             cases = study.cases(family)
-            sample = cases[:_SAMPLE]
+            sample = cases[:_SAMPLE_SIZE]
             for template in study.eval_templates(family):
                 strategies = study.section(family).strategies
                 for strategy in study.tasks[family].asked_by(template, strategies, tuned=arm == "tuned"):
                     used = sum(
-                        (_of(study, family, encoder, c.request, template.name, shots, strategy, seen) for c in sample),
+                        (
+                            _request_work(study, family, encoder, c.request, template.name, shots, strategy, seen)
+                            for c in sample
+                        ),
                         TokenWork(),
                     )
                     total += used.times(len(cases) / max(len(sample), 1))
@@ -290,7 +295,7 @@ def eval_work(study: Study, encoder: Encoder) -> dict[str, TokenWork]:
     return totals
 
 
-def _of(
+def _request_work(
     study: Study,
     family: str,
     encoder: Encoder,
@@ -302,12 +307,12 @@ def _of(
 ) -> TokenWork:
     """Return the token counts of one request."""
     task, section = study.tasks[family], study.recipe.eval
-    plan = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
+    plan = count_prompts(strategy, len(request.candidates or ()), section) if request.candidates else None
     if plan is not None:
         shown = (request.candidates or ())[: plan.size]
         parts = [replace(request, candidates=entry) for entry in (shown, shown[::-1])]
         first, turned = (encoder.prompt(task.prompt(p, template=template, shots=shots, want=plan.want)) for p in parts)
-        again = max(len(first) - _shared(first, turned), 1)
+        again = max(len(first) - _shared_prefix_length(first, turned), 1)
         read = seen.new(first) + (plan.prompts - 1) * again
         return TokenWork(plan.prompts * len(first), read, plan.prompts)
     ids = encoder.prompt(task.prompt(request, template=template, shots=shots))
@@ -327,21 +332,21 @@ def _of(
     return TokenWork(len(ids) + continued, seen.new(ids) + continued, continued, written)
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def _shared_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the length of the common prefix of two prompts in whole blocks."""
     count = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return count // _BLOCK * _BLOCK
+    return count // _BLOCK_TOKENS * _BLOCK_TOKENS
 
 
-CONTEXT = 0.8 * 2**30
+GPU_CONTEXT_BYTES = 0.8 * 2**30
 """GPU memory of a process before any tensor, plus room for logits; a guess, not verified on a GPU."""
 # Seconds to start a vLLM engine, and to load a model with transformers.
-_START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
+_START_SECONDS = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
 
-def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:
+def plan_training_counts(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:
     """Return planned steps, examples by task and tokens; ``folder`` has the configuration of the base model."""
-    planned = plan_training(study, encoder, paired=is_paired(load_config(folder, study.recipe.model)))
+    planned = plan_training(study, encoder, paired=is_encoder_decoder(load_config(folder, study.recipe.model)))
     return {
         "steps": len(planned.steps),
         "rows": dict(planned.rows),
@@ -386,52 +391,52 @@ class Estimate:
         return {"training": self.train_seconds, "evaluation": sum(self.eval_seconds.values())}
 
 
-def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
+def estimate_run(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
     """Estimate time and memory from counted tokens and a speed measurement on this machine.
 
-    ``rows`` is the result of `train_rows`; empty if nothing is trained.
+    ``rows`` is the result of `plan_training_counts`; empty if nothing is trained.
     """
     recipe = study.recipe
     config = load_config(folder, recipe.model)
-    work = eval_work(study, encoder)
+    work = estimate_eval_work(study, encoder)
     parameters, _, _ = count_weights(config, recipe.train)
     if recipe.eval.backend == "openai" and not rows:
         # The speed of a server is unknown, and nothing is computed on this machine.
-        return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
-    speed = measured(config, recipe.model, recipe.train)
+        return Estimate(parameters, 0, work, 0.0, {}, _used_memory_gb(), _server_cost(study, work))
+    speed = measure_speed(config, recipe.model, recipe.train)
     looks = 2 + recipe.train.steps // recipe.train.valid_every
     # For each target, the logits are computed once in the forward pass and twice in the backward pass.
     training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
     training += looks * rows.get("validation_tokens", 0) * speed.read if rows else 0.0
     # With backend auto, vLLM is used if it is installed.
-    start = _START.get(recipe.eval.backend, _START["vllm"]) + _START["hf"]
+    start = _START_SECONDS.get(recipe.eval.backend, _START_SECONDS["vllm"]) + _START_SECONDS["hf"]
     seconds = {
         arm: entry.read * speed.read + entry.scored * speed.head + entry.written * (speed.write + speed.head) + start
         for arm, entry in work.items()
     }
-    taken, free = memory_of(config, recipe.model, recipe.train), None
+    taken, free = training_step_bytes(config, recipe.model, recipe.train), None
     on_gpu = device(recipe.model) == "cuda"
     if on_gpu:
-        taken, free = taken + CONTEXT, round(free_bytes() / 2**30, 1)
+        taken, free = taken + GPU_CONTEXT_BYTES, round(free_gpu_bytes() / 2**30, 1)
     return Estimate(
         parameters=parameters,
         train_tokens=rows.get("tokens", 0),
         eval_work=work,
         train_seconds=training,
         eval_seconds={} if recipe.eval.backend == "openai" else seconds,
-        memory_gb=round((0.0 if on_gpu else _used()) + taken / 2**30, 1),
+        memory_gb=round((0.0 if on_gpu else _used_memory_gb()) + taken / 2**30, 1),
         free_gb=free,
-        cost=_cost(study, work),
-        cpu=cpu_memory(folder, config, recipe.model, recipe.train) if rows else None,
+        cost=_server_cost(study, work),
+        cpu=estimate_cpu_memory(folder, config, recipe.model, recipe.train) if rows else None,
     )
 
 
-def _used() -> float:
+def _used_memory_gb() -> float:
     """Return the memory used by this process, in GiB."""
     return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
 
 
-def _cost(study: Study, work: Mapping[str, TokenWork]) -> float | None:
+def _server_cost(study: Study, work: Mapping[str, TokenWork]) -> float | None:
     """Return the cost of the tokens on a server, if the recipe has prices."""
     server = study.recipe.eval.server
     if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):
@@ -441,24 +446,24 @@ def _cost(study: Study, work: Mapping[str, TokenWork]) -> float | None:
 
 # --------------------------------------------------------------------------- output
 
-LARGE = 1_000_000
+MIN_LARGE_INTERACTIONS = 1_000_000
 """Number of interactions from which a run prints its estimate before it starts."""
 
 
 def show_dry_run(study: Study) -> None:
     """Print rendered prompts, training examples, and an estimate of time and memory."""
-    base = resolve(study.recipe.model, seed=study.recipe.seed)
+    base = resolve_model_folder(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
-    show_prompts(by_task(study, encoder))
+    show_prompts(training_prompts_by_task(study, encoder))
     show_estimate(study, encoder, base)
 
 
-def print_estimate(session: Session) -> None:
+def show_estimate_if_costly(session: Session) -> None:
     """Print the estimate before a run that is long or uses a paid server."""
     recipe = session.study.recipe
     if session.model is None:
         return
-    if recipe.eval.backend == "openai" or len(session.study.data.dataset.interactions) >= LARGE:
+    if recipe.eval.backend == "openai" or len(session.study.data.dataset.interactions) >= MIN_LARGE_INTERACTIONS:
         try:
             show_estimate(session.study, session.encoder, session.base)
         except LlmrecError as error:
@@ -467,10 +472,10 @@ def print_estimate(session: Session) -> None:
 
 def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
     """Print training examples, prompts, and an estimate of time, memory and server tokens."""
-    rows = train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
+    rows = plan_training_counts(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
-        show("training rows", rows, json.dumps)
-    result = estimate(study, encoder, base, rows)
+        show_values("training rows", rows, json.dumps)
+    result = estimate_run(study, encoder, base, rows)
     arms = {
         f"{arm_name(arm)} evaluation": f"{work.tokens:,} tokens"
         + (f", {result.eval_seconds[arm]:.0f} s" if result.eval_seconds else "")
@@ -480,8 +485,8 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
         "parameters": f"{result.parameters:,}",
         "training": f"{result.train_tokens:,} tokens, {result.train_seconds:.0f} s",
         **arms,
-        "total time": minutes(sum(result.stages.values())),
-        "memory": f"{result.memory_gb} GiB" + _of_gpu(result.memory_gb, result.free_gb),
+        "total time": format_minutes(sum(result.stages.values())),
+        "memory": f"{result.memory_gb} GiB" + _compare_gpu_memory(result.memory_gb, result.free_gb),
     }
     if result.cpu is not None:
         lines["CPU memory"] = result.cpu.text
@@ -491,10 +496,10 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
         )
         cost = "" if result.cost is None else f", cost {result.cost:.2f} with the prices of eval.server"
         lines["server"] = f"{prompt_tokens:,.0f} prompt tokens and {completion_tokens:,.0f} completion tokens{cost}"
-    show("estimate", lines, record={"estimate": result})
+    show_values("estimate", lines, record={"estimate": result})
 
 
-def _of_gpu(needed: float, free: float | None) -> str:
+def _compare_gpu_memory(needed: float, free: float | None) -> str:
     """Compare an estimate with the free GPU memory, as text; empty if there is no GPU."""
     if free is None:
         return ""

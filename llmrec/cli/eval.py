@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import finish
+from llmrec.cli.console import show_run_results
 from llmrec.cli.run import RunOptions
-from llmrec.registry import hook
+from llmrec.registry import extension_hook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,12 @@ def evaluate(options: EvalOptions) -> None:
         llmrec eval recipes/quickstart.yaml eval.users=500
     """
     from llmrec.pipeline import run as pipeline
-    from llmrec.recipe.load import kind_of_page, load_recipe
+    from llmrec.recipe.load import detect_page_kind, load_recipe
 
-    kind = kind_of_page(options.recipe)
+    kind = detect_page_kind(options.recipe)
     if options.in_shards:
-        hook("shards")(options)
+        extension_hook("shards")(options)
     elif kind != "recipe":
-        hook("run-page")(kind, options.recipe, options.overrides, options.out, options.results)
+        extension_hook("run-page")(kind, options.recipe, options.overrides, options.out, options.results)
     else:
-        finish(pipeline.run(load_recipe(options.recipe, options.overrides), options.out, may_train=False))
+        show_run_results(pipeline.run(load_recipe(options.recipe, options.overrides), options.out, may_train=False))

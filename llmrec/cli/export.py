@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmrec.cli.console import say, show, store_facts
-from llmrec.exports.options import ExportOptions, refuse_untuned
+from llmrec.cli.console import say, show_values, store_facts
+from llmrec.exports.options import ExportOptions, check_fine_tuned
 
 
 def export(options: ExportOptions) -> None:
@@ -15,10 +15,10 @@ def export(options: ExportOptions) -> None:
         llmrec export runs/quickstart --out films-model --licence mit
     """
     # Checked before torch and transformers are imported.
-    refuse_untuned(options.run)
+    check_fine_tuned(options.run)
     from llmrec.exports import export as exports
 
     done = exports.write_export(options, say=say)
     store_facts(exported=done)
-    for title, rows in exports.summary(done):
-        show(title, rows, record={})
+    for title, rows in exports.export_summary(done):
+        show_values(title, rows, record={})

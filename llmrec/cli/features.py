@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import say, short, show, store_facts
+from llmrec.cli.console import format_number, say, show_values, store_facts
 
 Store = Annotated[
     Path,
@@ -53,16 +53,20 @@ def import_texts(options: ImportOptions) -> None:
     Example:
         llmrec features import item_texts.csv --out features --kind item
     """
-    from llmrec.augment.stores import all_features, from_table
-    from llmrec.data.features import FeatureStore, write_version, writing
+    from llmrec.augment.stores import all_features, features_from_table
+    from llmrec.data.features import FeatureStore, lock_store, write_version
 
-    tables = [from_table(options.texts, options.kind, column=options.text, seen=options.seen, encoder=options.encoder)]
-    with writing(options.out) as folder:
+    tables = [
+        features_from_table(
+            options.texts, options.kind, column=options.text, seen=options.seen, encoder=options.encoder
+        )
+    ]
+    with lock_store(options.out) as folder:
         if (folder / "current").is_file():
             store = FeatureStore.open(folder)
             tables += [all_features(store, other) for other in store.kinds if other != options.kind]
         write_version(folder, tables)
-    show("features", _facts(options.out))
+    show_values("features", _store_summary(options.out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ def show_store(options: ShowOptions) -> None:
     from llmrec.data.features import FeatureStore
 
     if not options.ids:
-        show("features", _facts(options.store))
+        show_values("features", _store_summary(options.store))
         return
     store = FeatureStore.open(options.store)
     texts, seen = store.texts(options.kind, options.ids), store.seen_by(options.kind)
@@ -116,10 +120,10 @@ def diff(options: DiffOptions) -> None:
     Example:
         llmrec features diff features-old features-new
     """
-    from llmrec.augment.stores import compare
+    from llmrec.augment.stores import compare_stores
     from llmrec.data.features import PLURALS, FeatureStore
 
-    differences = compare(FeatureStore.open(options.old), FeatureStore.open(options.new))
+    differences = compare_stores(FeatureStore.open(options.old), FeatureStore.open(options.new))
     store_facts(differences=differences)
     for kind in differences:
         counted = f"{len(kind.added)} added, {len(kind.removed)} removed, {len(kind.changed)} texts changed"
@@ -150,7 +154,7 @@ def edit(options: EditOptions) -> None:
     from llmrec.augment import stores
 
     name, text, kind = options.name, options.text, options.kind
-    derived = stores.edit(options.store, kind, name, text)
+    derived = stores.edit_text(options.store, kind, name, text)
     store_facts(kind=kind, id=name, text=text, made_from_it=derived)
     for other in derived:
         say(
@@ -176,7 +180,7 @@ def forget(options: ForgetOptions) -> None:
     """
     from llmrec.augment import stores
 
-    erased = stores.forget(options.store, options.user)
+    erased = stores.forget_user(options.store, options.user)
     store_facts(erased=erased)
     say(f"erased: {'a text, ' if erased.text else ''}{erased.pairs} interactions; earlier versions are removed")
     if erased.others:
@@ -194,12 +198,12 @@ def bench(options: StoreOptions) -> None:
     Example:
         llmrec features bench features
     """
-    from llmrec.augment.stores import timed
+    from llmrec.augment.stores import measure_latency
     from llmrec.data.features import PLURALS, FeatureStore
 
     store = FeatureStore.open(options.store)
     for kind in store.kinds:
-        show(f"look-ups of {PLURALS[kind]}", timed(store, kind), short)
+        show_values(f"look-ups of {PLURALS[kind]}", measure_latency(store, kind), format_number)
 
 
 COMMANDS: Mapping[str, Callable[[Any], None]] = {
@@ -212,7 +216,7 @@ COMMANDS: Mapping[str, Callable[[Any], None]] = {
 }
 
 
-def _facts(folder: Path) -> dict[str, str]:
+def _store_summary(folder: Path) -> dict[str, str]:
     from llmrec.data.features import PLURALS, FeatureStore
 
     store = FeatureStore.open(folder)

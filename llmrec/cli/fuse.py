@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import finish
+from llmrec.cli.console import show_run_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,4 +33,4 @@ def fuse(options: FuseOptions) -> None:
     """
     from llmrec.pipeline import run as pipeline
 
-    finish(pipeline.fuse(options.runs, options.out))
+    show_run_results(pipeline.fuse(options.runs, options.out))

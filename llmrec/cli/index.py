@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import show, store_facts
+from llmrec.cli.console import show_values, store_facts
 from llmrec.cli.options import RecipeOptions
 
 
@@ -35,5 +35,5 @@ def index(options: IndexOptions) -> None:
     items = [name for part in options.items.split(",") if (name := part.strip())]
     result = index_report.index(load_recipe(options.recipe, options.overrides), options.out, items=items)
     store_facts(index=result.folder, page=result.page, seconds=result.seconds, diagnostics=result.found)
-    for title, rows in index_report.summary(result).items():
-        show(title, rows, record={})
+    for title, rows in index_report.summary_tables(result).items():
+        show_values(title, rows, record={})

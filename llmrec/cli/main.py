@@ -17,16 +17,16 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from llmrec import __version__, processes, progress, terminal
-from llmrec.cli.console import facts, given, say
+from llmrec.cli.console import facts, say, shared_options
 from llmrec.cli.ending import run_and_exit
-from llmrec.cli.options import example_of, takes
+from llmrec.cli.options import docstring_example, expand_options
 from llmrec.progress import QUIET
-from llmrec.registry import COMMANDS, PANELS, attribute
+from llmrec.registry import COMMANDS, PANELS, import_attribute
 
 Level = Literal["debug", "info", "warning", "error"]
 
 # Other libraries read these variables when they are imported; subprocesses inherit them.
-_SILENT = {
+_QUIET_ENVIRONMENT = {
     QUIET: "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
@@ -35,24 +35,24 @@ _SILENT = {
     "VLLM_LOGGING_LEVEL": "CRITICAL",
 }
 # Set if `main` runs the command; tests that call a command in their own process keep their streams.
-_MAIN = object()
+_CALLED_BY_MAIN = object()
 
 
 # --------------------------------------------------------------------------- options of every command
 
 
-def _remembered(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+def _store_shared_option(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
     if value:
         context.meta[f"llmrec.{option.name}"] = value
     return value
 
 
-def _options(
+def _declare_shared_options(
     as_json: Annotated[
         bool,
         typer.Option(
             "--json",
-            callback=_remembered,
+            callback=_store_shared_option,
             expose_value=False,
             help="Print the result as one JSON object; messages go to standard error.",
         ),
@@ -60,7 +60,11 @@ def _options(
     verbose: Annotated[
         bool,
         typer.Option(
-            "--verbose", "-v", callback=_remembered, expose_value=False, help="Also print which stages are reused."
+            "--verbose",
+            "-v",
+            callback=_store_shared_option,
+            expose_value=False,
+            help="Also print which stages are reused.",
         ),
     ] = False,
     quiet: Annotated[
@@ -68,7 +72,7 @@ def _options(
         typer.Option(
             "--quiet",
             "-q",
-            callback=_remembered,
+            callback=_store_shared_option,
             expose_value=False,
             help="Hide progress bars and print only errors.",
         ),
@@ -77,55 +81,57 @@ def _options(
         Level | None,
         typer.Option(
             "--log-level",
-            callback=_remembered,
+            callback=_store_shared_option,
             expose_value=False,
             help="Log level; replaces -v (info) and -q (error).",
         ),
     ] = None,
 ) -> None:
-    """Declare the options that every command has; `_Shared` adds them."""
+    """Declare the options that every command has; `_SharedOptions` adds them."""
 
 
 _holder = typer.Typer(add_completion=False)
-_holder.command()(_options)
-_OPTIONS = get_command(_holder).params
+_holder.command()(_declare_shared_options)
+_SHARED_OPTIONS = get_command(_holder).params
 
 
-class _Shared:
+class _SharedOptions:
     """Adds the shared options to a command or group, and applies them before the command runs."""
 
     def get_params(self, ctx: Any) -> Any:
-        return [*super().get_params(ctx), *_OPTIONS]  # type: ignore[misc]
+        return [*super().get_params(ctx), *_SHARED_OPTIONS]  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
         # The path begins with the name of the program, which may consist of several words.
         facts["command"] = ctx.command_path.removeprefix(ctx.find_root().command_path).strip()
-        _apply(ctx.meta)
+        _apply_shared_options(ctx.meta)
         return super().invoke(ctx)  # type: ignore[misc]
 
 
-def _apply(meta: Mapping[str, Any]) -> None:
+def _apply_shared_options(meta: Mapping[str, Any]) -> None:
     """Set the log levels given on the command line."""
     level = meta.get("llmrec.log_level")
     flags = [f"--{name}" for name in ("verbose", "quiet") if meta.get(f"llmrec.{name}")]
-    given[:] = [*flags, *(["--log-level", level] if level else [])]
+    shared_options[:] = [*flags, *(["--log-level", level] if level else [])]
     # if a command has several processes, only one prints
     quiet = bool(meta.get("llmrec.quiet")) or processes.rank() > 0
     if quiet:
-        os.environ.update({name: value for name, value in _SILENT.items() if name == QUIET or name not in os.environ})
+        os.environ.update(
+            {name: value for name, value in _QUIET_ENVIRONMENT.items() if name == QUIET or name not in os.environ}
+        )
         warnings.simplefilter("ignore")
     chosen: Level = (not processes.rank() and level) or (
         "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
     )
     # of other libraries, log only warnings and errors
-    logging.basicConfig(format="%(message)s", handlers=[_Handler()])
+    logging.basicConfig(format="%(message)s", handlers=[_LogHandler()])
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.getLogger("llmrec").setLevel(chosen.upper())
     # Progress of long tasks, as log lines if there is no terminal for a progress bar.
     logging.getLogger("llmrec.progress").setLevel(chosen.upper() if quiet or chosen == "error" else logging.INFO)
 
 
-class _Handler(logging.Handler):
+class _LogHandler(logging.Handler):
     """Prints log records of llmrec, and sends log records of other libraries to a separate log."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -139,16 +145,21 @@ class _Handler(logging.Handler):
 # --------------------------------------------------------------------------- commands
 
 
-class _Command(_Shared, TyperCommand):
+class _Command(_SharedOptions, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         # A service writes its own output and that of libraries to standard error, so that they are read together.
         command = COMMANDS.get(self.name or "")
         serves = command is not None and command.serves
-        with terminal.once(), nullcontext() if serves or ctx.find_root().obj is not _MAIN else terminal.apart():
+        with (
+            terminal.log_warnings_once(),
+            nullcontext()
+            if serves or ctx.find_root().obj is not _CALLED_BY_MAIN
+            else terminal.redirect_library_output(),
+        ):
             return super().invoke(ctx)
 
 
-class _Group(_Shared, TyperGroup):
+class _Group(_SharedOptions, TyperGroup):
     """A group of commands with the shared options."""
 
 
@@ -169,10 +180,10 @@ class _Root(_Group):
         if cmd_name not in COMMANDS:
             return None
         command = COMMANDS[cmd_name]
-        target = attribute(command.target)
+        target = import_attribute(command.target)
         if isinstance(target, Mapping):
-            return get_command(app_of(target, name=cmd_name, help=command.help, no_args_is_help=True))
-        return get_command(app_of({cmd_name: target}))
+            return get_command(build_app(target, name=cmd_name, help=command.help, no_args_is_help=True))
+        return get_command(build_app({cmd_name: target}))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a list of commands for each help panel."""
@@ -184,22 +195,24 @@ class _Root(_Group):
                     formatter.write_dl(rows)
 
 
-def app_of(functions: Mapping[str, Callable[[Any], None]], **settings: Any) -> typer.Typer:
+def build_app(functions: Mapping[str, Callable[[Any], None]], **settings: Any) -> typer.Typer:
     """Create a command-line program from functions that take an options record.
 
     Args:
-        functions: The functions by command name; see `llmrec.cli.options.takes`.
+        functions: The functions by command name; see `llmrec.cli.options.expand_options`.
         settings: See `typer.Typer`.
     """
     made = typer.Typer(
         cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **settings
     )
     for name, function in functions.items():
-        made.command(name, cls=_Command, epilog=f"\b\nExample:\n{indent(example_of(function), '  ')}")(takes(function))
+        made.command(name, cls=_Command, epilog=f"\b\nExample:\n{indent(docstring_example(function), '  ')}")(
+            expand_options(function)
+        )
     return made
 
 
-def _version(value: bool) -> None:
+def _print_version(value: bool) -> None:
     if value:
         say(__version__)
         raise typer.Exit
@@ -219,7 +232,7 @@ app = typer.Typer(
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -236,7 +249,7 @@ def main(program: typer.Typer = app) -> None:
     if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
-    run_and_exit(lambda **settings: program(obj=_MAIN, **settings))
+    run_and_exit(lambda **settings: program(obj=_CALLED_BY_MAIN, **settings))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class RecipeOptions:
     ] = ()
 
 
-def refuse_several(shard: str | None, ray: str | None, launch: int | None = None) -> None:
+def check_exclusive_options(shard: str | None, ray: str | None, launch: int | None = None) -> None:
     """Reject more than one of `--shard`, `--ray` and `--launch`."""
     chosen = [name for name, value in (("--shard", shard), ("--ray", ray), ("--launch", launch)) if value is not None]
     if len(chosen) > 1:
@@ -63,7 +63,7 @@ def refuse_several(shard: str | None, ray: str | None, launch: int | None = None
         )
 
 
-def takes(function: Callable[[Any], None]) -> Callable[..., None]:
+def expand_options(function: Callable[[Any], None]) -> Callable[..., None]:
     """Convert a function with an options record to a function with one parameter per field.
 
     Its docstring is the help text, without the section ``Example:``.
@@ -74,29 +74,29 @@ def takes(function: Callable[[Any], None]) -> Callable[..., None]:
     """
     record = next(iter(get_type_hints(function).values()))
     hints = get_type_hints(record, include_extras=True)
-    parameters = [_parameter(field, hints[field.name]) for field in fields(record)]
+    parameters = [_build_parameter(field, hints[field.name]) for field in fields(record)]
     parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty)
 
     def called(**values: Any) -> None:
         function(record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}))
 
-    called.__name__, called.__doc__ = function.__name__, _docstring(function)[0]
+    called.__name__, called.__doc__ = function.__name__, _split_docstring(function)[0]
     called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return called
 
 
-def example_of(function: Callable[[Any], None]) -> str:
+def docstring_example(function: Callable[[Any], None]) -> str:
     """Return the command lines in the section ``Example:`` at the end of a command's docstring."""
-    return _docstring(function)[1]
+    return _split_docstring(function)[1]
 
 
-def _docstring(function: Callable[[Any], None]) -> tuple[str, str]:
+def _split_docstring(function: Callable[[Any], None]) -> tuple[str, str]:
     """Return the help text and the example of a command, both without indentation."""
     text, _, example = cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
     return text, dedent(example)
 
 
-def _parameter(field: Field[Any], hint: Any) -> Parameter:
+def _build_parameter(field: Field[Any], hint: Any) -> Parameter:
     kind, about = get_args(hint)
     assert isinstance(about, OptionHelp)
     default: Any = Parameter.empty if field.default is MISSING else field.default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from llmrec.answer.predict.options import PredictOptions
-from llmrec.cli.console import short, show
+from llmrec.cli.console import format_number, show_values
 
 
 def predict(options: PredictOptions) -> None:
@@ -20,5 +20,5 @@ def predict(options: PredictOptions) -> None:
     from llmrec.answer.predict.run import predict_file
 
     summary = predict_file(options)
-    show("answers", summary, short)
+    show_values("answers", summary, format_number)
     raise typer.Exit(int(summary["failed"] != 0))

@@ -18,26 +18,26 @@ from llmrec.backends.encode import Encoder
 from llmrec.cli.console import say, show_prompts, store_facts
 from llmrec.cli.options import RecipeOptions
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
-from llmrec.models.load import resolve
+from llmrec.models.load import resolve_model_folder
 from llmrec.pipeline.bundle import FILE
-from llmrec.pipeline.row_specs import RowSpec, specs_of
+from llmrec.pipeline.row_specs import RowSpec, specs_for_arm
 from llmrec.pipeline.study import Study, build_study, build_task, encoder_of
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import ENGLISH
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
-from llmrec.strategies.counting import questions_of
+from llmrec.strategies.counting import count_prompts
 from llmrec.tasks.task import Want
-from llmrec.tasks.templates import TemplateSelection, choose
+from llmrec.tasks.templates import TemplateSelection, select_task_templates
 from llmrec.types import Example
 
 WIDTH = 80
-SHOWN = 3
+SHOWN_PROMPTS = 3
 """Number of prompts shown per task."""
-_READER = Environment(autoescape=True)  # only parses; the template was validated when it was loaded
+_PARSER = Environment(autoescape=True)  # only parses; the template was validated when it was loaded
 
 
-_FILES = (".yaml", ".yml")
+_FILE_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def prompts(options: PromptsOptions) -> None:
         llmrec prompts recipes/quickstart.yaml --all
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    recipe, template_names = with_files(recipe, options.template, Path(options.recipe).parent)
+    recipe, template_names = add_template_files(recipe, options.template, Path(options.recipe).parent)
     study = build_study(recipe)
     if options.evaluation and (options.chat or options.every or options.diff):
         raise RecipeError(
@@ -113,36 +113,36 @@ def prompts(options: PromptsOptions) -> None:
                 kind="contradiction",
                 column="--chat",
             )
-        _write_chat(study, options.chat)
+        _write_chat_examples(study, options.chat)
         return
-    chosen = named(study, template_names, options.sets)
+    chosen = select_templates(study, template_names, options.sets)
     alone = bool(options.template or options.sets)
     if options.evaluation:
-        encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
-        show_prompts(evaluated(study, encoder, chosen, options.user))
+        encoder = encoder_of(study, resolve_model_folder(recipe.model, seed=recipe.seed))
+        show_prompts(evaluation_prompts(study, encoder, chosen, options.user))
         return
     if options.diff is None:
         store_facts(templates=chosen)
         detailed = options.every or alone
-        for line in lines(study, chosen) if detailed else names(study):
+        for line in describe_templates(study, chosen) if detailed else format_template_names(study):
             say(line)
         if not detailed:
             say("--all describes each template; --template NAME renders one\n")
-    encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
+    encoder = encoder_of(study, resolve_model_folder(recipe.model, seed=recipe.seed))
     if options.diff is not None:
-        differences = list(compare(study, encoder, *options.diff))
+        differences = list(compare_templates(study, encoder, *options.diff))
         store_facts(differences=differences)
         say("\n".join(differences))
     elif alone:
-        show_prompts({template.id: [rendered(study, encoder, template)] for template in chosen})
+        show_prompts({template.id: [render_training_example(study, encoder, template)] for template in chosen})
     else:
-        show_prompts(by_task(study, encoder, SHOWN if options.every else 1))
+        show_prompts(training_prompts_by_task(study, encoder, SHOWN_PROMPTS if options.every else 1))
 
 
-def _write_chat(study: Study, file: Path) -> None:
-    from llmrec.pipeline.conversations import write
+def _write_chat_examples(study: Study, file: Path) -> None:
+    from llmrec.pipeline.conversations import write_conversations
 
-    done = write(study, file)
+    done = write_conversations(study, file)
     store_facts(written=done)
     say(f"{file}: {done.rows:,} training examples in {done.steps:,} steps, in training order")
     if done.partly:
@@ -158,7 +158,7 @@ def _write_chat(study: Study, file: Path) -> None:
         say(f"{done.different:,} examples have different tokens if the chat template of the model includes the answer")
 
 
-def with_files(recipe: Recipe, names: Sequence[str], folder: Path) -> tuple[Recipe, list[str]]:
+def add_template_files(recipe: Recipe, names: Sequence[str], folder: Path) -> tuple[Recipe, list[str]]:
     """Add template files to a recipe, and return it with the names of all templates.
 
     Args:
@@ -171,7 +171,7 @@ def with_files(recipe: Recipe, names: Sequence[str], folder: Path) -> tuple[Reci
     """
     known, result = [Path(entry).resolve() for entry in recipe.prompts], list[str]()
     for name in names:
-        if not name.lower().endswith(_FILES):
+        if not name.lower().endswith(_FILE_SUFFIXES):
             result.append(name)
             continue
         file = next((entry for entry in (Path(name).expanduser(), folder / name) if entry.is_file()), None)
@@ -188,7 +188,7 @@ def with_files(recipe: Recipe, names: Sequence[str], folder: Path) -> tuple[Reci
     return recipe.model_copy(update={"prompts": tuple(map(str, known))}), result
 
 
-def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Template]:
+def select_templates(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Template]:
     """Return the templates with these names or in these sets, sorted by task; all if none is given.
 
     Raises:
@@ -197,7 +197,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
     every = [template for known in study.templates.values() for template in known.values()]
     if not names and not sets:
         return every
-    ids = {find(study, name).id for name in names}
+    ids = {find_template(study, name).id for name in names}
     known_sets = sorted({name for template in every for name in template.sets})
     for name in sets:
         if name not in known_sets:
@@ -209,7 +209,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
     return [template for template in every if template.id in ids or not template.sets.keys().isdisjoint(sets)]
 
 
-def find(study: Study, name: str) -> Template:
+def find_template(study: Study, name: str) -> Template:
     """Return a template by ``family/name``, or by a name that is unique among the tasks of the recipe.
 
     Raises:
@@ -244,42 +244,44 @@ def find(study: Study, name: str) -> Template:
 # --------------------------------------------------------------------------- list of templates
 
 
-def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
+def describe_templates(study: Study, templates: Sequence[Template]) -> Iterator[str]:
     """Yield descriptions of templates, grouped by task, in lines of at most `WIDTH` columns."""
     for family in dict.fromkeys(template.family for template in templates):
-        chosen = chosen_of(study, family)
+        chosen = template_selection(study, family)
         yield f"{family} templates"
         for template in templates:
             if template.family == family:
-                yield from _about(template, chosen)
+                yield from _describe_template(template, chosen)
         yield ""
 
 
-def names(study: Study) -> Iterator[str]:
+def format_template_names(study: Study) -> Iterator[str]:
     """Yield the templates of a recipe by task, first the templates that it uses."""
     for family, known in study.templates.items():
-        chosen = chosen_of(study, family)
-        used = {template.id: _roles(template, chosen) for template in known.values()}
+        chosen = template_selection(study, family)
+        used = {template.id: _template_roles(template, chosen) for template in known.values()}
         width = max((len(name) for name, roles in used.items() if roles), default=0)
         yield f"{family} templates"
         yield from (f"  {name:{width}}  {', '.join(roles)}" for name, roles in used.items() if roles)
         if others := [template.name for template in known.values() if not used[template.id]]:
-            yield from _wrapped("  not used: ", ", ".join(others), hang=4)
+            yield from _wrap_text("  not used: ", ", ".join(others), hang=4)
         yield ""
 
 
-def _roles(template: Template, chosen: TemplateSelection) -> list[str]:
+def _template_roles(template: Template, chosen: TemplateSelection) -> list[str]:
     roles = ["trained on"] if template in chosen.train else []
     return [*roles, "evaluated with"] if template.name in chosen.evaluate else roles
 
 
-def chosen_of(study: Study, family: str) -> TemplateSelection:
+def template_selection(study: Study, family: str) -> TemplateSelection:
     """Return the templates with which a recipe trains and evaluates a task."""
     templates, reviews = study.templates[family], bool(study.task_data(family).dataset.reviews)
-    return choose(study.tasks[family].family, study.section(family), templates, study.codes(family), reviews=reviews)
+    return select_task_templates(
+        study.tasks[family].family, study.section(family), templates, study.codes(family), reviews=reviews
+    )
 
 
-def _about(template: Template, chosen: TemplateSelection) -> Iterator[str]:
+def _describe_template(template: Template, chosen: TemplateSelection) -> Iterator[str]:
     facts = [
         f"version {template.version}",
         template.use,
@@ -287,27 +289,29 @@ def _about(template: Template, chosen: TemplateSelection) -> Iterator[str]:
         f"in {template.language}" if template.language != ENGLISH else "",
         *(f"set {name} {number}".rstrip() for name, number in template.sets.items()),
         f"needs {template.needs}" if template.needs else "",
-        *_roles(template, chosen),
+        *_template_roles(template, chosen),
     ]
-    yield from _wrapped(f"  {template.id}  ", ", ".join(filter(None, facts)), hang=6)
-    yield from _wrapped("      shows   ", ", ".join(fields(template, "system", "user", "lead")) or "nothing")
-    yield from _wrapped("      writes  ", ", ".join(fields(template, "target")) or "always the same")
+    yield from _wrap_text(f"  {template.id}  ", ", ".join(filter(None, facts)), hang=6)
+    yield from _wrap_text(
+        "      shows   ", ", ".join(template_variables(template, "system", "user", "lead")) or "nothing"
+    )
+    yield from _wrap_text("      writes  ", ", ".join(template_variables(template, "target")) or "always the same")
     if template.leak:
-        yield from _wrapped("      leak    ", template.leak)
+        yield from _wrap_text("      leak    ", template.leak)
     if lacking := chosen.lacks(template):
-        yield from _wrapped("      cannot be used here: it ", lacking, hang=14)
+        yield from _wrap_text("      cannot be used here: it ", lacking, hang=14)
 
 
-def fields(template: Template, *parts: str) -> list[str]:
+def template_variables(template: Template, *parts: str) -> list[str]:
     """Return the variables that a template prints or tests, in order, such as ``history.title``."""
     result: dict[str, None] = {}
     for part in parts:
-        for path in _paths(_READER.parse(getattr(template, part)), {}):
+        for path in _variable_paths(_PARSER.parse(getattr(template, part)), {}):
             result.setdefault(path)
     return [path for path in result if not any(other.startswith(f"{path}.") for other in result)]
 
 
-def _paths(node: nodes.Node, bound: Mapping[str, str]) -> Iterator[str]:
+def _variable_paths(node: nodes.Node, bound: Mapping[str, str]) -> Iterator[str]:
     """Yield the variables in order; ``bound`` maps a loop variable to its list."""
     if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
         owner = node.node.name
@@ -319,13 +323,13 @@ def _paths(node: nodes.Node, bound: Mapping[str, str]) -> Iterator[str]:
     elif isinstance(node, nodes.For) and isinstance(node.iter, nodes.Name) and isinstance(node.target, nodes.Name):
         yield node.iter.name
         for child in (*node.body, *node.else_):
-            yield from _paths(child, {**bound, node.target.name: node.iter.name})
+            yield from _variable_paths(child, {**bound, node.target.name: node.iter.name})
     else:
         for child in node.iter_child_nodes():
-            yield from _paths(child, bound)
+            yield from _variable_paths(child, bound)
 
 
-def _wrapped(first: str, text: str, *, hang: int | None = None) -> list[str]:
+def _wrap_text(first: str, text: str, *, hang: int | None = None) -> list[str]:
     indent = " " * (len(first) if hang is None else hang)
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
 
@@ -333,7 +337,7 @@ def _wrapped(first: str, text: str, *, hang: int | None = None) -> list[str]:
 # --------------------------------------------------------------------------- training examples
 
 
-def rows(study: Study, template: Template) -> Iterator[Example]:
+def iterate_examples(study: Study, template: Template) -> Iterator[Example]:
     """Yield training examples of a template endlessly, even if the recipe does not train on it.
 
     Raises:
@@ -348,14 +352,14 @@ def rows(study: Study, template: Template) -> Iterator[Example]:
     yield from build_task(study, template.family, section, known, study.training_seed).examples("train")
 
 
-def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
+def training_prompts_by_task(study: Study, encoder: Encoder, count: int = SHOWN_PROMPTS) -> dict[str, list[str]]:
     """Return rendered training prompts with answers by task, starting with one of each template."""
     shown: dict[str, list[str]] = {}
     for family in study.tasks:
         first: dict[str, str] = {}
         more: list[str] = []
         for example in islice(study.training_examples(family), 64):
-            text = f"[{example.template}]\n{marked(example, encoder)}"
+            text = f"[{example.template}]\n{format_marked_example(example, encoder)}"
             if example.template in first:
                 more.append(text)
             else:
@@ -364,7 +368,7 @@ def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, lis
     return shown
 
 
-def evaluated(
+def evaluation_prompts(
     study: Study, encoder: Encoder, templates: Sequence[Template], user: str | None = None
 ) -> dict[str, list[str]]:
     """Return an evaluation prompt of each model, without duplicates.
@@ -382,9 +386,11 @@ def evaluated(
     """
     ids, result = {template.id for template in templates}, dict[str, list[str]]()
     for arm in study.recipe.eval.arms:
-        for spec in specs_of(study, arm):
+        for spec in specs_for_arm(study, arm):
             if spec.template is not None and spec.template.id in ids and not spec.joins:
-                result.setdefault(_prompt(study, encoder, spec, spec.template, user), []).append(spec.id)
+                result.setdefault(_render_evaluation_prompt(study, encoder, spec, spec.template, user), []).append(
+                    spec.id
+                )
     if not result:
         raise RecipeError(
             "no evaluation prompt to show: the recipe evaluates none of these templates; add them to "
@@ -394,7 +400,9 @@ def evaluated(
     return {rows[0]: [f"[{', '.join(rows)}]\n{text}"] for text, rows in result.items()}
 
 
-def _prompt(study: Study, encoder: Encoder, spec: RowSpec, template: Template, user: str | None) -> str:
+def _render_evaluation_prompt(
+    study: Study, encoder: Encoder, spec: RowSpec, template: Template, user: str | None
+) -> str:
     task, section = study.tasks[spec.family], study.recipe.eval
     requests = [case.request for case in study.cases(spec.family)]
     request = next((entry for entry in requests if user in (None, entry.user_id)), None)
@@ -409,7 +417,7 @@ def _prompt(study: Study, encoder: Encoder, spec: RowSpec, template: Template, u
     if spec.predictor == "two-step":
         return encoder.text(task.profile_prompt(request))
     candidates = request.candidates or ()
-    plan = questions_of(spec.predictor, len(candidates), section) if candidates else None
+    plan = count_prompts(spec.predictor, len(candidates), section) if candidates else None
     if plan is None:
         want: Want = "ranking" if spec.predictor == "list" else "one"
         return encoder.text(task.prompt(request, template=template.name, shots=spec.shots, want=want))
@@ -417,23 +425,23 @@ def _prompt(study: Study, encoder: Encoder, spec: RowSpec, template: Template, u
     return encoder.text(task.prompt(part, template=template.name, shots=spec.shots, want=plan.want))
 
 
-def marked(example: Example, encoder: Encoder) -> str:
+def format_marked_example(example: Example, encoder: Encoder) -> str:
     """Return an example as the model reads it, with training targets in «these marks»."""
     answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
     return encoder.turns_text(example.messages) + answer
 
 
-def rendered(study: Study, encoder: Encoder, template: Template) -> str:
+def render_training_example(study: Study, encoder: Encoder, template: Template) -> str:
     """Return a rendered training example of a template, or the reason why there is none."""
-    chosen = chosen_of(study, template.family)
+    chosen = template_selection(study, template.family)
     note = "" if template in chosen.train else ", not trained on here"
     head = f"[{template.id}{', unseen in training' if template.use == 'unseen' else note}]"
     if lacking := chosen.lacks(template):
-        return "\n".join(_wrapped(f"{head} ", f"cannot be used here: it {lacking}", hang=4))
+        return "\n".join(_wrap_text(f"{head} ", f"cannot be used here: it {lacking}", hang=4))
     try:
-        return f"{head}\n{marked(next(rows(study, template)), encoder)}"
+        return f"{head}\n{format_marked_example(next(iterate_examples(study, template)), encoder)}"
     except RecipeError as error:
-        return "\n".join(_wrapped(f"{head} ", f"cannot be rendered here: {error}", hang=4))
+        return "\n".join(_wrap_text(f"{head} ", f"cannot be rendered here: {error}", hang=4))
 
 
 _FACTS = ("version", "use", "shape")
@@ -441,10 +449,10 @@ _FACTS = ("version", "use", "shape")
 _NOTES = ("set", "number", "also", "leak", "needs")
 _PARTS = ("system", "user", "lead", "target", "tail")
 # Number of examples per template to search for a common interaction: a few passes over the users of MovieLens-100K.
-_SEARCHED = 4000
+_MAX_SEARCHED_EXAMPLES = 4000
 
 
-def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator[str]:
+def compare_templates(study: Study, encoder: Encoder, first: str, second: str) -> Iterator[str]:
     """Yield the differences between two templates of a task, in lines of at most `WIDTH` columns.
 
     Args:
@@ -456,9 +464,9 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
     Raises:
         RecipeError: If a name is unknown, the two are of different families, or the folder records no such template.
     """
-    one, folder = find(study, first), Path(second).expanduser()
+    one, folder = find_template(study, first), Path(second).expanduser()
     stored = folder.is_dir()
-    other = recorded(folder, one) if stored else find(study, second)
+    other = read_stored_template(folder, one) if stored else find_template(study, second)
     if one.family != other.family:
         raise RecipeError(
             f"{one.id} and {other.id} belong to different tasks; compare templates of one task", kind="contradiction"
@@ -468,11 +476,11 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
     yield f"- {left.id}{f', as trained in {second}' if stored else ''}"
     yield f"+ {right.id}{', as it is now' if stored else ''}"
     yield ""
-    yield from sources(left, right, notes=not stored)
-    yield from _prompts(study, encoder, left, right)
+    yield from diff_template_parts(left, right, notes=not stored)
+    yield from _diff_prompts(study, encoder, left, right)
 
 
-def recorded(folder: Path, template: Template) -> Template:
+def read_stored_template(folder: Path, template: Template) -> Template:
     """Return a template as stored in a run folder or an exported folder.
 
     Raises:
@@ -510,7 +518,7 @@ def recorded(folder: Path, template: Template) -> Template:
 # --------------------------------------------------------------------------- template sources
 
 
-def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[str]:
+def diff_template_parts(left: Template, right: Template, *, notes: bool = True) -> Iterator[str]:
     """Yield a unified diff of each part that differs, and the names of equal parts."""
     same = []
     for key in (*_FACTS, *(_NOTES if notes else ()), *_PARTS):
@@ -519,7 +527,7 @@ def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[
             same += [key] if one else []
         elif key in _PARTS:
             yield key
-            yield from _unified(one.splitlines(), other.splitlines())
+            yield from _unified_diff(one.splitlines(), other.splitlines())
         else:
             yield f"{key}: {one or 'none'} -> {other or 'none'}"
     if same:
@@ -527,7 +535,7 @@ def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[
     yield ""
 
 
-def _unified(left: Sequence[str], right: Sequence[str], context: int = 3) -> Iterator[str]:
+def _unified_diff(left: Sequence[str], right: Sequence[str], context: int = 3) -> Iterator[str]:
     """Yield a unified diff without headers; long lines are wrapped and indented."""
     for line in islice(difflib.unified_diff(left, right, n=context, lineterm=""), 2, None):
         if line.startswith("@@"):
@@ -541,43 +549,45 @@ def _unified(left: Sequence[str], right: Sequence[str], context: int = 3) -> Ite
 # --------------------------------------------------------------------------- prompts
 
 
-def _prompts(study: Study, encoder: Encoder, left: Template, right: Template) -> Iterator[str]:
-    chosen = chosen_of(study, left.family)
+def _diff_prompts(study: Study, encoder: Encoder, left: Template, right: Template) -> Iterator[str]:
+    chosen = template_selection(study, left.family)
     lacking = next((f"{entry.id} {chosen.lacks(entry)}" for entry in (left, right) if chosen.lacks(entry)), "")
     try:
-        pair = None if lacking else _same_event(study, left, right)
+        pair = None if lacking else _find_common_examples(study, left, right)
     except LlmrecError as error:
         lacking, pair = str(error), None
     if pair is None:
-        why = lacking or f"no training target is common to the first {_SEARCHED} examples of both"
+        why = lacking or f"no training target is common to the first {_MAX_SEARCHED_EXAMPLES} examples of both"
         yield from textwrap.wrap(f"The prompts are not compared: {why}", WIDTH, subsequent_indent="  ")
         return
     one, other = pair
     user, item = one.pairs[-1] if one.pairs else (one.user_id, "")
     about = "".join(f", {name} {value}" for name, value in (("user", user), ("item", item)) if value)
     yield f"The prompt of a training example{about}"
-    before, after = (marked(example, encoder).split("\n") for example in (one, other))
+    before, after = (format_marked_example(example, encoder).split("\n") for example in (one, other))
     if before == after:
         yield "  the same in both"
-    yield from _unified(before, after, context=max(len(before), len(after)))
+    yield from _unified_diff(before, after, context=max(len(before), len(after)))
 
 
-def _same_event(study: Study, left: Template, right: Template) -> tuple[Example, Example] | None:
+def _find_common_examples(study: Study, left: Template, right: Template) -> tuple[Example, Example] | None:
     """Return an example of each template with the same interaction as last target; None if there is none.
 
     Templates of one shape draw the same events in the same order; a list and a chat template may not.
     """
     first: dict[tuple[str, ...], Example] = {}
     second: dict[tuple[str, ...], Example] = {}
-    for one, other in islice(zip(rows(study, left), rows(study, right), strict=False), _SEARCHED):
-        first.setdefault(_event(one), one)
-        second.setdefault(_event(other), other)
-        for key in (_event(one), _event(other)):
+    for one, other in islice(
+        zip(iterate_examples(study, left), iterate_examples(study, right), strict=False), _MAX_SEARCHED_EXAMPLES
+    ):
+        first.setdefault(_target_event(one), one)
+        second.setdefault(_target_event(other), other)
+        for key in (_target_event(one), _target_event(other)):
             if key in first and key in second:
                 return first[key], second[key]
     return None
 
 
-def _event(example: Example) -> tuple[str, ...]:
+def _target_event(example: Example) -> tuple[str, ...]:
     """Return the interaction of an example's last target; for alignment, the id of the example."""
     return example.pairs[-1] if example.pairs else (example.id,)

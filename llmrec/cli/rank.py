@@ -5,10 +5,10 @@ from __future__ import annotations
 import typer
 
 from llmrec import terminal
-from llmrec.answer.rank.options import RankOptions, check_cluster
-from llmrec.cli.console import short, show, show_shard
-from llmrec.cli.options import refuse_several
-from llmrec.registry import hook
+from llmrec.answer.rank.options import RankOptions, check_cluster_options
+from llmrec.cli.console import format_number, show_shard, show_values
+from llmrec.cli.options import check_exclusive_options
+from llmrec.registry import extension_hook
 
 
 def rank(options: RankOptions) -> None:
@@ -26,18 +26,18 @@ def rank(options: RankOptions) -> None:
     from llmrec.answer.rank.users import rank_users
     from llmrec.records import Shard
 
-    refuse_several(options.shard, options.ray)
-    check_cluster(options)
+    check_exclusive_options(options.shard, options.ray)
+    check_cluster_options(options)
     if options.ray is not None and not options.all_users:
-        hook("rank-on-ray")(options, options.ray)
+        extension_hook("rank-on-ray")(options, options.ray)
         return
     if options.all_users:
         summary = rank_users(options)
-        show("lists", summary, short)
+        show_values("lists", summary, format_number)
     elif options.shard is not None:
         summary = show_shard(rank_shard(options, Shard.parse(options.shard)), options.target)
     else:
         summary = rank_file(options)
         file = terminal.err() if options.target == STDOUT else None
-        show("ranking", console_rows(summary), record={"ranking": summary}, file=file)
+        show_values("ranking", console_rows(summary), record={"ranking": summary}, file=file)
     raise typer.Exit(int(summary["failed"] != 0))

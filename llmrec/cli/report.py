@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import say, show_tables, store_facts, written
-from llmrec.registry import HOOKS, hook
+from llmrec.cli.console import say, show_tables, show_written_files, store_facts
+from llmrec.registry import HOOKS, extension_hook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ def report(options: ReportOptions) -> None:
     """
     from llmrec.pipeline import run as pipeline
 
-    if "rewrite-pages" in HOOKS and (pages := hook("rewrite-pages")(options.folder)):
+    if "rewrite-pages" in HOOKS and (pages := extension_hook("rewrite-pages")(options.folder)):
         store_facts(pages=pages)
         say("\n".join(f"page: {path}" for path in pages))
         return
     page = pipeline.report(options.folder)
     if options.table:
         show_tables(options.folder)
-    written({"report": page})
+    show_written_files({"report": page})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrec.cli.console import finish
-from llmrec.cli.options import Launch, Out, Ray, RecipeOptions, Shard, refuse_several
-from llmrec.registry import hook
+from llmrec.cli.console import show_run_results
+from llmrec.cli.options import Launch, Out, Ray, RecipeOptions, Shard, check_exclusive_options
+from llmrec.registry import extension_hook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class RunOptions(RecipeOptions):
     @property
     def in_shards(self) -> bool:
         """Whether the test cases are divided into shards."""
-        refuse_several(self.shard, self.ray, self.launch)
+        check_exclusive_options(self.shard, self.ray, self.launch)
         return (self.shard, self.ray, self.launch) != (None, None, None)
 
 
@@ -34,11 +34,13 @@ def run(options: RunOptions) -> None:
     Example:
         llmrec run recipes/quickstart.yaml train.steps=50 eval.users=100
     """
-    from llmrec.cli.estimate import print_estimate
+    from llmrec.cli.estimate import show_estimate_if_costly
     from llmrec.pipeline import run as pipeline
     from llmrec.recipe.load import load_recipe
 
     if options.in_shards:
-        hook("shards")(options, trains=True)
+        extension_hook("shards")(options, trains=True)
         return
-    finish(pipeline.run(load_recipe(options.recipe, options.overrides), options.out, before=print_estimate))
+    show_run_results(
+        pipeline.run(load_recipe(options.recipe, options.overrides), options.out, before=show_estimate_if_costly)
+    )

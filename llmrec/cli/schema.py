@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import say, store_facts, written
+from llmrec.cli.console import say, show_written_files, store_facts
 from llmrec.durable import write_text
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.schema import Recipe, TaskSection, TasksSection
-from llmrec.registry import BASELINES, SOURCES, TASKS, lookup
+from llmrec.registry import BASELINES, SOURCES, TASKS, import_component
 from llmrec.tasks.family import families
 
 Schema: TypeAlias = MutableMapping[str, Any]
@@ -28,7 +28,7 @@ PageKind = Literal["recipe", "suite"]
 
 _DIALECT = "http://json-schema.org/draft-07/schema#"
 # A custom name is a path or module:attribute, which cannot be listed.
-_OWN = {"type": "string", "pattern": r"[:/.\\]"}
+_CUSTOM_NAME = {"type": "string", "pattern": r"[:/.\\]"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,31 +55,31 @@ def schema(options: SchemaOptions) -> None:
         say(text.rstrip())
         return
     write_text(options.out, text)
-    written({"schema": options.out})
+    show_written_files({"schema": options.out})
 
 
 def schema_text(kind: PageKind) -> str:
     """Return the JSON schema of recipes, or the one of suites and benchmarks."""
-    return json.dumps({"recipe": _recipe, "suite": _suite}[kind](), ensure_ascii=False, indent=1) + "\n"
+    return json.dumps({"recipe": _recipe_schema, "suite": _suite_schema}[kind](), ensure_ascii=False, indent=1) + "\n"
 
 
-def _recipe() -> Schema:
-    result = described(Recipe)
+def _recipe_schema() -> Schema:
+    result = model_schema(Recipe)
     defs = result["$defs"]
     for name, family in families().items():
-        section = _section(family.section, defs)
-        section["strategies"]["items"] = _named(family.strategies)
+        section = _section_properties(family.section, defs)
+        section["strategies"]["items"] = _name_schema(family.strategies)
         section["baselines"]["items"] = {"$ref": "#/$defs/Baseline"}
         templates = load_templates(name, family.prompts)
         sets = dict.fromkeys(entry for template in templates.values() for entry in template.sets)
         for key in ("templates", "eval_templates"):
-            section[key]["items"] = _named([*templates, *sets])
+            section[key]["items"] = _name_schema([*templates, *sets])
     tasks = defs["TasksSection"]
     tasks["additionalProperties"] = False
     further = {name: {"type": "object"} for name in TASKS if name not in TasksSection.model_fields}
     tasks["properties"] |= further
-    defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
-    defs["Baseline"] = _baseline(defs)
+    defs["DataSection"]["properties"]["source"] |= _name_schema(SOURCES)
+    defs["Baseline"] = _baseline_schema(defs)
     del defs["BaselineSection"]
     base = {
         "type": "string",
@@ -94,11 +94,11 @@ def _recipe() -> Schema:
     return {"$schema": _DIALECT, "title": "llmrec recipe", **result}
 
 
-def _suite() -> Schema:
-    suite, benchmark, chat = described(Suite), described(Benchmark), described(ChatSuite)
+def _suite_schema() -> Schema:
+    suite, benchmark, chat = model_schema(Suite), model_schema(Benchmark), model_schema(ChatSuite)
     defs = suite.pop("$defs") | benchmark.pop("$defs") | chat.pop("$defs")
-    defs["SuiteRow"]["properties"]["baseline"]["anyOf"][0] = _named(BASELINES)
-    defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
+    defs["SuiteRow"]["properties"]["baseline"]["anyOf"][0] = _name_schema(BASELINES)
+    defs["DataSection"]["properties"]["source"] |= _name_schema(SOURCES)
     return {
         "$schema": _DIALECT,
         "title": "llmrec suite, benchmark or suite of conversations",
@@ -113,12 +113,12 @@ def _suite() -> Schema:
     }
 
 
-def _baseline(defs: Schema) -> Schema:
+def _baseline_schema(defs: Schema) -> Schema:
     """Return the schema of a baseline: its name, or a mapping with name and parameters."""
     rules = []
     for name in BASELINES:
-        config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
-        result = described(config)
+        config: type[BaseModel] = import_component(BASELINES, name, "baseline").Config
+        result = model_schema(config)
         defs |= result.pop("$defs", {})
         parameters = result["properties"]
         rules.append(
@@ -133,8 +133,8 @@ def _baseline(defs: Schema) -> Schema:
     return {
         "description": "A baseline, written as its name, or as a mapping of its name and parameters.",
         "anyOf": [
-            _named(BASELINES),
-            {"type": "object", "properties": {"name": _named(BASELINES)}, "required": ["name"]},
+            _name_schema(BASELINES),
+            {"type": "object", "properties": {"name": _name_schema(BASELINES)}, "required": ["name"]},
         ],
         "if": {"type": "object"},
         "then": {"allOf": rules},
@@ -144,24 +144,24 @@ def _baseline(defs: Schema) -> Schema:
 # --------------------------------------------------------------------------- parts of a schema
 
 
-def _section(section: type[BaseModel], defs: Schema) -> Schema:
+def _section_properties(section: type[BaseModel], defs: Schema) -> Schema:
     """Return the schema of a task's section, including tasks of plug-ins."""
     if section.__name__ not in defs:
-        result = described(section)
+        result = model_schema(section)
         defs |= result.pop("$defs", {})
         defs[section.__name__] = result
     properties: Schema = defs[section.__name__]["properties"]
     return properties
 
 
-def _named(names: Iterable[str]) -> Schema:
-    return {"anyOf": [{"type": "string", "enum": list(names)}, _OWN]}
+def _name_schema(names: Iterable[str]) -> Schema:
+    return {"anyOf": [{"type": "string", "enum": list(names)}, _CUSTOM_NAME]}
 
 
-def described(model: type[BaseModel]) -> Schema:
+def model_schema(model: type[BaseModel]) -> Schema:
     """Return pydantic's schema with descriptions instead of titles that only repeat the key."""
     result = model.model_json_schema()
-    for entry in _objects(result):
+    for entry in _iterate_objects(result):
         if isinstance(entry.get("title"), str):
             del entry["title"]
     for owner in (result, *result.get("$defs", {}).values()):
@@ -178,11 +178,11 @@ def described(model: type[BaseModel]) -> Schema:
     return result
 
 
-def _objects(value: Any) -> Iterator[Schema]:
+def _iterate_objects(value: Any) -> Iterator[Schema]:
     if isinstance(value, dict):
         yield value
     for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _objects(entry)
+        yield from _iterate_objects(entry)
 
 
 def _first_sentence(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:

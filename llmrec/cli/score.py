@@ -71,7 +71,7 @@ def score_files(options: ScoreOptions) -> None:
         options.ranked[0],
         options.truth,
         against=options.ranked[1] if len(options.ranked) > 1 else None,
-        k=cutoffs(options.k),
+        k=parse_cutoffs(options.k),
         graded=options.graded,
         planned=options.planned,
         resamples=options.resamples,
@@ -80,11 +80,11 @@ def score_files(options: ScoreOptions) -> None:
         item=options.item,
     )
     store_facts(**scores.as_json())
-    for line in lines(scores):
+    for line in format_scores(scores):
         say(line)
 
 
-def cutoffs(text: str) -> tuple[int, ...]:
+def parse_cutoffs(text: str) -> tuple[int, ...]:
     """Parse cutoffs such as ``5,10``.
 
     Raises:
@@ -96,29 +96,29 @@ def cutoffs(text: str) -> tuple[int, ...]:
         raise RecipeError(f"--k {text}: give whole numbers, such as 5,10", kind="bad-value", column="--k") from None
 
 
-def lines(scores: Scores) -> Iterator[str]:
+def format_scores(scores: Scores) -> Iterator[str]:
     """Yield the lines to print: the counts, then one line per metric."""
     units = _UNITS[scores.unit]
     yield f"{scores.relevant:,} relevant items of {scores.lists[0].judged:,} {units} in {scores.truth}"
     if scores.barren:
         yield f"  {scores.barren:,} {units} have no relevant item and are excluded"
     for entry in scores.lists:
-        yield from _counted(entry, units)
+        yield from _format_list_counts(entry, units)
     wide = max(map(len, scores.metrics))
     names = ("A", "B") if len(scores.lists) > 1 else ("value",)
     head = f"{'metric':<{wide}}" + "".join(f"  {name:<23}" for name in names)
     yield (head + ("  A - B" if scores.comparisons else "")).rstrip()
     for metric in scores.metrics:
         cells = [
-            _cell(entry.metrics[metric].value, entry.metrics[metric].low, entry.metrics[metric].high)
+            _format_cell(entry.metrics[metric].value, entry.metrics[metric].low, entry.metrics[metric].high)
             for entry in scores.lists
         ]
         if (pair := scores.comparisons.get(metric)) is not None:
-            cells.append(_difference(pair))
+            cells.append(_format_difference(pair))
         yield f"{metric:<{wide}}" + "".join(f"  {cell:<23}" for cell in cells).rstrip()
 
 
-def _counted(entry: ScoredLists, units: str) -> Iterator[str]:
+def _format_list_counts(entry: ScoredLists, units: str) -> Iterator[str]:
     yield entry.name
     yield f"  without a list, scored as 0: {entry.without_list:,} of {entry.judged:,} {units}"
     yield f"  with a list but no relevant items, excluded: {entry.without_truth:,} {units}"
@@ -129,10 +129,10 @@ def _counted(entry: ScoredLists, units: str) -> Iterator[str]:
         yield f"  {_ORDERS[entry.order]}"
 
 
-def _cell(value: float | None, low: float | None, high: float | None) -> str:
+def _format_cell(value: float | None, low: float | None, high: float | None) -> str:
     return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def _difference(pair: Pair) -> str:
+def _format_difference(pair: Pair) -> str:
     message = f"{pair.value:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
     return message if pair.verdict is None else f"{message}  p {pair.p:.3g}, {pair.verdict}"

@@ -1,6 +1,6 @@
 """Security checks that need no network, for `llmrec doctor --security`.
 
-Every check is a function from facts to findings; `examine` gathers the facts. A secret is never printed:
+Every check is a function from facts to findings; `check_security` gathers the facts. A secret is never printed:
 a finding names its location.
 """
 
@@ -17,13 +17,13 @@ from typing import Literal
 
 import psutil
 
-from llmrec.display import listed
+from llmrec.display import format_name_list
 from llmrec.errors import RecipeError
-from llmrec.pipeline.resume import LOCK
-from llmrec.recipe.pages import read_page
+from llmrec.pipeline.resume import LOCK_FILE
+from llmrec.recipe.pages import read_yaml_page
 
 # Suffixes of files with pickled objects, which can run code when they are loaded.
-_PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 # Names of files that may contain keys.
 _KEY_FILE = re.compile(r"(^|[._-])(keys?|tokens?|secrets?|credentials)([._-]|$)|^\.env(\.|$)", re.IGNORECASE)
 _KEY_ENDINGS = frozenset({"", ".json", ".env", ".txt", ".yaml", ".yml", ".key"})
@@ -37,8 +37,8 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-_MOST_PAGES = 500
-_LARGEST_PAGE = 2**20
+_MAX_PAGES = 500
+_MAX_PAGE_BYTES = 2**20
 _SHOWN = 3
 
 
@@ -72,32 +72,32 @@ class Page:
     model: str | None
 
 
-def examine(folder: Path = Path()) -> Iterator[Finding]:
+def check_security(folder: Path = Path()) -> Iterator[Finding]:
     """Yield findings on recipes, runs and key files in a folder, and on services on this machine."""
-    runs = _runs(folder)
-    pages = _pages(folder, runs)
-    yield from check_pickles(_model_folders(folder, runs, pages))
-    yield from check_modes("run folders", [run for run in runs if _open_to_others(run)], len(runs), "700")
-    keys = _key_files(folder)
-    yield from check_modes("key files", [file for file in keys if _open_to_others(file)], len(keys), "600")
+    runs = _find_run_folders(folder)
+    pages = _find_pages(folder, runs)
+    yield from check_pickles(_find_model_folders(folder, runs, pages))
+    yield from check_modes("run folders", [run for run in runs if _is_open_to_others(run)], len(runs), "700")
+    keys = _find_key_files(folder)
+    yield from check_modes("key files", [file for file in keys if _is_open_to_others(file)], len(keys), "600")
     yield from check_environment(os.environ)
     yield from check_pages(pages)
-    yield from check_services(_commands())
+    yield from check_services(_running_command_lines())
 
 
 def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
     """Check for pickled files in model folders."""
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLED]
-    yield _judged(
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLE_SUFFIXES]
+    yield _fault_or_clean(
         "pickled weights",
-        listed(map(str, files), _SHOWN),
+        format_name_list(map(str, files), _SHOWN),
         "llmrec does not load them, but other programs may and then run code in them: convert the weights to "
         "safetensors, and remove these files",
         "none in the model folders",
     )
 
 
-def _judged(name: str, fault: str, fix: str, clean: str) -> Finding:
+def _fault_or_clean(name: str, fault: str, fix: str, clean: str) -> Finding:
     """Return a fault with its fix, or what was found if there is no fault."""
     return Finding(name, fault, fix) if fault else Finding(name, clean)
 
@@ -105,9 +105,9 @@ def _judged(name: str, fault: str, fix: str, clean: str) -> Finding:
 def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> Iterator[Finding]:
     """Check for files or folders that other users than the owner may read."""
     names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
-    fault = f"others may read {listed(map(str, exposed), _SHOWN)}" if exposed else ""
+    fault = f"others may read {format_name_list(map(str, exposed), _SHOWN)}" if exposed else ""
     clean = f"{count} checked, none readable by other users" if count else "none here"
-    yield _judged(what, fault, f"chmod {mode} {names}", clean)
+    yield _fault_or_clean(what, fault, f"chmod {mode} {names}", clean)
 
 
 def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -126,14 +126,14 @@ def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
     """Check for recipes and suites that contain keys or allow a model to run code."""
-    yield _judged(
+    yield _fault_or_clean(
         "keys in recipes",
-        listed((str(page.path) for page in pages if _SECRET.search(page.text)), _SHOWN),
+        format_name_list((str(page.path) for page in pages if _SECRET.search(page.text)), _SHOWN),
         "remove the key and replace it at the provider; set eval.server.key_env to an environment variable",
         f"none in {len(pages)} pages",
     )
-    trusting = listed((str(page.path) for page in pages if page.remote_code), _SHOWN)
-    yield _judged(
+    trusting = format_name_list((str(page.path) for page in pages if page.remote_code), _SHOWN)
+    yield _fault_or_clean(
         "trust_remote_code",
         f"on in {trusting}" if trusting else "",
         "code of the model runs with your permissions: review the code and pin model.revision, or remove the setting",
@@ -145,15 +145,15 @@ def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
     """Check for services on this machine that other hosts can use without a key."""
     exposed = []
     for words in commands:
-        host, serves = _option(words, "--host"), "serve" in words
+        host, serves = _option_value(words, "--host"), "serve" in words
         engine = next((Path(word).name for word in words[:3] if Path(word).name in ("llmrec", "vllm")), "")
         if not engine or not serves:
             continue
         # vLLM listens on all addresses by default.
         reached = host not in _LOOPBACK if host is not None else engine == "vllm"
-        if reached and _option(words, "--keys" if engine == "llmrec" else "--api-key") is None:
+        if reached and _option_value(words, "--keys" if engine == "llmrec" else "--api-key") is None:
             exposed.append(f"{engine} serve on {host or 'every address'}")
-    yield _judged(
+    yield _fault_or_clean(
         "services",
         f"without keys: {', '.join(exposed)}" if exposed else "",
         "reachable without authentication: use --keys (llmrec) or --api-key (vllm), or --host 127.0.0.1",
@@ -161,7 +161,7 @@ def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
     )
 
 
-def _option(words: Sequence[str], name: str) -> str | None:
+def _option_value(words: Sequence[str], name: str) -> str | None:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == name:
             return following
@@ -173,46 +173,46 @@ def _option(words: Sequence[str], name: str) -> str | None:
 # --------------------------------------------------------------------------- collecting files
 
 
-def _runs(folder: Path) -> list[Path]:
+def _find_run_folders(folder: Path) -> list[Path]:
     """Return the run folders in ``runs``, recognised by lock files or recipes."""
     home = folder / "runs"
     candidates = [*home.glob("*"), *home.glob("*/*")] if home.is_dir() else []
-    return sorted(c for c in candidates if c.is_dir() and ((c / LOCK).is_file() or (c / "recipe.yaml").is_file()))
+    return sorted(c for c in candidates if c.is_dir() and ((c / LOCK_FILE).is_file() or (c / "recipe.yaml").is_file()))
 
 
-def _pages(folder: Path, runs: Sequence[Path]) -> list[Page]:
+def _find_pages(folder: Path, runs: Sequence[Path]) -> list[Page]:
     """Return the recipes and suites in the folder, in ``recipes`` and ``eval/suites``, and in runs."""
     paths = [*folder.glob("*.y*ml"), *(run / "recipe.yaml" for run in runs)]
     for home in (folder / "recipes", folder / "eval" / "suites"):
         paths += home.rglob("*.yaml")
-    return [page for path in sorted(set(paths))[:_MOST_PAGES] if (page := _page(path)) is not None]
+    return [page for path in sorted(set(paths))[:_MAX_PAGES] if (page := _read_page(path)) is not None]
 
 
-def _page(path: Path) -> Page | None:
+def _read_page(path: Path) -> Page | None:
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_PAGE:
+        if not path.is_file() or path.stat().st_size > _MAX_PAGE_BYTES:
             return None
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     model: object = None
     with suppress(RecipeError):
-        model = read_page(path)[0].get("model")
+        model = read_yaml_page(path)[0].get("model")
     section = model if isinstance(model, dict) else {}
     name = section.get("name")
     return Page(
         path=path,
         text=text,
-        remote_code=section.get("trust_remote_code") is True or bool(_REMOTE.search(text)),
+        remote_code=section.get("trust_remote_code") is True or bool(_REMOTE_CODE_OVERRIDE.search(text)),
         model=name if isinstance(name, str) else None,
     )
 
 
 # Matches overrides in suites, where the key is part of a string.
-_REMOTE = re.compile(r"model\.trust_remote_code\s*=\s*true", re.IGNORECASE)
+_REMOTE_CODE_OVERRIDE = re.compile(r"model\.trust_remote_code\s*=\s*true", re.IGNORECASE)
 
 
-def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) -> list[Path]:
+def _find_model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) -> list[Path]:
     """Return the local model folders in runs and recipes."""
     result = {run / name for run in runs for name in ("merged", "adapter", "base")}
     for page in pages:
@@ -226,7 +226,7 @@ def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) ->
     return kept
 
 
-def _key_files(folder: Path) -> list[Path]:
+def _find_key_files(folder: Path) -> list[Path]:
     """Return files in the folder whose names suggest keys, and the token of the hub."""
     result = [
         file
@@ -237,7 +237,7 @@ def _key_files(folder: Path) -> list[Path]:
     return [*sorted(result), *([hub] if hub.is_file() else [])]
 
 
-def _open_to_others(path: Path) -> bool:
+def _is_open_to_others(path: Path) -> bool:
     """Whether other users than the owner may read a file or list a folder."""
     try:
         return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
@@ -245,7 +245,7 @@ def _open_to_others(path: Path) -> bool:
         return False
 
 
-def _commands() -> Iterator[Sequence[str]]:
+def _running_command_lines() -> Iterator[Sequence[str]]:
     """Yield the command lines of the running processes that this user may read."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

@@ -10,11 +10,11 @@ from typing import Any
 import typer
 
 from llmrec import processes, terminal
-from llmrec.cli.console import given, short, show
+from llmrec.cli.console import format_number, shared_options, show_values
 from llmrec.cli.options import Launch, Out, RecipeOptions
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, require
-from llmrec.machine import processor
+from llmrec.machine import read_processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,23 @@ def train(options: TrainOptions) -> None:
         llmrec train recipes/quickstart.yaml --launch 2
     """
     from llmrec.pipeline import run as pipeline
-    from llmrec.pipeline.study import folder_of
+    from llmrec.pipeline.study import resolve_run_folder
     from llmrec.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.launch is None:
         record = pipeline.train(recipe, options.out)
     else:
-        record = train_together(options.recipe, options.overrides, folder_of(recipe, options.out), options.launch)
+        record = train_in_processes(
+            options.recipe, options.overrides, resolve_run_folder(recipe, options.out), options.launch
+        )
     shown = ("method", "steps", "tokens", "target_tokens", "processes", "distributed", "seconds", "tokens_per_second")
-    show("training", {name: record[name] for name in (*shown, "adapter_sha256") if name in record}, short)
+    show_values(
+        "training", {name: record[name] for name in (*shown, "adapter_sha256") if name in record}, format_number
+    )
 
 
-def train_together(recipe: str, overrides: Sequence[str], folder: Path, count: int) -> dict[str, Any]:
+def train_in_processes(recipe: str, overrides: Sequence[str], folder: Path, count: int) -> dict[str, Any]:
     """Train in several local processes, and return the training record.
 
     They get the environment of torchrun, and their messages go to the error stream; the caller prints the result.
@@ -63,24 +67,24 @@ def train_together(recipe: str, overrides: Sequence[str], folder: Path, count: i
         LlmrecError: If one was killed.
         typer.Exit: If one failed, which has printed its error.
     """
-    processes.alone("--launch")
+    processes.check_single_process("--launch")
     # The store outlives the processes, so that the first one to fail can leave a note.
     store = require("torch.distributed", "train").TCPStore("localhost", 0, None, True, wait_for_workers=False)
     shared = {
-        **processes.threads(count, processor().usable),
+        **processes.thread_variables(count, read_processor().usable),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    words = ["-m", "llmrec", "train", recipe, *overrides, *given, "--out", str(folder)]
+    words = ["-m", "llmrec", "train", recipe, *overrides, *shared_options, "--out", str(folder)]
     programs = [
         processes.Program(words, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, terminal.err())
         for rank in range(count)
     ]
     try:
-        with processes.started(programs, report_signals=True) as lines:
+        with processes.start_programs(programs, report_signals=True) as lines:
             for _ in lines:
                 pass
     except processes.ProcessEnded as error:

@@ -1,7 +1,7 @@
 """Runs the shards of a job on Ray actors, scheduled by Ray Data.
 
 The job is stored in the folder of the shards, which all nodes share; Ray transfers only numbers and short records. A
-shard that is lost with its process or node is not yielded, and `llmrec.cluster.jobs.work_all` repeats it.
+shard that is lost with its process or node is not yielded, and `llmrec.cluster.jobs.run_all_shards` repeats it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,36 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmrec.answer.rank.options import OF_CLUSTERS, RankOptions
-from llmrec.answer.rank.ranker import resolved
-from llmrec.answer.rank.run import STDOUT, part_sizes
+from llmrec.answer.rank.options import CLUSTER_OPTIONS, RankOptions
+from llmrec.answer.rank.ranker import with_resolved_model
+from llmrec.answer.rank.run import STDOUT, total_and_part_size
 from llmrec.answer.rank.sharded import drop_shards
-from llmrec.cli.console import finish, show, show_shard
+from llmrec.cli.console import show_run_results, show_shard, show_values
 from llmrec.cli.run import RunOptions
 from llmrec.cluster.command import merge_shards
 from llmrec.cluster.evaluation import evaluate_shard, merge_run
-from llmrec.cluster.jobs import EACH, Job, ShardResult, Worker, count_of, facts_of, published, read_job, work_all
-from llmrec.cluster.local import evaluate_here, run_here
+from llmrec.cluster.jobs import (
+    SHARDS_PER_ACTOR,
+    Job,
+    ShardResult,
+    Worker,
+    choose_shard_count,
+    publish_job,
+    read_job,
+    run_all_shards,
+    summarise_workers,
+)
+from llmrec.cluster.local import evaluate_locally, run_locally
 from llmrec.data.request_file import open_requests
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, RecipeError, require
-from llmrec.machine import processor
+from llmrec.machine import read_processor
 from llmrec.pipeline.augmenting import merge_augment
 from llmrec.pipeline.run import Run
-from llmrec.pipeline.shards import Command, shards_of
-from llmrec.pipeline.study import folder_of
+from llmrec.pipeline.shards import Command, job_folder
+from llmrec.pipeline.study import resolve_run_folder
 from llmrec.progress import QUIET
-from llmrec.recipe.load import kind_of_page, load_recipe
+from llmrec.recipe.load import detect_page_kind, load_recipe
 from llmrec.recipe.schema import RaySection, Recipe
 from llmrec.records import Shard
 from llmrec.report.page import PAGES
@@ -64,7 +74,7 @@ class Allocation:
     nodes: int
 
 
-def allocate(nodes: Sequence[Mapping[str, float]], section: RaySection, *, least: int = 1) -> Allocation:
+def allocate_actors(nodes: Sequence[Mapping[str, float]], section: RaySection, *, least: int = 1) -> Allocation:
     """Return the number and resources of actors: as many as fit on the cluster, or the requested number.
 
     Args:
@@ -107,10 +117,10 @@ def cluster(address: str, section: RaySection) -> Iterator[Any]:
     require("ray.data", _EXTRA)
     fields: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        cpus = max(processor().usable, math.ceil((section.actors or 0) * section.cpus)) + 1
+        cpus = max(read_processor().usable, math.ceil((section.actors or 0) * section.cpus)) + 1
         fields |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
     else:
-        knock(address)
+        check_cluster_address(address)
     try:
         ray.init(address=address, **fields)
     except Exception as error:
@@ -126,7 +136,7 @@ def cluster(address: str, section: RaySection) -> Iterator[Any]:
         ray.shutdown()
 
 
-def knock(address: str) -> None:
+def check_cluster_address(address: str) -> None:
     """Check whether a cluster responds at an address, because Ray could block for long or end the process.
 
     Raises:
@@ -179,10 +189,10 @@ def _node_id() -> str:
     return str(require("ray", _EXTRA).get_runtime_context().get_node_id())
 
 
-def spread(
+def run_on_actors(
     ray: Any, arguments: Mapping[str, Any], section: RaySection, numbers: Sequence[int]
 ) -> Iterator[ShardResult]:
-    """Run shards on actors; see `llmrec.cluster.jobs.Spread`.
+    """Run shards on actors; see `llmrec.cluster.jobs.ShardRunner`.
 
     Args:
         ray: The module, connected to a cluster.
@@ -194,7 +204,7 @@ def spread(
     context.enable_progress_bars = False
     # A lost shard is not an error: it is missing in the results and run again.
     context.max_errored_blocks = -1
-    resources = allocate(alive(ray), section)
+    resources = allocate_actors(live_node_resources(ray), section)
     rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
     pool = ray.data.ActorPoolStrategy(size=min(resources.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
     # A dead process is restarted on its node, but its shard is not retried there: if the node is lost, the shard
@@ -208,12 +218,12 @@ def spread(
         log.warning("a pass over the shards was interrupted: %s", str(error).splitlines()[0])
 
 
-def alive(ray: Any) -> list[Mapping[str, float]]:
+def live_node_resources(ray: Any) -> list[Mapping[str, float]]:
     """Return the resources of each live machine."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def work_on(
+def run_job_on_cluster(
     address: str,
     job: Job,
     section: RaySection,
@@ -235,14 +245,14 @@ def work_on(
     Raises:
         LlmrecError: If the cluster cannot be used, or a shard fails.
     """
-    with published(job) as token, cluster(address, section) as ray:
-        resources = allocate(alive(ray), section, least=section.actors or 1)
+    with publish_job(job) as token, cluster(address, section) as ray:
+        resources = allocate_actors(live_node_resources(ray), section, least=section.actors or 1)
         first()
-        default = EACH * resources.actors
-        count = count_of(job.target, section.shards, default if most is None else max(1, min(default, most)))
-        fields = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
-        done = work_all(job, count, partial(spread, ray, fields, section))
-        nodes, processes, tokens = facts_of(done)
+        default = SHARDS_PER_ACTOR * resources.actors
+        count = choose_shard_count(job.target, section.shards, default if most is None else max(1, min(default, most)))
+        fields = {"folder": str(job_folder(job.target).absolute()), "token": token, "count": count}
+        done = run_all_shards(job, count, partial(run_on_actors, ray, fields, section))
+        nodes, processes, tokens = summarise_workers(done)
         spent = sum(entry.seconds for entry in done)
         cost = {"tokens": f"{tokens:,}"} if tokens else {}
         rows = {
@@ -252,7 +262,7 @@ def work_on(
             "actor seconds": f"{spent:.1f}",
         }
         facts = {"shards": count, "actors": processes, "nodes": nodes, "tokens": tokens, "actor_seconds": spent}
-        show("ray", rows, record={"ray": facts})
+        show_values("ray", rows, record={"ray": facts})
         if resources.gpus and job.command != "rank":
             # Answers depend on the type of device, so they are merged on a device of the same type.
             merge = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(_merge)
@@ -266,17 +276,17 @@ def _merge(folder: str, token: str) -> None:
     (merge_run if job.command == "eval" else merge_augment)(job.target, quiet=True)
 
 
-def rank_on(options: RankOptions, address: str) -> None:
+def rank_on_cluster(options: RankOptions, address: str) -> None:
     """Rank a file of requests on a cluster, and print the results.
 
     Raises:
-        LlmrecError: See `work_on` and `llmrec.answer.rank.run.rank_file`.
+        LlmrecError: See `run_job_on_cluster` and `llmrec.answer.rank.run.rank_file`.
     """
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are merged into a file; name a file", kind="unsupported", column="--out")
-    options = resolved(options)
-    total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
-    settings = {name: getattr(options, name) for name in OF_CLUSTERS}
+    options = with_resolved_model(options)
+    total, size = total_and_part_size(options, open_requests(options.source, bare=options.bare))
+    settings = {name: getattr(options, name) for name in CLUSTER_OPTIONS}
     try:
         section = RaySection(**settings)
     except ValidationError as error:
@@ -287,26 +297,26 @@ def rank_on(options: RankOptions, address: str) -> None:
     # Restart once and on this machine: a lost shard is run again, and keeps its finished parts.
     job = Job("rank", options.target, replace(options, restart=False))
     drop = partial(drop_shards, options.target) if options.restart else lambda: None
-    work_on(address, job, section, -(-total // size), drop)
+    run_job_on_cluster(address, job, section, -(-total // size), drop)
     merge_shards(options.target)
 
 
-def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> None:
+def run_recipe_on_cluster(address: str, command: Command, target: Path, recipe: Recipe) -> None:
     """Evaluate a recipe or generate its texts on a cluster, and print the results.
 
     Raises:
-        LlmrecError: See `work_on`; also the errors of the command in one process.
+        LlmrecError: See `run_job_on_cluster`; also the errors of the command in one process.
     """
-    merged = work_on(address, Job(command, target, recipe), recipe.ray)
+    merged = run_job_on_cluster(address, Job(command, target, recipe), recipe.ray)
     if command != "eval" or not merged:
         # an existing feature store is not changed
         merge_shards(target)
         return
     results = read_json(target / "results.json", "run the command again")
-    finish(Run(target, results, (), target / "report" / PAGES["html"]))
+    show_run_results(Run(target, results, (), target / "report" / PAGES["html"]))
 
 
-def ask_shards(options: RunOptions, *, trains: bool = False) -> None:
+def evaluate_in_shards(options: RunOptions, *, trains: bool = False) -> None:
     """Evaluate one or all shards of a recipe, on a cluster or on this machine.
 
     Args:
@@ -318,17 +328,19 @@ def ask_shards(options: RunOptions, *, trains: bool = False) -> None:
     """
     option = "--shard" if options.shard is not None else "--ray" if options.ray is not None else "--launch"
     shard = None if options.shard is None else Shard.parse(options.shard)
-    if (kind := kind_of_page(options.recipe)) != "recipe":
+    if (kind := detect_page_kind(options.recipe)) != "recipe":
         raise RecipeError(
             f"{option}: {options.recipe} is a {kind}; evaluate its recipes in shards, and then the {kind}",
             kind="unsupported",
             column=option,
         )
     recipe = load_recipe(options.recipe, options.overrides)
-    home = folder_of(recipe, options.out)
+    home = resolve_run_folder(recipe, options.out)
     if options.ray is not None:
-        finish_on(options.ray, "eval", home, recipe)
+        run_recipe_on_cluster(options.ray, "eval", home, recipe)
     elif options.launch is not None:
-        finish(run_here(recipe, home, options) if trains else evaluate_here(recipe, home, options.launch))
+        show_run_results(
+            run_locally(recipe, home, options) if trains else evaluate_locally(recipe, home, options.launch)
+        )
     elif shard is not None:
         show_shard(evaluate_shard(recipe, options.out, shard), home)

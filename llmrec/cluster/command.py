@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import finish, show
+from llmrec.cli.console import show_run_results, show_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ def merge(options: MergeOptions) -> None:
 
 def merge_shards(target: Path, folders: Sequence[Path] = ()) -> None:
     """Merge the shards of a job, and print the result."""
-    from llmrec.pipeline.shards import folders_of, read
+    from llmrec.pipeline.shards import find_shard_folders, read_shard
 
-    command = read(folders_of(target, folders)[0]).command
+    command = read_shard(find_shard_folders(target, folders)[0]).command
     if command == "eval":
         from llmrec.cluster.evaluation import merge_run
 
-        finish(merge_run(target, folders))
+        show_run_results(merge_run(target, folders))
     elif command == "augment":
         from llmrec.cli.augment import show_texts
         from llmrec.pipeline.augmenting import merge_augment
@@ -62,5 +62,5 @@ def merge_shards(target: Path, folders: Sequence[Path] = ()) -> None:
         from llmrec.answer.rank.sharded import merge_rank
 
         summary = merge_rank(target, folders)
-        show("ranking", console_rows(summary), record={"ranking": summary})
+        show_values("ranking", console_rows(summary), record={"ranking": summary})
         raise typer.Exit(int(summary["failed"] != 0))

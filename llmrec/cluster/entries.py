@@ -8,7 +8,7 @@ COMMANDS = {
     ),
 }
 HOOKS = {
-    "shards": "llmrec.cluster.actors:ask_shards",
-    "rank-on-ray": "llmrec.cluster.actors:rank_on",
-    "recipe-on-ray": "llmrec.cluster.actors:finish_on",
+    "shards": "llmrec.cluster.actors:evaluate_in_shards",
+    "rank-on-ray": "llmrec.cluster.actors:rank_on_cluster",
+    "recipe-on-ray": "llmrec.cluster.actors:run_recipe_on_cluster",
 }

@@ -14,19 +14,19 @@ from pathlib import Path
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.errors import RecipeError
-from llmrec.pipeline.resume import RUN, locked
-from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run
-from llmrec.pipeline.shards import SHARD, finish, reusable_shard, shard_folder, verify_shards
-from llmrec.pipeline.study import folder_of
-from llmrec.recipe.load import STORED, as_recipe, load_stored
+from llmrec.pipeline.resume import RUN_FILES, lock_folder
+from llmrec.pipeline.run import ANSWERS, Run, Session, StoredTraining, open_session, run
+from llmrec.pipeline.shards import SHARD_FILE, finish_shard, reusable_shard, shard_folder, verify_shards
+from llmrec.pipeline.study import resolve_run_folder
+from llmrec.recipe.load import STORED_RECIPE_FILE, as_recipe, load_stored_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
-from llmrec.terminal import works_in
+from llmrec.terminal import set_command_folder
 
 log = logging.getLogger(__name__)
 
 # Files that only the running shard needs.
-_SPARE = ("base", "base.json", "candidates", "index", "data")
+_TEMPORARY_FILES = ("base", "base.json", "candidates", "index", "data")
 
 
 def evaluate_shard(
@@ -53,14 +53,14 @@ def evaluate_shard(
         LlmrecError: If the recipe has no language model, its fine-tuned model is missing, or an engine fails.
     """
     recipe = as_recipe(recipe)
-    home = folder_of(recipe, out)
-    refuse_without_model(recipe)
+    home = resolve_run_folder(recipe, out)
+    check_language_model(recipe)
     folder = shard_folder(home, shard)
-    with locked(folder, (*RUN, SHARD)):
-        works_in(folder)
+    with lock_folder(folder, (*RUN_FILES, SHARD_FILE)):
+        set_command_folder(folder)
         session = open_session(recipe, folder, quiet=quiet)
         training = session.tuned(home)
-        key = _key_of(session, training, home)
+        key = _evaluation_key(session, training, home)
         if reusable_shard(folder, key):
             log.warning("shard %s is already complete", shard)
         else:
@@ -70,14 +70,14 @@ def evaluate_shard(
                 session.evaluation().ask(weights, engines, shard, report)
             with closing(AnswerStore(folder / ANSWERS)) as store:
                 fields = {"answers": len(store), "seconds": dict(session.budget.stages)}
-            finish(folder, "eval", shard, key, [STORED, ANSWERS], fields)
-        for name in _SPARE:
+            finish_shard(folder, "eval", shard, key, [STORED_RECIPE_FILE, ANSWERS], fields)
+        for name in _TEMPORARY_FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return folder
 
 
-def refuse_without_model(recipe: Recipe) -> None:
+def check_language_model(recipe: Recipe) -> None:
     """Reject a recipe without a language model, because baselines are not evaluated in shards."""
     if not recipe.eval.arms:
         raise RecipeError(
@@ -102,7 +102,7 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
     result = verify_shards(home, folders)
 
     def join(session: Session) -> None:
-        key = _key_of(session, session.tuned(home), home)
+        key = _evaluation_key(session, session.tuned(home), home)
         for entry in result:
             entry.refuse_other(key)
         with closing(AnswerStore(home / ANSWERS)) as store:
@@ -113,9 +113,9 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
                     if stage.startswith("start "):
                         session.budget.add(stage, spent)
 
-    return run(load_stored(result[0].folder), home, quiet=quiet, may_train=False, before=join)
+    return run(load_stored_recipe(result[0].folder), home, quiet=quiet, may_train=False, before=join)
 
 
-def _key_of(session: Session, training: Trained | None, home: Path) -> str:
+def _evaluation_key(session: Session, training: StoredTraining | None, home: Path) -> str:
     with session.asking(training, home, remembers=False) as (weights, engines):
         return session.evaluation().shards_key(weights, engines)

@@ -27,27 +27,27 @@ from pydantic import TypeAdapter
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.ranker import open_ranker
 from llmrec.answer.rank.sharded import rank_shard
-from llmrec.cli.ending import fix_of
+from llmrec.cli.ending import as_fixable_error
 from llmrec.cluster.evaluation import evaluate_shard
-from llmrec.durable import read_json, write_checked
+from llmrec.durable import read_json, write_checked_json
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.augmenting import augment_shard
 from llmrec.pipeline.engines import keep_engine
-from llmrec.pipeline.resume import StageTimer, locked
-from llmrec.pipeline.shards import Command, read, shard_folder, shards_of
+from llmrec.pipeline.resume import StageTimer, lock_folder
+from llmrec.pipeline.shards import Command, job_folder, read_shard, shard_folder
 from llmrec.progress import Progress
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
-from llmrec.terminal import LOG
+from llmrec.terminal import LOG_FILE
 
 log = logging.getLogger(__name__)
 
-JOB = "job.json"
+JOB_FILE = "job.json"
 """The file of a running job in the folder of its shards, read by every machine."""
-EACH = 4
+SHARDS_PER_ACTOR = 4
 """The default number of shards per actor, enough for the actors to finish at about the same time."""
-LOST = 3
+MAX_LOST_PASSES = 3
 """The number of consecutive passes without a finished shard after which the job ends with an error."""
 _BUSY, _PAUSE = 120.0, 2.0
 _FOLDER = re.compile(r"[0-9]+-of-([0-9]+)")
@@ -76,7 +76,7 @@ class Job:
             else TypeAdapter(RankOptions).dump_python(options, mode="json")
         )
         fields = {"command": self.command, "target": str(self.target.absolute()), "at": str(Path.cwd())}
-        write_checked(shards_of(self.target) / JOB, {**fields, "token": token, "asked": plain})
+        write_checked_json(job_folder(self.target) / JOB_FILE, {**fields, "token": token, "asked": plain})
 
     def opened(self, report: Callable[[float], None]) -> Callable[[Shard], Path]:
         """Return a function that runs a shard and returns its folder; open models are reused.
@@ -104,7 +104,7 @@ def read_job(folder: Path, token: str) -> Job:
         LlmrecError: If this machine does not have the folder, or has another one under its name.
     """
     try:
-        fields = read_json(folder / JOB, "start the command again")
+        fields = read_json(folder / JOB_FILE, "start the command again")
     except LlmrecError:
         fields = {}
     if fields.get("token") != token:
@@ -200,9 +200,9 @@ class Worker:
         try:
             opened = self._work or read_job(self._folder, self._token).opened(self._advance)
             self._number, self._work = number, opened
-            facts = read(_patiently(self._work, shard)).facts
+            facts = read_shard(_run_when_unlocked(self._work, shard)).facts
         except Exception as error:
-            wrong = fix_of(error)
+            wrong = as_fixable_error(error)
             text = str(wrong) if wrong else "".join(traceback.format_exception(error))
             return ShardResult(number, self._node, self._process, time.monotonic() - begin, error=text)
         cost = facts.get("cost") or {}
@@ -213,7 +213,7 @@ class Worker:
         self._report(ShardProgress(self._number, fraction))
 
 
-def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
+def _run_when_unlocked(work: Callable[[Shard], Path], shard: Shard) -> Path:
     """Run a shard; wait if another process is about to release its lock."""
     end = time.monotonic() + _BUSY
     while True:
@@ -225,7 +225,7 @@ def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
         time.sleep(_PAUSE)
 
 
-def count_of(target: Path, requested: int | None, default: int) -> int:
+def choose_shard_count(target: Path, requested: int | None, default: int) -> int:
     """Return the number of shards of a job; a resumed job keeps its number.
 
     Args:
@@ -236,7 +236,7 @@ def count_of(target: Path, requested: int | None, default: int) -> int:
     Raises:
         RecipeError: If existing shards have a number other than the requested one.
     """
-    folder, counts = shards_of(target), shard_counts(target)
+    folder, counts = job_folder(target), shard_counts(target)
     if len(counts) > 1 or (counts and requested not in (None, counts[0])):
         raise RecipeError(
             f"{folder} has shards of a job that was split into {' and '.join(map(str, counts))}, not into "
@@ -250,38 +250,38 @@ def count_of(target: Path, requested: int | None, default: int) -> int:
 
 def shard_counts(target: Path) -> list[int]:
     """Return the numbers of shards into which a job was already divided, most frequent first."""
-    folder = shards_of(target)
+    folder = job_folder(target)
     names = [_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return [count for count, _ in Counter(int(name[1]) for name in names if name).most_common()]
 
 
 @contextmanager
-def published(job: Job) -> Iterator[str]:
+def publish_job(job: Job) -> Iterator[str]:
     """Write the job file for workers, yield its token, and prevent other processes from starting the same job.
 
     Raises:
         LlmrecError: If the job is already running, or the folder cannot be written.
     """
-    folder, token = shards_of(job.target), secrets.token_hex(16)
-    with locked(folder, (JOB, LOG)):
+    folder, token = job_folder(job.target), secrets.token_hex(16)
+    with lock_folder(folder, (JOB_FILE, LOG_FILE)):
         job.write(token)
         try:
             yield token
         finally:
-            (folder / JOB).unlink(missing_ok=True)
+            (folder / JOB_FILE).unlink(missing_ok=True)
 
 
-Spread = Callable[[Sequence[int]], Iterator[ShardResult | ShardProgress]]
+ShardRunner = Callable[[Sequence[int]], Iterator[ShardResult | ShardProgress]]
 """Runs the shards with these numbers on workers, and yields the result of each, except for lost ones."""
 
 
-def work_all(job: Job, count: int, spread: Spread) -> list[ShardResult]:
+def run_all_shards(job: Job, count: int, spread: ShardRunner) -> list[ShardResult]:
     """Run all shards of a job, run lost shards again, and show the progress.
 
     Args:
         job: The job.
         count: The number of shards.
-        spread: See `Spread`.
+        spread: See `ShardRunner`.
 
     Returns:
         The result of each shard, by number.
@@ -303,12 +303,13 @@ def work_all(job: Job, count: int, spread: Spread) -> list[ShardResult]:
                 if entry.error:
                     raise LlmrecError(f"shard {entry.shard}/{count}, on {entry.node}: {entry.error}", kind="failed")
                 done[entry.shard], fractions[entry.shard] = entry, 1.0
-                bar.reach(sum(fractions.values()), _summary(done.values()))
+                bar.reach(sum(fractions.values()), _describe_progress(done.values()))
             lost = [number for number in left if number not in done]
             fruitless = 0 if len(done) > before else fruitless + bool(lost)
-            if fruitless == LOST:
+            if fruitless == MAX_LOST_PASSES:
                 raise LlmrecError(
-                    f"{len(lost)} of {count} shards failed {LOST} times in a row because their processes died, first "
+                    f"{len(lost)} of {count} shards failed {MAX_LOST_PASSES} times in a row because their processes "
+                    "died, first "
                     f"{lost[0]}/{count}; memory or nodes may be insufficient. Run the same command to resume from the "
                     f"finished shards, or llmrec {job.command} --shard {lost[0]}/{count} to see the error",
                     kind="failed",
@@ -319,13 +320,13 @@ def work_all(job: Job, count: int, spread: Spread) -> list[ShardResult]:
     return [done[number] for number in sorted(done)]
 
 
-def _summary(done: Any) -> str:
-    nodes, processes, tokens = facts_of(list(done))
+def _describe_progress(done: Any) -> str:
+    nodes, processes, tokens = summarise_workers(list(done))
     where = f" on {nodes} nodes" if nodes > 1 else ""
     return f"{processes} processes{where}{f', {tokens:,} tokens' if tokens else ''}"
 
 
-def facts_of(done: Sequence[ShardResult]) -> tuple[int, int, int]:
+def summarise_workers(done: Sequence[ShardResult]) -> tuple[int, int, int]:
     """Return the number of machines and processes that ran shards, and the total number of tokens."""
     processes = {(entry.node, entry.process) for entry in done}
     return len({node for node, _ in processes}), len(processes), sum(entry.tokens for entry in done)

@@ -16,23 +16,23 @@ from pathlib import Path
 
 from llmrec import machine, processes
 from llmrec.cli.run import RunOptions
-from llmrec.cli.train import train_together
-from llmrec.cluster.evaluation import merge_run, refuse_without_model
-from llmrec.cluster.jobs import Job, ShardProgress, ShardResult, Worker, published, shard_counts, work_all
+from llmrec.cli.train import train_in_processes
+from llmrec.cluster.evaluation import check_language_model, merge_run
+from llmrec.cluster.jobs import Job, ShardProgress, ShardResult, Worker, publish_job, run_all_shards, shard_counts
 from llmrec.errors import LlmrecError, RecipeError, require
-from llmrec.pipeline.augmenting import FEATURES, merge_augment, refuse_other_store
+from llmrec.pipeline.augmenting import FEATURES, check_text_store, merge_augment
 from llmrec.pipeline.engines import gpus_of_engine
 from llmrec.pipeline.run import Run, run
-from llmrec.pipeline.shards import shard_folder, shards_of
+from llmrec.pipeline.shards import job_folder, shard_folder
 from llmrec.progress import QUIET
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 
 # Lines of a process's output to show in an error.
-_LINES = 8
+_ERROR_LINES = 8
 
 
-def run_here(recipe: Recipe, home: Path, options: RunOptions) -> Run:
+def run_locally(recipe: Recipe, home: Path, options: RunOptions) -> Run:
     """Generate texts, train and evaluate a recipe, each with ``options.launch`` processes.
 
     A recipe whose language model only writes texts is evaluated by this process.
@@ -43,17 +43,17 @@ def run_here(recipe: Recipe, home: Path, options: RunOptions) -> Run:
     """
     assert options.launch is not None
     if recipe.augment is None:
-        refuse_without_model(recipe)
+        check_language_model(recipe)
     else:
         store = home / FEATURES
-        refuse_other_store(recipe, store)
-        merge_augment(store, work_here(Job("augment", store, recipe), recipe, options.launch))
+        check_text_store(recipe, store)
+        merge_augment(store, run_job_locally(Job("augment", store, recipe), recipe, options.launch))
     if "tuned" in recipe.eval.arms:
-        train_together(options.recipe, options.overrides, home, options.launch)
-    return evaluate_here(recipe, home, options.launch) if recipe.eval.arms else run(recipe, home)
+        train_in_processes(options.recipe, options.overrides, home, options.launch)
+    return evaluate_locally(recipe, home, options.launch) if recipe.eval.arms else run(recipe, home)
 
 
-def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:
+def evaluate_locally(recipe: Recipe, home: Path, count: int) -> Run:
     """Evaluate a recipe in several processes of this machine; the results equal those of a single process.
 
     Args:
@@ -65,11 +65,11 @@ def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:
         RecipeError: If the machine has too few GPUs.
         LlmrecError: If a shard fails.
     """
-    refuse_without_model(recipe)
-    return merge_run(home, work_here(Job("eval", home, recipe), recipe, count))
+    check_language_model(recipe)
+    return merge_run(home, run_job_locally(Job("eval", home, recipe), recipe, count))
 
 
-def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
+def run_job_locally(job: Job, recipe: Recipe, count: int) -> list[Path]:
     """Run the shards of a job in several processes of this machine, and return the folders of the shards.
 
     A job that was stopped resumes with its shards, also with another number of processes. All processes are stopped
@@ -79,22 +79,22 @@ def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
         RecipeError: If this is one of several processes, or the machine has too few GPUs.
         LlmrecError: If a shard fails.
     """
-    processes.alone("--launch")
-    environments = environments_of(recipe, count)
+    processes.check_single_process("--launch")
+    environments = process_environments(recipe, count)
     before = shard_counts(job.target)
     shards = count if count in before or len(before) != 1 else before[0]
-    with published(job) as token:
-        folder = shards_of(job.target).absolute()
+    with publish_job(job) as token:
+        folder = job_folder(job.target).absolute()
         logs = [folder / f"process-{number}.log" for number in range(1, count + 1)]
         programs = []
         for index, (environment, log) in enumerate(zip(environments, logs, strict=True)):
             if numbers := range(index + 1, shards + 1, count):
-                cores = "" if "CUDA_VISIBLE_DEVICES" in environment else _cores(index, count)
+                cores = "" if "CUDA_VISIBLE_DEVICES" in environment else _process_cores(index, count)
                 words = ["-m", __name__, str(folder), token, str(shards), cores, str(log), *map(str, numbers)]
                 programs.append(processes.Program(words, environment, log))
         try:
-            with processes.started(programs) as lines:
-                work_all(job, shards, lambda _: _parsed(lines))
+            with processes.start_programs(programs) as lines:
+                run_all_shards(job, shards, lambda _: _parse_lines(lines))
         except processes.ProcessEnded as error:
             first, log = error.first, logs[error.first.process]
             raise LlmrecError(
@@ -106,13 +106,13 @@ def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
     return [shard_folder(job.target, Shard(number, shards)) for number in range(1, shards + 1)]
 
 
-def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
+def process_environments(recipe: Recipe, count: int) -> list[dict[str, str]]:
     """Return the environment variables of each process, with its GPUs and number of threads.
 
     Raises:
         RecipeError: If there are too few GPUs, or GPUs of several kinds.
     """
-    shared = {**processes.threads(count, machine.processor().usable), QUIET: "1"}
+    shared = {**processes.thread_variables(count, machine.read_processor().usable), QUIET: "1"}
     size = gpus_of_engine(recipe.model, recipe.eval)
     if size == 0:
         return [shared for _ in range(count)]
@@ -144,27 +144,27 @@ def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
     ]
 
 
-def _cores(index: int, count: int) -> str:
+def _process_cores(index: int, count: int) -> str:
     """Return the cores of a process, separated by commas; empty if there are fewer cores than processes."""
-    cores = machine.cores()
+    cores = machine.available_cores()
     return ",".join(map(str, cores[index::count])) if len(cores) >= count else ""
 
 
-def _parsed(lines: Iterator[str]) -> Iterator[ShardResult | ShardProgress]:
+def _parse_lines(lines: Iterator[str]) -> Iterator[ShardResult | ShardProgress]:
     for line in lines:
         fields = json.loads(line)
         yield ShardProgress(**fields) if "fraction" in fields else ShardResult(**fields)
 
 
 def _last_lines(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:] if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_ERROR_LINES:] if log.is_file() else []
     return "".join(f"\n    {line}" for line in lines) or " none"
 
 
 # --------------------------------------------------------------------------- the worker process
 
 
-def work(folder: Path, token: str, count: int, node: str, numbers: Sequence[int]) -> None:
+def run_worker(folder: Path, token: str, count: int, node: str, numbers: Sequence[int]) -> None:
     """Run shards one after another, and print results and progress; all other output goes to stderr."""
     # Libraries and their processes print to standard output too, so it is redirected to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as out:
@@ -183,8 +183,8 @@ def _main(folder: str, token: str, count: str, cores: str, log: str, *numbers: s
     processes.end_with_parent()
     if cores:
         # vLLM binds a thread to each core that it may use
-        machine.keep_to([int(core) for core in cores.split(",")])
-    work(Path(folder), token, int(count), f"this machine ({log})", [int(number) for number in numbers])
+        machine.bind_to_cores([int(core) for core in cores.split(",")])
+    run_worker(Path(folder), token, int(count), f"this machine ({log})", [int(number) for number in numbers])
 
 
 if __name__ == "__main__":

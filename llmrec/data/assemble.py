@@ -10,33 +10,33 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
+from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform_to_schema
 from llmrec.data.hashing import digest_strings
-from llmrec.data.read.codes import codes, pairs, repeated
-from llmrec.data.read.files import Member
-from llmrec.data.read.limits import ID_LIMIT, enumerated, require_file, shown
-from llmrec.data.read.markup import has_markup, plain
-from llmrec.data.read.nested import leaf
+from llmrec.data.read.codes import duplicate_indices, pair_codes, values_and_codes
+from llmrec.data.read.files import DataFile
+from llmrec.data.read.limits import ID_LIMIT, check_regular_file, format_names, format_value
+from llmrec.data.read.markup import has_markup, remove_markup
+from llmrec.data.read.nested import leaf_name
 from llmrec.data.read.table import read_table
-from llmrec.data.read.tables import Table, check_matched, check_usable, find
-from llmrec.data.read.typed import ids, one_per_item, texts
+from llmrec.data.read.tables import Table, check_usable, check_users_match, find_column
+from llmrec.data.read.typed import id_column, most_frequent_texts, text_column
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe.schema import Columns, DataSection
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 from llmrec.types import Item
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
-_PAIR = ["user_id", "item_id"]
+_PAIR_COLUMNS = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"
 # Values that tables write for a missing user, and the share of rows above which a warning is given for such a user.
 _UNKNOWN_USERS = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
 _LARGE_SHARE, _MIN_USERS = 0.2, 20
 # Ids with surrounding spaces or non-ASCII characters, which can look like another id.
-_NOT_PLAIN = r"^\s|\s$|[^\x00-\x7f]"
+_LOOKALIKE_PATTERN = r"^\s|\s$|[^\x00-\x7f]"
 
 
-def assemble(
+def build_dataset(
     section: DataSection,
     table: Table,
     interactions: pl.DataFrame,
@@ -66,18 +66,18 @@ def assemble(
     Raises:
         DataError: If a pair is repeated, a rating is off the scale, an item has no entry, or there is only one item.
     """
-    frame = conform(interactions).with_row_index(_ROW)
+    frame = conform_to_schema(interactions).with_row_index(_ROW)
     frame = frame.with_columns(pl.lit(0, pl.Int8).alias(_PART) if parts is None else parts.alias(_PART))
     _check_id_lengths(table, frame)
     _warn_of_placeholders(table, frame)
     _warn_of_lookalikes(table, frame)
-    frame = _without_repeats(section, table, frame)
+    frame = _resolve_duplicates(section, table, frame)
     _check_items_known(table, frame, items)
-    scale = _scale(section, table, frame, scale)
+    scale = _declared_rating_scale(section, table, frame, scale)
     kept = frame["item_id"].unique().cast(pl.String)
     if kept.len() < 2:
         raise DataError.at(
-            table.name, "too-few", f": there is only one item, {shown(kept[0])}; a recommender needs at least 2"
+            table.name, "too-few", f": there is only one item, {format_value(kept[0])}; a recommender needs at least 2"
         )
     default = DataSection.model_fields["noun"].default
     present = set(frame["user_id"].unique())
@@ -89,11 +89,11 @@ def assemble(
         users={user: fields for user, fields in sorted((users or {}).items()) if user in present},
         rating_scale=scale,
         provenance=provenance,
-        given=GivenSplit(_pairs(frame, "valid"), _pairs(frame, "test")) if parts is not None else None,
+        given=GivenSplit(_pairs_in_part(frame, "valid"), _pairs_in_part(frame, "test")) if parts is not None else None,
     )
 
 
-def refuse_columns(section: DataSection, source: str, *keys: str) -> None:
+def check_column_settings(section: DataSection, source: str, *keys: str) -> None:
     """Reject keys of ``data.columns`` that do not apply to a source with fixed columns.
 
     Args:
@@ -109,9 +109,9 @@ def refuse_columns(section: DataSection, source: str, *keys: str) -> None:
         )
 
 
-def origin(
+def build_provenance(
     source: str,
-    files: Iterable[Member | None],
+    files: Iterable[DataFile | None],
     *,
     rows: int | str,
     licence: str,
@@ -141,13 +141,13 @@ def origin(
     }
 
 
-def _pairs(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
-    return frozenset(frame.filter(pl.col(_PART) == PARTS.index(part)).select(_PAIR).iter_rows())
+def _pairs_in_part(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
+    return frozenset(frame.filter(pl.col(_PART) == PARTS.index(part)).select(_PAIR_COLUMNS).iter_rows())
 
 
 def _check_id_lengths(table: Table, frame: pl.DataFrame) -> None:
-    for column in _PAIR:
-        names, row_codes = codes(frame[column])
+    for column in _PAIR_COLUMNS:
+        names, row_codes = values_and_codes(frame[column])
         long = (names.str.len_chars() > ID_LIMIT).to_numpy()
         if long.any():
             row = int(long[row_codes].argmax())
@@ -155,7 +155,7 @@ def _check_id_lengths(table: Table, frame: pl.DataFrame) -> None:
             raise DataError.at(
                 table.where(row),
                 "too-large",
-                f": the {column.removesuffix('_id')} is {shown(text)}, {len(text)} characters long; "
+                f": the {column.removesuffix('_id')} is {format_value(text)}, {len(text)} characters long; "
                 f"an id has at most {ID_LIMIT}, so correct the row",
                 column,
             )
@@ -163,7 +163,7 @@ def _check_id_lengths(table: Table, frame: pl.DataFrame) -> None:
 
 def _warn_of_placeholders(table: Table, frame: pl.DataFrame) -> None:
     """Warn if a user id probably means "unknown user", such as "guest" or an id with a large share of the rows."""
-    names, row_codes = codes(frame["user_id"])
+    names, row_codes = values_and_codes(frame["user_id"])
     sizes = pl.DataFrame({"user_id": names, "count": np.bincount(row_codes, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
     unknown = pl.col("user_id").str.to_lowercase().is_in(_UNKNOWN_USERS)
@@ -172,15 +172,15 @@ def _warn_of_placeholders(table: Table, frame: pl.DataFrame) -> None:
         log.warning(
             "%s: user %s has %d of %d rows; if this ID stands for unknown users, remove these rows, or use another "
             "column for the user",
-            *(table.name, shown(user), count, frame.height),
+            *(table.name, format_value(user), count, frame.height),
         )
 
 
 def _warn_of_lookalikes(table: Table, frame: pl.DataFrame) -> None:
     """Warn of ids that differ only in surrounding spaces, invisible characters or Unicode composition."""
-    for column in _PAIR:
-        names, row_codes = codes(frame[column])
-        odd = names.filter(names.str.contains(_NOT_PLAIN))
+    for column in _PAIR_COLUMNS:
+        names, row_codes = values_and_codes(frame[column])
+        odd = names.filter(names.str.contains(_LOOKALIKE_PATTERN))
         seen = odd.str.replace_all(r"\p{Cf}", "").str.normalize("NFC").str.strip_chars()
         plain = names.filter(names.is_in(seen.implode())) if len(odd) else odd
         pairs = pl.DataFrame({"name": pl.concat([odd, plain]), "seen": pl.concat([seen, plain])}).unique()
@@ -198,16 +198,16 @@ def _warn_of_lookalikes(table: Table, frame: pl.DataFrame) -> None:
             )
 
 
-def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
+def _resolve_duplicates(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
     if section.duplicates == "keep_all":
         return frame
-    indices = repeated(pairs(frame["user_id"], frame["item_id"]))
+    indices = duplicate_indices(pair_codes(frame["user_id"], frame["item_id"]))
     if not len(indices):
         return frame
     repeats = frame[indices]
-    again = repeats.filter(~pl.struct(_PAIR).is_first_distinct())
+    again = repeats.filter(~pl.struct(_PAIR_COLUMNS).is_first_distinct())
     if section.duplicates == "error":
-        row, part, user, item = again.select(_ROW, _PART, *_PAIR).row(0)
+        row, part, user, item = again.select(_ROW, _PART, *_PAIR_COLUMNS).row(0)
         first = repeats.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
         location = table.where(first[_ROW])
         where = f"row {location.row}" if not table.parts else str(location)
@@ -218,21 +218,21 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
         raise DataError.at(
             table.where(row),
             "duplicate",
-            f" repeats user {shown(user)} with item {shown(item)} of {where}{names} "
+            f" repeats user {format_value(user)} with item {format_value(item)} of {where}{names} "
             f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep {kept}",
         )
     # Held-out rows take precedence, then the latest row; with equal or missing timestamps, the last one in the file.
     early = section.duplicates == "keep_first"
     ordered = repeats.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
-    selected = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
+    selected = ordered.unique(subset=_PAIR_COLUMNS, keep="last", maintain_order=True)
     keep = np.ones(frame.height, dtype=bool)
     keep[indices] = False
     keep[selected[_ROW].to_numpy()] = True
     rows = frame.filter(keep)
-    return _summed(table, frame, rows) if section.duplicates == "sum" else rows
+    return _sum_duplicate_ratings(table, frame, rows) if section.duplicates == "sum" else rows
 
 
-def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+def _sum_duplicate_ratings(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Sum the ratings of rows with the same user, item and part of the split."""
     if frame["rating"].null_count() == frame.height:
         raise DataError.at(
@@ -241,14 +241,14 @@ def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFra
             " has no ratings to sum; set data.columns.rating to the column of quantities, or data.duplicates=keep_last",
             "data.duplicates",
         )
-    key = [*_PAIR, _PART]
+    key = [*_PAIR_COLUMNS, _PART]
     sums = frame.group_by(key).agg(pl.col("rating").sum())
     joined = rows.drop("rating").join(sums, on=key, how="left", maintain_order="left")
     return joined.select(rows.columns)
 
 
 def _check_items_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:
-    names, row_codes = codes(frame["item_id"])
+    names, row_codes = values_and_codes(frame["item_id"])
     missing = np.array([item not in items for item in names.to_list()], dtype=bool)[row_codes]
     if missing.any():
         absent = frame["item_id"].filter(missing).unique(maintain_order=True)
@@ -256,13 +256,14 @@ def _check_items_known(table: Table, frame: pl.DataFrame, items: Mapping[str, It
         raise DataError.at(
             table.where(row),
             "unknown-name",
-            f": item {shown(absent[0])} is not in the table of items ({len(absent)} items are missing); add the item, "
+            f": item {format_value(absent[0])} is not in the table of items ({len(absent)} items are missing); add "
+            "the item, "
             "or drop its rows",
             "item_id",
         )
 
 
-def _scale(
+def _declared_rating_scale(
     section: DataSection, table: Table, frame: pl.DataFrame, scale: tuple[float, float] | None
 ) -> tuple[float, float] | None:
     """Return the rating scale set in the recipe or by the source; None if it is not set, see `scale_of`."""
@@ -290,7 +291,7 @@ def _scale(
 
 
 @dataclass(frozen=True)
-class _Listing:
+class _EntityTable:
     """A table with one item or user per row, and the id of each row."""
 
     table: Table
@@ -301,15 +302,15 @@ class _Listing:
     def column(self, name: str) -> dict[str, str]:
         """Return the text of a column by id, without HTML; if rows differ, the most frequent or last text."""
         if not self.unique:
-            result = one_per_item(self.table, self.keys, name)
+            result = most_frequent_texts(self.table, self.keys, name)
         else:
-            values = texts(self.table, name)
+            values = text_column(self.table, name)
             rows = (self.keys.reverse(), values.reverse()) if self.first else (self.keys, values)
             result = dict(zip(*rows, strict=True))
-        return {key: plain(text) for key, text in result.items()}
+        return {key: remove_markup(text) for key, text in result.items()}
 
 
-def catalogue(
+def build_catalogue(
     section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None, *, complete: bool = False
 ) -> dict[str, Item]:
     """Return the `Item` of every item that has interactions.
@@ -327,17 +328,18 @@ def catalogue(
     Raises:
         DataError: If a column is in neither table, an item is listed twice, or no item has a title.
     """
-    listings = [_Listing(interactions, item_ids, False)]
+    listings = [_EntityTable(interactions, item_ids, False)]
     known = item_ids.unique(maintain_order=True).to_list()
     if items is not None:
-        listing = _listing(section, items, "item")
+        listing = _entity_table(section, items, "item")
         listings.insert(0, listing)
         listed = set(listing.keys)
         known = list(dict.fromkeys(listing.keys)) if complete else [item for item in known if item in listed]
     fields = {
-        name: _source(listings, name, "data.columns.fields=[...]").column(name) for name in section.columns.fields
+        name: _table_with_column(listings, name, "data.columns.fields=[...]").column(name)
+        for name in section.columns.fields
     }
-    titles = _titles(section, listings, known)
+    titles = _item_titles(section, listings, known)
     return {
         item: Item(
             item_id=item,
@@ -348,7 +350,7 @@ def catalogue(
     }
 
 
-def profiles(
+def user_profiles(
     section: DataSection, interactions: Table, user_ids: pl.Series, users: Table | None
 ) -> dict[str, dict[str, str]]:
     """Return the profile fields ``data.columns.user_fields`` by user, without empty values.
@@ -364,39 +366,41 @@ def profiles(
     Raises:
         DataError: If a column is in neither table, or a user is listed twice.
     """
-    listings = [_Listing(interactions, user_ids, False)]
+    listings = [_EntityTable(interactions, user_ids, False)]
     if users is not None:
-        listings.insert(0, _listing(section, users, "user"))
+        listings.insert(0, _entity_table(section, users, "user"))
         if section.columns.user_fields:
-            check_matched(users.name, listings[0].keys, user_ids)
+            check_users_match(users.name, listings[0].keys, user_ids)
     result: dict[str, dict[str, str]] = {}
     for name in section.columns.user_fields:
-        values = _source(listings, name, "data.columns.user_fields=[...]").column(name)
+        values = _table_with_column(listings, name, "data.columns.user_fields=[...]").column(name)
         for user, value in values.items():
             if value.strip():
                 result.setdefault(user, {})[name] = value
     return result
 
 
-def _listing(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _Listing:
+def _entity_table(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _EntityTable:
     named = getattr(section.columns, kind)
     # The item of an order is lines[].sku; in a product table it is sku.
-    named = leaf(named) if named not in listed.frame.columns and leaf(named) in listed.frame.columns else named
-    column = find(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
-    keys = ids(listed, column)
+    named = (
+        leaf_name(named) if named not in listed.frame.columns and leaf_name(named) in listed.frame.columns else named
+    )
+    column = find_column(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
+    keys = id_column(listed, column)
     again = (~keys.is_first_distinct()).arg_true()
     if again.len() and section.duplicates == "error":
         raise DataError.at(
             listed.where(again[0]),
             "duplicate",
-            f" repeats {kind} {shown(keys[again[0]])} ({again.len()} such rows); "
+            f" repeats {kind} {format_value(keys[again[0]])} ({again.len()} such rows); "
             "drop the repeats, or set data.duplicates=keep_last to keep the last of each",
             column,
         )
-    return _Listing(listed, keys, True, section.duplicates == "keep_first")
+    return _EntityTable(listed, keys, True, section.duplicates == "keep_first")
 
 
-def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
+def _table_with_column(listings: list[_EntityTable], column: str, setting: str) -> _EntityTable:
     for listing in listings:
         if column in listing.table.frame.columns:
             return listing
@@ -405,7 +409,8 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
     columns = [name for listing in listings for name in listing.table.frame.columns]
     raise DataError(
         f"{' and '.join(listing.table.name for listing in listings)}: there is no column "
-        f"{column!r}{did_you_mean(column, columns)}; the columns are: {enumerated(columns)}. Correct {setting} in the "
+        f"{column!r}{did_you_mean(column, columns)}; the columns are: {format_names(columns)}. Correct {setting} in "
+        "the "
         "recipe",
         kind="missing-column",
         at=listings[0].table.name,
@@ -413,7 +418,7 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
     )
 
 
-def _titles(section: DataSection, listings: list[_Listing], known: list[str]) -> Mapping[str, str]:
+def _item_titles(section: DataSection, listings: list[_EntityTable], known: list[str]) -> Mapping[str, str]:
     """Return titles by item; empty if the source has no titles, so that ids are used instead.
 
     An id also replaces a title that is blank or HTML, after a warning with their number.
@@ -423,7 +428,7 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         check_usable(listing.table, column, "data.columns.title")
     if section.columns.title is None and not any(column in listing.table.frame.columns for listing in listings):
         return {}
-    listing = _source(listings, column, "data.columns.title=NAME")
+    listing = _table_with_column(listings, column, "data.columns.title=NAME")
     titles = listing.column(column)
     blank = [item for item in known if not titles.get(item, "").strip()]
     if len(blank) == len(known):
@@ -438,7 +443,7 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         log.warning(
             "%d of %d items have no title in column %r of %s, such as %s; their ids are shown instead, which contain "
             "little information for a language model",
-            *(len(blank), len(known), column, listing.table.name, shown(blank[0])),
+            *(len(blank), len(known), column, listing.table.name, format_value(blank[0])),
         )
         titles = dict(titles) | dict(zip(blank, blank, strict=True))
     scraped = [item for item in known if has_markup(titles[item])]
@@ -446,7 +451,7 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         log.warning(
             "%d of %d items have HTML instead of a title in column %r of %s, such as %s; their ids are shown "
             "instead, which contain little information for a language model",
-            *(len(scraped), len(known), column, listing.table.name, shown(titles[scraped[0]])),
+            *(len(scraped), len(known), column, listing.table.name, format_value(titles[scraped[0]])),
         )
     return titles | dict(zip(scraped, scraped, strict=True))
 
@@ -470,7 +475,7 @@ def read_items(path: Path) -> dict[str, Item]:
     Raises:
         DataError: If the file cannot be read, a column is missing, or an id is repeated.
     """
-    require_file(path, "check --items", "the table of items")
+    check_regular_file(path, "check --items", "the table of items")
     table = read_table(path)
     columns = table.frame.columns
     for name in ("item_id", "title"):
@@ -482,23 +487,23 @@ def read_items(path: Path) -> dict[str, Item]:
             raise DataError.at(
                 table.name,
                 "missing-column",
-                f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: {enumerated(columns)}. "
+                f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: {format_names(columns)}. "
                 "Rename the column that contains it",
                 name,
             )
-    item_ids = ids(table, "item_id")
+    item_ids = id_column(table, "item_id")
     again = (~item_ids.is_first_distinct()).arg_true()
     if again.len():
         raise DataError.at(
             table.where(again[0]),
             "duplicate",
-            f" repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); keep one of each",
+            f" repeats item {format_value(item_ids[again[0]])} ({again.len()} such rows); keep one of each",
             "item_id",
         )
-    fields = {name: texts(table, name).to_list() for name in columns if name not in ("item_id", "title")}
+    fields = {name: text_column(table, name).to_list() for name in columns if name not in ("item_id", "title")}
     return {
         item: Item(item_id=item, title=title, fields={name: values[row] for name, values in fields.items()})
-        for row, (item, title) in enumerate(zip(item_ids, texts(table, "title"), strict=True))
+        for row, (item, title) in enumerate(zip(item_ids, text_column(table, "title"), strict=True))
     }
 
 

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llmrec.data.hashing import digest_strings, hash_one
-from llmrec.data.read.codes import Runs, codes, in_numbers
+from llmrec.data.read.codes import UserRowRanges, map_ids_to_indices, values_and_codes
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection
 from llmrec.types import SplitName
 
-_META = b"llmrec.candidates"
+_METADATA_KEY = b"llmrec.candidates"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class CandidateSets:
         )
         head = {"kind": self.kind, "count": self.count, "seed": self.seed, "digest": self.digest}
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table.replace_schema_metadata({_META: json.dumps(head).encode()}), path)
+        pq.write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(head).encode()}), path)
 
 
-def draw(
+def sample_candidates(
     data: SplitDataset,
     split: SplitName,
     section: CandidateSection,
@@ -96,7 +96,7 @@ def draw(
     """
     catalogue = sorted(data.dataset.items)
     index_of = {item: index for index, item in enumerate(catalogue)}
-    weights = _weights(data, index_of, section.kind)
+    weights = _sampling_weights(data, index_of, section.kind)
     total = np.cumsum(weights)
     interactions = interacted_items(data, split)
     # Filtered items have a name but no index, and no interactions.
@@ -113,8 +113,8 @@ def draw(
                 column="eval.candidates.count",
             )
         name = request_id(held.user_id, held.item_id)
-        numbers = _Numbers(hash_one("candidates", seed, name))
-        chosen = [index_of[held.item_id], *_negatives(numbers, weights, total, banned, section.count - 1)]
+        numbers = _SplitMix64(hash_one("candidates", seed, name))
+        chosen = [index_of[held.item_id], *_sample_negatives(numbers, weights, total, banned, section.count - 1)]
         sets[name] = tuple(catalogue[index] for index in numbers.shuffled(chosen))
     return CandidateSets.of(section.kind, section.count, seed, sets, users)
 
@@ -123,11 +123,11 @@ class InteractedItems:
     """The items that each user interacted with, in columns that take four bytes per row."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
-        users, rows = codes(frame["user_id"])
-        names, items = codes(frame["item_id"])
+        users, rows = values_and_codes(frame["user_id"])
+        names, items = values_and_codes(frame["item_id"])
         self.names = names.to_list()
         self._items = items[np.argsort(rows, kind="stable")]
-        self._runs = Runs(users, rows)
+        self._runs = UserRowRanges(users, rows)
 
     def indices(self, user: str) -> NDArray[np.integer]:
         """Return the indices of the items that a user interacted with."""
@@ -149,7 +149,7 @@ def interacted_items(data: SplitDataset, split: SplitName) -> InteractedItems:
     )
 
 
-def draw_among(
+def sample_candidates_from_groups(
     targets: Mapping[str, str], groups: Mapping[str, str], *, count: int, seed: int, kind: str
 ) -> CandidateSets:
     """Draw candidates uniformly from a given set of items.
@@ -179,22 +179,24 @@ def draw_among(
             raise DataError(
                 f"{kind} candidates: {count} items are requested, but there are only {len(pool)}", kind="too-few"
             )
-        numbers = _Numbers(hash_one(f"candidates {kind}", seed, name))
-        chosen = [index_of[target], *_negatives(numbers, weights, total, banned, count - 1)]
+        numbers = _SplitMix64(hash_one(f"candidates {kind}", seed, name))
+        chosen = [index_of[target], *_sample_negatives(numbers, weights, total, banned, count - 1)]
         sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))
     return CandidateSets.of(kind, count, seed, sets)
 
 
-def _weights(data: SplitDataset, index_of: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
+def _sampling_weights(data: SplitDataset, index_of: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
     weights = np.ones(len(index_of), dtype=np.uint64)
     if kind == "popularity":
-        indices = in_numbers(data.train["item_id"], lambda names: np.array([index_of.get(name, -1) for name in names]))
+        indices = map_ids_to_indices(
+            data.train["item_id"], lambda names: np.array([index_of.get(name, -1) for name in names])
+        )
         weights += np.bincount(indices, minlength=len(index_of)).astype(np.uint64)
     return weights
 
 
-def _negatives(
-    numbers: _Numbers, weights: NDArray[np.uint64], total: NDArray[np.uint64], banned: set[int], need: int
+def _sample_negatives(
+    numbers: _SplitMix64, weights: NDArray[np.uint64], total: NDArray[np.uint64], banned: set[int], need: int
 ) -> list[int]:
     """Draw ``need`` items outside ``banned`` without replacement, with probabilities proportional to the weights."""
     taken: dict[int, None] = {}
@@ -216,7 +218,7 @@ def _negatives(
     return list(taken)
 
 
-class _Numbers:
+class _SplitMix64:
     """A stream of pseudorandom numbers (SplitMix64)."""
 
     def __init__(self, key: int) -> None:

@@ -15,10 +15,10 @@ import polars as pl
 # them come from an earlier writer and get one more, so that removing one restores the original. Python and polars read
 # this expression.
 _FORMULA = "'*(?:[\\t\\r\\n]|[\\s\\x00-\\x1f\\x7f-\\x9f\u200b-\u200f\u2060\ufeff]*[=+\\-@＝＋－＠])"
-_GUARDED = re.compile(_FORMULA)
+_FORMULA_CELL = re.compile(_FORMULA)
 
 
-def cell(value: object) -> str:
+def escape_cell(value: object) -> str:
     """Escape a text as a cell of a delimited file, so that spreadsheets do not run it as a formula.
 
     Numbers have full precision, lists are JSON, and a text that would run as a formula gets a leading apostrophe.
@@ -30,11 +30,11 @@ def cell(value: object) -> str:
     if isinstance(value, tuple | list):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     text = str(value).replace("\x00", "")
-    return f"'{text}" if _GUARDED.match(text) else text
+    return f"'{text}" if _FORMULA_CELL.match(text) else text
 
 
-def unguarded(texts: pl.Series) -> pl.Series:
-    """Return cells without the apostrophe that `cell` adds."""
+def unescape_cells(texts: pl.Series) -> pl.Series:
+    """Return cells without the apostrophe that `escape_cell` adds."""
     return texts.str.replace(f"^'({_FORMULA})", "${1}")
 
 
@@ -51,12 +51,12 @@ def write_rows(
         end: End of a row.
     """
     # Before version 3.13, Python quotes a lone carriage return only if the line terminator has one.
-    writer = csv.writer(_Rows(stream, end), delimiter=separator, lineterminator="\r\n")
+    writer = csv.writer(_LineEndWriter(stream, end), delimiter=separator, lineterminator="\r\n")
     writer.writerow(header)
-    writer.writerows([cell(value) for value in row] for row in rows)
+    writer.writerows([escape_cell(value) for value in row] for row in rows)
 
 
-class _Rows:
+class _LineEndWriter:
     """File object for a `csv.writer` that replaces the line end of each row."""
 
     def __init__(self, stream: TextIO, end: str) -> None:

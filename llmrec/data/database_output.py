@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from llmrec.data.read.databases import file_of, without_secrets
-from llmrec.data.read.limits import reason
+from llmrec.data.read.databases import database_path, mask_passwords
+from llmrec.data.read.limits import format_error
 from llmrec.errors import DataError, LlmrecError, require
 
-DATABASES = (".db", ".sqlite", ".sqlite3")
+SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")
 """Endings of files that are SQLite databases."""
-ADDRESSES = "sqlite:///FILE, duckdb:///FILE or postgresql://..."
+DATABASE_ADDRESS_FORMS = "sqlite:///FILE, duckdb:///FILE or postgresql://..."
 _TYPES = {pa.string(): "TEXT", pa.int64(): "BIGINT", pa.float64(): "DOUBLE PRECISION"}
 
 
@@ -45,14 +45,14 @@ class Database:
         """
         scheme = text.partition("://")[0].lower()
         if "://" not in text:
-            return cls("sqlite", text, option) if Path(text).suffix.lower() in DATABASES else None
+            return cls("sqlite", text, option) if Path(text).suffix.lower() in SQLITE_ENDINGS else None
         if scheme in ("postgresql", "postgres"):
             require("adbc_driver_postgresql", "tables")
             return cls("postgresql", text, option)
         if scheme == "duckdb":
             require("duckdb", "tables")
-        known = scheme in _OPEN and text.startswith(f"{scheme}:///") and file_of(text).name
-        return cls(scheme, str(file_of(text)), option) if known else None
+        known = scheme in _CONNECTORS and text.startswith(f"{scheme}:///") and database_path(text).name
+        return cls(scheme, str(database_path(text)), option) if known else None
 
     @property
     def file(self) -> Path | None:
@@ -121,7 +121,7 @@ class Database:
         if self.kind == "sqlite" and connection.execute("PRAGMA application_id").fetchone()[0]:
             raise self._error("exists", " belongs to another program; choose another file")
         cursor = self._cursor(connection)
-        cursor.execute(_COLUMNS_OF[self.kind].format(name=name))
+        cursor.execute(_COLUMN_QUERIES[self.kind].format(name=name))
         columns = [row[0] for row in cursor.fetchall()]
         if columns and columns != schema.names:
             raise self._error("exists", f" has another table {name!r}; choose another database or schema")
@@ -139,13 +139,13 @@ class Database:
     def _open(self) -> Iterator[Any]:
         """Yield a connection; errors of its library are converted, and uncommitted changes are undone."""
         try:
-            with closing(_OPEN[self.kind](self.at)) as connection:
+            with closing(_CONNECTORS[self.kind](self.at)) as connection:
                 yield connection
         except LlmrecError:
             raise
         except Exception as error:  # each library has its own errors
             # The message may contain the address, which may contain a password.
-            message = reason(RuntimeError(without_secrets(str(error), self.at).replace(self.at, self.shown)))
+            message = format_error(RuntimeError(mask_passwords(str(error), self.at).replace(self.at, self.shown)))
             raise self._error("failed", f" cannot be written ({message}); nothing in it was changed") from None
 
     def _error(self, kind: Any, rest: str) -> DataError:
@@ -161,17 +161,17 @@ def without_password(address: str) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
 
 
-_INFORMATION = (
+_INFORMATION_SCHEMA_QUERY = (
     "SELECT column_name FROM information_schema.columns WHERE table_schema = current_schema() "
     "AND table_name = '{name}' ORDER BY ordinal_position"
 )
-_COLUMNS_OF: Mapping[str, str] = {
+_COLUMN_QUERIES: Mapping[str, str] = {
     "sqlite": "SELECT name FROM pragma_table_info('{name}')",
     # Names of tables are case-insensitive.
-    "duckdb": _INFORMATION.replace("table_name =", "lower(table_name) ="),
-    "postgresql": _INFORMATION,
+    "duckdb": _INFORMATION_SCHEMA_QUERY.replace("table_name =", "lower(table_name) ="),
+    "postgresql": _INFORMATION_SCHEMA_QUERY,
 }
-_OPEN: Mapping[str, Callable[[str], Any]] = {
+_CONNECTORS: Mapping[str, Callable[[str], Any]] = {
     "sqlite": lambda at: sqlite3.connect(at, isolation_level=None),
     "duckdb": lambda at: require("duckdb", "tables").connect(at),
     "postgresql": lambda at: require("adbc_driver_postgresql.dbapi", "tables").connect(at),

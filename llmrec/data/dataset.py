@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 
 from llmrec.data.hashing import digest_frame, digest_strings
-from llmrec.data.read.codes import coded, codes, pairs
-from llmrec.data.read.limits import reason
+from llmrec.data.read.codes import encode_ids, pair_codes, values_and_codes
+from llmrec.data.read.limits import format_error
 from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.guard import clean
@@ -35,7 +35,7 @@ PARTS = ("train", "valid", "test")
 """The parts of a split; a pair that the source has in several parts belongs to the last one."""
 
 
-def conform(frame: pl.DataFrame) -> pl.DataFrame:
+def conform_to_schema(frame: pl.DataFrame) -> pl.DataFrame:
     """Return the interaction columns in the order and types of the schema; missing columns become null.
 
     Raises:
@@ -53,14 +53,14 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
     try:
         nothing = pl.repeat(None, frame.height, dtype=pl.Null, eager=True)
         available = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
-        columns = {name: coded(available[name]) for name in ("user_id", "item_id")}
+        columns = {name: encode_ids(available[name]) for name in ("user_id", "item_id")}
         columns |= {name: available[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
         has_text = available["text"].null_count() < frame.height
         columns["text"] = available["text"].cast(pl.String) if has_text else nothing
         return pl.DataFrame(columns)
     except pl.exceptions.PolarsError as error:
         raise DataError(
-            f"an interaction column has a type that cannot be used: {reason(error)}", kind="bad-value"
+            f"an interaction column has a type that cannot be used: {format_error(error)}", kind="bad-value"
         ) from error
 
 
@@ -128,7 +128,7 @@ class Dataset(Displayed):
     derives: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "interactions", conform(self.interactions))
+        object.__setattr__(self, "interactions", conform_to_schema(self.interactions))
         absent = set(self.interactions["item_id"].unique()) - self.items.keys()
         if absent:
             raise DataError.at(
@@ -207,13 +207,13 @@ class Dataset(Displayed):
 
 def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Return rows sorted by user and item, then by the other columns."""
-    keys = pairs(frame["user_id"], frame["item_id"])
+    keys = pair_codes(frame["user_id"], frame["item_id"])
     order = np.argsort(keys)
     keys = keys[order]
     return frame.sort(frame.columns) if (keys[1:] == keys[:-1]).any() else frame[order]
 
 
-def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.DataFrame:
+def k_core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.DataFrame:
     """Return the largest subset in which every user and every item has enough interactions (k-core).
 
     Users and items are dropped alternately until nothing changes, so the result does not depend on the order.
@@ -227,13 +227,13 @@ def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.Da
         before = interactions.height
         for column, minimum in (("user_id", user_core), ("item_id", item_core)):
             if minimum > 1:
-                row_codes = codes(interactions[column])[1]
+                row_codes = values_and_codes(interactions[column])[1]
                 interactions = interactions.filter(np.bincount(row_codes)[row_codes] >= minimum)
         if interactions.height == before:
             return interactions
 
 
-def apply(dataset: Dataset, section: Filter) -> Dataset:
+def filter_dataset(dataset: Dataset, section: Filter) -> Dataset:
     """Return the dataset with only the interactions that pass the filters of a recipe.
 
     Raises:
@@ -250,7 +250,7 @@ def apply(dataset: Dataset, section: Filter) -> Dataset:
             )
         rows = rows.filter(pl.col("rating") >= section.min_rating)
     rated = rows.height
-    rows = core(rows, user_core=section.user_core, item_core=section.item_core)
+    rows = k_core(rows, user_core=section.user_core, item_core=section.item_core)
     if rows.height == dataset.interactions.height:
         return dataset
     if rows.is_empty():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.durable import write_json
 from llmrec.resources import cache_dir
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 from llmrec.types import Item
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 # its terms and its frequency. There is no training and no corpus, so the phrases of a text depend only on that text.
 
 
-VERSION = 1
+KEYPHRASE_VERSION = 1
 """Version of the keyphrase extraction; part of the cache key."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 # Phrases do not cross these characters.
-_BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
+_PHRASE_BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
 _TERM = re.compile(r"\w+(?:['’&-]\w+)*")
 # Maximum words per phrase, maximum phrases, and the share of equal letters from which two phrases count as the same.
 _MAX_WORDS, _MAX_PHRASES, _SIMILARITY = 2, 10, 0.9
 # Shorter terms, and numbers, are not part of any phrase.
-_MIN_LENGTH = 3
+_MIN_TERM_LENGTH = 3
 _FUNCTION_WORDS = (
     "a about above after again against all almost alone along already also although always am among an and another "
     "any anybody anyone anything anyway are aren't around as at away be became because become becomes been before "
@@ -70,9 +70,9 @@ _FUNCTION_WORDS = (
 _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
-def extract(text: str) -> list[tuple[float, str]]:
+def score_keyphrases(text: str) -> list[tuple[float, str]]:
     """Return the keyphrases of an English text with their scores, best first; lower is better."""
-    chunks = list(_chunks(text))
+    chunks = list(_term_runs(text))
     scores = _term_scores(chunks)
     result: Counter[tuple[str, ...]] = Counter()
     for _, terms in chunks:
@@ -87,16 +87,16 @@ def extract(text: str) -> list[tuple[float, str]]:
     for score, candidate in ranked:
         if len(kept) == _MAX_PHRASES:
             break
-        if not any(_similar(candidate, other) for _, other in kept):
+        if not any(_are_similar(candidate, other) for _, other in kept):
             kept.append((score, candidate))
     return kept
 
 
-def _chunks(text: str) -> Iterator[tuple[int, list[str]]]:
+def _term_runs(text: str) -> Iterator[tuple[int, list[str]]]:
     """Yield runs of terms between punctuation marks, with the index of their sentence."""
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
     for number, sentence in enumerate(sentences):
-        for part in _BREAK.split(sentence):
+        for part in _PHRASE_BREAK.split(sentence):
             if terms := _TERM.findall(part):
                 yield number, terms
 
@@ -124,7 +124,7 @@ def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float
             if index:
                 left[key][small[index - 1]] += 1
                 right[small[index - 1]][key] += 1
-    usable = [key for key in times if _usable(key)]
+    usable = [key for key in times if _is_keyphrase_term(key)]
     if not usable:
         return {}
     counts = [times[key] for key in usable]
@@ -141,8 +141,10 @@ def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float
     return result
 
 
-def _usable(term: str) -> bool:
-    return len(term) >= _MIN_LENGTH and term.replace("’", "'") not in _STOP_WORDS and not any(map(str.isdigit, term))
+def _is_keyphrase_term(term: str) -> bool:
+    return (
+        len(term) >= _MIN_TERM_LENGTH and term.replace("’", "'") not in _STOP_WORDS and not any(map(str.isdigit, term))
+    )
 
 
 def _phrase_score(scores: Sequence[float], times: int) -> float:
@@ -150,19 +152,19 @@ def _phrase_score(scores: Sequence[float], times: int) -> float:
     return math.prod(scores) / (times * (1 + sum(scores)))
 
 
-def _similar(first: str, other: str) -> bool:
+def _are_similar(first: str, other: str) -> bool:
     matcher = SequenceMatcher(None, first, other, autojunk=False)
     return all(ratio() > _SIMILARITY for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
 NAMES, TITLES = "names", "titles"
 # Phrases per title; up to the second number if several items have the same phrases.
-_IN_TITLE, _MAX_IN_TITLE = 3, 6
+_TITLE_PHRASES, _MAX_TITLE_PHRASES = 3, 6
 # A phrase in fewer training reviews is one author's wording, not a feature.
 _MIN_REVIEWS = 3
 # Shorter sentences add little to the feature; longer ones do not answer "why?" in one sentence.
-_SENTENCE = (4, 40)
-_SENTENCES = re.compile(r"(?<=[.!?])(?=\s|[A-Z])|\n+")
+_SENTENCE_LENGTHS = (4, 40)
+_SENTENCE_BREAK = re.compile(r"(?<=[.!?])(?=\s|[A-Z])|\n+")
 _WORD = re.compile(r"\w+")
 # Words that occur in reviews of any item: opinions, actions and times, not properties of an item.
 _OPINIONS = (
@@ -173,13 +175,13 @@ _OPINIONS = (
     "months year years ago people product products item items amazon review reviews star stars thanks don didn doesn "
     "pretty simple well find found give back put long big small fit fits job money issues"
 )
-_OPINION = frozenset(_OPINIONS.split())
-_FIRST = ("Ba", "Ce", "Da", "Fe", "Ga", "Ha", "Io", "Ka", "Le", "Ma", "Ne", "Pa", "Ro", "Sa", "Te", "Vi")
-_MIDDLE = ("la", "ri", "no", "mi", "ta", "ve", "so", "du", "ne", "li", "ra", "co", "be", "zi", "fa", "mo")
-_LAST = ("n", "s", "r", "l", "na", "ra", "ro", "lin", "tan", "vel", "dor", "mi", "ke", "sen", "rik", "th")
+_OPINION_WORDS = frozenset(_OPINIONS.split())
+_FIRST_SYLLABLES = ("Ba", "Ce", "Da", "Fe", "Ga", "Ha", "Io", "Ka", "Le", "Ma", "Ne", "Pa", "Ro", "Sa", "Te", "Vi")
+_MIDDLE_SYLLABLES = ("la", "ri", "no", "mi", "ta", "ve", "so", "du", "ne", "li", "ra", "co", "be", "zi", "fa", "mo")
+_LAST_SYLLABLES = ("n", "s", "r", "l", "na", "ra", "ro", "lin", "tan", "vel", "dor", "mi", "ke", "sen", "rik", "th")
 
 
-def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
+def with_derived_texts(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
     """Add missing titles, names, features and sentences to a review data set; other data sets are unchanged.
 
     Args:
@@ -191,7 +193,7 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
         return dataset
     training = [pair for pair in train.select("user_id", "item_id").iter_rows() if pair in dataset.reviews]
     counts = Counter(phrase for pair in training for phrase in dataset.reviews[pair].phrases)
-    known = {phrase for phrase, count in counts.items() if count >= _MIN_REVIEWS and not _opinion(phrase)}
+    known = {phrase for phrase, count in counts.items() if count >= _MIN_REVIEWS and not _is_opinion(phrase)}
     result = replace(dataset, reviews={pair: _with_feature(review, known) for pair, review in dataset.reviews.items()})
     if TITLES in dataset.derives:
         result = replace(result, items=_with_titles(dataset, training, counts))
@@ -201,20 +203,20 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
     return result
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Split a text into sentences at line ends, full stops, question marks and exclamation marks."""
-    return [sentence for part in _SENTENCES.split(text) if (sentence := " ".join(part.split()))]
+    return [sentence for part in _SENTENCE_BREAK.split(text) if (sentence := " ".join(part.split()))]
 
 
-def _opinion(phrase: str) -> bool:
+def _is_opinion(phrase: str) -> bool:
     words = _WORD.findall(phrase)
-    return not words or any(word in _OPINION or word.isdigit() for word in words)
+    return not words or any(word in _OPINION_WORDS or word.isdigit() for word in words)
 
 
 def _with_feature(review: Review, known: Collection[str]) -> Review:
     """Return a review with its feature and a sentence about it."""
-    low, high = _SENTENCE
-    usable = [sentence for sentence in sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
+    low, high = _SENTENCE_LENGTHS
+    usable = [sentence for sentence in split_sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
     for phrase in review.phrases:
         if phrase not in known:
             continue
@@ -233,19 +235,19 @@ def _with_titles(dataset: Dataset, training: Sequence[tuple[str, str]], counts: 
     phrase_counts: dict[str, Counter[str]] = defaultdict(Counter)
     for pair in training:
         phrase_counts[pair[1]].update(dataset.reviews[pair].phrases)
-    phrases = {item: list(_distinctive(phrase_counts[item], counts, len(training))) for item in dataset.items}
-    titles = {item: ", ".join(result[:_IN_TITLE]) or item for item, result in phrases.items()}
-    for length in range(_IN_TITLE + 1, _MAX_IN_TITLE + 1):
-        for item in _shared(titles):
+    phrases = {item: list(_distinctive_phrases(phrase_counts[item], counts, len(training))) for item in dataset.items}
+    titles = {item: ", ".join(result[:_TITLE_PHRASES]) or item for item, result in phrases.items()}
+    for length in range(_TITLE_PHRASES + 1, _MAX_TITLE_PHRASES + 1):
+        for item in _items_sharing_titles(titles):
             titles[item] = ", ".join(phrases[item][:length]) or item
-    for item in _shared(titles):
+    for item in _items_sharing_titles(titles):
         titles[item] = f"{titles[item]}, {item}"
     return {item: replace(entry, title=titles[item]) for item, entry in dataset.items.items()}
 
 
-def _distinctive(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
+def _distinctive_phrases(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
     """Yield the distinctive phrases of an item, best first."""
-    usable = [phrase for phrase in phrases if not _opinion(phrase)]
+    usable = [phrase for phrase in phrases if not _is_opinion(phrase)]
     # Phrases of a single review are used only if no others are left.
     usable.sort(key=lambda p: (counts[p] < _MIN_REVIEWS, -phrases[p] * math.log(1 + reviews / counts[p]), p))
     used: set[str] = set()
@@ -256,7 +258,7 @@ def _distinctive(phrases: Mapping[str, int], counts: Mapping[str, int], reviews:
             yield phrase
 
 
-def _shared(titles: Mapping[str, str]) -> list[str]:
+def _items_sharing_titles(titles: Mapping[str, str]) -> list[str]:
     times = Counter(titles.values())
     return sorted(item for item, title in titles.items() if times[title] > 1)
 
@@ -270,31 +272,31 @@ def pseudonyms(users: Sequence[str], *, seed: int) -> dict[str, str]:
     taken: set[str] = set()
     for user in users:
         attempt = 0
-        while (name := _name(hash_one("pseudonym", seed, user, str(attempt)))) in taken:
+        while (name := _pseudonym(hash_one("pseudonym", seed, user, str(attempt)))) in taken:
             attempt += 1
         taken.add(name)
         names[user] = name
     return names
 
 
-def _name(number: int) -> str:
+def _pseudonym(number: int) -> str:
     parts = []
     for _ in range(2):
-        for syllables in (_FIRST, _MIDDLE, _LAST):
+        for syllables in (_FIRST_SYLLABLES, _MIDDLE_SYLLABLES, _LAST_SYLLABLES):
             number, index = divmod(number, len(syllables))
             parts.append(syllables[index])
     return "".join(parts[:3]) + " " + "".join(parts[3:])
 
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
 # Longer texts are truncated to this length.
-_LENGTH = 4000
+_MAX_TEXT_LENGTH = 4000
 
 
 def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the keyphrases of each text in lower case, best first: at most 10, of one or two words."""
-    settings = f"keyphrases {VERSION} {_MAX_WORDS} {_MAX_PHRASES} {_SIMILARITY} {_LENGTH}"
+    settings = f"keyphrases {KEYPHRASE_VERSION} {_MAX_WORDS} {_MAX_PHRASES} {_SIMILARITY} {_MAX_TEXT_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
         results = [tuple(map(str, phrases)) for phrases in json.loads(path.read_text(encoding="utf-8"))]
@@ -304,7 +306,7 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
         pass  # missing or unreadable cache: extract again
     if len(texts) > 1000:
         log.info("extracting keyphrases of %d reviews; this is done once", len(texts))
-    results = [_of(text) for text in texts]
+    results = [_extract_keyphrases(text) for text in texts]
     try:
         write_json(path, results)
     except OSError as error:
@@ -312,6 +314,6 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     return results
 
 
-def _of(text: str) -> tuple[str, ...]:
-    scored = extract(text[:_LENGTH])
+def _extract_keyphrases(text: str) -> tuple[str, ...]:
+    scored = score_keyphrases(text[:_MAX_TEXT_LENGTH])
     return tuple(phrase for _, phrase in sorted((round(score, 9), phrase) for score, phrase in scored))

@@ -14,9 +14,9 @@ import numpy as np
 import polars as pl
 
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore, Pair
-from llmrec.data.read.codes import in_codes_of
+from llmrec.data.read.codes import recode_ids_like
 from llmrec.data.split import SplitDataset
-from llmrec.data.split_kinds import PAIR
+from llmrec.data.split_kinds import PAIR_COLUMNS
 from llmrec.errors import DataError
 from llmrec.guard import clean
 from llmrec.recipe.schema import TextsSection
@@ -24,12 +24,12 @@ from llmrec.types import Item
 
 ITEM_FIELD, USER_FIELD = "about", "profile"
 """The field of an item and the field of a user that hold the text."""
-NAMED = 6
+MIN_TITLE_LENGTH = 6
 """Minimum length: shorter titles ("Emma", "Heat") are common words, so their occurrence in a text is not a mention."""
 _YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
-class Profile(str):
+class StoredProfile(str):
     """A user's text from a feature store, which prompts show instead of the user's other fields."""
 
     __slots__ = ()
@@ -57,12 +57,14 @@ def with_stored_texts(
     store = FeatureStore.open(section.path, split=data.readable)
     users, items, coverage = dict(data.dataset.users), data.dataset.items, []
     if section.sides in ("both", "user") and "user" in store.kinds:
-        refuse_seen(section.path, store, data, held=held)
-        texts = _texts(store, "user", data.users(), shuffled=section.shuffled)
-        _refuse_field(section.path, USER_FIELD, (text for user in texts if (text := users.get(user))))
-        titles = held_titles(data, texts)
-        excluded = {user for user, text in texts.items() if any(names(text, title) for title in titles.get(user, ()))}
-        shown = {user: Profile(text) for user, text in texts.items() if user not in excluded}
+        check_feature_leaks(section.path, store, data, held=held)
+        texts = _stored_texts(store, "user", data.users(), shuffled=section.shuffled)
+        _check_field_unused(section.path, USER_FIELD, (text for user in texts if (text := users.get(user))))
+        titles = held_out_titles(data, texts)
+        excluded = {
+            user for user, text in texts.items() if any(mentions_title(text, title) for title in titles.get(user, ()))
+        }
+        shown = {user: StoredProfile(text) for user, text in texts.items() if user not in excluded}
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
         note = (
             f" ({len(excluded)} more users excluded, because their text names one of their held-out items)"
@@ -71,8 +73,8 @@ def with_stored_texts(
         )
         coverage.append(f"{len(shown)} of {len(data.users())} users{note}")
     if section.sides in ("both", "item") and "item" in store.kinds:
-        refuse_seen(section.path, store, data, kind="item", held=held)
-        items = described_items(items, section)
+        check_feature_leaks(section.path, store, data, kind="item", held=held)
+        items = items_with_stored_texts(items, section)
         coverage.append(f"{sum(ITEM_FIELD in item.fields for item in items.values())} of {len(items)} items")
     if all(count.startswith("0 ") for count in coverage):
         raise DataError.at(
@@ -86,38 +88,41 @@ def with_stored_texts(
     return replace(data, dataset=dataset)
 
 
-def names(text: str, title: str) -> bool:
+def mentions_title(text: str, title: str) -> bool:
     """Whether a text mentions an item by its title, ignoring case and a year at the end of the title."""
     full = clean(title).casefold()
     bare = _YEAR.sub("", full)
-    phrase = bare if len(bare) >= NAMED else full
-    return len(phrase) >= NAMED and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", clean(text).casefold()) is not None
+    phrase = bare if len(bare) >= MIN_TITLE_LENGTH else full
+    return (
+        len(phrase) >= MIN_TITLE_LENGTH
+        and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", clean(text).casefold()) is not None
+    )
 
 
-def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
+def held_out_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
     """Return the ids of held-out items by user and title, for titles long enough to be unambiguous."""
     result: dict[str, dict[str, str]] = {}
     for user, item in sorted(pair for pair in data.held_out if pair[0] in users):
         title = data.dataset.titles.get(item, "")
-        if len(title) >= NAMED:
+        if len(title) >= MIN_TITLE_LENGTH:
             result.setdefault(user, {})[title] = item
     return result
 
 
-def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
+def items_with_stored_texts(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
     """Return items with the texts of a feature store, if it has texts about items."""
     store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
     if section is None or store is None or "item" not in store.kinds:
         return items
-    texts = _texts(store, "item", items, shuffled=section.shuffled)
-    _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in texts))
+    texts = _stored_texts(store, "item", items, shuffled=section.shuffled)
+    _check_field_unused(section.path, ITEM_FIELD, (items[item].fields for item in texts))
     fields = {
         item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in texts.items()
     }
     return {**items, **fields}
 
 
-def profile_of(user: str, section: TextsSection) -> str:
+def stored_profile(user: str, section: TextsSection) -> str:
     """Return the text about a user for prompts; empty if there is none."""
     if section.sides == "item" or section.shuffled:
         return ""
@@ -132,7 +137,7 @@ def cyclic_permutation(names: Sequence[str]) -> dict[str, str]:
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
 
-def refuse_seen(
+def check_feature_leaks(
     path: str,
     store: FeatureStore,
     data: SplitDataset,
@@ -155,8 +160,13 @@ def refuse_seen(
     seen = store.seen(kind)
     if not seen:
         return
-    named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR, pl.String), orient="row")
-    trained = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
+    named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
+    trained = (
+        data.train.join(recode_ids_like(named, data.train), on=PAIR_COLUMNS, how="semi")
+        .select(PAIR_COLUMNS)
+        .head(1)
+        .rows()
+    )
     for pairs, what in ((seen & (data.held_out | held), "held out"), (trained, "used for training")):
         if pairs:
             user, item = min((str(user), str(item)) for user, item in pairs)
@@ -169,7 +179,7 @@ def refuse_seen(
             )
 
 
-def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
+def _stored_texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
     """Return the texts stored for these ids or, if shuffled, for other ids."""
     source = cyclic_permutation(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     requested = [name for name in ids if name in source]
@@ -177,7 +187,7 @@ def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffl
     return {name: text for name in requested if (text := stored.get(source[name], "").strip())}
 
 
-def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:
+def _check_field_unused(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:
     if any(entry.get(name) for entry in entries):
         raise DataError.at(
             path,

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.read.codes import Runs, codes
+from llmrec.data.read.codes import UserRowRanges, values_and_codes
 from llmrec.types import Event
 
 # Number of `Event` objects to cache (about 130 bytes each), because they are requested repeatedly.
@@ -24,14 +24,14 @@ class Events:
     """
 
     def __init__(self, frame: pl.DataFrame) -> None:
-        users, rows = codes(frame["user_id"])
+        users, rows = values_and_codes(frame["user_id"])
         if (rows[1:] < rows[:-1]).any():
             order = np.argsort(rows, kind="stable")
             frame, rows = frame[order], rows[order]
-        self._runs = Runs(users, rows)
-        names, self._items = codes(frame["item_id"])
+        self._runs = UserRowRanges(users, rows)
+        names, self._items = values_and_codes(frame["item_id"])
         self._names = names.to_list()
-        self._ratings, self._times = (_numbers(frame[name]) for name in ("rating", "timestamp"))
+        self._ratings, self._times = (_float_column(frame[name]) for name in ("rating", "timestamp"))
         self._texts = None if frame["text"].null_count() == frame.height else frame["text"]
         self._cache: OrderedDict[str, tuple[Event, ...]] = OrderedDict()
         self._cached = 0
@@ -77,6 +77,6 @@ class Events:
         )
 
 
-def _numbers(series: pl.Series) -> NDArray[np.float64] | None:
+def _float_column(series: pl.Series) -> NDArray[np.float64] | None:
     """Return a column as floats with NaN for null; None if all values are null."""
     return None if series.null_count() == len(series) else series.cast(pl.Float64).fill_null(np.nan).to_numpy()

@@ -32,9 +32,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmrec.durable import MANIFEST, Json, loads, refuse_link, seal, unchanged, write_json, write_text, writing_to
+from llmrec.durable import (
+    MANIFEST,
+    Json,
+    check_not_link,
+    matches_manifest_cached,
+    note_written_path,
+    parse_json,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from llmrec.errors import DataError, LlmrecError
-from llmrec.machine import lock
+from llmrec.machine import try_lock
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +55,7 @@ FeatureKind = Literal["user", "item", "synthetic"]
 A synthetic item is only a feature: it is not in the data set, and so not in any split, candidate set or count."""
 Pair = tuple[str, str]
 """A user id and an item id."""
-ANSWERS = "answers.sqlite"
+ANSWERS_FILE = "answers.sqlite"
 """The prompts and answers of `llmrec augment` in the store that it writes, kept until a user is erased."""
 
 _FORMAT = 1
@@ -55,11 +65,11 @@ _VERSION, _DRAFT = re.compile(r"[0-9a-f]{16}"), re.compile(r"\.[0-9a-f]{16}\.dra
 # Ids are stored in fixed-width fields, so one long id enlarges all of them.
 _MAX_ID_BYTES = 512
 # Versions to keep for processes that have them open, including the current one.
-_KEEP = 2
+_KEPT_VERSIONS = 2
 KINDS: tuple[FeatureKind, ...] = ("user", "synthetic", "item")
 """The kinds in the order in which texts are written: a synthetic item may be written from its user's text."""
 PLURALS: Mapping[FeatureKind, str] = {"user": "users", "synthetic": "synthetic items", "item": "items"}
-OF_PERSONS: tuple[FeatureKind, ...] = ("user", "synthetic")
+USER_KINDS: tuple[FeatureKind, ...] = ("user", "synthetic")
 """Kinds whose ids are users."""
 
 
@@ -150,7 +160,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _FeatureTable:
     """The memory-mapped features of users or of items."""
 
     ids: NDArray[np.bytes_]
@@ -164,8 +174,8 @@ class FeatureStore:
     def __init__(self, folder: Path, version: Path, meta: Mapping[str, Any]) -> None:
         """Read an opened version; call `open` instead."""
         self.folder, self._version, self._meta = folder, version, meta
-        self._tables: dict[str, _Table] = {
-            kind: _Table(
+        self._tables: dict[str, _FeatureTable] = {
+            kind: _FeatureTable(
                 np.load(version / f"{kind}-ids.npy", mmap_mode="r", allow_pickle=False),
                 np.load(version / f"{kind}-vectors.npy", mmap_mode="r", allow_pickle=False),
                 np.load(version / f"{kind}-fallback.npy", allow_pickle=False),
@@ -190,7 +200,7 @@ class FeatureStore:
         root = Path(folder).expanduser()
         try:
             version = root / _current_version(root / _CURRENT)
-            meta = loads((version / _META).read_text(encoding="utf-8"))
+            meta = parse_json((version / _META).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError.at(
                 root, "missing-file", " has no features; create them with llmrec augment, or correct the path"
@@ -207,7 +217,7 @@ class FeatureStore:
                 "the store again",
             )
         try:
-            if (version / MANIFEST).is_file() and not unchanged(version):
+            if (version / MANIFEST).is_file() and not matches_manifest_cached(version):
                 raise ValueError(f"a file in {version.name} does not match its checksum")
             store = FeatureStore(root, version, meta)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
@@ -326,14 +336,14 @@ def _current_version(current: Path) -> str:
 
 
 @contextmanager
-def writing(folder: str | Path) -> Iterator[Path]:
+def lock_store(folder: str | Path) -> Iterator[Path]:
     """Lock a store, so that no other process writes to it; creates the folder if it is missing.
 
     Raises:
         LlmrecError: If the folder is a link or contains files that are not of a store, or another process writes to it.
     """
     root = Path(folder).expanduser()
-    refuse_link(root)
+    check_not_link(root)
     if root.is_dir() and not (root / _CURRENT).is_file():
         others = [path.name for path in root.iterdir() if not _belongs_to_store(path)]
         if others:
@@ -343,32 +353,36 @@ def writing(folder: str | Path) -> Iterator[Path]:
                 at=root,
             )
     root.mkdir(parents=True, exist_ok=True)
-    refuse_link(root / _LOCK)
+    check_not_link(root / _LOCK)
     with (root / _LOCK).open("a") as lock_file:
-        if not lock(lock_file):
+        if not try_lock(lock_file):
             raise LlmrecError(
                 f"{root} is being written by another process; wait until that process has ended", kind="busy", at=root
             )
-        with writing_to(root):
+        with note_written_path(root):
             yield root
 
 
 def _belongs_to_store(path: Path) -> bool:
     name = path.name
-    known = name in (_CURRENT, _LOCK) or name.startswith((ANSWERS, f".{_CURRENT}"))
+    known = name in (_CURRENT, _LOCK) or name.startswith((ANSWERS_FILE, f".{_CURRENT}"))
     return known or bool(_VERSION.fullmatch(name) or _DRAFT.fullmatch(name))
 
 
 def publish(folder: str | Path, tables: Sequence[Features]) -> Path:
-    """Write features as the new current version, and return its folder; see `writing` and `write_version`."""
-    with writing(folder) as root:
+    """Write features as the new current version, and return its folder; see `lock_store` and `write_version`."""
+    with lock_store(folder) as root:
         return write_version(root, tables)
 
 
 def write_version(
-    folder: Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32", keep: int = _KEEP
+    folder: Path,
+    tables: Sequence[Features],
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    keep: int = _KEPT_VERSIONS,
 ) -> Path:
-    """Write features as the new current version while holding the lock of `writing`, and return its folder.
+    """Write features as the new current version while holding the lock of `lock_store`, and return its folder.
 
     If interrupted, the previous version stays current.
 
@@ -390,20 +404,20 @@ def write_version(
     draft = folder / f".{name}.draft"
     draft.mkdir()
     try:
-        kinds = {table.kind: _written(draft, table, dtype) for table in tables}
+        kinds = {table.kind: _write_features(draft, table, dtype) for table in tables}
         _write_texts(draft / _TEXTS, tables)
         write_json(draft / _META, {"format": _FORMAT, "dtype": dtype, "kinds": kinds})
-        seal(draft)
+        write_manifest(draft)
         draft.replace(folder / name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     write_text(folder / _CURRENT, name + "\n")
-    drop_older(folder, keep=keep)
+    remove_old_versions(folder, keep=keep)
     return folder / name
 
 
-def drop_older(folder: Path, *, keep: int = 1) -> None:
-    """Remove old versions, keeping the ``keep`` newest; requires the lock of `writing`."""
+def remove_old_versions(folder: Path, *, keep: int = 1) -> None:
+    """Remove old versions, keeping the ``keep`` newest; requires the lock of `lock_store`."""
     current = _current_version(folder / _CURRENT)
     versions = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
@@ -411,7 +425,7 @@ def drop_older(folder: Path, *, keep: int = 1) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
+def _write_features(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
     ids = np.array([name.encode() for name in table.ids], dtype=np.bytes_)
     order = np.argsort(ids, kind="stable")
     fallback = table.fallback

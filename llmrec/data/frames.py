@@ -14,14 +14,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.data.read.limits import reason
-from llmrec.durable import replacing
+from llmrec.data.read.limits import format_error
+from llmrec.durable import replace_atomically
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import Recipe
 
-FOLDER = "data"
+FRAME_FOLDER = "data"
 """Subfolder of a run folder for frames."""
-_NAMES: Mapping[str, str] = {"path": "interactions", "items": "items"}
+_FRAME_NAMES: Mapping[str, str] = {"path": "interactions", "items": "items"}
 
 
 def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = None) -> Recipe:
@@ -59,18 +59,18 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
 
 
 @contextmanager
-def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
+def temporary_frame_folder() -> Iterator[tuple[Path, Callable[[str], str]]]:
     """Yield a temporary folder for data frames, and a function that restores frame names in error messages.
 
     Raises:
         LlmrecError: Those of the block, with frame names.
     """
-    with TemporaryDirectory() as folder, calling_frames(Path(folder)) as named:
+    with TemporaryDirectory() as folder, restore_frame_names(Path(folder)) as named:
         yield Path(folder), named
 
 
 @contextmanager
-def calling_frames(folder: Path) -> Iterator[Callable[[str], str]]:
+def restore_frame_names(folder: Path) -> Iterator[Callable[[str], str]]:
     """Yield a function that replaces the names of temporary files in error messages by frame names.
 
     Raises:
@@ -78,8 +78,8 @@ def calling_frames(folder: Path) -> Iterator[Callable[[str], str]]:
     """
 
     def named(text: str) -> str:
-        for name in _NAMES.values():
-            text = re.sub(rf"\S*{re.escape(folder.name)}/(?:{FOLDER}/)?{name}\.parquet", f"{name} frame", text)
+        for name in _FRAME_NAMES.values():
+            text = re.sub(rf"\S*{re.escape(folder.name)}/(?:{FRAME_FOLDER}/)?{name}\.parquet", f"{name} frame", text)
         return text
 
     try:
@@ -95,9 +95,9 @@ def write_frame(frame: Any, folder: Path, key: str) -> Path:
     Raises:
         DataError: If it is not a frame, or a column cannot be written.
     """
-    target = folder / FOLDER / f"{_NAMES[key]}.parquet"
-    table = as_arrow(frame, f"{_NAMES[key]} frame")
-    with replacing(target) as draft:
+    target = folder / FRAME_FOLDER / f"{_FRAME_NAMES[key]}.parquet"
+    table = as_arrow(frame, f"{_FRAME_NAMES[key]} frame")
+    with replace_atomically(target) as draft:
         pq.write_table(table, draft)
     return target
 
@@ -116,7 +116,7 @@ def as_arrow(frame: Any, name: str) -> Any:
         raise DataError(f"{name}: the data frame is empty; provide rows", kind="empty", at=name)
     try:
         if isinstance(frame, list):
-            return _of_dictionaries(frame)
+            return _table_from_dictionaries(frame)
         if isinstance(frame, Mapping):
             return pa.table(dict(frame))
         if hasattr(frame, "with_format") and hasattr(frame, "features"):
@@ -126,10 +126,10 @@ def as_arrow(frame: Any, name: str) -> Any:
             # An unnamed index only has the row positions of a filtered frame, which are not data.
             return pa.Table.from_pandas(frame, preserve_index=None if frame.index.name else False)
         if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
-            return _spelled(pa.table(frame))
+            return _with_text_categories(pa.table(frame))
     except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
         raise DataError(
-            f"{name}: a column has values of several types ({reason(error)}); make all its values texts, or "
+            f"{name}: a column has values of several types ({format_error(error)}); make all its values texts, or "
             "all numbers",
             kind="bad-value",
             at=name,
@@ -142,7 +142,7 @@ def as_arrow(frame: Any, name: str) -> Any:
     )
 
 
-def like(frame: Any, table: Any) -> Any:
+def convert_like(frame: Any, table: Any) -> Any:
     """Convert an Arrow table to the type of a given data frame."""
     if isinstance(frame, list):
         return table.to_pylist()
@@ -158,7 +158,7 @@ def like(frame: Any, table: Any) -> Any:
     return table
 
 
-def _spelled(table: Any) -> Any:
+def _with_text_categories(table: Any) -> Any:
     """Return a table with categorical columns as texts, in a type that Parquet supports."""
     for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
@@ -171,7 +171,7 @@ def _spelled(table: Any) -> Any:
     return table
 
 
-def _of_dictionaries(rows: list[Any]) -> Any:
+def _table_from_dictionaries(rows: list[Any]) -> Any:
     """Return dictionaries as a table with all their keys as columns; missing values are null."""
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: [row.get(name) for row in rows] for name in names})

@@ -18,11 +18,11 @@ import numpy as np
 from scipy import sparse
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.derived import sentences
-from llmrec.data.read.files import user_path
+from llmrec.data.derived import split_sentences
+from llmrec.data.read.files import expand_path
 from llmrec.data.read.table import read_table
-from llmrec.data.read.tables import find
-from llmrec.data.read.typed import ids, unescaped
+from llmrec.data.read.tables import find_column
+from llmrec.data.read.typed import id_column, plain_text_column
 from llmrec.errors import DataError
 from llmrec.recipe.schema import FactsSection
 from llmrec.types import Item
@@ -30,10 +30,10 @@ from llmrec.types import Item
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FIELD = "facts"
+FACTS_FIELD = "facts"
 """The item field with the retrieved passages."""
 
-_WORD, _MARKS, _NUMBER = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
+_WORD, _WORD_OR_MARK, _CITATION = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
 # k1 (saturation of repeated words) and b (normalisation by text length), with common values.
 _K1, _B = 1.2, 0.75
 
@@ -53,7 +53,7 @@ class BM25:
     @staticmethod
     def of(texts: Sequence[str]) -> BM25:
         """Compute the weights of words in texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
-        counts = [Counter(_words(text)) for text in texts]
+        counts = [Counter(_lowercase_words(text)) for text in texts]
         frequency = Counter(word for counted in counts for word in counted)
         index = {word: position for position, word in enumerate(sorted(frequency))}
         idf = {word: np.log(1 + (len(texts) - have + 0.5) / (have + 0.5)) for word, have in frequency.items()}
@@ -71,7 +71,7 @@ class BM25:
     def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
         """Return the BM25 scores of texts for a question, shape (texts,)."""
         words = np.zeros(len(self.index))
-        for word in _words(question):
+        for word in _lowercase_words(question):
             if word in self.index:
                 words[self.index[word]] += 1
         result: NDArray[np.float64] = self.weights[part] @ words
@@ -101,20 +101,25 @@ class Documents:
         Raises:
             DataError: If it cannot be read, a column is missing, or an id is repeated.
         """
-        table = read_table(user_path(path))
-        key = find(table, None, "item_id", "data.facts") or find(table, None, "title", "data.facts")
-        text = find(table, column, "", "data.facts.text")
+        table = read_table(expand_path(path))
+        key = find_column(table, None, "item_id", "data.facts") or find_column(table, None, "title", "data.facts")
+        text = find_column(table, column, "", "data.facts.text")
         if key is None or text is None:
             raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
         by_title = key == "title"
-        names = unescaped(table, key).fill_null("") if by_title else [str(name) for name in ids(table, key)]
+        names = (
+            plain_text_column(table, key).fill_null("") if by_title else [str(name) for name in id_column(table, key)]
+        )
         repeated = {name for name, times in Counter(names).items() if times > 1 and name}
         if repeated and not by_title:
             raise DataError.at(
                 table.name, "duplicate", (f": {min(repeated)!r} has several documents; join them into one"), key
             )
         return Documents(
-            tuple(names), tuple(unescaped(table, text).fill_null("")), by_title, f"{table.name} {table.sha256[:16]}"
+            tuple(names),
+            tuple(plain_text_column(table, text).fill_null("")),
+            by_title,
+            f"{table.name} {table.sha256[:16]}",
         )
 
     @cached_property
@@ -128,7 +133,7 @@ class Documents:
     @cached_property
     def _passages(self) -> tuple[tuple[str, ...], NDArray[np.int64], BM25]:
         """All passages, the index of the first passage of each document, and BM25 weights."""
-        cut = [sentences(text) for text in self.written]
+        cut = [split_sentences(text) for text in self.written]
         flat = tuple(passage for document in cut for passage in document)
         return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
 
@@ -142,8 +147,15 @@ class Documents:
         if (same := self._index.get(item.title)) is not None:
             return same
         best = int(np.argmax(self._document_weights.scores(item.title))) if self.names else 0
-        title_words, name_words = set(_words(item.title)), set(_words(self.names[best])) if self.names else set()
-        searched = name_words | set(_words(self.written[best])) if self.names and len(title_words) > 1 else name_words
+        title_words, name_words = (
+            set(_lowercase_words(item.title)),
+            set(_lowercase_words(self.names[best])) if self.names else set(),
+        )
+        searched = (
+            name_words | set(_lowercase_words(self.written[best]))
+            if self.names and len(title_words) > 1
+            else name_words
+        )
         return best if title_words and title_words <= searched else None
 
     def passages(self, document: int, question: str, tokens: int) -> list[str]:
@@ -164,7 +176,7 @@ class Documents:
         order = np.argsort(-scores, kind="stable")
         matching = order[scores[order] > 0]
         for index in (matching if len(matching) else order).tolist():
-            marks = list(_MARKS.finditer(texts[index]))
+            marks = list(_WORD_OR_MARK.finditer(texts[index]))
             if len(marks) <= room:
                 kept[index] = texts[index]
                 room -= len(marks)
@@ -188,8 +200,8 @@ def with_facts(dataset: Dataset, section: FactsSection | None) -> Dataset:
         document = documents.about(item)
         result = [] if document is None else documents.passages(document, question, section.tokens)
         if result:
-            items[name] = replace(item, fields={**item.fields, FIELD: numbered(result)})
-    described = sum(FIELD in item.fields for item in items.values())
+            items[name] = replace(item, fields={**item.fields, FACTS_FIELD: number_passages(result)})
+    described = sum(FACTS_FIELD in item.fields for item in items.values())
     if not described:
         raise DataError.at(
             section.path,
@@ -200,21 +212,21 @@ def with_facts(dataset: Dataset, section: FactsSection | None) -> Dataset:
     return replace(dataset, items=items, provenance={**dataset.provenance, **fields})
 
 
-def numbered(passages: Sequence[str]) -> str:
+def number_passages(passages: Sequence[str]) -> str:
     """Return passages as one text, each after its number for citations."""
     # Citation numbers in the document itself would be confused with these numbers.
-    cleaned = [_NUMBER.sub("", passage).strip() for passage in passages]
+    cleaned = [_CITATION.sub("", passage).strip() for passage in passages]
     return " ".join(f"[{n}] {passage}" for n, passage in enumerate(cleaned, start=1))
 
 
-def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
+def resolve_citations(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
     """Return an answer without citations of passages that do not exist, and the passages that it cites."""
-    parts = _NUMBER.split(facts)
+    parts = _CITATION.split(facts)
     known = {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
-    numbers = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
-    kept = _NUMBER.sub(lambda match: match.group() if match[1] in known else "", answer)
+    numbers = tuple(dict.fromkeys(number for number in _CITATION.findall(answer) if number in known))
+    kept = _CITATION.sub(lambda match: match.group() if match[1] in known else "", answer)
     return kept.strip(), tuple(known[number] for number in numbers)
 
 
-def _words(text: str) -> list[str]:
+def _lowercase_words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]

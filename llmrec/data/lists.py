@@ -17,42 +17,42 @@ from typing import Any, Literal
 
 import polars as pl
 
-from llmrec.data.cells import unguarded
+from llmrec.data.cells import unescape_cells
 from llmrec.data.frames import as_arrow
-from llmrec.data.ranked import TREC
+from llmrec.data.ranked import TREC_ENDINGS
 from llmrec.data.read import typed
-from llmrec.data.read.delimited import fields
+from llmrec.data.read.delimited import parse_rows
 from llmrec.data.read.files import read_bytes
-from llmrec.data.read.limits import enumerated, reason, require_file, shown
-from llmrec.data.read.objects import json_records
-from llmrec.data.read.parquet import from_arrow, parquet_file
-from llmrec.data.read.table import is_pattern, read_table, without_kinds
+from llmrec.data.read.limits import check_regular_file, format_error, format_names, format_value
+from llmrec.data.read.objects import parse_json_records
+from llmrec.data.read.parquet import open_parquet_file, table_from_arrow
+from llmrec.data.read.table import is_pattern, read_table, strip_column_types
 from llmrec.data.read.tables import Table
-from llmrec.data.read.text import decode
-from llmrec.data.read.words import named
+from llmrec.data.read.text import decode_file
+from llmrec.data.read.words import interpret_column_name
 from llmrec.data.request_file import JSON_LINES, PARQUET
 from llmrec.errors import DataError, Location, did_you_mean
 
-Unit = Literal["user", "request"]
-Order = Literal["score", "rank", "order"]
+ListUnit = Literal["user", "request"]
+ListOrder = Literal["score", "rank", "order"]
 
-USERS = ("user", "user_id", "userid", "uid", "qid", "query_id", "query", "topic")
-REQUESTS = ("request_id", "request")
-ITEMS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "document")
-SCORES = ("score", "scores", "prediction", "pred")
-RANKS = ("rank", "position")
-GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
+USER_COLUMNS = ("user", "user_id", "userid", "uid", "qid", "query_id", "query", "topic")
+REQUEST_COLUMNS = ("request_id", "request")
+ITEM_COLUMNS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "document")
+SCORE_COLUMNS = ("score", "scores", "prediction", "pred")
+RANK_COLUMNS = ("rank", "position")
+GAIN_COLUMNS = ("relevance", "relevant", "rel", "gain", "grade", "label")
 """Names of the relevance column, ignoring case; those of users and items are also as in `llmrec.data.read.words`."""
 
 # Minimum weight of a column name to be accepted; see `llmrec.data.read.words`.
 _MIN_WEIGHT = 0.9
-_QRELS = (".qrels", ".qrel")
+_QRELS_ENDINGS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
 _QRELS_COLUMNS = ("user", "iteration", "item", "relevance")
 
 
 @dataclass(frozen=True)
-class Lists:
+class RankedLists:
     """Ranked items of several lists, one item per row.
 
     Attributes:
@@ -66,16 +66,16 @@ class Lists:
     """
 
     name: str
-    unit: Unit
+    unit: ListUnit
     frame: pl.DataFrame
     empty: frozenset[str]
-    order: Order
+    order: ListOrder
     where: Callable[[int], Location]
     columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """Relevant items of several lists, one item per row.
 
     Attributes:
@@ -87,14 +87,14 @@ class Truth:
     """
 
     name: str
-    unit: Unit
+    unit: ListUnit
     frame: pl.DataFrame
     barren: frozenset[str]
     columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class Entities:
+class EntityColumns:
     """The user and item columns given as options; otherwise columns are recognised by name."""
 
     user: str | None = None
@@ -102,14 +102,14 @@ class Entities:
 
     def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
         """Return the column of users or items, as given or recognised by its name."""
-        name, default_names = (self.user, USERS) if what == "user" else (self.item, ITEMS)
+        name, default_names = (self.user, USER_COLUMNS) if what == "user" else (self.item, ITEM_COLUMNS)
         if name in columns:
             return name
-        return _first_column(columns, default_names) or _meaning(tuple(columns), what)
+        return _match_column_name(columns, default_names) or _column_by_meaning(tuple(columns), what)
 
 
 @dataclass(frozen=True)
-class _Records:
+class _ListRecords:
     """Ranked lists stored as one record per list, in columns of lists."""
 
     name: str
@@ -117,7 +117,7 @@ class _Records:
     columns: Sequence[str] = ()
 
 
-def read_truth(source: Any, entities: Entities = Entities(), *, by_user: bool = False) -> Truth:
+def read_truth(source: Any, entities: EntityColumns = EntityColumns(), *, by_user: bool = False) -> GroundTruth:
     """Read relevant items.
 
     Args:
@@ -129,26 +129,26 @@ def read_truth(source: Any, entities: Entities = Entities(), *, by_user: bool = 
     Raises:
         DataError: If it cannot be read, or a pair is repeated.
     """
-    table = _open(source, "truth", _QRELS, _QRELS_COLUMNS, entities)
-    if isinstance(table, _Records):
+    table = _open_source(source, "truth", _QRELS_ENDINGS, _QRELS_COLUMNS, entities)
+    if isinstance(table, _ListRecords):
         raise DataError.at(
             table.name,
             "wrong-format",
             ": these are ranked lists instead of relevant items; provide a table with a user and an item in each row",
         )
     columns = table.frame.columns
-    requests, users = None if by_user else _column(table, REQUESTS), entities.find(columns, "user")
+    requests, users = None if by_user else _find_column(table, REQUEST_COLUMNS), entities.find(columns, "user")
     key = requests or users
     if key is None:
-        raise _missing_column(table, "user")
+        raise _missing_column_error(table, "user")
     item = _item_column(table, entities)
-    gains = _column(table, GAINS)
+    gains = _find_column(table, GAIN_COLUMNS)
     frame = pl.DataFrame(
         {
-            "key": _ids(table, key),
-            "owner": _ids(table, users or key),
-            "item": _ids(table, item),
-            "gain": typed.numbers(table, gains, "relevance")
+            "key": _unescaped_id_column(table, key),
+            "owner": _unescaped_id_column(table, users or key),
+            "item": _unescaped_id_column(table, item),
+            "gain": typed.number_column(table, gains, "relevance")
             if gains
             else pl.repeat(1.0, table.frame.height, eager=True),
         }
@@ -160,10 +160,10 @@ def read_truth(source: Any, entities: Entities = Entities(), *, by_user: bool = 
     barren = frozenset(frame["key"].unique()) - frozenset(kept["key"].unique())
     if kept.is_empty():
         raise DataError.at(table.name, "empty", ": no row has a relevant item; check the relevance column", gains)
-    return Truth(table.name, "user" if requests is None else "request", kept, barren, columns)
+    return GroundTruth(table.name, "user" if requests is None else "request", kept, barren, columns)
 
 
-def read_lists(source: Any, unit: Unit = "user", entities: Entities = Entities()) -> Lists:
+def read_lists(source: Any, unit: ListUnit = "user", entities: EntityColumns = EntityColumns()) -> RankedLists:
     """Read ranked lists.
 
     Args:
@@ -175,91 +175,103 @@ def read_lists(source: Any, unit: Unit = "user", entities: Entities = Entities()
     Raises:
         DataError: If it cannot be read, an item is repeated in a list, or a score is not a finite number.
     """
-    table = _open(source, "ranked", TREC, _RUN_COLUMNS, entities)
-    result = _of_records(table, unit, entities) if isinstance(table, _Records) else _of_rows(table, unit, entities)
+    table = _open_source(source, "ranked", TREC_ENDINGS, _RUN_COLUMNS, entities)
+    result = (
+        _lists_from_records(table, unit, entities)
+        if isinstance(table, _ListRecords)
+        else _lists_from_rows(table, unit, entities)
+    )
     _check_unique(result.frame, result.where, "the list")
-    return replace(result, columns=table.columns if isinstance(table, _Records) else table.frame.columns)
+    return replace(result, columns=table.columns if isinstance(table, _ListRecords) else table.frame.columns)
 
 
 # --------------------------------------------------------------------------- tables
 
 
-def _of_rows(table: Table, unit: Unit, names: Entities) -> Lists:
-    requests, users = _column(table, REQUESTS), names.find(table.frame.columns, "user")
+def _lists_from_rows(table: Table, unit: ListUnit, names: EntityColumns) -> RankedLists:
+    requests, users = _find_column(table, REQUEST_COLUMNS), names.find(table.frame.columns, "user")
     key = requests if unit == "request" else users or requests
     if key is None:
-        raise _missing_column(table, unit)
-    item, score, rank = _item_column(table, names), _column(table, SCORES), _column(table, RANKS)
-    table, failed = _without_failures(table, key, item)
+        raise _missing_column_error(table, unit)
+    item, score, rank = (
+        _item_column(table, names),
+        _find_column(table, SCORE_COLUMNS),
+        _find_column(table, RANK_COLUMNS),
+    )
+    table, failed = _split_failed_rows(table, key, item)
     if score is not None:
-        order: Order = "score"
-        values = typed.numbers(table, score, "score")
+        order: ListOrder = "score"
+        values = typed.number_column(table, score, "score")
     elif rank is not None:
-        order, values = "rank", -typed.numbers(table, rank, "rank")
+        order, values = "rank", -typed.number_column(table, rank, "rank")
     else:
         order, values = "order", -pl.int_range(table.frame.height, eager=True).cast(pl.Float64)
-    frame = pl.DataFrame({"key": _ids(table, key), "item": _ids(table, item), "score": values})
-    return Lists(table.name, unit, frame, failed - frozenset(frame["key"].unique()), order, table.where)
+    frame = pl.DataFrame(
+        {"key": _unescaped_id_column(table, key), "item": _unescaped_id_column(table, item), "score": values}
+    )
+    return RankedLists(table.name, unit, frame, failed - frozenset(frame["key"].unique()), order, table.where)
 
 
-def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
+def _split_failed_rows(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
     """Separate rows with an item from rows in which llmrec recorded why a list is missing."""
     if "error" not in table.frame.columns or table.parts:
         return table, frozenset()
-    failed = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
+    failed = (typed.text_column(table, "error").str.strip_chars() != "") & (
+        typed.text_column(table, item).str.strip_chars() == ""
+    )
     if not failed.any():
         return table, frozenset()
     rows = (~failed).arg_true().to_list()
-    owners = frozenset(typed.texts(table, key).filter(failed).cast(pl.String).unique())
+    owners = frozenset(typed.text_column(table, key).filter(failed).cast(pl.String).unique())
     lines = [table.line(row) for row in rows]
     return replace(table, frame=table.frame[rows], lines=lines, rows=rows), owners
 
 
-def _ids(table: Table, column: str) -> pl.Series:
+def _unescaped_id_column(table: Table, column: str) -> pl.Series:
     """Return a column of ids as texts, without the protection against spreadsheet formulas."""
-    result = typed.ids(table, column).cast(pl.String)
-    return unguarded(result) if _is_delimited(table.name) else result
+    result = typed.id_column(table, column).cast(pl.String)
+    return unescape_cells(result) if _is_delimited(table.name) else result
 
 
 def _is_delimited(name: str) -> bool:
     return any(ending in (".csv", ".tsv", ".txt", ".psv") for ending in Path(name).suffixes)
 
 
-def _column(table: Table, names: Sequence[str]) -> str | None:
+def _find_column(table: Table, names: Sequence[str]) -> str | None:
     """Return the first of these names that is a column."""
-    return _first_column(table.frame.columns, names)
+    return _match_column_name(table.frame.columns, names)
 
 
-def _first_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
+def _match_column_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
     known = {column.strip().lower(): column for column in reversed(columns)}
     return next((known[name] for name in names if name in known), None)
 
 
 @cache
-def _meaning(columns: tuple[str, ...], what: str) -> str | None:
+def _column_by_meaning(columns: tuple[str, ...], what: str) -> str | None:
     """Return the column whose name means user or item, preferring ids; None if there are several."""
-    meanings = {column: named(column) for column in columns}
+    meanings = {column: interpret_column_name(column) for column in columns}
     best = max((meaning.weight(what) for meaning in meanings.values()), default=0.0)
     results = [column for column, meaning in meanings.items() if meaning.weight(what) == best]
     ids = [column for column in results if meanings[column].is_id] or results
     return ids[0] if best >= _MIN_WEIGHT and len(ids) == 1 else None
 
 
-def _item_column(table: Table, names: Entities) -> str:
+def _item_column(table: Table, names: EntityColumns) -> str:
     result = names.find(table.frame.columns, "item")
     if result is None:
-        raise _missing_column(table, "item")
+        raise _missing_column_error(table, "item")
     return result
 
 
-def _missing_column(table: Table, what: Literal["user", "item", "request"]) -> DataError:
+def _missing_column_error(table: Table, what: Literal["user", "item", "request"]) -> DataError:
     columns = table.frame.columns
-    name = {"user": USERS, "item": ITEMS, "request": REQUESTS}[what][0]
+    name = {"user": USER_COLUMNS, "item": ITEM_COLUMNS, "request": REQUEST_COLUMNS}[what][0]
     fix = f"Rename it to {name!r}" if what == "request" else f"Name it with --{what} COLUMN"
     return DataError.at(
         table.name,
         "missing-column",
-        f" has no {what} column{did_you_mean(name, columns)}; its columns are: {enumerated(columns)}. {fix}",
+        f" has no {what} column{did_you_mean(name, columns)}; its columns are: {format_names(columns)}. {fix}",
         name,
     )
 
@@ -273,7 +285,7 @@ def _check_unique(frame: pl.DataFrame, where: Callable[[int], Location], what: s
         raise DataError.at(
             where(row),
             "duplicate",
-            f": the item {shown(item)} is repeated in {what} of {shown(key)}; keep one",
+            f": the item {format_value(item)} is repeated in {what} of {format_value(key)}; keep one",
             "item",
         )
 
@@ -281,7 +293,7 @@ def _check_unique(frame: pl.DataFrame, where: Callable[[int], Location], what: s
 # --------------------------------------------------------------------------- records written by llmrec
 
 
-def _of_records(records: _Records, unit: Unit, entities: Entities) -> Lists:
+def _lists_from_records(records: _ListRecords, unit: ListUnit, entities: EntityColumns) -> RankedLists:
     keys: list[str] = []
     items: list[str] = []
     scores: list[float] = []
@@ -291,12 +303,13 @@ def _of_records(records: _Records, unit: Unit, entities: Entities) -> Lists:
     empty: set[str] = set()
     scored = True
     for location, record in records.rows:
-        key = _key(location, record, unit, entities)
+        key = _list_key(location, record, unit, entities)
         if (earlier := first.setdefault(key, location)) is not location:
             raise DataError.at(
                 location,
                 "duplicate",
-                f": {shown(key)} already has a list in row {earlier.row}; for several lists per user, add a column "
+                f": {format_value(key)} already has a list in row {earlier.row}; for several lists per user, add a "
+                "column "
                 "request_id to the relevant items",
                 "request_id" if unit == "request" else "user_id",
             )
@@ -315,14 +328,14 @@ def _of_records(records: _Records, unit: Unit, entities: Entities) -> Lists:
         {"key": keys, "item": items, "score": scores},
         schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
     )
-    order: Order = "score" if scored else "order"
-    return Lists(records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]])
+    order: ListOrder = "score" if scored else "order"
+    return RankedLists(records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]])
 
 
-def _key(location: Location, record: Mapping[str, Any], unit: Unit, entities: Entities) -> str:
+def _list_key(location: Location, record: Mapping[str, Any], unit: ListUnit, entities: EntityColumns) -> str:
     """Return the key of a list: the user, or the request if there is no user."""
     user = entities.find(tuple(record), "user") if unit == "user" else None
-    names = REQUESTS if unit == "request" else (*([user] if user else []), *USERS, *REQUESTS)
+    names = REQUEST_COLUMNS if unit == "request" else (*([user] if user else []), *USER_COLUMNS, *REQUEST_COLUMNS)
     for name in names:
         value = record.get(name)
         if value is not None and str(value).strip():
@@ -331,11 +344,11 @@ def _key(location: Location, record: Mapping[str, Any], unit: Unit, entities: En
 
 
 def _items_and_scores(location: Location, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
-    items, scores = _list(location, "items", record.get("items")), record.get("scores")
-    names = [_name(location, item) for item in items]
+    items, scores = _parse_list(location, "items", record.get("items")), record.get("scores")
+    names = [_parse_item_id(location, item) for item in items]
     if scores is None:
         return names, None
-    values = [_finite(location, value) for value in _list(location, "scores", scores)]
+    values = [_parse_score(location, value) for value in _parse_list(location, "scores", scores)]
     if len(values) != len(names):
         raise DataError.at(
             location, "mismatch", f": {len(names)} items but {len(values)} scores; write one score per item", "scores"
@@ -343,7 +356,7 @@ def _items_and_scores(location: Location, record: Mapping[str, Any]) -> tuple[li
     return names, values
 
 
-def _list(location: Location, column: str, value: Any) -> list[Any]:
+def _parse_list(location: Location, column: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
@@ -351,7 +364,7 @@ def _list(location: Location, column: str, value: Any) -> list[Any]:
             raise DataError.at(
                 location,
                 "syntax",
-                f": column {column!r} is not a JSON list ({reason(error)}); write a JSON list",
+                f": column {column!r} is not a JSON list ({format_error(error)}); write a JSON list",
                 column,
             ) from None
     if value is None:
@@ -361,20 +374,20 @@ def _list(location: Location, column: str, value: Any) -> list[Any]:
     return value
 
 
-def _name(location: Location, item: Any) -> str:
+def _parse_item_id(location: Location, item: Any) -> str:
     if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
         raise DataError.at(
-            location, "bad-value", f": the item {shown(item)} is not an id; write text or numbers", "items"
+            location, "bad-value", f": the item {format_value(item)} is not an id; write text or numbers", "items"
         )
     return str(item)
 
 
-def _finite(location: Location, value: Any) -> float:
+def _parse_score(location: Location, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError.at(
             location,
             "bad-value",
-            f": the score {shown(value)} is not a finite number; correct or drop the list",
+            f": the score {format_value(value)} is not a finite number; correct or drop the list",
             "scores",
         )
     return float(value)
@@ -383,36 +396,38 @@ def _finite(location: Location, value: Any) -> float:
 # --------------------------------------------------------------------------- files and frames
 
 
-def _open(source: Any, what: str, endings: Sequence[str], columns: Sequence[str], names: Entities) -> Table | _Records:
+def _open_source(
+    source: Any, what: str, endings: Sequence[str], columns: Sequence[str], names: EntityColumns
+) -> Table | _ListRecords:
     """Open a file or a data frame; TREC files are recognised by their extension or their first line."""
     if not isinstance(source, str | Path):
-        return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), names)
+        return _open_arrow_table(f"{what} frame", as_arrow(source, f"{what} frame"), names)
     path = Path(source).expanduser()
     name = str(path)
     if path.is_dir() or is_pattern(path):
-        return without_kinds(read_table(path))
-    require_file(path, "check the path", "the ranked lists" if what == "ranked" else "the file of relevant items")
+        return strip_column_types(read_table(path))
+    check_regular_file(path, "check the path", "the ranked lists" if what == "ranked" else "the file of relevant items")
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-    if ending in endings or (ending in ("", ".txt", *TREC, *_QRELS) and _is_trec(path, columns)):
+    if ending in endings or (ending in ("", ".txt", *TREC_ENDINGS, *_QRELS_ENDINGS) and _is_trec(path, columns)):
         raw, sha256 = read_bytes(path)
-        return _trec_table(name, decode(name, raw), columns, sha256)
+        return _parse_trec(name, decode_file(name, raw), columns, sha256)
     if ending in PARQUET:
-        with parquet_file(name, read_bytes(path, text=False)[0]) as file:
-            return _of_arrow(name, file.read(), names)
+        with open_parquet_file(name, read_bytes(path, text=False)[0]) as file:
+            return _open_arrow_table(name, file.read(), names)
     if ending in JSON_LINES:
-        rows = json_records(name, read_bytes(path)[0])
+        rows = parse_json_records(name, read_bytes(path)[0])
         first = next(rows, None)
         if first is not None and isinstance(first[1].get("items"), list):
-            return _Records(name, chain([first], rows), tuple(first[1]))
-    table = without_kinds(read_table(path))
-    single = _column(table, ITEMS) or names.item in table.frame.columns
-    return _with_lists(table, names) if _column(table, ("items",)) and not single else table
+            return _ListRecords(name, chain([first], rows), tuple(first[1]))
+    table = strip_column_types(read_table(path))
+    single = _find_column(table, ITEM_COLUMNS) or names.item in table.frame.columns
+    return _records_from_cells(table, names) if _find_column(table, ("items",)) and not single else table
 
 
-def _of_arrow(name: str, table: Any, names: Entities) -> Table | _Records:
+def _open_arrow_table(name: str, table: Any, names: EntityColumns) -> Table | _ListRecords:
     if "items" not in table.column_names:
-        return without_kinds(from_arrow(name, table))
-    wanted = _of_lists(table.column_names, names)
+        return strip_column_types(table_from_arrow(name, table))
+    wanted = _columns_to_read(table.column_names, names)
 
     def rows() -> Iterator[tuple[Location, Mapping[str, Any]]]:
         number = 0
@@ -421,21 +436,21 @@ def _of_arrow(name: str, table: Any, names: Entities) -> Table | _Records:
                 number += 1
                 yield Location(name, number), record
 
-    return _Records(name, rows(), table.column_names)
+    return _ListRecords(name, rows(), table.column_names)
 
 
-def _of_lists(columns: Sequence[str], names: Entities) -> list[str]:
+def _columns_to_read(columns: Sequence[str], names: EntityColumns) -> list[str]:
     """Return the columns to read of a table with one list per row."""
-    known = {names.find(columns, "user"), *USERS, *REQUESTS, "items", "scores"}
+    known = {names.find(columns, "user"), *USER_COLUMNS, *REQUEST_COLUMNS, "items", "scores"}
     return [column for column in columns if column in known]
 
 
-def _with_lists(table: Table, names: Entities) -> _Records:
+def _records_from_cells(table: Table, names: EntityColumns) -> _ListRecords:
     """Return the records of a table whose cells contain JSON lists."""
-    columns = _of_lists(table.frame.columns, names)
-    frame = table.frame.with_columns(unguarded(table.frame[n]) for n in columns if n not in ("items", "scores"))
+    columns = _columns_to_read(table.frame.columns, names)
+    frame = table.frame.with_columns(unescape_cells(table.frame[n]) for n in columns if n not in ("items", "scores"))
     rows = enumerate(frame.select(columns).iter_rows(named=True))
-    return _Records(table.name, ((table.where(n), row) for n, row in rows), table.frame.columns)
+    return _ListRecords(table.name, ((table.where(n), row) for n, row in rows), table.frame.columns)
 
 
 def _is_trec(path: Path, columns: Sequence[str]) -> bool:
@@ -449,11 +464,11 @@ def _is_trec(path: Path, columns: Sequence[str]) -> bool:
     return head[1].upper() == "Q0" if columns is _RUN_COLUMNS else head[3].lstrip("-").isdigit()
 
 
-def _trec_table(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
+def _parse_trec(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
     """Read lines whose fields are separated by white space."""
     rows: list[list[str]] = []
     lines: list[int] = []
-    for line, cells in fields(text, None, quoted=False):
+    for line, cells in parse_rows(text, None, quoted=False):
         if not cells:
             continue
         if len(cells) != len(columns):

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.cells import write_rows
-from llmrec.data.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
-from llmrec.durable import checksum, replacing, write_text
+from llmrec.data.request_file import JSON_LINES, PARQUET, SEPARATORS, file_ending
+from llmrec.durable import checksum, replace_atomically, write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.shared import Form
 
@@ -31,7 +31,7 @@ _ROW_GROUP = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranked:
+class RankingRecord:
     """The ranked list of one request, or the reason why it failed.
 
     Attributes:
@@ -74,7 +74,7 @@ class Ranked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
+class PredictionRecord:
     """The prediction for one request about an item.
 
     Attributes:
@@ -102,7 +102,7 @@ class Predicted:
     completion_tokens: int = 0
 
 
-PREDICTIONS = pa.schema(
+PREDICTION_SCHEMA = pa.schema(
     [
         ("request_id", pa.string()),
         ("user_id", pa.string()),
@@ -113,15 +113,15 @@ PREDICTIONS = pa.schema(
     ]
 )
 """Columns of a table of predictions."""
-COLUMNS: Mapping[Form, tuple[str, str, str, str]] = {
+FORM_COLUMNS: Mapping[Form, tuple[str, str, str, str]] = {
     "long": ("user", "item", "rank", "score"),
     "rectools": ("user_id", "item_id", "rank", "score"),
     "recbole": ("user_id:token", "item_id:token", "rank:float", "score:float"),
 }
 """Columns of the forms with one row per ranked item and a header."""
-TABLE = "recommendations"
+LIST_TABLE = "recommendations"
 """The table of ranked lists in a database."""
-LISTS = pa.schema(
+LIST_SCHEMA = pa.schema(
     [
         ("user_id", pa.string()),
         ("rank", pa.int64()),
@@ -132,20 +132,20 @@ LISTS = pa.schema(
     ]
 )
 """Columns of a table of ranked lists: one row per item; a request without a list has one row with the error."""
-LISTED_BY = ("user_id", "rank")
+LIST_INDEX = ("user_id", "rank")
 """The columns that identify a row of it."""
-TREC = (".trec", ".run")
+TREC_ENDINGS = (".trec", ".run")
 """Ending of files in TREC form."""
-ENDINGS: Mapping[str, Form] = {**dict.fromkeys(TREC, "trec"), ".inter": "recbole"}
+FORM_ENDINGS: Mapping[str, Form] = {**dict.fromkeys(TREC_ENDINGS, "trec"), ".inter": "recbole"}
 """Endings of files that can have one form only."""
 
 # Text formats with a separator that the file extension does not determine.
-_SEPARATED: Mapping[Form, str] = {"trec": " ", "recbole": "\t"}
-_TYPES = (pa.string(), pa.string(), pa.int64(), pa.float64())
-_LISTS = ("items", "scores", "titles", "notes", "rationale")
+_FORM_SEPARATORS: Mapping[Form, str] = {"trec": " ", "recbole": "\t"}
+_FORM_TYPES = (pa.string(), pa.string(), pa.int64(), pa.float64())
+_LIST_FIELDS = ("items", "scores", "titles", "notes", "rationale")
 
 
-def _schema(kind: type[DataclassInstance]) -> Any:
+def _arrow_schema(kind: type[DataclassInstance]) -> Any:
     """Return the Arrow types of the columns of a record."""
     hints = get_type_hints(kind)
     known = {
@@ -155,58 +155,58 @@ def _schema(kind: type[DataclassInstance]) -> Any:
         tuple[float, ...]: pa.list_(pa.float64()),
         tuple[str, ...]: pa.list_(pa.string()),
     }
-    return pa.schema([(name, known.get(hints[name], pa.string())) for name in _columns(kind)])
+    return pa.schema([(name, known.get(hints[name], pa.string())) for name in _field_names(kind)])
 
 
-def _columns(kind: type[DataclassInstance]) -> tuple[str, ...]:
+def _field_names(kind: type[DataclassInstance]) -> tuple[str, ...]:
     return tuple(column.name for column in fields(kind))
 
 
 # --------------------------------------------------------------------------- parts
 
 
-def write_part(path: Path, records: Sequence[Ranked]) -> None:
+def write_part(path: Path, records: Sequence[RankingRecord]) -> None:
     """Write the records of a part atomically, each line with its checksum."""
-    lines = (_line(record).rstrip("\n") for record in records)
+    lines = (_json_line(record).rstrip("\n") for record in records)
     write_text(path, "".join(f"{line}\t{checksum(line.encode())}\n" for line in lines))
 
 
-def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
+def read_part(path: Path, lines: Sequence[int] | None = None) -> list[RankingRecord] | None:
     """Return the records of a part; None if the file is missing or damaged, or belongs to other requests."""
     try:
-        records = [_checked(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        records = [_parse_checked_line(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return records if lines is None or [record.line for record in records] == list(lines) else None
 
 
-def read_records(path: Path) -> Iterator[Ranked]:
+def read_records(path: Path) -> Iterator[RankingRecord]:
     """Yield the records of a JSON Lines file that `write_records` wrote."""
     with path.open(encoding="utf-8") as stream:
-        yield from (_record(json.loads(line)) for line in stream)
+        yield from (_parse_record(json.loads(line)) for line in stream)
 
 
-def _checked(line: str) -> Ranked:
+def _parse_checked_line(line: str) -> RankingRecord:
     # JSON contains tabs only in escaped form.
     text, _, digest = line.partition("\t")
     if checksum(text.encode()) != digest:
         raise ValueError("the line was modified")
-    return _record(json.loads(text))
+    return _parse_record(json.loads(text))
 
 
-def _record(stored: Mapping[str, Any]) -> Ranked:
-    values: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in stored.items()}
-    return Ranked(**values)
+def _parse_record(stored: Mapping[str, Any]) -> RankingRecord:
+    values: dict[str, Any] = {name: tuple(value) if name in _LIST_FIELDS else value for name, value in stored.items()}
+    return RankingRecord(**values)
 
 
-def _line(record: DataclassInstance) -> str:
+def _json_line(record: DataclassInstance) -> str:
     return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # --------------------------------------------------------------------------- the table
 
 
-def form_of(path: Path, requested: str) -> Form:
+def resolve_form(path: Path, requested: str) -> Form:
     """Return the format of a file of ranked lists, as given or by its extension.
 
     Raises:
@@ -214,7 +214,7 @@ def form_of(path: Path, requested: str) -> Form:
         DataError: If the ending is unknown.
     """
     ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    implied = ENDINGS.get(ending.lower())
+    implied = FORM_ENDINGS.get(ending.lower())
     if implied is not None and requested not in ("auto", implied):
         raise RecipeError(
             f"--form {requested}: {path} ends in {ending}, which means --form {implied}; choose another file name, or "
@@ -224,12 +224,12 @@ def form_of(path: Path, requested: str) -> Form:
         )
     known: tuple[Form, ...] = get_args(Form)
     form: Form = implied if implied is not None else next((form for form in known if form == requested), "records")
-    if form not in _SEPARATED:
-        kind_of(path)
+    if form not in _FORM_SEPARATORS:
+        file_ending(path)
     return form
 
 
-def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "llmrec") -> None:
+def write_lists(path: Path, records: Iterable[RankingRecord], form: Form, tag: str = "llmrec") -> None:
     """Write ranked lists atomically; in formats with one row per item, failed requests have no row.
 
     Args:
@@ -245,48 +245,50 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
         write_records(path, records)
         return
     rows = (
-        (listed(record), item, index, score)
+        (record_key(record), item, index, score)
         for record in records
-        for index, (item, score) in enumerate(_pairs(record), start=1)
+        for index, (item, score) in enumerate(_scored_items(record), start=1)
     )
     packed = path.suffix.lower() == ".gz"
-    with replacing(path) as draft:
-        if form in _SEPARATED:
-            with _text_file(draft, packed=packed) as stream:
-                stream.writelines(_separated(path, rows, form, tag))
-        elif (suffix := kind_of(path)) in PARQUET:
-            schema = pa.schema(list(zip(COLUMNS[form], _TYPES, strict=True)))
+    with replace_atomically(path) as draft:
+        if form in _FORM_SEPARATORS:
+            with _open_text_file(draft, packed=packed) as stream:
+                stream.writelines(_separated_lines(path, rows, form, tag))
+        elif (suffix := file_ending(path)) in PARQUET:
+            schema = pa.schema(list(zip(FORM_COLUMNS[form], _FORM_TYPES, strict=True)))
             with pq.ParquetWriter(draft, schema) as writer:
-                while group := [dict(zip(COLUMNS[form], row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
+                while group := [dict(zip(FORM_COLUMNS[form], row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
                     writer.write_table(pa.Table.from_pylist(group, schema=schema))
         else:
-            with _text_file(draft, packed=packed) as stream:
-                _write_long(stream, COLUMNS[form], rows, suffix)
+            with _open_text_file(draft, packed=packed) as stream:
+                _write_item_rows(stream, FORM_COLUMNS[form], rows, suffix)
 
 
-def as_table(records: Iterable[Ranked]) -> pa.Table:
-    """Return ranked lists as a table with the columns `LISTS`."""
+def to_arrow_table(records: Iterable[RankingRecord]) -> pa.Table:
+    """Return ranked lists as a table with the columns `LIST_SCHEMA`."""
     rows: list[tuple[Any, ...]] = []
     for record in records:
-        key = listed(record)
+        key = record_key(record)
         if record.error is not None:
             rows.append((key, None, None, None, None, record.error))
         lists = zip(record.items, record.titles, record.scores, strict=True)
         rows += [(key, rank, item, title, score, None) for rank, (item, title, score) in enumerate(lists, start=1)]
-    columns = zip(*rows, strict=True) if rows else [()] * len(LISTS)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTS, strict=True)], schema=LISTS)
+    columns = zip(*rows, strict=True) if rows else [()] * len(LIST_SCHEMA)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, LIST_SCHEMA, strict=True)], schema=LIST_SCHEMA
+    )
 
 
-def listed(record: Ranked) -> str:
+def record_key(record: RankingRecord) -> str:
     """Return the id of a record in formats with one id: the user, or else the request."""
     return record.user_id or record.request_id or str(record.line)
 
 
-def _pairs(record: Ranked) -> Iterable[tuple[str, float]]:
+def _scored_items(record: RankingRecord) -> Iterable[tuple[str, float]]:
     return zip(record.items, record.scores, strict=True)
 
 
-def _write_long(
+def _write_item_rows(
     stream: TextIO, columns: Sequence[str], rows: Iterable[tuple[str, str, int, float]], suffix: str
 ) -> None:
     if suffix in JSON_LINES:
@@ -295,11 +297,11 @@ def _write_long(
     write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
 
 
-def _separated(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Form, tag: str) -> Iterator[str]:
+def _separated_lines(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Form, tag: str) -> Iterator[str]:
     """Yield the lines of a TREC run or a RecBole file, where ids cannot be quoted."""
     trec = form == "trec"
     if not trec:
-        yield "\t".join(COLUMNS[form]) + "\n"
+        yield "\t".join(FORM_COLUMNS[form]) + "\n"
     for user, item, rank, score in rows:
         for what, value in (("user", user), ("item", item)):
             if not value or any(mark.isspace() and (trec or mark != " ") for mark in value):
@@ -312,10 +314,12 @@ def _separated(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Fo
                     what,
                 )
         cells = (user, "Q0", item, str(rank), repr(score), tag) if trec else (user, item, str(rank), repr(score))
-        yield _SEPARATED[form].join(cells) + "\n"
+        yield _FORM_SEPARATORS[form].join(cells) + "\n"
 
 
-def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = Ranked) -> None:
+def write_records(
+    path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = RankingRecord
+) -> None:
     """Write all records atomically as Parquet, JSON Lines, CSV or TSV, with optional gzip for text formats.
 
     Records are consumed one at a time, and equal records give equal bytes.
@@ -328,22 +332,22 @@ def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[D
     Raises:
         DataError: If the ending is unknown.
     """
-    suffix = kind_of(path)
-    with replacing(path) as draft:
+    suffix = file_ending(path)
+    with replace_atomically(path) as draft:
         if suffix in PARQUET:
             _write_parquet(draft, iter(records), kind)
             return
-        with _text_file(draft, packed=path.suffix.lower() == ".gz") as stream:
+        with _open_text_file(draft, packed=path.suffix.lower() == ".gz") as stream:
             if suffix in JSON_LINES:
-                stream.writelines(_line(record) for record in records)
+                stream.writelines(_json_line(record) for record in records)
             else:
-                columns = _columns(kind)
+                columns = _field_names(kind)
                 rows = ([getattr(record, name) for name in columns] for record in records)
                 write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
 
 
 @contextmanager
-def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
+def _open_text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
     with path.open("wb") as raw:
         # The header has no name and no time, so that equal records give equal bytes.
         stream: Any = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if packed else raw
@@ -352,7 +356,7 @@ def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
 
 
 def _write_parquet(path: Path, records: Iterator[DataclassInstance], kind: type[DataclassInstance]) -> None:
-    schema = _schema(kind)
+    schema = _arrow_schema(kind)
     with pq.ParquetWriter(path, schema) as writer:
         while group := list(islice(records, _ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist([asdict(record) for record in group], schema=schema))

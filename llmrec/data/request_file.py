@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.data.read import text
-from llmrec.data.read.delimited import BrokenRow, fields
+from llmrec.data.read.delimited import BrokenRow, parse_rows
 from llmrec.data.read.files import HashedFile
-from llmrec.data.read.limits import enumerated, reason, require_file
-from llmrec.data.read.objects import json_object
-from llmrec.data.read.parquet import FAULTS, parquet_file
-from llmrec.data.read.tables import column_names
+from llmrec.data.read.limits import check_regular_file, format_error, format_names
+from llmrec.data.read.objects import parse_json_object
+from llmrec.data.read.parquet import PARQUET_ERRORS, open_parquet_file
+from llmrec.data.read.tables import validate_column_names
 from llmrec.data.read.text import LineBlocks, LineTooLong
-from llmrec.data.requests import KEYS
+from llmrec.data.requests import REQUEST_KEYS
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, Location, did_you_mean
 
@@ -29,7 +29,7 @@ PARQUET = (".parquet", ".pq")
 SEPARATORS: Mapping[str, str] = {".csv": ",", ".tsv": "\t"}
 _BATCH = 256
 _BLOCK = 2**16
-_LISTS = ("history", "candidates")
+_LIST_KEYS = ("history", "candidates")
 _NO_UTF8 = re.compile("[\ud800-\udfff]")
 # Titles such as "[REC]" may begin with a single bracket.
 _JSON_LIST = re.compile(r'\[\s*["{]')
@@ -78,12 +78,18 @@ class RequestFile:
             DataError: If the file was modified or is damaged.
         """
         if self.suffix in PARQUET:
-            yield from _parquet(self.path)
+            yield from _iterate_parquet_rows(self.path)
         elif self.suffix in JSON_LINES:
-            yield from (_json(line, raw) for line, raw in _lines(_source(self.path)) if raw is None or raw.strip())
+            yield from (
+                _parse_json_line(line, raw)
+                for line, raw in _iterate_lines(_hashed_file(self.path))
+                if raw is None or raw.strip()
+            )
         else:
             yield from (
-                row for row in _delimited(_source(self.path), SEPARATORS[self.suffix], self.bare) if row is not None
+                row
+                for row in _iterate_delimited_rows(_hashed_file(self.path), SEPARATORS[self.suffix], self.bare)
+                if row is not None
             )
 
 
@@ -97,20 +103,20 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
     Raises:
         DataError: If it is missing, empty, damaged or of an unknown type, or has no column of candidates.
     """
-    suffix = kind_of(path)
-    require_file(path, "check --in", "the file of requests")
+    suffix = file_ending(path)
+    check_regular_file(path, "check --in", "the file of requests")
     if suffix in PARQUET:
-        with parquet_file(str(path), path) as file:
+        with open_parquet_file(str(path), path) as file:
             _check_columns(str(path), file.schema_arrow.names, bare)
             rows, blank = file.metadata.num_rows, 0
         sha256 = sha256_of(path)
     else:
-        source, filled = _source(path), [0, 0]
+        source, filled = _hashed_file(path), [0, 0]
         if suffix in JSON_LINES:
-            for _, raw in _lines(source):
+            for _, raw in _iterate_lines(source):
                 filled[raw is None or bool(raw.strip())] += 1
         else:
-            for row in _delimited(source, SEPARATORS[suffix], bare):
+            for row in _iterate_delimited_rows(source, SEPARATORS[suffix], bare):
                 filled[row is not None] += 1
         blank, rows = filled
         sha256 = source.sha256
@@ -119,7 +125,7 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
     return RequestFile(path, suffix, sha256, rows, blank, bare)
 
 
-def kind_of(path: Path) -> str:
+def file_ending(path: Path) -> str:
     """Return the extension that determines the format of a file.
 
     Raises:
@@ -140,18 +146,18 @@ def kind_of(path: Path) -> str:
 # --------------------------------------------------------------------------- lines
 
 
-def _source(path: Path) -> HashedFile:
+def _hashed_file(path: Path) -> HashedFile:
     return HashedFile(path, ".gz" if path.suffix.lower() == ".gz" else "", fix="check --in")
 
 
-def _pieces(source: HashedFile, stream: Any) -> LineBlocks:
+def _line_blocks(source: HashedFile, stream: Any) -> LineBlocks:
     return LineBlocks(source, stream, head=Location(source.name, line=1), block=_BLOCK)
 
 
-def _lines(source: HashedFile) -> Iterator[tuple[int, bytes | None]]:
+def _iterate_lines(source: HashedFile) -> Iterator[tuple[int, bytes | None]]:
     """Yield lines with their numbers and without line ends; None for a line that is too long."""
     with source.open() as stream:
-        pieces = _pieces(source, stream)
+        pieces = _line_blocks(source, stream)
         while True:
             try:
                 piece = next(pieces)
@@ -161,16 +167,16 @@ def _lines(source: HashedFile) -> Iterator[tuple[int, bytes | None]]:
                 yield pieces.line, None
                 continue
             for number, raw in enumerate(piece.raw.removesuffix(b"\n").split(b"\n"), start=piece.line + 1):
-                yield number, None if len(raw) > text.LONGEST else raw
+                yield number, None if len(raw) > text.MAX_LINE_BYTES else raw
 
 
-def _json(line: int, raw: bytes | None) -> RequestRow:
+def _parse_json_line(line: int, raw: bytes | None) -> RequestRow:
     if raw is None:
-        return RequestRow(line, None, f"the line is longer than {text.LONGEST} bytes")
+        return RequestRow(line, None, f"the line is longer than {text.MAX_LINE_BYTES} bytes")
     if b"\0" in raw:
         return RequestRow(line, None, "the line contains NUL bytes, so it is binary or UTF-16; save the file as UTF-8")
     try:
-        return RequestRow(line, json_object("this line", raw.decode("utf-8")))
+        return RequestRow(line, parse_json_object("this line", raw.decode("utf-8")))
     except UnicodeDecodeError as error:
         return RequestRow(line, None, f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
     except DataError as error:
@@ -180,11 +186,11 @@ def _json(line: int, raw: bytes | None) -> RequestRow:
 # --------------------------------------------------------------------------- delimited text
 
 
-def _delimited(source: HashedFile, separator: str, bare: bool) -> Iterator[RequestRow | None]:
+def _iterate_delimited_rows(source: HashedFile, separator: str, bare: bool) -> Iterator[RequestRow | None]:
     """Yield the rows after the header; None for a blank line."""
     columns: list[str] = []
     with source.open() as stream:
-        pieces = _pieces(source, stream)
+        pieces = _line_blocks(source, stream)
         try:
             for piece in pieces:
                 # Invalid UTF-8 becomes surrogates, which are searched for in the cells.
@@ -192,16 +198,16 @@ def _delimited(source: HashedFile, separator: str, bare: bool) -> Iterator[Reque
                 start = line = 0
                 if not piece.line:
                     first, end, _ = rows.partition("\n")
-                    columns, separator = _header(source.name, first.removesuffix("\r"), separator, bare)
+                    columns, separator = _parse_header(source.name, first.removesuffix("\r"), separator, bare)
                     start, line = len(first) + len(end), 1
                 while start < len(rows):
                     try:
-                        for number, cells in fields(rows, separator, newline="\n", start=start, line=line):
-                            yield _row(piece.line + number + 1, columns, cells, separator) if cells else None
+                        for number, cells in parse_rows(rows, separator, newline="\n", start=start, line=line):
+                            yield _parse_row(piece.line + number + 1, columns, cells, separator) if cells else None
                         break
                     except BrokenRow as broken:
                         rest = rows[broken.start :] if broken.unfinished and not pieces.ended else ""
-                        if rest and len(rest) <= text.LONGEST:
+                        if rest and len(rest) <= text.MAX_LINE_BYTES:
                             pieces.keep(rest.encode("utf-8", "surrogateescape"))
                             break
                         # A stray quote affects only its own line.
@@ -213,16 +219,18 @@ def _delimited(source: HashedFile, separator: str, bare: bool) -> Iterator[Reque
             raise DataError.at(
                 Location(source.name, line=pieces.line),
                 "too-large",
-                f" is longer than {text.LONGEST} bytes; check that the file is a table",
+                f" is longer than {text.MAX_LINE_BYTES} bytes; check that the file is a table",
             ) from error
     if not columns:
-        _header(source.name, "", separator, bare)
+        _parse_header(source.name, "", separator, bare)
 
 
-def _header(name: str, first: str, separator: str, bare: bool) -> tuple[list[str], str]:
+def _parse_header(name: str, first: str, separator: str, bare: bool) -> tuple[list[str], str]:
     separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
     try:
-        columns = column_names(name, next((cells for _, cells in fields(first, separator, newline="\n")), []))
+        columns = validate_column_names(
+            name, next((cells for _, cells in parse_rows(first, separator, newline="\n")), [])
+        )
     except BrokenRow as broken:
         raise DataError.at(Location(name, 0, 1), "syntax", f": {broken.problem}") from broken
     _check_columns(name, columns, bare)
@@ -237,12 +245,13 @@ def _check_columns(name: str, columns: list[str], bare: bool) -> None:
             name,
             "missing-column",
             f" has no column 'candidates'{did_you_mean('candidates', columns)}; its columns are: "
-            f"{enumerated(columns) or 'none'}. A request needs candidates. It may also have: {', '.join(KEYS)}",
+            f"{format_names(columns) or 'none'}. A request needs candidates. It may also have: "
+            f"{', '.join(REQUEST_KEYS)}",
             "candidates",
         )
 
 
-def _row(line: int, columns: list[str], cells: list[str], separator: str) -> RequestRow:
+def _parse_row(line: int, columns: list[str], cells: list[str], separator: str) -> RequestRow:
     if len(cells) != len(columns):
         return RequestRow(
             line,
@@ -254,19 +263,19 @@ def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Req
         return RequestRow(line, None, "the line repeats the header; remove it")
     if any(_NO_UTF8.search(cell) for cell in cells):
         return RequestRow(line, None, "the line is not UTF-8; save the file as UTF-8")
-    return _unpacked(line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()})
+    return _parse_list_cells(line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()})
 
 
-def _unpacked(line: int, record: dict[str, object]) -> RequestRow:
+def _parse_list_cells(line: int, record: dict[str, object]) -> RequestRow:
     """Parse cells that contain lists: a JSON list, or ids separated by ``|``."""
     try:
-        lists = {key: _list(key, cell) for key in _LISTS if isinstance(cell := record.get(key), str)}
+        lists = {key: _parse_list(key, cell) for key in _LIST_KEYS if isinstance(cell := record.get(key), str)}
     except DataError as error:
-        return RequestRow(line, {key: value for key, value in record.items() if key not in _LISTS}, str(error))
+        return RequestRow(line, {key: value for key, value in record.items() if key not in _LIST_KEYS}, str(error))
     return RequestRow(line, record | lists)
 
 
-def _list(key: str, cell: str) -> list[Any]:
+def _parse_list(key: str, cell: str) -> list[Any]:
     content = cell.strip()
     if not content:
         return []
@@ -275,7 +284,9 @@ def _list(key: str, cell: str) -> list[Any]:
             result = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{key!r} begins like a JSON list, but is not valid JSON ({reason(error)})", kind="syntax", column=key
+                f"{key!r} begins like a JSON list, but is not valid JSON ({format_error(error)})",
+                kind="syntax",
+                column=key,
             ) from error
         return list(result)
     return [part.strip() for part in content.split("|")]
@@ -284,34 +295,38 @@ def _list(key: str, cell: str) -> list[Any]:
 # --------------------------------------------------------------------------- Parquet
 
 
-def _parquet(path: Path) -> Iterator[RequestRow]:
-    with parquet_file(str(path), path) as file:
+def _iterate_parquet_rows(path: Path) -> Iterator[RequestRow]:
+    with open_parquet_file(str(path), path) as file:
         columns = file.schema_arrow.names
-        wanted = [name for name in columns if name in KEYS]
+        wanted = [name for name in columns if name in REQUEST_KEYS]
         # Columns that are not read still count as keys, so that a misspelt one is reported.
-        others: dict[str, object] = {name: None for name in columns if name not in KEYS}
+        others: dict[str, object] = {name: None for name in columns if name not in REQUEST_KEYS}
         row = 0
         for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
-            for record in _values(batch):
+            for record in _iterate_batch_rows(batch):
                 row += 1
-                yield RequestRow(row, None, record) if isinstance(record, str) else _unpacked(row, {**record, **others})
+                yield (
+                    RequestRow(row, None, record)
+                    if isinstance(record, str)
+                    else _parse_list_cells(row, {**record, **others})
+                )
 
 
-def _values(batch: Any) -> Iterator[dict[str, object] | str]:
+def _iterate_batch_rows(batch: Any) -> Iterator[dict[str, object] | str]:
     """Yield the rows of a batch as dictionaries, or why a row cannot be read."""
     try:
         yield from batch.to_pylist()
         return
-    except FAULTS:
+    except PARQUET_ERRORS:
         pass  # A row has invalid UTF-8, or a time that Python cannot represent: convert the rows one by one.
     for row in range(batch.num_rows):
         try:
             result = batch.slice(row, 1).to_pylist()[0]
         except UnicodeDecodeError:
             yield "a value is not UTF-8; write the file again"
-        except FAULTS as error:
+        except PARQUET_ERRORS as error:
             yield (
-                f"a value has an unsupported type ({reason(error)}); write texts, numbers, and lists of texts or "
+                f"a value has an unsupported type ({format_error(error)}); write texts, numbers, and lists of texts or "
                 "numbers"
             )
         else:

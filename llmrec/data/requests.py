@@ -1,6 +1,6 @@
 """Parses ranking requests of users: a history and candidates, with items given by catalogue id or by text.
 
-All request content is parsed by `read_request`: rows of files as well as bodies of server requests.
+All request content is parsed by `parse_request`: rows of files as well as bodies of server requests.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TypeGuard
 
-from llmrec.data.read.limits import ID_LIMIT, is_no_text
-from llmrec.display import listed, shortened
+from llmrec.data.read.limits import ID_LIMIT, has_invalid_characters
+from llmrec.display import format_name_list, shorten_text
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item
 
-KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
+REQUEST_KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
 """Keys of a request: ``candidates`` are ranked; ``item`` is the item to predict."""
 USER_FIELDS = "user_fields"
 """The key of `RankRequest.context` for the fields of a user."""
-LEFT_ASIDE = "candidates: ignored, since all items are ranked"
+CANDIDATES_IGNORED = "candidates: ignored, since all items are ranked"
 """The note on a request that has candidates although the whole catalogue is ranked."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -98,10 +98,10 @@ class _RequestNotes:
             ("candidates: an item is repeated with another text; only the first is ranked", self.conflicting),
             (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
         )
-        return [f"{what}: {some(names)}" for what, names in remarks if names]
+        return [f"{what}: {format_few_names(names)}" for what, names in remarks if names]
 
 
-class _Unknown(Exception):
+class _UnknownItem(Exception):
     """An item whose text is unknown."""
 
     def __init__(self, item_id: str) -> None:
@@ -109,7 +109,7 @@ class _Unknown(Exception):
         self.item_id = item_id
 
 
-def read_request(
+def parse_request(
     record: Mapping[str, object],
     row: int,
     catalogue: Mapping[str, Item] | None,
@@ -120,7 +120,7 @@ def read_request(
     """Parse a request and add the text of every item.
 
     Args:
-        record: Keys are `KEYS`; entries of ``history`` and ``candidates`` are texts, integers or objects.
+        record: Keys are `REQUEST_KEYS`; entries of ``history`` and ``candidates`` are texts, integers or objects.
         row: Row number from 1; replaces a missing id.
         catalogue: Items by id. Without a catalogue, an entry that is a text is a title.
         whole: The whole catalogue is ranked, and the request's candidates are ignored.
@@ -129,22 +129,22 @@ def read_request(
     Raises:
         DataError: If it cannot be ranked; the message describes the problem, not the position of the request.
     """
-    request_id = _optional_id("id", record.get("id")) or str(row)
-    user_id = _optional_id("user_id", record.get("user_id"))
+    request_id = _parse_optional_id("id", record.get("id")) or str(row)
+    user_id = _parse_optional_id("user_id", record.get("user_id"))
     remarks = _RequestNotes()
     lacks = retrieves and record.get("candidates") in (None, [], ())
-    candidates = () if whole or lacks else _candidates(record, catalogue, remarks)
-    history = _history(record, catalogue, remarks)
-    profile, fields = _profile(record.get("profile"))
-    notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _near_miss(key))] + remarks.notes()
+    candidates = () if whole or lacks else _parse_candidates(record, catalogue, remarks)
+    history = _parse_history(record, catalogue, remarks)
+    profile, fields = _parse_profile(record.get("profile"))
+    notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _misspelling_hint(key))] + remarks.notes()
     times = [past.timestamp for past in history if past.timestamp is not None]
     if any(later < earlier for earlier, later in pairwise(times)):
         notes.append("history: the timestamps are not in ascending order; the given order was used")
     if not history:
         notes.append("no history")
     if whole and record.get("candidates") is not None:
-        notes.append(LEFT_ASIDE)
-    if _too_long(profile):
+        notes.append(CANDIDATES_IGNORED)
+    if _is_too_long(profile):
         notes.append(f"profile: cut to {TITLE_LIMIT} characters")
     return RankRequest(
         id=request_id,
@@ -164,7 +164,7 @@ def history_entry(event: Event) -> dict[str, object]:
     return {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
 
 
-def unknown_id(record: Mapping[str, object]) -> str | None:
+def first_untitled_id(record: Mapping[str, object]) -> str | None:
     """Return the first item that a request gives only by its id; None if all items have a title."""
     for key in ("history", "candidates"):
         entries = record.get(key)
@@ -175,14 +175,14 @@ def unknown_id(record: Mapping[str, object]) -> str | None:
     return None
 
 
-def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
+def request_identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
     """Return the id and user of a request, if valid, to identify a failed line."""
     if record is None:
         return None, None
     values: list[str | None] = []
     for key, default in (("id", str(row)), ("user_id", None)):
         try:
-            values.append(_optional_id(key, record.get(key)) or default)
+            values.append(_parse_optional_id(key, record.get(key)) or default)
         except DataError:
             values.append(None)
     return values[0], values[1]
@@ -191,25 +191,25 @@ def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None,
 # --------------------------------------------------------------------------- lists of items
 
 
-def _candidates(
+def _parse_candidates(
     record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _RequestNotes
 ) -> tuple[Item, ...]:
     if record.get("candidates") is None:
-        others = [key for key in record if key not in KEYS]
+        others = [key for key in record if key not in REQUEST_KEYS]
         raise DataError(
             f"there are no 'candidates'{did_you_mean('candidates', others)}; give a list of items to rank",
             kind="missing-key",
             column="candidates",
         )
-    entries = _list("candidates", record["candidates"])
+    entries = _parse_list("candidates", record["candidates"])
     if not entries:
         raise DataError("'candidates' is empty; give at least one item to rank", kind="empty", column="candidates")
     items: dict[str, Item] = {}
     unknown: dict[str, None] = {}
     for index, entry in enumerate(entries, start=1):
         try:
-            item = _item(f"candidates, entry {index}", entry, catalogue, remarks)
-        except _Unknown as gap:
+            item = _parse_item(f"candidates, entry {index}", entry, catalogue, remarks)
+        except _UnknownItem as gap:
             unknown.setdefault(gap.item_id)
             continue
         if (first := items.get(item.item_id)) is None:
@@ -220,7 +220,8 @@ def _candidates(
         where = "there is no catalogue" if catalogue is None else "they are not in the catalogue"
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
         raise DataError(
-            f"candidates without a title: {some(list(unknown))}; {where}: write each candidate as {example}, or give "
+            f"candidates without a title: {format_few_names(list(unknown))}; {where}: write each candidate as "
+            f"{example}, or give "
             "a table of items with --items",
             kind="unknown-name",
             column="candidates",
@@ -228,17 +229,17 @@ def _candidates(
     return tuple(items.values())
 
 
-def _history(
+def _parse_history(
     record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _RequestNotes
 ) -> tuple[PastEvent, ...]:
     if record.get("history") is None:
         return ()
     events: list[PastEvent] = []
-    for index, entry in enumerate(_list("history", record["history"]), start=1):
+    for index, entry in enumerate(_parse_list("history", record["history"]), start=1):
         where = f"history, entry {index}"
         try:
-            item = _item(where, entry, catalogue, remarks)
-        except _Unknown as gap:
+            item = _parse_item(where, entry, catalogue, remarks)
+        except _UnknownItem as gap:
             remarks.skipped.append(gap.item_id)
             continue
         if not isinstance(entry, Mapping):
@@ -248,26 +249,26 @@ def _history(
         events.append(
             PastEvent(
                 item=item,
-                rating=_number(f"{where}: rating", entry.get("rating")),
-                timestamp=_moment(f"{where}: timestamp", entry.get("timestamp")),
-                text=None if text is None else _text(f"{where}: text", text),
+                rating=_parse_number(f"{where}: rating", entry.get("rating")),
+                timestamp=_parse_timestamp(f"{where}: timestamp", entry.get("timestamp")),
+                text=None if text is None else _parse_text(f"{where}: text", text),
             )
         )
     return tuple(events)
 
 
-def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _RequestNotes) -> Item:
+def _parse_item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _RequestNotes) -> Item:
     """Return an item with its text, from the request or else from the catalogue."""
     if isinstance(entry, Mapping):
-        item_id = _optional_id(f"{where}: item_id", entry.get("item_id"))
+        item_id = _parse_optional_id(f"{where}: item_id", entry.get("item_id"))
         raw_title = entry.get("title")
-        title = "" if raw_title is None else _text(f"{where}: title", raw_title)
-        fields = _fields(where, entry)
+        title = "" if raw_title is None else _parse_text(f"{where}: title", raw_title)
+        fields = _parse_fields(where, entry)
     elif catalogue is None:
         item_id, fields = None, {}
-        title = str(entry) if is_integer(entry) else _text(where, entry)
+        title = str(entry) if is_integer(entry) else _parse_text(where, entry)
     else:
-        item_id, title, fields = _optional_id(where, entry), "", {}
+        item_id, title, fields = _parse_optional_id(where, entry), "", {}
     known = None if catalogue is None or item_id is None else catalogue.get(item_id)
     if not clean(title) and known is not None:
         title = known.title
@@ -278,44 +279,44 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
             raise DataError(
                 f"{where} has neither an item_id nor a title; add one of them", kind="missing-value", column=where
             )
-        raise _Unknown(item_id)
+        raise _UnknownItem(item_id)
     name = item_id or clean(title)
     if item_id is None:
         remarks.titled.add(name)
-    if _too_long(title):
+    if _is_too_long(title):
         remarks.cut.append(name)
     return Item(item_id=name, title=clean(title), fields=fields if known is None else {**known.fields, **fields})
 
 
-def _fields(where: str, entry: Mapping[object, object]) -> dict[str, str]:
+def _parse_fields(where: str, entry: Mapping[object, object]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for key, value in entry.items():
         if key in _ITEM_KEYS:
             continue
-        name = _text(f"{where}: a key", key)
+        name = _parse_text(f"{where}: a key", key)
         if value is None:
             continue
         if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
             value = ", ".join(value)
         elif isinstance(value, int | float | Decimal | date):
             value = str(value)
-        fields[name] = _text(f"{where}: {name}", value)
+        fields[name] = _parse_text(f"{where}: {name}", value)
     return fields
 
 
 # --------------------------------------------------------------------------- single values
 
 
-def _list(key: str, value: object) -> Sequence[object]:
+def _parse_list(key: str, value: object) -> Sequence[object]:
     if not isinstance(value, list | tuple):
-        raise DataError(f"{key!r} is {_kind(value)}; give a list of items", kind="bad-value", column=key)
+        raise DataError(f"{key!r} is {_describe_type(value)}; give a list of items", kind="bad-value", column=key)
     return value
 
 
-def _text(what: str, value: object) -> str:
+def _parse_text(what: str, value: object) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {_kind(value)}; give a text", kind="bad-value", column=what)
-    if is_no_text(value):
+        raise DataError(f"{what} is {_describe_type(value)}; give a text", kind="bad-value", column=what)
+    if has_invalid_characters(value):
         raise DataError(
             f"{what} contains an invalid character (NUL, or half of a surrogate pair); remove it",
             kind="encoding",
@@ -324,40 +325,46 @@ def _text(what: str, value: object) -> str:
     return value
 
 
-def _profile(profile: object) -> tuple[str, dict[str, str]]:
+def _parse_profile(profile: object) -> tuple[str, dict[str, str]]:
     """Parse the text about a user, given as one text or as fields by name, such as an age."""
     if not isinstance(profile, Mapping):
-        return ("" if profile is None else _text("profile", profile)), {}
+        return ("" if profile is None else _parse_text("profile", profile)), {}
     # missing values of data frames are NaN
     known = {name: value for name, value in profile.items() if value is not None and value == value}
-    values = {clean(_text("profile", name)): value for name, value in known.items()}
-    fields = {name: str(int(value) if is_integer(value) else value) for name, value in values.items() if _plain(value)}
+    values = {clean(_parse_text("profile", name)): value for name, value in known.items()}
+    fields = {
+        name: str(int(value) if is_integer(value) else value)
+        for name, value in values.items()
+        if _is_text_or_number(value)
+    }
     if len(fields) < len(values):
         name = next(name for name in values if name not in fields)
-        message = f"profile: {name[:60]!r} is {_kind(values[name])}; give a text or a number"
+        message = f"profile: {name[:60]!r} is {_describe_type(values[name])}; give a text or a number"
         raise DataError(message, kind="bad-value", column="profile")
-    return "", {name: clean(_text("profile", value)) for name, value in fields.items()}
+    return "", {name: clean(_parse_text("profile", value)) for name, value in fields.items()}
 
 
-def _plain(value: object) -> bool:
+def _is_text_or_number(value: object) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
-def _optional_id(what: str, value: object) -> str | None:
+def _parse_optional_id(what: str, value: object) -> str | None:
     """Return an id as text; integers are valid ids, even if a library converted them to floats."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if is_integer(value):
         return str(int(value))
     if not isinstance(value, str):
-        raise DataError(f"{what} is {_kind(value)}; give a text or a whole number", kind="bad-value", column=what)
+        raise DataError(
+            f"{what} is {_describe_type(value)}; give a text or a whole number", kind="bad-value", column=what
+        )
     if len(value) > ID_LIMIT:
         raise DataError(
             f"{what} is {len(value)} characters long, more than the {ID_LIMIT} of an id; shorten it",
             kind="too-large",
             column=what,
         )
-    if not value.isprintable() and (is_no_text(value) or _CONTROL.search(value)):
+    if not value.isprintable() and (has_invalid_characters(value) or _CONTROL.search(value)):
         raise DataError(f"{what} contains a control character; remove it", kind="bad-value", column=what)
     return value if value.strip() else None
 
@@ -367,7 +374,7 @@ def is_integer(value: object) -> TypeGuard[int | float]:
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
-def _number(what: str, value: object) -> float | None:
+def _parse_number(what: str, value: object) -> float | None:
     if value is None:
         return None
     try:
@@ -376,27 +383,27 @@ def _number(what: str, value: object) -> float | None:
         result = math.nan
     if not math.isfinite(result):
         raise DataError(
-            f"{what} is {_kind(value)} that is not a finite number; write a number, or remove the key",
+            f"{what} is {_describe_type(value)} that is not a finite number; write a number, or remove the key",
             kind="bad-value",
             column=what,
         )
     return result
 
 
-def _moment(what: str, value: object) -> float | None:
+def _parse_timestamp(what: str, value: object) -> float | None:
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value.strip())
         except ValueError:
-            return _number(what, value)
+            return _parse_number(what, value)
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    return _number(what, value)
+    return _parse_number(what, value)
 
 
-def _kind(value: object) -> str:
+def _describe_type(value: object) -> str:
     names = {
         str: "a text",
         bytes: "bytes instead of text",
@@ -409,15 +416,15 @@ def _kind(value: object) -> str:
     return "missing" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-def _too_long(text: str) -> bool:
+def _is_too_long(text: str) -> bool:
     return len(text) > TITLE_LIMIT and clean(text) != clean(text, len(text))
 
 
-def some(names: Sequence[str]) -> str:
+def format_few_names(names: Sequence[str]) -> str:
     """Return the first few names as one text."""
-    return listed([repr(shortened(name, 60)) for name in names], _MAX_NAMED)
+    return format_name_list([repr(shorten_text(name, 60)) for name in names], _MAX_NAMED)
 
 
 @lru_cache(maxsize=1024)  # all rows of a table have the same keys
-def _near_miss(key: str) -> str:
-    return "" if key in KEYS else did_you_mean(key, KEYS)
+def _misspelling_hint(key: str) -> str:
+    return "" if key in REQUEST_KEYS else did_you_mean(key, REQUEST_KEYS)

@@ -17,21 +17,30 @@ import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.data.dataset import SCHEMA, Dataset
-from llmrec.data.derived import derived
+from llmrec.data.derived import with_derived_texts
 from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
-from llmrec.data.read.codes import codes, in_codes_of
-from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows, cold_parts
+from llmrec.data.read.codes import recode_ids_like, values_and_codes
+from llmrec.data.split_kinds import (
+    KNOWN,
+    PAIR_COLUMNS,
+    SPLIT_KINDS,
+    TEST,
+    TRAIN,
+    VALID,
+    TimeOrderedRows,
+    cold_item_labels,
+)
 from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
 
-Ties = Literal["hash", "file"]
+TieOrder = Literal["hash", "file"]
 """The order of interactions at the same time: a seeded hash, or the order of the rows."""
 
 
-def _no_rows() -> pl.DataFrame:
+def _empty_interactions() -> pl.DataFrame:
     return pl.DataFrame(schema=dict(SCHEMA))
 
 
@@ -62,7 +71,7 @@ class Holdouts(Sequence[Interaction]):
         """Return the held-out interactions of these users in order; of all users if None."""
         if users is None:
             return self
-        names, rows = codes(self.frame["user_id"])
+        names, rows = values_and_codes(self.frame["user_id"])
         return Holdouts(self.frame.filter(names.is_in(list(users)).to_numpy()[rows]))
 
     def first_users(self, count: int, *, but: Collection[str] = ()) -> tuple[str, ...]:
@@ -79,7 +88,7 @@ class SplitDataset(Displayed):
 
     Attributes:
         dataset: The data set.
-        kind: One of `llmrec.data.split_kinds.KINDS`.
+        kind: One of `llmrec.data.split_kinds.SPLIT_KINDS`.
         seed: Seed of ties in time, of the held-out users, and of the order of `holdouts`.
         train: Training interactions.
         valid: Held-out interactions for validation.
@@ -98,7 +107,7 @@ class SplitDataset(Displayed):
     valid: pl.DataFrame
     test: pl.DataFrame
     held_out: frozenset[tuple[str, str]]
-    known: pl.DataFrame = field(default_factory=_no_rows)
+    known: pl.DataFrame = field(default_factory=_empty_interactions)
     cold: frozenset[str] = frozenset()
     drawn: NDArray[np.uint64] | None = field(default=None, compare=False)
 
@@ -116,14 +125,14 @@ class SplitDataset(Displayed):
         """Return this split without the held-out pairs of another data set."""
         if not pairs:
             return self
-        named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
+        named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
 
         def rest(frame: pl.DataFrame) -> pl.DataFrame:
-            excluded = in_codes_of(named, frame)
-            return frame.join(excluded, on=PAIR, how="anti", maintain_order="left")
+            excluded = recode_ids_like(named, frame)
+            return frame.join(excluded, on=PAIR_COLUMNS, how="anti", maintain_order="left")
 
         result = replace(self, train=rest(self.train), known=rest(self.known))
-        return replace(result, dataset=derived(result.dataset, result.train, seed=self.seed))
+        return replace(result, dataset=with_derived_texts(result.dataset, result.train, seed=self.seed))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,7 +187,7 @@ class SplitDataset(Displayed):
 
     @cached_property
     def _users(self) -> tuple[str, ...]:
-        names, row_codes = codes(self.dataset.interactions["user_id"])
+        names, row_codes = values_and_codes(self.dataset.interactions["user_id"])
         return tuple(names.filter(np.bincount(row_codes, minlength=len(names)) > 0))
 
     @cached_property
@@ -211,7 +220,7 @@ def _in_hash_order(frame: pl.DataFrame, seed: int) -> Holdouts:
     return Holdouts(frame[np.argsort(key, kind="stable")])
 
 
-def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
+def split_dataset(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     """Hold out validation and test interactions.
 
     A held-out (user, item) pair occurs nowhere else: earlier interactions of the same pair are dropped. The order of
@@ -236,8 +245,8 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
             column="data.split",
         )
     order = time_order(dataset, seed, moments=section.kind == "global_time", ties=section.ties)
-    rows = Rows(dataset.interactions[order])
-    labels = KINDS[section.kind](dataset, rows, section, seed)
+    rows = TimeOrderedRows(dataset.interactions[order])
+    labels = SPLIT_KINDS[section.kind](dataset, rows, section, seed)
     frames = [_grouped_by_user(rows, labels == label) for label in (TRAIN, VALID, TEST, KNOWN)]
     if frames[0].is_empty():
         raise DataError.at(
@@ -248,22 +257,22 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         )
     cold = rows.frame[:0]
     if section.kind == "cold_items":
-        cold = rows.frame.filter(cold_parts(dataset, rows, section, seed) != TRAIN)
+        cold = rows.frame.filter(cold_item_labels(dataset, rows, section, seed) != TRAIN)
     return SplitDataset(
         # Features that the source lacks are derived here, where the training interactions are known.
-        dataset=derived(dataset, frames[0], seed=seed),
+        dataset=with_derived_texts(dataset, frames[0], seed=seed),
         kind=section.kind,
         seed=seed,
         train=frames[0],
         valid=frames[1],
         test=frames[2],
-        held_out=frozenset(pair for frame in (*frames[1:3], cold) for pair in frame.select(PAIR).iter_rows()),
+        held_out=frozenset(pair for frame in (*frames[1:3], cold) for pair in frame.select(PAIR_COLUMNS).iter_rows()),
         known=frames[3],
         cold=frozenset(cold["item_id"].unique().to_list()),
     )
 
 
-def without_test(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.0) -> SplitDataset:
+def split_without_test(dataset: Dataset, *, seed: int, ties: TieOrder = "hash", valid: float = 0.0) -> SplitDataset:
     """Return a split without test interactions, to train a model that answers requests and is not evaluated.
 
     Args:
@@ -272,21 +281,21 @@ def without_test(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: flo
         ties: The order of interactions at the same time.
         valid: Share of users whose last interaction is held out for validation, to stop training.
     """
-    rows = Rows(dataset.interactions[time_order(dataset, seed, ties=ties)])
+    rows = TimeOrderedRows(dataset.interactions[time_order(dataset, seed, ties=ties)])
     train = _grouped_by_user(rows, np.ones(rows.frame.height, dtype=np.bool_))
     none = train.clear()
-    data = SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
+    data = SplitDataset(with_derived_texts(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
     if not valid:
         return data
     position, count = pl.int_range(pl.len()).over("user_id"), pl.len().over("user_id")
     last = train.filter((position == count - 1) & (count > 1))
     held = last.filter(pl.Series(hash64("stops", seed, last["user_id"]) < np.uint64(valid * 2**64), dtype=pl.Boolean))
-    rest = train.join(held, on=PAIR, how="anti", maintain_order="left")
-    pairs = frozenset(held.select(PAIR).iter_rows())
+    rest = train.join(held, on=PAIR_COLUMNS, how="anti", maintain_order="left")
+    pairs = frozenset(held.select(PAIR_COLUMNS).iter_rows())
     return replace(data, train=rest, valid=held, held_out=pairs) if rest.height else data
 
 
-def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties = "hash") -> NDArray[np.integer]:
+def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: TieOrder = "hash") -> NDArray[np.integer]:
     """Return the row indices of the interactions, oldest first; without timestamps in row order.
 
     Args:
@@ -302,18 +311,18 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties
     order = np.argsort(times, kind="stable")
     if ties == "file":
         return order
-    tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
+    tied = _tied_indices(times[order], None if moments else values_and_codes(frame["user_id"])[1][order])
     if len(tied):
         # The hash matters only for interactions at the same time.
         rows = frame[order[tied]]
         tie = hash64("tie", seed, rows["user_id"], rows["item_id"])
         # Ratings and texts order only repeated interactions of one pair at the same time.
-        keys = [rows["timestamp"], pl.Series("_tie", tie), *rows.select(*PAIR, "rating", "text")]
+        keys = [rows["timestamp"], pl.Series("_tie", tie), *rows.select(*PAIR_COLUMNS, "rating", "text")]
         order[tied] = order[tied][pl.DataFrame(keys).with_row_index("_row").sort(pl.exclude("_row"))["_row"].to_numpy()]
     return order
 
 
-def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
+def _tied_indices(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
     """Return the indices of interactions with equal times, optionally only of the same user.
 
     Args:
@@ -332,7 +341,7 @@ def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDAr
     return np.sort(indices[order[both]])
 
 
-def _grouped_by_user(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
+def _grouped_by_user(rows: TimeOrderedRows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
     """Return the chosen rows grouped by user, each group in time order."""
     indices = np.flatnonzero(chosen)
     # User and row index in one number: sorting numbers takes less memory than sorting indices by a key.
@@ -344,7 +353,7 @@ def _grouped_by_user(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
     return rows.frame[keys.astype(np.uint32)]
 
 
-def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:
+def count_holdouts_before_training(train: pl.DataFrame, held: pl.DataFrame) -> int:
     """Count the held-out interactions that precede a training interaction of the same user."""
     last = train.group_by("user_id").agg(pl.col("timestamp").max().alias("_last"))
     return held.join(last, on="user_id").filter(pl.col("timestamp") < pl.col("_last")).height
@@ -384,12 +393,12 @@ def request_of(
     )
 
 
-def others(events: Sequence[Event], item: str | None) -> tuple[Event, ...]:
+def history_without_item(events: Sequence[Event], item: str | None) -> tuple[Event, ...]:
     """Return a history without interactions with the evaluated item, which would reveal the answer."""
     return tuple(event for event in events if event.item_id != item)
 
 
-def threshold(scale: tuple[float, float], liked: float | None) -> float:
+def liked_threshold(scale: tuple[float, float], liked: float | None) -> float:
     """Return the lowest rating that counts as a like; by default three quarters of the scale (4 for 1 to 5)."""
     low, high = scale
     return low + 0.75 * (high - low) if liked is None else liked
@@ -415,10 +424,10 @@ def scale_of(data: SplitDataset) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-Part = Literal["sentence", "headline"]
+ReviewPart = Literal["sentence", "headline"]
 
 
-def with_review_part(data: SplitDataset, part: Part) -> SplitDataset:
+def with_review_part(data: SplitDataset, part: ReviewPart) -> SplitDataset:
     """Select one part of each review as the text of its interaction; data without reviews are unchanged.
 
     The task, baselines and metrics of a family then read the same column. An interaction without that part has no text.

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.data.read.codes import Names, codes, different, in_codes_of, pairs
+from llmrec.data.read.codes import SortedNames, count_distinct, pair_codes, recode_ids_like, values_and_codes
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
-PAIR = ["user_id", "item_id"]
+PAIR_COLUMNS = ["user_id", "item_id"]
 TRAIN, VALID, TEST, KNOWN = range(4)
 """Labels of rows: training, held out for validation, held out for test, or history only."""
 EXCLUDED = 4
@@ -29,7 +29,7 @@ _MIN_COUNT = 3
 Labels = NDArray[np.int8]
 
 
-class Rows:
+class TimeOrderedRows:
     """Interactions sorted by time, oldest first.
 
     Attributes:
@@ -40,13 +40,13 @@ class Rows:
 
     def __init__(self, frame: pl.DataFrame) -> None:
         self.frame = frame
-        self.names, self.users = codes(frame["user_id"])
+        self.names, self.users = values_and_codes(frame["user_id"])
 
     @cached_property
     def latest(self) -> NDArray[np.int64]:
         """Indices of the latest interaction of each (user, item) pair, oldest first."""
-        keys = pairs(self.frame["user_id"], self.frame["item_id"])
-        if different(keys) == len(keys):
+        keys = pair_codes(self.frame["user_id"], self.frame["item_id"])
+        if count_distinct(keys) == len(keys):
             return np.arange(len(keys))
         _, first = np.unique(keys[::-1], return_index=True)
         return np.sort(len(keys) - 1 - first)
@@ -61,7 +61,7 @@ class Rows:
         """
         result = np.full(len(self.users), rest, dtype=np.int8) if isinstance(rest, int) else rest
         if len(self.latest) < len(result):
-            keys = pairs(self.frame["user_id"], self.frame["item_id"])
+            keys = pair_codes(self.frame["user_id"], self.frame["item_id"])
             result[np.isin(keys, keys[np.concatenate([valid, test])])] = EXCLUDED
         result[valid], result[test] = VALID, TEST
         return result
@@ -75,7 +75,7 @@ class Rows:
         return indices, sizes, np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(indices))
 
 
-def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _leave_one_out(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Hold out each user's last interaction for test and the one before for validation, if a user has enough."""
     counts = np.bincount(rows.users[rows.latest], minlength=len(rows.names))
     latest = rows.latest[counts[rows.users[rows.latest]] >= _MIN_COUNT]
@@ -87,17 +87,17 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
             "use another data.split.kind or more data",
             "data.split.kind",
         )
-    test = _last(rows, latest)
-    return rows.labels(_last(rows, np.setdiff1d(latest, test, assume_unique=True)), test)
+    test = _last_indices(rows, latest)
+    return rows.labels(_last_indices(rows, np.setdiff1d(latest, test, assume_unique=True)), test)
 
 
-def _last(rows: Rows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+def _last_indices(rows: TimeOrderedRows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last index of every user that has any; indices are ascending."""
     result = _last_by_user(rows, indices)
     return result[result >= 0]
 
 
-def _last_by_user(rows: Rows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+def _last_by_user(rows: TimeOrderedRows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last index of every user, shape (users,), or -1 if there is none; indices are ascending."""
     result = np.full(len(rows.names), -1, dtype=np.int64)
     # For repeated indices, numpy keeps the last assigned value.
@@ -105,7 +105,7 @@ def _last_by_user(rows: Rows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
     return result
 
 
-def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _last_share(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Hold out the last share of each user's items for test, and the share before for validation.
 
     Shares are rounded down, and a user's first item is always training. Short users stay in training.
@@ -115,7 +115,7 @@ def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
 
 def _hold_out_last(
     dataset: Dataset,
-    rows: Rows,
+    rows: TimeOrderedRows,
     section: Split,
     among: NDArray[np.int64],
     remedy: str,
@@ -139,7 +139,7 @@ def _hold_out_last(
     return rows.labels(indices[(later >= tests) & (later < tests + valids)], indices[later < tests], labels)
 
 
-def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _last_basket(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Hold out each user's items at the last time for test, and the items at the time before for validation.
 
     For repeated items the last time counts. Users with fewer than three different times stay in training.
@@ -158,7 +158,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     # Consecutive numbers of distinct times; the last number of a user belongs to the user's last interaction.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
-    ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _bounds(counts))
+    ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _user_bounds(counts))
     able = ends - starts + 1 >= _MIN_COUNT
     if not able.any():
         raise DataError.at(
@@ -171,7 +171,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     return rows.labels(indices[able & (moment == ends - 1)], indices[able & (moment == ends)])
 
 
-def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _user_bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the last and first row of every user, in rows that are grouped by user."""
     ends = np.cumsum(counts)
     return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
@@ -184,16 +184,16 @@ def _share_sizes(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.maximum(counts, int(share > 0))
 
 
-def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _global_time(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Hold out the last share of all interactions for test and the share before for validation."""
     total = len(rows.users)
     tests, valids = round(total * section.test), round(total * section.valid)
     middle = total - tests
     first = max(0, middle - valids)
     test = rows.latest[rows.latest >= middle]
-    early = Rows(rows.frame[:middle])
+    early = TimeOrderedRows(rows.frame[:middle])
     # Test pairs are held out only once; for a validation pair it is the latest interaction before the test period.
-    later = pairs(rows.frame["user_id"], rows.frame["item_id"])
+    later = pair_codes(rows.frame["user_id"], rows.frame["item_id"])
     valid = early.latest[early.latest >= first]
     valid = valid[~np.isin(later[valid], later[test])]
     _check_sizes(dataset, section, len(valid), len(test), f"{total} interactions")
@@ -204,7 +204,7 @@ def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     return result
 
 
-def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _user_disjoint(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Hold out a share of users: their last interaction is the target, and the earlier ones are history.
 
     A user with one interaction has an empty history, as a new user does.
@@ -214,13 +214,13 @@ def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
     tests, valids = round(len(order) * section.test), round(len(order) * section.valid)
     group = np.zeros(len(rows.names), dtype=np.int8)
     group[order[:tests]], group[order[tests : tests + valids]] = TEST, VALID
-    last = _last(rows, rows.latest)
+    last = _last_indices(rows, rows.latest)
     test, valid = (last[group[rows.users[last]] == label] for label in (TEST, VALID))
     _check_sizes(dataset, section, len(valid), len(test), f"{len(order)} users")
     return rows.labels(valid, test, np.where(group[rows.users] > 0, KNOWN, TRAIN).astype(np.int8))
 
 
-def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _prefix(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Use the first interactions of each user only as history, and hold out the last shares of the others.
 
     A language model that writes features may read the history-only rows, so the texts have not seen the interactions
@@ -236,7 +236,7 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     return _hold_out_last(dataset, rows, section, late, remedy, labels, f" after the first {section.prefix:.0%}")
 
 
-def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def cold_item_labels(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Return for each row whether its item is cold for test, cold for validation, or warm (the label `TRAIN`).
 
     Items are chosen by a hash of the item, so an item is cold in all tables and with all filters. With ``after``,
@@ -246,7 +246,7 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
     Raises:
         DataError: If ``after`` is set and the data has no timestamps.
     """
-    names, items = codes(rows.frame["item_id"])
+    names, items = values_and_codes(rows.frame["item_id"])
     drawn = hash64("cold items", seed, names) / 2.0**64
     tested, shown = drawn < section.test, drawn < section.test + section.valid
     if section.since is not None:
@@ -264,13 +264,13 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
     return part
 
 
-def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _cold_items(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Hold out whole items for test and others for validation, and remove their other interactions.
 
     A user's targets are the last cold item after all the user's remaining interactions, and the last warm item. Users
     are evaluated only in test or only in validation, so that no history has a cold item.
     """
-    part = cold_parts(dataset, rows, section, seed)
+    part = cold_item_labels(dataset, rows, section, seed)
     of_latest = part[rows.latest]
     warm = rows.latest[of_latest == TRAIN]
     last = _last_by_user(rows, warm)
@@ -285,7 +285,7 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
     return rows.labels(held[VALID], held[TEST], np.where(part == TRAIN, TRAIN, EXCLUDED).astype(np.int8))
 
 
-def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+def _given(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -> Labels:
     """Use the held-out pairs and the history users given by the source."""
     given = dataset.given
     if given is None:
@@ -295,12 +295,12 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
             " has no published split, so data.split.kind=given cannot be used; choose another kind",
             "data.split.kind",
         )
-    keys = pairs(rows.frame["user_id"], rows.frame["item_id"])
+    keys = pair_codes(rows.frame["user_id"], rows.frame["item_id"])
 
     def named(held: frozenset[tuple[str, str]]) -> NDArray[np.int64]:
-        frame = pl.DataFrame(sorted(held), schema=dict.fromkeys(PAIR, pl.String), orient="row")
-        known = in_codes_of(frame, rows.frame)
-        return rows.latest[np.isin(keys[rows.latest], pairs(known["user_id"], known["item_id"]))]
+        frame = pl.DataFrame(sorted(held), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
+        known = recode_ids_like(frame, rows.frame)
+        return rows.latest[np.isin(keys[rows.latest], pair_codes(known["user_id"], known["item_id"]))]
 
     # a pair in both parts is held out for test
     valid, test = named(given.valid - given.test), named(given.test)
@@ -309,7 +309,7 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
             dataset.name, "too-few", (": the filter removes all held-out pairs; relax the filter"), "data.filter"
         )
     history_only = np.zeros(len(rows.names), dtype=bool)
-    known = Names(rows.names)
+    known = SortedNames(rows.names)
     history_only[[code for user in given.history_only if (code := known.code(user)) is not None]] = True
     return rows.labels(valid, test, np.where(history_only[rows.users], KNOWN, TRAIN).astype(np.int8))
 
@@ -326,7 +326,7 @@ def _check_sizes(dataset: Dataset, section: Split, valid: int, test: int, have: 
             )
 
 
-KINDS: Mapping[str, Callable[[Dataset, Rows, Split, int], Labels]] = {
+SPLIT_KINDS: Mapping[str, Callable[[Dataset, TimeOrderedRows, Split, int], Labels]] = {
     "leave_one_out": _leave_one_out,
     "last_share": _last_share,
     "last_basket": _last_basket,

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from llmrec.data.read.codes import codes, different, pairs
+from llmrec.data.read.codes import count_distinct, pair_codes, values_and_codes
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.types import Event
 
@@ -27,7 +27,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
 
     Shares are in [0, 1]. ``tied_last_share`` is the share of users whose last two interactions have the same timestamp,
     so that the tie rule decides which is held out; it is None without timestamps, and so is ``tied_with_history``, the
-    share of `moments_shared`. A held-out interaction is *cold* if its user or its item has no training interaction.
+    share of `tied_history_share`. A held-out interaction is *cold* if its user or its item has no training interaction.
     """
     dataset = data.dataset
     rows = dataset.interactions
@@ -39,13 +39,13 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "users": users,
         "items": items,
         "interactions": rows.height,
-        "density": different(pairs(rows["user_id"], rows["item_id"])) / (users * items),
+        "density": count_distinct(pair_codes(rows["user_id"], rows["item_id"])) / (users * items),
         "rating_scale": list(scale_of(data)) if data.train["rating"].null_count() < data.train.height else None,
-        "ratings": _histogram(rows),
-        "interactions_per_user": _per(rows, "user_id"),
-        "interactions_per_item": _per(rows, "item_id"),
+        "ratings": _rating_histogram(rows),
+        "interactions_per_user": _interaction_count_summary(rows, "user_id"),
+        "interactions_per_item": _interaction_count_summary(rows, "item_id"),
         "tied_last_share": tied_last_share(rows),
-        "tied_with_history": moments_shared(data),
+        "tied_with_history": tied_history_share(data),
         "with_text": rows.height - rows["text"].null_count(),
         "shared_titles": sum(count for count in titles.values() if count > 1),
         "split": data.kind,
@@ -53,10 +53,10 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "valid": data.valid.height,
         "test": data.test.height,
         "history_only": data.known.height,
-        "cold_items_valid": _cold(data.valid, data.train, "item_id"),
-        "cold_items_test": _cold(data.test, data.train, "item_id"),
-        "cold_users_valid": _cold(data.valid, data.train, "user_id"),
-        "cold_users_test": _cold(data.test, data.train, "user_id"),
+        "cold_items_valid": _count_cold_holdouts(data.valid, data.train, "item_id"),
+        "cold_items_test": _count_cold_holdouts(data.test, data.train, "item_id"),
+        "cold_users_valid": _count_cold_holdouts(data.valid, data.train, "user_id"),
+        "cold_users_test": _count_cold_holdouts(data.test, data.train, "user_id"),
         "fingerprint": dataset.fingerprint,
         "split_fingerprint": data.fingerprint,
         "provenance": dict(dataset.provenance),
@@ -67,7 +67,7 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
     """Return the share of users with two or more interactions at their last timestamp."""
     if rows["timestamp"].null_count() == rows.height:
         return None
-    names, users = codes(rows["user_id"])
+    names, users = values_and_codes(rows["user_id"])
     latest = np.full(len(names), -np.inf)
     times = rows["timestamp"].to_numpy()
     np.fmax.at(latest, users, times)
@@ -75,11 +75,11 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
     return int(tied.sum()) / int((np.bincount(users) > 0).sum())
 
 
-BASKETS = 0.2
-"""Share of `moments_shared` from which a warning reports that the split divides baskets."""
+BASKET_WARNING_SHARE = 0.2
+"""Share of `tied_history_share` from which a warning reports that the split divides baskets."""
 
 
-def moments_shared(data: SplitDataset) -> float | None:
+def tied_history_share(data: SplitDataset) -> float | None:
     """Return the share of held-out interactions at the same time as an interaction of their history.
 
     When several items are bought or rated at once, the history then contains the rest of the target's basket.
@@ -96,10 +96,10 @@ def moments_shared(data: SplitDataset) -> float | None:
     return tied / held if held else None
 
 
-def baskets(data: SplitDataset) -> str:
+def basket_warning(data: SplitDataset) -> str:
     """Return a warning if the split divides baskets, with the fix; otherwise empty."""
-    share = moments_shared(data)
-    if share is None or share <= BASKETS:
+    share = tied_history_share(data)
+    if share is None or share <= BASKET_WARNING_SHARE:
         return ""
     return (
         f"{share:.0%} of the held-out interactions of {data.dataset.name} have the same timestamp as an interaction "
@@ -108,7 +108,7 @@ def baskets(data: SplitDataset) -> str:
     )
 
 
-def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
+def wide_cutoff_warning(cutoffs: Sequence[int], count: int) -> str:
     """Return a warning if cut-offs are not smaller than the number of ranked items; otherwise empty.
 
     Args:
@@ -121,30 +121,30 @@ def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
     return f"{count} items are ranked per request, so HR@{wide[0]} is always 1; use smaller cut-offs"
 
 
-def _histogram(rows: pl.DataFrame) -> dict[str, int]:
+def _rating_histogram(rows: pl.DataFrame) -> dict[str, int]:
     counts = rows.drop_nulls("rating").group_by("rating").len().sort("rating")
     return {f"{rating:g}": count for rating, count in counts.iter_rows()}
 
 
-def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
-    number = np.bincount(codes(rows[column])[1])
+def _interaction_count_summary(rows: pl.DataFrame, column: str) -> dict[str, float]:
+    number = np.bincount(values_and_codes(rows[column])[1])
     counts = pl.Series(number[number > 0]).cast(pl.Float64)
     result = {name: counts.quantile(share, interpolation="linear") for name, share in _QUANTILES.items()}
     result["mean"] = rows.height / counts.len()
     return {name: float(value) for name, value in result.items() if value is not None}
 
 
-def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
+def _count_cold_holdouts(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
     """Return the number of held-out interactions whose user or item has no training interaction."""
-    names, known = codes(train[column])
+    names, known = values_and_codes(train[column])
     warm = np.bincount(known, minlength=len(names)) > 0
-    return int((~warm[codes(held[column])[1]]).sum())
+    return int((~warm[values_and_codes(held[column])[1]]).sum())
 
 
 # Sums of ratings are rounded, because the order of addition must not decide how a mean is rounded.
 _DIGITS = 6
 # Means are shown in steps of 0.5: from exact means with and without a rating, the rating could be derived.
-_STEP = 0.5
+_MEAN_STEP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,8 @@ class RatingSummary:
             return None
         if not self.rated:
             return {"count": self.count, "mean": None}
-        halves = round(round(self.total / self.rated, _DIGITS) / _STEP)
-        return {"count": self.count, "mean": f"{halves * _STEP:.1f}"}
+        halves = round(round(self.total / self.rated, _DIGITS) / _MEAN_STEP)
+        return {"count": self.count, "mean": f"{halves * _MEAN_STEP:.1f}"}
 
 
 class RatingSummaries:
@@ -204,11 +204,11 @@ class RatingSummaries:
     def _of(self, user_id: str) -> Mapping[str, RatingSummary]:
         """Return the counts of a user by item; cached."""
         if self._latest is None or self._latest[0] != user_id:
-            self._latest = user_id, _by_item(self._data.train_events(user_id))
+            self._latest = user_id, _summaries_by_item(self._data.train_events(user_id))
         return self._latest[1]
 
 
-def _by_item(events: Iterable[Event]) -> dict[str, RatingSummary]:
+def _summaries_by_item(events: Iterable[Event]) -> dict[str, RatingSummary]:
     result: dict[str, RatingSummary] = {}
     for event in events:
         tally = RatingSummary(1, 0, 0.0) if event.rating is None else RatingSummary(1, 1, event.rating)

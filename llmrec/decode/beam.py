@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from llmrec.decode.token_tree import ROOT, Index, TokenTrie
 from llmrec.types import SearchResult
 
-WIDEST = 4096
+MAX_WIDTH = 4096
 """Maximum number of prefixes of an exact search: its memory grows with their square."""
 
 Floats = NDArray[np.float64]
@@ -106,7 +106,7 @@ class Beams:
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-_Kind = TypeVar("_Kind", bound=Beams)
+_BeamsType = TypeVar("_BeamsType", bound=Beams)
 
 
 @dataclass
@@ -122,7 +122,7 @@ class _Search:
     fed: Index
 
 
-def beam(
+def beam_search(
     engine: TreeEngine,
     catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
@@ -141,7 +141,7 @@ def beam(
         k: Items to return.
         width: Prefixes to keep per request, at least ``k``.
         excluded: The excluded items of each request, as catalogue indices.
-        exact: Double the width of a request's search until its result is certified, or until `WIDEST` prefixes were
+        exact: Double the width of a request's search until its result is certified, or until `MAX_WIDTH` prefixes were
             kept.
 
     Returns:
@@ -149,25 +149,27 @@ def beam(
     """
     if k < 1 or width < 1:
         raise ValueError(f"k and width must be at least 1, not {k} and {width}")
-    barred = [_none()] * len(prompts)
+    barred = [_no_items()] * len(prompts)
     if excluded:
         barred = [np.unique(catalogue.ranks[list(items)]).astype(np.int64) for items in excluded]
-    results = _run(engine, catalogue, prompts, barred, k, max(k, width))
+    results = _search_once(engine, catalogue, prompts, barred, k, max(k, width))
     for n, result in enumerate(results if exact else ()):
         wide = result.width
         # One at a time, so that a wide search needs memory for only one request. A NaN score proves nothing.
-        while not results[n].certified and np.isfinite(results[n].scores).all() and wide < min(len(catalogue), WIDEST):
-            wide = min(2 * wide, WIDEST)
-            (wider,) = _run(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
+        while (
+            not results[n].certified and np.isfinite(results[n].scores).all() and wide < min(len(catalogue), MAX_WIDTH)
+        ):
+            wide = min(2 * wide, MAX_WIDTH)
+            (wider,) = _search_once(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
             results[n] = replace(wider, tokens=results[n].tokens + wider.tokens)
     return results
 
 
-def _none() -> Index:
+def _no_items() -> Index:
     return np.empty(0, dtype=np.int64)
 
 
-def _run(
+def _search_once(
     engine: TreeEngine,
     catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
@@ -178,14 +180,16 @@ def _run(
     """Search once, with the same beam width for all requests."""
     users, size = len(prompts), len(catalogue)
     # One sorted array gives the number of excluded items in any range for any request.
-    offset = np.concatenate([_none(), *(ranks + n * size for n, ranks in enumerate(barred))])
+    offset = np.concatenate([_no_items(), *(ranks + n * size for n, ranks in enumerate(barred))])
     search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
     left = np.array([size - len(ranks) for ranks in barred])
-    beams = _descended(search, prompts, start(np.flatnonzero(left), size), partial(_kept, search))
-    return [_result(search, beams, user, k, int(left[user])) for user in range(users)]
+    beams = _extend_search_beams(
+        search, prompts, initial_beams(np.flatnonzero(left), size), partial(_keep_best, search)
+    )
+    return [_search_result(search, beams, user, k, int(left[user])) for user in range(users)]
 
 
-def start(users: Index, size: int) -> Beams:
+def initial_beams(users: Index, size: int) -> Beams:
     """Return the initial beams of requests for a catalogue of ``size`` items."""
     return Beams(
         users=users,
@@ -198,14 +202,14 @@ def start(users: Index, size: int) -> Beams:
     )
 
 
-def descend(
+def extend_beams(
     engine: TreeEngine,
     catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
-    beams: _Kind,
-    keep: Callable[[_Kind, Branches, Floats], _Kind],
-) -> _Kind:
-    """Extend beams from the root to complete items, as `beam` does, with a given pruning function.
+    beams: _BeamsType,
+    keep: Callable[[_BeamsType, Branches, Floats], _BeamsType],
+) -> _BeamsType:
+    """Extend beams from the root to complete items, as `beam_search` does, with a given pruning function.
 
     Args:
         engine: Computes log-probabilities.
@@ -216,23 +220,23 @@ def descend(
     """
     users = len(prompts)
     fed = np.zeros(users, np.int64)
-    search = _Search(catalogue, 0, _none(), np.full(users, -np.inf), engine, users, fed)
-    return _descended(search, prompts, beams, keep)
+    search = _Search(catalogue, 0, _no_items(), np.full(users, -np.inf), engine, users, fed)
+    return _extend_search_beams(search, prompts, beams, keep)
 
 
-def _descended(
+def _extend_search_beams(
     search: _Search,
     prompts: Sequence[Sequence[int]],
-    beams: _Kind,
-    keep: Callable[[_Kind, Branches, Floats], _Kind],
-) -> _Kind:
+    beams: _BeamsType,
+    keep: Callable[[_BeamsType, Branches, Floats], _BeamsType],
+) -> _BeamsType:
     try:
         # Score the first tokens before anything is fed; all paths may share a first token.
-        branches = _branches(search, beams)
+        branches = _allowed_branches(search, beams)
         logprobs = search.engine.open(prompts, LogprobQueries(beams.handles[branches.parents], branches.tokens))
         while True:
             beams = keep(beams, branches, logprobs)
-            beams, branches, logprobs = _onward(search, beams)
+            beams, branches, logprobs = _follow_branches(search, beams)
             if beams.complete.all():
                 return beams
     finally:
@@ -250,7 +254,7 @@ class Branches:
     tokens: Index
 
 
-def _branches(search: _Search, beams: Beams) -> Branches:
+def _allowed_branches(search: _Search, beams: Beams) -> Branches:
     """Return all continuations of kept prefixes that lead to an allowed item."""
     catalogue = search.catalogue
     live = np.flatnonzero(~beams.complete)
@@ -264,7 +268,7 @@ def _branches(search: _Search, beams: Beams) -> Branches:
     return Branches(parents, nodes, lows, highs, catalogue.tokens(nodes))
 
 
-def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
+def extend_by_branches(beams: _BeamsType, branches: Branches, logprobs: Floats) -> _BeamsType:
     """Turn possible next tokens into prefixes."""
     return replace(
         beams.take(branches.parents),
@@ -276,7 +280,7 @@ def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
     )
 
 
-def ranked(pool: Beams, values: Floats) -> tuple[Index, Index]:
+def rank_beams(pool: Beams, values: Floats) -> tuple[Index, Index]:
     """Sort prefixes by request and score, and return their ranks within each request.
 
     Args:
@@ -288,11 +292,11 @@ def ranked(pool: Beams, values: Floats) -> tuple[Index, Index]:
     return order, np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
+def _keep_best(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
     """Keep the best branches and complete items of each request, and record the best score that is pruned."""
-    pool = Beams.join(beams.take(np.flatnonzero(beams.complete)), opened(beams, branches, logprobs))
+    pool = Beams.join(beams.take(np.flatnonzero(beams.complete)), extend_by_branches(beams, branches, logprobs))
     # Ties are broken by path order, which does not depend on batch or beam width.
-    order, rank = ranked(pool, pool.scores)
+    order, rank = rank_beams(pool, pool.scores)
     pruned = order[rank >= search.width]
     # A NaN score gives no bound and stays NaN.
     with np.errstate(invalid="ignore"):
@@ -300,7 +304,7 @@ def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -
     return pool.take(order[rank < search.width])
 
 
-def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
+def _follow_branches(search: _Search, beams: _BeamsType) -> tuple[_BeamsType, Branches, Floats]:
     """Follow every kept branch to its next branching point or item, and score the continuations.
 
     One call of the engine: the branch's own token, the forced ones after it, and the children of the node reached. The
@@ -330,21 +334,21 @@ def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
         forced_rows.append(going)
         nodes[going] = first
     reached = replace(beams, nodes=nodes, scores=beams.scores.copy(), handles=handles, complete=complete)
-    branches = _branches(search, reached)
+    branches = _allowed_branches(search, reached)
     if not fed or not sum(len(item.tokens) for item in fed):
         return reached, branches, np.empty(0)
     search.next_handle = handle
-    return _scored(search, reached, branches, fed, forced_tokens, forced_rows)
+    return _score_branches(search, reached, branches, fed, forced_tokens, forced_rows)
 
 
-def _scored(
+def _score_branches(
     search: _Search,
-    beams: _Kind,
+    beams: _BeamsType,
     branches: Branches,
     fed: Sequence[TreeTokens],
     forced_tokens: Sequence[tuple[Index, Index]],
     forced_rows: Sequence[Index],
-) -> tuple[_Kind, Branches, Floats]:
+) -> tuple[_BeamsType, Branches, Floats]:
     """Call the engine once, add the scores of forced tokens, and return the log-probabilities of branches."""
     after = np.concatenate([*(pair[0] for pair in forced_tokens), beams.handles[branches.parents]])
     tokens = np.concatenate([*(pair[1] for pair in forced_tokens), branches.tokens])
@@ -356,12 +360,12 @@ def _scored(
     answered = search.engine.feed(everything, LogprobQueries(after[order], tokens[order]))
     logprobs = np.empty(len(after))
     logprobs[order] = answered
-    forced = np.concatenate([_none(), *forced_rows])
+    forced = np.concatenate([_no_items(), *forced_rows])
     np.add.at(beams.scores, forced, logprobs[: len(forced)])
     return beams, branches, logprobs[len(forced) :]
 
 
-def _result(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
+def _search_result(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
     rows = np.flatnonzero(beams.users == user)
     rows = rows[np.lexsort((beams.lows[rows], -beams.scores[rows]))][:k]
     ranks = beams.lows[rows]

@@ -23,14 +23,24 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.beam import Beams, Branches, Floats, TreeEngine, beam, descend, opened, ranked, start
+from llmrec.decode.beam import (
+    Beams,
+    Branches,
+    Floats,
+    TreeEngine,
+    beam_search,
+    extend_beams,
+    extend_by_branches,
+    initial_beams,
+    rank_beams,
+)
 from llmrec.decode.token_tree import Index, TokenTrie
 
-Way = Literal["beam", "sampled", "without-replacement"]
+RolloutMethod = Literal["beam", "sampled", "without-replacement"]
 
 
 @dataclass(frozen=True)
-class Group:
+class RolloutGroup:
     """The rollouts for one prompt, without duplicates, most likely first.
 
     Attributes:
@@ -44,16 +54,16 @@ class Group:
     scores: Floats
 
 
-def rollouts(
+def sample_rollouts(
     engine: TreeEngine,
     catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
     *,
-    way: Way,
+    way: RolloutMethod,
     count: int,
     temperature: float,
     seeds: Sequence[int],
-) -> list[Group]:
+) -> list[RolloutGroup]:
     """Sample a group of items for each prompt.
 
     Args:
@@ -66,16 +76,18 @@ def rollouts(
         seeds: Seed of each prompt's generator.
     """
     if way == "beam":
-        result = beam(engine, catalogue, prompts, k=count, width=count)
-        return [_group(np.array(item.items), np.ones(len(item.items)), np.array(item.scores)) for item in result]
+        result = beam_search(engine, catalogue, prompts, k=count, width=count)
+        return [_sorted_group(np.array(item.items), np.ones(len(item.items)), np.array(item.scores)) for item in result]
     generators = [np.random.default_rng(seed) for seed in seeds]
-    roots = vars(start(np.arange(len(prompts)), len(catalogue)))
-    keep, finish = (_split, _counted) if way == "sampled" else (_highest, _weighed)
+    roots = vars(initial_beams(np.arange(len(prompts)), len(catalogue)))
+    keep, finish = (
+        (_split_draws, _count_weighted_group) if way == "sampled" else (_keep_highest, _inclusion_weighted_group)
+    )
     # One more item is drawn than requested: it sets the threshold for the inclusion probabilities of the others.
     draws = count if way == "sampled" else count + 1
     first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
     beams = _SampledPrefixes(**roots, logq=np.zeros(len(prompts)), marks=first)
-    beams = descend(engine, catalogue, prompts, beams, partial(keep, temperature, draws, generators))
+    beams = extend_beams(engine, catalogue, prompts, beams, partial(keep, temperature, draws, generators))
     return [finish(catalogue, beams.take(np.flatnonzero(beams.users == user)), count) for user in range(len(prompts))]
 
 
@@ -92,22 +104,22 @@ class _SampledPrefixes(Beams):
     marks: Floats
 
 
-def _renormalised(
+def _extend_and_renormalise(
     temperature: float, beams: _SampledPrefixes, branches: Branches, logprobs: Floats
 ) -> _SampledPrefixes:
     """Extend prefixes by one token, and update their log-probability ``logq`` under the sampling distribution."""
     if not len(logprobs):
-        return opened(beams, branches, logprobs)
-    heads, sizes = _runs(branches.parents)
+        return extend_by_branches(beams, branches, logprobs)
+    heads, sizes = _equal_runs(branches.parents)
     scaled = logprobs / temperature
     scaled -= np.repeat(np.maximum.reduceat(scaled, heads), sizes)
     scaled -= np.repeat(np.log(np.add.reduceat(np.exp(scaled), heads)), sizes)
-    result = opened(beams, branches, logprobs)
+    result = extend_by_branches(beams, branches, logprobs)
     result.logq = result.logq + scaled
     return result
 
 
-def _split(
+def _split_draws(
     temperature: float,
     _: int,
     generators: Sequence[np.random.Generator],
@@ -116,18 +128,18 @@ def _split(
     logprobs: Floats,
 ) -> _SampledPrefixes:
     """Distribute the draws of each prefix among its branches, by a multinomial distribution."""
-    result = _renormalised(temperature, beams, branches, logprobs)
-    heads, sizes = _runs(branches.parents)
+    result = _extend_and_renormalise(temperature, beams, branches, logprobs)
+    heads, sizes = _equal_runs(branches.parents)
     for begin, end in zip(heads, heads + sizes, strict=True):
         shares = np.exp(result.logq[begin:end] - beams.logq[branches.parents[begin]])
         generator = generators[result.users[begin]]
         result.marks[begin:end] = generator.multinomial(int(result.marks[begin]), shares / shares.sum())
-    return _in_order(
+    return _sort_by_path(
         _SampledPrefixes.join(beams.take(np.flatnonzero(beams.complete)), result.take(np.flatnonzero(result.marks)))
     )
 
 
-def _highest(
+def _keep_highest(
     temperature: float,
     count: int,
     generators: Sequence[np.random.Generator],
@@ -136,31 +148,31 @@ def _highest(
     logprobs: Floats,
 ) -> _SampledPrefixes:
     """Keep the highest Gumbel-perturbed log-probabilities of each prompt (sampling without replacement)."""
-    result = _renormalised(temperature, beams, branches, logprobs)
+    result = _extend_and_renormalise(temperature, beams, branches, logprobs)
     if len(logprobs):
-        heads, sizes = _runs(branches.parents)
-        of_users, counts = _runs(result.users)
+        heads, sizes = _equal_runs(branches.parents)
+        of_users, counts = _equal_runs(result.users)
         draws = zip(result.users[of_users].tolist(), counts.tolist(), strict=True)
         noise = np.concatenate([generators[user].gumbel(size=n) for user, n in draws])
         free = result.logq + noise
-        result.marks = _below(result.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
+        result.marks = _conditioned_gumbels(result.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
     pool = _SampledPrefixes.join(beams.take(np.flatnonzero(beams.complete)), result)
-    order, rank = ranked(pool, pool.marks)
-    return _in_order(pool.take(order[rank < count]))
+    order, rank = rank_beams(pool, pool.marks)
+    return _sort_by_path(pool.take(order[rank < count]))
 
 
-def _in_order(pool: _SampledPrefixes) -> _SampledPrefixes:
+def _sort_by_path(pool: _SampledPrefixes) -> _SampledPrefixes:
     """Sort prefixes by prompt and path, which fixes the order of random draws."""
     return pool.take(np.lexsort((pool.lows, pool.users)))
 
 
-def _runs(numbers: Index) -> tuple[Index, Index]:
+def _equal_runs(numbers: Index) -> tuple[Index, Index]:
     """Return the starts and lengths of runs of equal numbers."""
     heads = np.flatnonzero(np.diff(numbers, prepend=-1))
     return heads, np.diff(heads, append=len(numbers))
 
 
-def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
+def _conditioned_gumbels(parents: Floats, free: Floats, highest: Floats) -> Floats:
     """Sample Gumbel variables whose maximum over siblings equals the parent's value (appendix B.3 of the paper)."""
     with np.errstate(divide="ignore"):
         gap = parents - free + np.log1p(-np.exp(free - highest))
@@ -168,11 +180,11 @@ def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
     return bounded
 
 
-def _counted(catalogue: TokenTrie, drawn: _SampledPrefixes, _: int) -> Group:
-    return _group(catalogue.order[drawn.lows].astype(np.int64), drawn.marks, drawn.scores)
+def _count_weighted_group(catalogue: TokenTrie, drawn: _SampledPrefixes, _: int) -> RolloutGroup:
+    return _sorted_group(catalogue.order[drawn.lows].astype(np.int64), drawn.marks, drawn.scores)
 
 
-def _weighed(catalogue: TokenTrie, drawn: _SampledPrefixes, count: int) -> Group:
+def _inclusion_weighted_group(catalogue: TokenTrie, drawn: _SampledPrefixes, count: int) -> RolloutGroup:
     """Weight each item by its probability divided by its inclusion probability."""
     order = np.argsort(-drawn.marks, kind="stable")
     kept = drawn.take(order[:count])
@@ -180,9 +192,9 @@ def _weighed(catalogue: TokenTrie, drawn: _SampledPrefixes, count: int) -> Group
     if len(order) > count:
         threshold = drawn.marks[order[count]]
         weights = weights / -np.expm1(-np.exp(kept.logq - threshold))
-    return _group(catalogue.order[kept.lows].astype(np.int64), weights, kept.scores)
+    return _sorted_group(catalogue.order[kept.lows].astype(np.int64), weights, kept.scores)
 
 
-def _group(items: Index, weights: NDArray[np.float64], scores: Floats) -> Group:
+def _sorted_group(items: Index, weights: NDArray[np.float64], scores: Floats) -> RolloutGroup:
     order = np.argsort(-scores, kind="stable")
-    return Group(items[order].astype(np.int64), weights[order] / weights.sum(), scores[order])
+    return RolloutGroup(items[order].astype(np.int64), weights[order] / weights.sum(), scores[order])

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.durable import replacing
+from llmrec.durable import replace_atomically
 from llmrec.errors import DataError, require
 
 Ints = NDArray[np.int32]
 Index = NDArray[np.int64]
-_LONGEST_KEY = 63
+_MAX_KEY_BITS = 63
 ROOT = 0
 
 
@@ -61,9 +61,9 @@ class TokenTrie:
         Raises:
             DataError: If a path is empty, two are equal, or one is a prefix of another.
         """
-        table, lengths = _table(paths)
-        order = _sorted(table)
-        return _tree(table[order], lengths[order], order)
+        table, lengths = _padded_paths(paths)
+        order = _path_order(table)
+        return _build_tree(table[order], lengths[order], order)
 
     def __len__(self) -> int:
         """Number of items."""
@@ -142,7 +142,7 @@ class TokenTrie:
         """Save the arrays as safetensors, atomically."""
         arrays = {name: getattr(self, name) for name in ("marks", "firsts", "lows", "order")}
         numbers = {name: np.array(getattr(self, name), dtype=np.int64) for name in ("starts", "lowest")}
-        with replacing(file) as draft:
+        with replace_atomically(file) as draft:
             require("safetensors.numpy", "train").save_file({**arrays, **numbers}, draft)
 
     @staticmethod
@@ -180,7 +180,7 @@ class Children:
     highs: Index
 
 
-def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[Ints, Ints]:
+def _padded_paths(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[Ints, Ints]:
     """Return paths as rows padded with -1, and their lengths."""
     if isinstance(paths, np.ndarray):
         table = paths.astype(np.int32, copy=False)
@@ -201,11 +201,11 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
     return table, lengths
 
 
-def _sorted(table: Ints) -> NDArray[np.int64]:
+def _path_order(table: Ints) -> NDArray[np.int64]:
     """Return the order that sorts rows by their tokens."""
     lowest = table.min(axis=0).astype(np.int64)
     bits = [int(high - low).bit_length() for high, low in zip(table.max(axis=0).tolist(), lowest.tolist(), strict=True)]
-    if sum(bits) <= _LONGEST_KEY:
+    if sum(bits) <= _MAX_KEY_BITS:
         # One integer per path sorts several times faster than separate columns.
         key = np.zeros(len(table), dtype=np.int64)
         for column, width, low in zip(table.T, bits, lowest, strict=True):
@@ -216,7 +216,7 @@ def _sorted(table: Ints) -> NDArray[np.int64]:
     return order
 
 
-def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> TokenTrie:
+def _build_tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> TokenTrie:
     """Build the nodes from sorted rows."""
     # A node begins where a path differs from the previous one, in the same or an earlier token.
     fresh = np.zeros(len(table), dtype=bool)
@@ -229,7 +229,7 @@ def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> TokenTrie:
         fresh[1:] |= table[1:, column] != table[:-1, column]
         lows.append(np.flatnonzero(fresh & (lengths > column)))
         marks.append((table[lows[-1], column] - lowest).astype(kind))
-    _refuse_ambiguous(table, lengths, order, fresh)
+    _check_unambiguous(table, lengths, order, fresh)
     starts = np.cumsum([0, *(len(low) for low in lows)])
     firsts = [starts[at + 1] + np.searchsorted(after, before) for at, (before, after) in enumerate(pairwise(lows))]
     return TokenTrie(
@@ -242,7 +242,7 @@ def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> TokenTrie:
     )
 
 
-def _refuse_ambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fresh: NDArray[np.bool_]) -> None:
+def _check_unambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fresh: NDArray[np.bool_]) -> None:
     equal = np.flatnonzero(~fresh)
     if len(equal):
         one, two = sorted((int(order[equal[0] - 1]), int(order[equal[0]])))

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.ensembles.cells import CandidateScores
-from llmrec.ensembles.trees import Setting
+from llmrec.ensembles.trees import TreeSetting
 from llmrec.ensembles.weights import (
     EnsembleTrial,
-    Fit,
+    FitFunction,
     Form,
     MemberAblation,
     Weights,
-    alone,
-    crossed,
+    assign_folds,
+    cross_fitted_ndcgs,
     extend_base,
-    folds_of,
-    learned,
-    left_out,
-    limits,
-    logit,
-    pool,
-    preferred,
-    ranker,
-    setting_of,
+    fit_logit,
+    fit_pool,
+    fit_ranker,
+    fit_single_member,
+    measure_ablation,
+    parse_tree_setting,
+    select_form,
+    tune_ranker,
+    with_confidence_limits,
 )
 from llmrec.errors import LlmrecError
 from llmrec.types import Case
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Maximum number of scores and minimum number of cases for measuring a member's contribution, which refits all folds.
-_DISSECTED, _LEAST = 300_000, 500
+_MAX_ABLATION_SCORES, _MIN_ABLATION_CASES = 300_000, 500
 
 
 class Ensemble:
@@ -123,12 +123,12 @@ class Ensemble:
         only: EnsembleTrial | None = None,
         base_ensembles: Sequence[Ensemble] = (),
     ) -> None:
-        """Fit all types of ensemble on all cases, and keep the one with the best cross-fitted NDCG@10; see `preferred`.
+        """Fit all types of ensemble on all cases, and keep the one with the best cross-fitted NDCG@10.
 
-        The forms include the ensembles ``base_ensembles``, unchanged and with the members that they lack, but not the
-        single members of these, since an ensemble may have been chosen on more users.
+        See `select_form`. The forms include the ensembles ``base_ensembles``, unchanged and with the members that they
+        lack, but not the single members of these, since an ensemble may have been chosen on more users.
         """
-        folds, every = folds_of(self.name, users), np.arange(len(users))
+        folds, every = assign_folds(self.name, users), np.arange(len(users))
         values: dict[tuple[Form, str], NDArray[np.float64]] = {}
         if only is None:
             options = {
@@ -136,23 +136,23 @@ class Ensemble:
                 for option in self._options(cells, users, repeats=repeats, base_ensembles=base_ensembles)
             }
             trees: tuple[Form, str] | None = None
-            if self._learns and (result := learned(cells, folds)) is not None:
-                option = _trees(result[0], len(self.names))
+            if self._learns and (result := tune_ranker(cells, folds)) is not None:
+                option = _tree_ensemble_type(result[0], len(self.names))
                 trees, options[option.key], values[option.key] = option.key, option, result[1]
             for key in options.keys() - values.keys():
                 fit = options[key].on(cells, None)
-                values[key] = crossed(cells, fit, fit(every, None), folds)
+                values[key] = cross_fitted_ndcgs(cells, fit, fit(every, None), folds)
             values = {key: values[key] for key in options}
             self.tried = tuple(EnsembleTrial(form, name, float(item.mean())) for (form, name), item in values.items())
             # A smaller ensemble may be a ranker too: only the trees that are learned here need the margin.
-            best = options[preferred(values, trees, users)]
+            best = options[select_form(values, trees, users)]
             self.chosen = next(entry for entry in self.tried if (entry.form, entry.name) == best.key)
         else:
             self.tried, self.chosen = (only,), only
-            setting = setting_of(only)
+            setting = parse_tree_setting(only)
             available = self._options(cells, users, repeats=repeats, base_ensembles=base_ensembles)
             best = (
-                _trees(setting, len(self.names))
+                _tree_ensemble_type(setting, len(self.names))
                 if setting
                 else next(o for o in available if o.key == (only.form, only.name))
             )
@@ -160,39 +160,44 @@ class Ensemble:
         fit = best.on(cells, None)
         self.weights = fit(every, None)
         if self.weights.form == "logit" and len(best.members) == len(self.names):
-            self.weights = limits(cells, self.weights, users, repeats=repeats)
+            self.weights = with_confidence_limits(cells, self.weights, users, repeats=repeats)
         self._fitted_to, self._fits_without = (tuple(users), fit), {frozenset(): self.weights}
         if ablate and best.members:
-            sample = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.in_history)))])
+            sample = cells.of(
+                every[: max(_MIN_ABLATION_CASES, _MAX_ABLATION_SCORES * len(users) // max(1, len(cells.in_history)))]
+            )
             count = len(sample.starts) - 1
             first, *reduced = (
-                crossed(sample, best.on(sample, off), self.weights, folds[:count]) for off in (None, *best.members)
+                cross_fitted_ndcgs(sample, best.on(sample, off), self.weights, folds[:count])
+                for off in (None, *best.members)
             )
             self.without = tuple(
-                left_out(self.names[member], first, item, users[:count])
+                measure_ablation(self.names[member], first, item, users[:count])
                 for member, item in zip(best.members, reduced, strict=True)
             )
 
     def _options(
         self, cells: CandidateScores, users: Sequence[str], *, repeats: bool, base_ensembles: Sequence[Ensemble]
-    ) -> Iterator[_Option]:
+    ) -> Iterator[_EnsembleType]:
         """Yield every type of ensemble except gradient-boosted trees."""
         every = range(len(self.names))
-        yield _Option("logit", "logit", partial(_bound, logit, repeats=repeats), tuple(every))
-        yield _Option("pool", "pool", partial(_bound, pool, repeats=repeats), tuple(every))
+        yield _EnsembleType("logit", "logit", partial(_bind_fit, fit_logit, repeats=repeats), tuple(every))
+        yield _EnsembleType("pool", "pool", partial(_bind_fit, fit_pool, repeats=repeats), tuple(every))
         for member, name in enumerate(self.names):
-            if ("alone", name) not in settled(base_ensembles):
-                yield _Option("alone", name, partial(_bound, alone, member=member, repeats=repeats))
-        for base in (_Base(ensemble, self.names, users) for ensemble in base_ensembles):
+            if ("alone", name) not in base_member_keys(base_ensembles):
+                yield _EnsembleType(
+                    "alone", name, partial(_bind_fit, fit_single_member, member=member, repeats=repeats)
+                )
+        for base in (_BaseEnsemble(ensemble, self.names, users) for ensemble in base_ensembles):
             others = " and ".join(self.names[index] for index in base.free)
             form, name = base.ensemble.fitted.form, base.ensemble.name
-            yield _Option(form, name, base.unchanged)
+            yield _EnsembleType(form, name, base.unchanged)
             extended: Form = "pool" if form == "pool" else "logit"
-            yield _Option(extended, f"{name} and {others}", base.extended, base.free)
+            yield _EnsembleType(extended, f"{name} and {others}", base.extended, base.free)
 
 
 @dataclass(frozen=True)
-class _Option:
+class _EnsembleType:
     """A type of ensemble that can be fitted.
 
     Attributes:
@@ -204,7 +209,7 @@ class _Option:
 
     form: Form
     name: str
-    on: Callable[[CandidateScores, int | None], Fit]
+    on: Callable[[CandidateScores, int | None], FitFunction]
     members: tuple[int, ...] = ()
 
     @property
@@ -213,18 +218,18 @@ class _Option:
         return self.form, self.name
 
 
-def _bound(fit: Callable[..., Weights], cells: CandidateScores, without: int | None, **settings: Any) -> Fit:
+def _bind_fit(fit: Callable[..., Weights], cells: CandidateScores, without: int | None, **settings: Any) -> FitFunction:
     """Return a function that fits one type of ensemble on a subset of the cases."""
     more = settings if without is None else {**settings, "off": without}
     return lambda rows, start: fit(cells.of(rows), start, **more)
 
 
-def _trees(setting: Setting, members: int) -> _Option:
+def _tree_ensemble_type(setting: TreeSetting, members: int) -> _EnsembleType:
     """Return gradient-boosted trees with these hyperparameters as a type of ensemble."""
-    return _Option("ranker", setting.name, partial(_bound, ranker, setting=setting), tuple(range(members)))
+    return _EnsembleType("ranker", setting.name, partial(_bind_fit, fit_ranker, setting=setting), tuple(range(members)))
 
 
-def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
+def base_member_keys(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
     """Return the members of smaller ensembles, which need not be tried alone."""
     return {("alone", name) for base in bases for name in base.names}
 
@@ -234,7 +239,7 @@ def missing_members(base: Ensemble, names: Sequence[str]) -> tuple[int, ...]:
     return tuple(index for index, name in enumerate(names) if name not in base.names)
 
 
-class _Base:
+class _BaseEnsemble:
     """A smaller ensemble to which members can be added, with weights from users outside the evaluated fold.
 
     Attributes:
@@ -253,11 +258,11 @@ class _Base:
         known = dict(zip(self.ensemble.names, result.parts, strict=True))
         return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 
-    def unchanged(self, cells: CandidateScores, without: int | None) -> Fit:
+    def unchanged(self, cells: CandidateScores, without: int | None) -> FitFunction:
         """Return the function that fits the smaller ensemble, for any arguments."""
         return self.as_is
 
-    def extended(self, cells: CandidateScores, without: int | None) -> Fit:
+    def extended(self, cells: CandidateScores, without: int | None) -> FitFunction:
         """Return a function that adds the missing members to the smaller ensemble."""
         free = [member for member in self.free if member != without]
         if not free:

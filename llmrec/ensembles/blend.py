@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import expit, logit
 
-from llmrec.ensembles.base import Ensemble, missing_members, settled
-from llmrec.ensembles.weights import FOLDS, EnsembleTrial, Form, Weights, folds_of, left_out, limits_of
+from llmrec.ensembles.base import Ensemble, base_member_keys, missing_members
+from llmrec.ensembles.weights import (
+    FOLDS,
+    EnsembleTrial,
+    Form,
+    Weights,
+    assign_folds,
+    confidence_limits,
+    measure_ablation,
+)
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
@@ -26,11 +34,11 @@ if TYPE_CHECKING:
 # Ridge penalties of standardised weights, per case.
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # The minimum distance of a probability from 0 and 1.
-_SURE = 1e-6
+_PROBABILITY_MARGIN = 1e-6
 
 
 @dataclass(frozen=True)
-class _Line:
+class _LinearModel:
     """A fitted ensemble: an intercept and one weight per member, on the scale of the features."""
 
     intercept: float
@@ -40,7 +48,7 @@ class _Line:
         return np.asarray(self.intercept + features @ self.weights)
 
 
-_Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
+_FitFunction = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _LinearModel]
 """Fits a form to some of the cases, given by their row indices, and to all features."""
 
 
@@ -62,7 +70,7 @@ class PredictionEnsemble(Ensemble):
             raise LlmrecError(f"{name}: an ensemble needs at least two members", kind="mismatch")
         super().__init__(name)
         self.parts, self._predicts_probability = tuple(parts), predicts_probability
-        self._line: _Line | None = None
+        self._line: _LinearModel | None = None
         self._bounds = (-np.inf, np.inf)
         self._mean_answers: NDArray[np.float64] = np.zeros(len(parts))
 
@@ -93,7 +101,7 @@ class PredictionEnsemble(Ensemble):
         """
         self._refuse(self.parts, cases)
         users = [case.request.user_id for case in cases]
-        folds = folds_of(self.name, users)
+        folds = assign_folds(self.name, users)
         answers = self._answers([case.request for case in cases])
         self._mean_answers = np.array(
             [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in answers.T]
@@ -107,10 +115,10 @@ class PredictionEnsemble(Ensemble):
         if bases:
             self._bounds = bases[0]._bounds
         every = np.arange(len(users))
-        fits, reduced = self._forms(bases, truth, users)
+        fits, reduced = self._fit_functions(bases, truth, users)
         if only is not None:
             fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
-        crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
+        crossed = {item: self._cross_fitted_errors(fit, features, truth, folds) for item, fit in fits.items()}
         errors = {item: float(result.mean()) for item, result in crossed.items()}
         # RMSE for ratings, log loss for probabilities.
         reported = {item: error if self._predicts_probability else error**0.5 for item, error in errors.items()}
@@ -131,15 +139,16 @@ class PredictionEnsemble(Ensemble):
             # For ratings, these are squared errors.
             statistic: StatisticName = "mean" if self._predicts_probability else "root_mean"
             without = (
-                {index: self._crossed(fit, features, truth, folds) for index, fit in reduced[name].items()}
+                {index: self._cross_fitted_errors(fit, features, truth, folds) for index, fit in reduced[name].items()}
                 if name in reduced
                 else {
-                    index: self._crossed(fits[best], np.delete(features, index, axis=1), truth, folds)
+                    index: self._cross_fitted_errors(fits[best], np.delete(features, index, axis=1), truth, folds)
                     for index in range(len(self.names))
                 }
             )
             self.without = tuple(
-                left_out(self.names[n], values, crossed[best], users, statistic) for n, values in without.items()
+                measure_ablation(self.names[n], values, crossed[best], users, statistic)
+                for n, values in without.items()
             )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -159,26 +168,30 @@ class PredictionEnsemble(Ensemble):
         for _, part in self.parts:
             answers = part.answer(requests)
             values = np.array([a.value if isinstance(a, Rating | Probability) else np.nan for a in answers])
-            columns.append(logit(np.clip(values, _SURE, 1 - _SURE)) if self._predicts_probability else values)
+            columns.append(
+                logit(np.clip(values, _PROBABILITY_MARGIN, 1 - _PROBABILITY_MARGIN))
+                if self._predicts_probability
+                else values
+            )
         return np.stack(columns, axis=1)
 
     def _features(self, answers: NDArray[np.float64]) -> NDArray[np.float64]:
         """Replace missing answers by the mean answer of the same member."""
         return np.where(np.isnan(answers), self._mean_answers, answers)
 
-    def _forms(
+    def _fit_functions(
         self, bases: Sequence[PredictionEnsemble], truth: NDArray[np.float64], users: Sequence[str]
-    ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, dict[int, _Fit]]]:
+    ) -> tuple[dict[tuple[Form, str], _FitFunction], dict[str, dict[int, _FitFunction]]]:
         """Return the functions that fit each type of ensemble, and those that add all members but one to a smaller one.
 
         The latter are given by the name of the type and the index of the member that is left out.
         """
         form: Form = "logit" if self._predicts_probability else "ridge"
 
-        def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
-            return self._weigh(penalty, features[rows], truth[rows])
+        def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _LinearModel:
+            return self._fit_linear_model(penalty, features[rows], truth[rows])
 
-        def fixed(line: _Line, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+        def fixed(line: _LinearModel, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _LinearModel:
             return line
 
         def extended(
@@ -187,22 +200,22 @@ class PredictionEnsemble(Ensemble):
             penalty: float,
             rows: NDArray[np.int64],
             features: NDArray[np.float64],
-        ) -> _Line:
+        ) -> _LinearModel:
             inside = {users[row] for row in rows.tolist()}
-            smaller: _Line = base.fitted_without(frozenset(users) - inside)
+            smaller: _LinearModel = base.fitted_without(frozenset(users) - inside)
             weights = np.zeros(features.shape[1])
             weights[[self.names.index(name) for name in base.names]] = smaller.weights
-            line = _Line(smaller.intercept, weights)
+            line = _LinearModel(smaller.intercept, weights)
             return self.extend_base(line, free, penalty, features[rows], truth[rows]) if free else line
 
-        fits: dict[tuple[Form, str], _Fit] = {
+        fits: dict[tuple[Form, str], _FitFunction] = {
             (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
         }
         for index, name in enumerate(self.names):
-            if ("alone", name) in settled(bases):
+            if ("alone", name) in base_member_keys(bases):
                 continue
-            fits["alone", name] = partial(fixed, _Line(0.0, np.eye(len(self.names))[index]))
-        reduced: dict[str, dict[int, _Fit]] = {}
+            fits["alone", name] = partial(fixed, _LinearModel(0.0, np.eye(len(self.names))[index]))
+        reduced: dict[str, dict[int, _FitFunction]] = {}
         for base in bases:
             free = missing_members(base, self.names)
             for penalty in _PENALTIES:
@@ -215,8 +228,8 @@ class PredictionEnsemble(Ensemble):
             fits[base.fitted.form, base.name] = partial(extended, base, (), penalty)
         return fits, reduced
 
-    def _crossed(
-        self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
+    def _cross_fitted_errors(
+        self, fit: _FitFunction, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """Return the error of each case with weights fitted on the other folds, shape (n,)."""
         result = np.empty(len(truth))
@@ -228,27 +241,29 @@ class PredictionEnsemble(Ensemble):
 
     def extend_base(
         self,
-        line: _Line,
+        line: _LinearModel,
         free: Sequence[int],
         penalty: float,
         features: NDArray[np.float64],
         truth: NDArray[np.float64],
-    ) -> _Line:
+    ) -> _LinearModel:
         """Add members to a fitted ensemble, with a penalty that favours the ensemble's own prediction."""
         prediction, columns = line.of(features), list(free)
-        result = self._weigh(penalty, np.column_stack([prediction, features[:, columns]]), truth, offset=prediction)
+        result = self._fit_linear_model(
+            penalty, np.column_stack([prediction, features[:, columns]]), truth, offset=prediction
+        )
         scale = 1 + result.weights[0]
         weights = scale * line.weights
         weights[columns] = result.weights[1:]
-        return _Line(float(result.intercept + scale * line.intercept), weights)
+        return _LinearModel(float(result.intercept + scale * line.intercept), weights)
 
-    def _weigh(
+    def _fit_linear_model(
         self,
         penalty: float,
         features: NDArray[np.float64],
         truth: NDArray[np.float64],
         offset: NDArray[np.float64] | None = None,
-    ) -> _Line:
+    ) -> _LinearModel:
         """Fit a linear model to the features, with a fixed ``offset`` added."""
         count, start = features.shape[1], np.zeros(len(truth)) if offset is None else offset
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
@@ -258,7 +273,7 @@ class PredictionEnsemble(Ensemble):
             residuals = truth - start
             centred = residuals - residuals.mean()
             weights = np.linalg.solve(scaled.T @ scaled + penalty * np.eye(count), scaled.T @ centred) / scales
-            return _Line(float(residuals.mean() - means @ weights), weights)
+            return _LinearModel(float(residuals.mean() - means @ weights), weights)
 
         def loss(free: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             total = start + free[0] + scaled @ free[1:]
@@ -271,7 +286,7 @@ class PredictionEnsemble(Ensemble):
 
         result = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
         weights = result[1:] / scales
-        return _Line(float(result[0] - means @ weights), weights)
+        return _LinearModel(float(result[0] - means @ weights), weights)
 
     def _error(self, values: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the squared errors of ratings, or the log losses of probabilities, shape (n,)."""
@@ -280,7 +295,7 @@ class PredictionEnsemble(Ensemble):
         return np.asarray((np.clip(values, *self._bounds) - truth) ** 2)
 
     def _limits(
-        self, line: _Line, features: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str]
+        self, line: _LinearModel, features: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return 95 % limits of the weights, robust and clustered by user (White, Econometrica 1982)."""
         design = np.column_stack([np.ones(len(truth)), features])
@@ -290,5 +305,5 @@ class PredictionEnsemble(Ensemble):
             scores, curvature = design * (p - truth)[:, None], (design * (p * (1 - p))[:, None]).T @ design
         else:
             scores, curvature = design * (values - truth)[:, None], design.T @ design
-        low, high = limits_of(np.array([line.intercept, *line.weights]), scores, curvature, users)
+        low, high = confidence_limits(np.array([line.intercept, *line.weights]), scores, curvature, users)
         return low[1:], high[1:]

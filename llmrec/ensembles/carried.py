@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.validation import drawn
+from llmrec.baselines.validation import sampling_keys
 from llmrec.data.assemble import read_items
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.ensembles import stored
 from llmrec.errors import ModelError
 
-FILE = "interactions.parquet"
-NUMBERED = "carried:"
+INTERACTIONS_FILE = "interactions.parquet"
+USER_ID_PREFIX = "carried:"
 """Prefix of the new user ids; a bare number could be the id of another user."""
-_KEPT = ("rating", "timestamp")
+_KEPT_COLUMNS = ("rating", "timestamp")
 
 
-def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
+def write_training_data(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     """Write the training interactions and ensembles of a run into an exported folder.
 
     Users are numbered in the order of their ids, which are not written. Validation interactions for early stopping are
@@ -36,7 +36,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     Raises:
         ModelError: If the run has no ensemble of rankings, or the folder no catalogue.
     """
-    content = stored.read(run)
+    content = stored.read_ensembles(run)
     if not content.fusions or not items.is_file():
         lacks = "ensemble of rankings; evaluate its recipe with eval.fusion.controls=true"
         what = lacks if items.is_file() else "catalogue, which --with-interactions needs; remove --no-items"
@@ -45,27 +45,29 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
         )
     choosing = split_validation_users(data, content.fusions[0].reserved)[0]
     # Store only the ranks of the hashes, because a hash could identify a user.
-    order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
+    order = np.argsort(np.argsort(sampling_keys(choosing), kind="stable"), kind="stable").astype(np.uint64)
     valid = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
     both = pl.concat([data.train.with_columns(part=pl.lit("train")), valid], how="diagonal")
     names = both["user_id"].unique().sort()
     width = len(str(len(names)))
-    numbered = [f"{NUMBERED}{number:0{width}d}" for number in range(len(names))]
+    numbered = [f"{USER_ID_PREFIX}{number:0{width}d}" for number in range(len(names))]
     numbers = pl.DataFrame({"user_id": names, "user": numbered})
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
-    rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
-    rows.write_parquet(draft / FILE)
+    rows = rows.select(
+        pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT_COLUMNS, "part", "drawn"
+    )
+    rows.write_parquet(draft / INTERACTIONS_FILE)
     # Users reserved for ensemble weights are left out.
-    stored.save(draft, stored.settled(content))
+    stored.write_ensembles(draft, stored.without_reserved_users(content))
 
 
-def carried(folder: Path, *, seed: int) -> SplitDataset | None:
+def read_training_data(folder: Path, *, seed: int) -> SplitDataset | None:
     """Return the split stored in an exported folder; None if there is none.
 
     Raises:
         ModelError: If one of its files cannot be read.
     """
-    path = folder / FILE
+    path = folder / INTERACTIONS_FILE
     if not path.is_file():
         return None
     try:

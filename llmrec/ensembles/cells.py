@@ -19,16 +19,16 @@ from llmrec.metrics.ranking import ndcg
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Kind = Literal["counts", "logits", "beams"]
+ScoreScale = Literal["counts", "logits", "beams"]
 """The scale of scores: non-negative, used as shares; on a log scale; or probabilities of the items in beams only."""
 
-TOP = 40
+TOP_ITEMS_PER_MEMBER = 40
 """Number of top items of each member that become candidates, if the whole catalogue is ranked."""
-CUT = 10
+NDCG_CUTOFF = 10
 """The cut-off of the NDCG by which forms are compared."""
 
 # The lower limit of a share before taking its logarithm.
-_FLOOR = np.float32(1e-6)
+_MIN_SHARE = np.float32(1e-6)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CandidateScores:
     """
 
     names: tuple[str, ...]
-    kinds: tuple[Kind, ...]
+    kinds: tuple[ScoreScale, ...]
     starts: NDArray[np.int64]
     raw: NDArray[np.float32]
     in_history: NDArray[np.bool_]
@@ -83,11 +83,11 @@ class CandidateScores:
 
     def total(self, values: NDArray[Any]) -> NDArray[Any]:
         """Sum values over the candidates of each request, shape (..., n)."""
-        return _reduced(np.add, values, self.starts, 0)
+        return _reduce_by_request(np.add, values, self.starts, 0)
 
     def most(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the maximum over the candidates of each request, shape (..., n)."""
-        return _reduced(np.maximum, values, self.starts, -np.inf)
+        return _reduce_by_request(np.maximum, values, self.starts, -np.inf)
 
     def ndcg(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Return NDCG@10 of each request when candidates are ranked by ``values``, averaged over ties, shape (n,).
@@ -97,7 +97,7 @@ class CandidateScores:
         assert self.truth is not None
         target = np.where(self.truth >= 0, values[np.maximum(self.truth, 0)], np.nan)[self.rows]
         greater, tied = (self.total(which.astype(np.int64)) for which in (values > target, values == target))
-        return np.asarray(ndcg(greater, tied, CUT))
+        return np.asarray(ndcg(greater, tied, NDCG_CUTOFF))
 
     # ------------------------------------------------------------------ features
 
@@ -115,7 +115,7 @@ class CandidateScores:
             return np.asarray(np.log(np.maximum(values, np.maximum(least, 1e-30)[self.rows])), dtype=np.float32)
         totals = self.total(values)[self.rows]
         shares = np.divide(values, totals, out=np.zeros_like(values), where=totals > 0)
-        return np.asarray(np.log(shares + _FLOOR), dtype=np.float32)
+        return np.asarray(np.log(shares + _MIN_SHARE), dtype=np.float32)
 
     def shares(self, member: int) -> NDArray[np.float64]:
         """Return a member's scores as probabilities over the candidates; uniform if it scores no candidate."""
@@ -131,7 +131,7 @@ class CandidateScores:
         return np.asarray(np.divide(values, totals, out=uniform, where=totals > 0))
 
     def ranks(self, member: int) -> NDArray[np.float32]:
-        """Return the rank of each candidate by a member, from 1 to `TOP` + 1; equal scores have equal ranks."""
+        """Return the rank of each candidate by a member, 1 to `TOP_ITEMS_PER_MEMBER` + 1; ties have equal ranks."""
         values = self.raw[member]
         order = np.lexsort((-values, self.rows))
         ranked, rows = values[order], self.rows[order]
@@ -140,7 +140,10 @@ class CandidateScores:
         first = np.ones(len(order), dtype=bool)
         first[1:] = (ranked[1:] != ranked[:-1]) | (rows[1:] != rows[:-1])
         result = np.empty(len(order), dtype=np.float32)
-        result[order] = np.minimum(position[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))], TOP) + 1
+        result[order] = (
+            np.minimum(position[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))], TOP_ITEMS_PER_MEMBER)
+            + 1
+        )
         return result
 
     def relative(self, member: int) -> NDArray[np.float32]:
@@ -153,7 +156,7 @@ class CandidateScores:
         return np.asarray(centred / np.maximum(spread, 1e-9)[self.rows], dtype=np.float32)
 
 
-def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empty: float) -> NDArray[Any]:
+def _reduce_by_request(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empty: float) -> NDArray[Any]:
     """Reduce values over the candidates of each request; requests without candidates get the value ``empty``."""
     counts = np.diff(starts)
     result = np.full((*values.shape[:-1], len(counts)), empty, dtype=values.dtype)
@@ -162,7 +165,9 @@ def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empt
     return result
 
 
-def best(raw: Sequence[NDArray[np.float32]], excluded: NDArray[np.bool_] | None, top: int = TOP) -> NDArray[np.bool_]:
+def select_candidates(
+    raw: Sequence[NDArray[np.float32]], excluded: NDArray[np.bool_] | None, top: int = TOP_ITEMS_PER_MEMBER
+) -> NDArray[np.bool_]:
     """Select candidates: the union of the members' top items, as a mask of shape (n, items).
 
     Items with a member's lowest score are excluded from its top items: items without a vote are all tied.
@@ -186,20 +191,20 @@ def best(raw: Sequence[NDArray[np.float32]], excluded: NDArray[np.bool_] | None,
     return result
 
 
-def gathered(
+def collect_candidate_scores(
     raw: Sequence[NDArray[np.float32]],
     chosen: NDArray[np.bool_],
     in_history: NDArray[np.bool_],
     truth: NDArray[np.int64] | None,
     names: Sequence[str],
-    kinds: Sequence[Kind],
+    kinds: Sequence[ScoreScale],
     context: Mapping[str, NDArray[np.float32]],
 ) -> CandidateScores:
     """Collect the members' scores of the candidates.
 
     Args:
         raw: Scores of each member, shape (n, items).
-        chosen: Which items are candidates, shape (n, items); see `best`.
+        chosen: Which items are candidates, shape (n, items); see `select_candidates`.
         in_history: Whether an item is in the history, shape (n, items).
         truth: The column of each target; None outside of fitting.
         names: The members.
@@ -215,7 +220,7 @@ def gathered(
     return CandidateScores(tuple(names), tuple(kinds), starts, scores, in_history[chosen], targets, context)
 
 
-def joined(blocks: Sequence[CandidateScores]) -> CandidateScores:
+def concatenate_blocks(blocks: Sequence[CandidateScores]) -> CandidateScores:
     """Concatenate several blocks of requests."""
     sizes = np.array([len(block.in_history) for block in blocks])
     before = np.cumsum(sizes) - sizes

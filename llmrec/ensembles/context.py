@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from llmrec.types import Request
 
 # Share of the training period that counts as recent.
-_RECENT = 0.1
+_RECENT_SHARE = 0.1
 
 
-class Context:
+class ContextFeatures:
     """Item features (popularity, recency, age, price) and history lengths of a split.
 
     They are computed from training interactions, the catalogue and the history of the request. Features without data
@@ -48,41 +48,41 @@ class Context:
             rows: The request of each pair, ascending.
             codes: The item of each pair; see `codes`.
         """
-        result = {name: _at(values, codes) for name, values in self._of_items.items()}
+        result = {name: _values_at(values, codes) for name, values in self._item_features.items()}
         lengths = np.log1p([len(request.history) for request in requests])
         return result | {"history: length": lengths.astype(np.float32)[rows]}
 
     @cached_property
-    def _of_items(self) -> Mapping[str, NDArray[np.float32]]:
+    def _item_features(self) -> Mapping[str, NDArray[np.float32]]:
         train = self._data.train
-        counts = self._counts(train)
+        counts = self._count_interactions(train)
         result = {"item: popularity": np.log1p(counts)}
         times = train["timestamp"].drop_nulls()
         if len(times) == len(train) and len(times) and times.min() != times.max():
             start, end = float(times.min()), float(times.max())  # type: ignore[arg-type]
-            recent = train.filter(pl.col("timestamp") >= end - _RECENT * (end - start))
-            result["item: recent popularity"] = np.log1p(self._counts(recent))
+            recent = train.filter(pl.col("timestamp") >= end - _RECENT_SHARE * (end - start))
+            result["item: recent popularity"] = np.log1p(self._count_interactions(recent))
             first = np.full(len(self.ids), np.nan)
             begins = train.group_by("item_id").agg(pl.col("timestamp").min())
             first[self.codes(begins["item_id"].cast(pl.String).to_list())] = begins["timestamp"].to_numpy()
             result["item: age"] = (end - first) / (end - start)
-        prices = [_number(self._data.dataset.items[item].fields.get("price")) for item in self.ids]
+        prices = [_parse_price(self._data.dataset.items[item].fields.get("price")) for item in self.ids]
         if not np.isnan(prices).all():
             result["item: price"] = np.log1p(np.maximum(prices, 0))
         return {name: np.asarray(values, dtype=np.float32) for name, values in result.items()}
 
-    def _counts(self, rows: pl.DataFrame) -> NDArray[np.float64]:
+    def _count_interactions(self, rows: pl.DataFrame) -> NDArray[np.float64]:
         counts = np.zeros(len(self.ids))
         known = rows["item_id"].cast(pl.String).value_counts()
         counts[self.codes(known["item_id"].to_list())] = known["count"].to_numpy()
         return counts
 
 
-def _at(values: NDArray[np.float32], codes: NDArray[np.int64]) -> NDArray[np.float32]:
+def _values_at(values: NDArray[np.float32], codes: NDArray[np.int64]) -> NDArray[np.float32]:
     return np.where(codes >= 0, values[np.maximum(codes, 0)], np.float32(np.nan))
 
 
-def _number(text: str | None) -> float:
+def _parse_price(text: str | None) -> float:
     try:
         return float(str(text).strip().lstrip("$€£"))
     except ValueError:

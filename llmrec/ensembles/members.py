@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from llmrec.baselines.parameters import config_of, stops_early, stores_of
+from llmrec.baselines.parameters import baseline_config, feature_store_hashes, stops_early
 from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.durable import Json
 from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.blend import PredictionEnsemble
-from llmrec.ensembles.cells import Kind
-from llmrec.ensembles.context import Context
+from llmrec.ensembles.cells import ScoreScale
+from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember
 from llmrec.ensembles.trees import Trees
 from llmrec.ensembles.weights import Form, MemberAblation, Weights
 from llmrec.errors import ModelError
-from llmrec.models.text_encoder import learned_from
-from llmrec.registry import BASELINES, lookup
+from llmrec.models.text_encoder import encoder_training_hash
+from llmrec.registry import BASELINES, import_component
 from llmrec.results import FeatureGain, FusionWeights, PartWeight, Prediction, Reads, StoredTrees
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
 
@@ -36,7 +36,7 @@ RANDOM_BASELINE = "random"
 """The random baseline, which is never a member of an ensemble."""
 
 
-def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
+def member_training_data(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
     """Return the data on which a member is fitted, without users reserved for ensemble weights if it stops early."""
     return split_validation_users(data, reserved)[0] if stops_early(name) else data
 
@@ -49,13 +49,13 @@ class PrecomputedMember:
         name: Name in tables.
         reads: How it represents items.
         kind: The scale of its scores.
-        answers: Answers by request id; see `answers_of`.
+        answers: Answers by request id; see `restore_answers`.
         looked_at: Users whose validation interactions were used for model selection; not used for its weight.
     """
 
     name: str
     reads: Reads
-    kind: Kind
+    kind: ScoreScale
     answers: Mapping[str, Answer] = field(repr=False)
     looked_at: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -64,14 +64,14 @@ class PrecomputedMember:
         return [self.answers[request.id] for request in requests]
 
 
-def remembered(answer: Answer) -> Json:
+def serialise_answer(answer: Answer) -> Json:
     """Return an answer in its stored form: items with scores, a number, or None."""
     if isinstance(answer, Ranking):
         return {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}
     return answer.value if isinstance(answer, Rating | Probability) else None
 
 
-def _answer(request: str, stored: Any) -> Answer:
+def _restore_answer(request: str, stored: Any) -> Answer:
     if isinstance(stored, dict):
         return Ranking(request_id=request, items=tuple(stored["items"]), scores=tuple(stored["scores"]))
     if stored is None:
@@ -79,7 +79,7 @@ def _answer(request: str, stored: Any) -> Answer:
     return Rating(request_id=request, value=float(stored))
 
 
-def join(
+def fit_ensemble(
     name: str,
     parts: Sequence[PrecomputedMember],
     cases: Sequence[Case],
@@ -87,7 +87,7 @@ def join(
     *,
     base_ensembles: Sequence[Ensemble] = (),
     ablate: bool = True,
-    context: Context | None = None,
+    context: ContextFeatures | None = None,
 ) -> ListEnsemble | PredictionEnsemble:
     """Fit an ensemble of members to cases, and return it.
 
@@ -112,14 +112,14 @@ def join(
     return result
 
 
-def weights_of(model: Any) -> FusionWeights | None:
+def ensemble_weights_record(model: Any) -> FusionWeights | None:
     """Return the weights of an ensemble for results; None for other models."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | PredictionEnsemble):
         return None
-    return record_of(model.fitted, model.names, model.without)
+    return weights_record(model.fitted, model.names, model.without)
 
 
-def record_of(weights: Weights, names: Sequence[str], without: Sequence[MemberAblation] = ()) -> FusionWeights:
+def weights_record(weights: Weights, names: Sequence[str], without: Sequence[MemberAblation] = ()) -> FusionWeights:
     """Convert weights to their stored form.
 
     Args:
@@ -142,11 +142,11 @@ def record_of(weights: Weights, names: Sequence[str], without: Sequence[MemberAb
             "trees": StoredTrees(text=text, features=weights.trees.names),
         }
     if weights.base is not None:
-        more = {"base": record_of(weights.base, names), "scale": weights.scale}
+        more = {"base": weights_record(weights.base, names), "scale": weights.scale}
     return FusionWeights(form=weights.form, parts=parts, repeat=weights.repeat or None, **more)
 
 
-def restored(record: FusionWeights) -> Weights:
+def restore_weights(record: FusionWeights) -> Weights:
     """Restore the weights of an ensemble from a stored record.
 
     Raises:
@@ -162,7 +162,7 @@ def restored(record: FusionWeights) -> Weights:
         trees = Trees(text, record.trees.features)
     elif record.form == "ranker":
         raise ModelError("the trees of an ensemble are missing", kind="damaged")
-    base = None if record.base is None else restored(record.base)
+    base = None if record.base is None else restore_weights(record.base)
     form: Form = record.form  # type: ignore[assignment]
     return Weights(form, parts, record.repeat or 0.0, trees=trees, base=base, scale=record.scale or 0.0)
 
@@ -173,28 +173,28 @@ def combined_reads(reads: Sequence[Reads | None]) -> Reads:
     return max((read or order[0] for read in reads), key=order.index)
 
 
-def kind_of(baseline: str) -> Kind:
+def baseline_score_scale(baseline: str) -> ScoreScale:
     """Return the scale of the scores of a baseline, counts or logits."""
-    return lookup(BASELINES, baseline, "baseline").SCORES  # type: ignore[no-any-return]
+    return import_component(BASELINES, baseline, "baseline").SCORES  # type: ignore[no-any-return]
 
 
-def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
+def baseline_reads(baseline: str, parameters: Mapping[str, Any]) -> Reads:
     """Return which item data a baseline reads; with a fine-tuned encoder it counts as a language model."""
-    baseline_type = lookup(BASELINES, baseline, "baseline")
-    reads = baseline_type.reads(config_of(baseline, parameters, "parameters"))
+    baseline_type = import_component(BASELINES, baseline, "baseline")
+    reads = baseline_type.reads(baseline_config(baseline, parameters, "parameters"))
     # Feature stores count as text with a frozen encoder, even if a language model wrote the texts.
-    result = combined_reads(["texts", reads]) if stores_of(baseline, parameters) else reads
+    result = combined_reads(["texts", reads]) if feature_store_hashes(baseline, parameters) else reads
     encoder = baseline_type.text_encoder(parameters)
-    return "language model" if result == "texts" and encoder is not None and learned_from(encoder) else result
+    return "language model" if result == "texts" and encoder is not None and encoder_training_hash(encoder) else result
 
 
-def answers_of(stored: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
+def restore_answers(stored: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
     """Restore answers from their stored form and from prediction records, by request id."""
     known = {**stored, **{record.request_id: json.loads(record.parsed) for record in records}}
-    return {request: _answer(request, item) for request, item in known.items()}
+    return {request: _restore_answer(request, item) for request, item in known.items()}
 
 
-def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
+def describe_ensemble_fit(parts: Sequence[object], cases: Sequence[Case]) -> str:
     """Return a description of how an ensemble was fitted, for reports."""
     users = len({case.request.user_id for case in cases})
     return f"ensemble of {len(parts)} models, weights fitted on {users} validation users"

@@ -22,8 +22,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.cells import TOP, CandidateScores, Kind, best, gathered, joined
-from llmrec.ensembles.context import Context
+from llmrec.ensembles.cells import (
+    TOP_ITEMS_PER_MEMBER,
+    CandidateScores,
+    ScoreScale,
+    collect_candidate_scores,
+    concatenate_blocks,
+    select_candidates,
+)
+from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.weights import EnsembleTrial, Weights
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, CatalogueScorer, Predictor, Ranking, Request, Unparsed
@@ -32,12 +39,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-CELLS = 1 << 24
+MAX_BLOCK_SCORES = 1 << 24
 """Maximum number of scores of a block of requests over all members: 64 MB in single precision."""
 
 
 @dataclass(frozen=True)
-class Member:
+class CatalogueMember:
     """A member that scores all items.
 
     Attributes:
@@ -48,7 +55,7 @@ class Member:
 
     name: str
     scorer: CatalogueScorer
-    kind: Kind
+    kind: ScoreScale
 
 
 class CatalogueEnsemble(Ensemble):
@@ -57,10 +64,10 @@ class CatalogueEnsemble(Ensemble):
     def __init__(
         self,
         name: str,
-        parts: Sequence[Member],
+        parts: Sequence[CatalogueMember],
         *,
         filtered: bool,
-        context: Context | None = None,
+        context: ContextFeatures | None = None,
         learns: bool = True,
         weights: Weights | None = None,
     ) -> None:
@@ -114,7 +121,7 @@ class CatalogueEnsemble(Ensemble):
             for start in range(0, len(requests), block)
         ]
         users = [case.request.user_id for case in cases]
-        self._choose(joined(blocks), users, repeats=not self.filtered, ablate=ablate, only=only)
+        self._choose(concatenate_blocks(blocks), users, repeats=not self.filtered, ablate=ablate, only=only)
 
     def scores(self, requests: Sequence[Request], barred: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
         """Return the scores of all items, shape (n, items); see `CatalogueScorer.scores`.
@@ -130,21 +137,23 @@ class CatalogueEnsemble(Ensemble):
             # Members with weight 0 are not called.
             (member,) = (part for part, weight in zip(self.parts, weights.parts, strict=True) if weight)
             alone: NDArray[np.float64] = np.asarray(member.scorer.scores(requests), dtype=np.float64)
-            return alone + weights.repeat * self._history(requests) if weights.repeat else alone
+            return alone + weights.repeat * self._history_matrix(requests) if weights.repeat else alone
         slices = [slice(start, start + self._block) for start in range(0, len(requests), self._block)]
-        blocks = [self._scored(weights, requests[part], None if barred is None else barred[part]) for part in slices]
+        blocks = [
+            self._score_block(weights, requests[part], None if barred is None else barred[part]) for part in slices
+        ]
         return np.concatenate(blocks) if blocks else np.empty((0, len(self.items)))
 
     @property
     def _block(self) -> int:
         """Number of requests scored per batch."""
-        return max(1, CELLS // (len(self.items) * len(self.parts)))
+        return max(1, MAX_BLOCK_SCORES // (len(self.items) * len(self.parts)))
 
-    def _scored(
+    def _score_block(
         self, weights: Weights, requests: Sequence[Request], barred: NDArray[np.bool_] | None
     ) -> NDArray[np.float64]:
         cells, chosen, raw = self._cells(requests, barred=barred)
-        return _completed(weights.scores(cells), chosen, raw)
+        return _scores_of_all_items(weights.scores(cells), chosen, raw)
 
     def _cells(
         self,
@@ -160,19 +169,19 @@ class CatalogueEnsemble(Ensemble):
             barred: See `scores`.
         """
         raw = [np.asarray(part.scorer.scores(requests), dtype=np.float32) for part in self.parts]
-        in_history = self._history(requests)
+        in_history = self._history_matrix(requests)
         out = in_history.copy() if self.filtered else None
         if out is not None and truth is not None:
             out[np.arange(len(requests)), truth] = False
         if barred is not None:
             out = barred if out is None else out | barred
-        chosen = best(raw, out, TOP)
+        chosen = select_candidates(raw, out, TOP_ITEMS_PER_MEMBER)
         seen = np.zeros_like(in_history) if self.filtered else in_history
-        context = _context(self.context, requests, chosen, self._codes)
+        context = _candidate_features(self.context, requests, chosen, self._codes)
         kinds = [part.kind for part in self.parts]
-        return gathered(raw, chosen, seen, truth, self.names, kinds, context), chosen, raw
+        return collect_candidate_scores(raw, chosen, seen, truth, self.names, kinds, context), chosen, raw
 
-    def _history(self, requests: Sequence[Request]) -> NDArray[np.bool_]:
+    def _history_matrix(self, requests: Sequence[Request]) -> NDArray[np.bool_]:
         """Return whether each item is in the history, shape (n, items)."""
         in_history = np.zeros((len(requests), len(self.items)), dtype=bool)
         for row, request in enumerate(requests):
@@ -182,8 +191,8 @@ class CatalogueEnsemble(Ensemble):
         return in_history
 
 
-def _context(
-    context: Context | None, requests: Sequence[Request], chosen: NDArray[np.bool_], codes: NDArray[np.int64]
+def _candidate_features(
+    context: ContextFeatures | None, requests: Sequence[Request], chosen: NDArray[np.bool_], codes: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float32]]:
     """Return the additional features of candidates; empty without a context.
 
@@ -199,7 +208,7 @@ def _context(
     return context.features(requests, rows, codes[columns])
 
 
-def _completed(
+def _scores_of_all_items(
     scores: NDArray[np.float64], chosen: NDArray[np.bool_], raw: Sequence[NDArray[np.float32]]
 ) -> NDArray[np.float64]:
     """Return the scores of all items, shape (n, items), with items that are not candidates last.
@@ -238,7 +247,7 @@ class ListMember:
 
     name: str
     predictor: Predictor
-    kind: Kind
+    kind: ScoreScale
     knows: Container[str] | None = None
 
     def has(self, item: str) -> bool:
@@ -247,7 +256,7 @@ class ListMember:
 
 
 @dataclass(frozen=True)
-class _Pool:
+class _CandidatePool:
     """The candidates of one request with the members' scores.
 
     Attributes:
@@ -282,7 +291,7 @@ class ListEnsemble(Ensemble):
         name: str,
         parts: Sequence[ListMember],
         weights: Weights | None = None,
-        context: Context | None = None,
+        context: ContextFeatures | None = None,
     ) -> None:
         """Create the ensemble.
 
@@ -333,11 +342,11 @@ class ListEnsemble(Ensemble):
         member can score come last.
         """
         answers: list[Answer] = []
-        for request, pool in zip(requests, self._pools(requests), strict=True):
+        for request, pool in zip(requests, self._iterate_pools(requests), strict=True):
             if pool is None:
                 answers.append(Unparsed(request_id=request.id, reason="no member answered the request"))
                 continue
-            (result,) = _completed(self.fitted.scores(pool.cells), pool.chosen, pool.raw)
+            (result,) = _scores_of_all_items(self.fitted.scores(pool.cells), pool.chosen, pool.raw)
             order, least = np.argsort(-result, kind="stable").tolist(), float(result.min())
             answers.append(
                 Ranking(
@@ -354,7 +363,7 @@ class ListEnsemble(Ensemble):
         See `Weights.contributions`. Items that are in no member's list have none.
         """
         results: list[dict[str, dict[str, float]]] = []
-        for pool in self._pools(requests):
+        for pool in self._iterate_pools(requests):
             results.append({})
             if pool is not None:
                 parts = self.fitted.contributions(pool.cells)
@@ -362,10 +371,10 @@ class ListEnsemble(Ensemble):
                     results[-1][pool.items[column]] = {name: float(values[cell]) for name, values in parts.items()}
         return results
 
-    def _pools(self, requests: Sequence[Request]) -> Iterator[_Pool | None]:
+    def _iterate_pools(self, requests: Sequence[Request]) -> Iterator[_CandidatePool | None]:
         """Yield the candidates of each request with the members' scores; None without candidates."""
         by_member = [part.predictor.answer(requests) for part in self.parts]
-        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, by_member), strict=True)):
+        for index, (request, candidates) in enumerate(zip(requests, _candidate_sets(requests, by_member), strict=True)):
             if not candidates:
                 yield None
                 continue
@@ -375,15 +384,17 @@ class ListEnsemble(Ensemble):
             last = np.logical_and.reduce(unscored) & (not unscored.all())
             known, unknown = ([candidates[n] for n in np.flatnonzero(which).tolist()] for which in (~last, last))
             # A single member ranks all items, as it does without an ensemble.
-            top = len(known) if self.fitted.form == "alone" else TOP
+            top = len(known) if self.fitted.form == "alone" else TOP_ITEMS_PER_MEMBER
             answers = [item[index] for item in by_member]
-            yield _Pool(known, unknown, *self._cells(request, known, answers, unscored=unscored[:, ~last], top=top))
+            yield _CandidatePool(
+                known, unknown, *self._cells(request, known, answers, unscored=unscored[:, ~last], top=top)
+            )
 
     def known(self, cases: Sequence[Case]) -> tuple[CandidateScores, list[int]]:
         """Return the members' scores for the cases whose target is a candidate, and the indices of these cases."""
         requests = [case.request for case in cases]
         answers = [part.predictor.answer(requests) for part in self.parts]
-        sets = _sets(requests, answers)
+        sets = _candidate_sets(requests, answers)
         truth = [
             candidates.index(str(case.truth)) if str(case.truth) in candidates else -1
             for case, candidates in zip(cases, sets, strict=True)
@@ -397,8 +408,8 @@ class ListEnsemble(Ensemble):
             empty = np.empty((0, 1))
             raw, none = [empty.astype(np.float32)] * len(self.parts), empty.astype(bool)
             kinds = [part.kind for part in self.parts]
-            return gathered(raw, none, none, np.empty(0, dtype=np.int64), self.names, kinds, {}), usable
-        return joined(blocks), usable
+            return collect_candidate_scores(raw, none, none, np.empty(0, dtype=np.int64), self.names, kinds, {}), usable
+        return concatenate_blocks(blocks), usable
 
     def _cells(
         self,
@@ -408,7 +419,7 @@ class ListEnsemble(Ensemble):
         *,
         truth: int | None = None,
         unscored: NDArray[np.bool_] | None = None,
-        top: int = TOP,
+        top: int = TOP_ITEMS_PER_MEMBER,
     ) -> tuple[CandidateScores, NDArray[np.bool_], list[NDArray[np.float32]]]:
         """Return the members' scores for given candidates; see `CatalogueEnsemble._cells`.
 
@@ -420,19 +431,21 @@ class ListEnsemble(Ensemble):
             unscored: Which items a member cannot score, shape (members, candidates).
             top: Number of top items of each member that become candidates; other items come after them.
         """
-        scores = [_scores(answer, candidates, part.kind) for answer, part in zip(answers, self.parts, strict=True)]
+        scores = [
+            _candidate_scores(answer, candidates, part.kind) for answer, part in zip(answers, self.parts, strict=True)
+        ]
         if unscored is not None and unscored.any():
             known = zip(scores, unscored, self.fitted.parts, strict=True)
-            scores = [_with_least(values, new, weight) for values, new, weight in known]
+            scores = [_fill_unscored(values, new, weight) for values, new, weight in known]
         raw = [values[None].astype(np.float32) for values in scores]
-        chosen, in_history = best(raw, None, top), _in_history(request, candidates)[None]
+        chosen, in_history = select_candidates(raw, None, top), _history_mask(request, candidates)[None]
         codes = np.empty(0, dtype=np.int64) if self.context is None else self.context.codes(candidates)
-        context = _context(self.context, [request], chosen, codes)
+        context = _candidate_features(self.context, [request], chosen, codes)
         kinds, target = [part.kind for part in self.parts], None if truth is None else np.array([truth])
-        return gathered(raw, chosen, in_history, target, self.names, kinds, context), chosen, raw
+        return collect_candidate_scores(raw, chosen, in_history, target, self.names, kinds, context), chosen, raw
 
 
-def _sets(requests: Sequence[Request], answers: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
+def _candidate_sets(requests: Sequence[Request], answers: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
     """Return the candidates of each request; without candidates, all items ranked by any member.
 
     They are sorted, so that sums do not depend on the order of the lists.
@@ -444,7 +457,7 @@ def _sets(requests: Sequence[Request], answers: Sequence[Sequence[Answer]]) -> l
     ]
 
 
-def _with_least(scores: NDArray[np.float64], unscored: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
+def _fill_unscored(scores: NDArray[np.float64], unscored: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
     """Return the scores of a member, shape (m,); items that it cannot score get its lowest score."""
     known = scores[~unscored]
     if not unscored.any() or not len(known):
@@ -452,12 +465,12 @@ def _with_least(scores: NDArray[np.float64], unscored: NDArray[np.bool_], weight
     return np.where(unscored, known.min() if weight >= 0 else known.max(), scores)
 
 
-def _in_history(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
+def _history_mask(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
     seen = {event.item_id for event in request.history}
     return np.array([item in seen for item in candidates], dtype=bool)
 
 
-def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np.float64]:
+def _candidate_scores(answer: Answer, candidates: Sequence[str], kind: ScoreScale) -> NDArray[np.float64]:
     """Return the scores of candidates in an answer, shape (m,); equal scores if it could not be parsed."""
     if not isinstance(answer, Ranking):
         return np.zeros(len(candidates))

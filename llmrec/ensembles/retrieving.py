@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from llmrec.baselines.base import LSA
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.parameters import stops_early
-from llmrec.baselines.retrieve import FUSED
+from llmrec.baselines.retrieve import ENSEMBLE_RETRIEVER_NAME
 from llmrec.data.split import SplitDataset, request_of, split_validation_users
-from llmrec.ensembles.context import Context
+from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import RANDOM_BASELINE
-from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.rankers import CatalogueEnsemble, CatalogueMember
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError, RecipeError
-from llmrec.models.text_encoder import learned_from
+from llmrec.models.text_encoder import encoder_training_hash
 from llmrec.recipe.schema import BaselineSection
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 from llmrec.types import Case, CatalogueScorer, Request, SplitName
 
-MOST = 5000
+MAX_WEIGHT_USERS = 5000
 """Maximum number of users for ensemble weights; more change them little and take longer."""
 
 
@@ -46,7 +46,7 @@ class EnsembleRetriever:
     @property
     def name(self) -> str:
         """Name of the retriever in recipes."""
-        return FUSED
+        return ENSEMBLE_RETRIEVER_NAME
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
         """Return the ensembles that retrieve candidates for held-out interactions."""
@@ -54,11 +54,11 @@ class EnsembleRetriever:
         choosing, weighing = (
             {one.user_id for one in half.holdouts("valid")} for half in split_validation_users(data, self.reserved)
         )
-        context = Context(data)
-        ensemble = _ensemble_of(parts, _held_out_cases(data, weighing), context)
+        context = ContextFeatures(data)
+        ensemble = _fit_catalogue_ensemble(parts, _held_out_cases(data, weighing), context)
         if split != "valid":
             return [(ensemble, None)]
-        other = _ensemble_of(parts, _held_out_cases(data, choosing), context)
+        other = _fit_catalogue_ensemble(parts, _held_out_cases(data, choosing), context)
         return [(ensemble, frozenset(choosing)), (other, frozenset(weighing))]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
@@ -72,23 +72,26 @@ class EnsembleRetriever:
         users = [user for user, fold in sorted(parts.items()) if fold == weight_fold != part]
         excluded = [user for user, fold in parts.items() if fold in (part, weight_fold)]
         rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(excluded)))
-        return _ensemble_of(self._parts(rest), [_last_case(data, user) for user in users[:MOST]], Context(rest))
+        return _fit_catalogue_ensemble(
+            self._parts(rest), [_last_case(data, user) for user in users[:MAX_WEIGHT_USERS]], ContextFeatures(rest)
+        )
 
-    def _parts(self, data: SplitDataset) -> list[Member]:
+    def _parts(self, data: SplitDataset) -> list[CatalogueMember]:
         """Return the baselines, fitted on training interactions."""
         results = []
         for section in self.baselines:
-            baseline_type = lookup(BASELINES, section.name, "baseline")
+            baseline_type = import_component(BASELINES, section.name, "baseline")
             encoder = str(section.parameters.get("encoder", LSA))
             if section.name == RANDOM_BASELINE or stops_early(section.name):
                 continue
-            if encoder != LSA and learned_from(encoder):
+            if encoder != LSA and encoder_training_hash(encoder):
                 continue
-            model = fitted(section.name, section.parameters, data, seed=self.seed)
-            results.append(Member(section.label, model, baseline_type.SCORES))
+            model = fit_baseline(section.name, section.parameters, data, seed=self.seed)
+            results.append(CatalogueMember(section.label, model, baseline_type.SCORES))
         if len(results) < 2:
             raise RecipeError(
-                f"eval.candidates.retriever: {FUSED} needs at least two baselines without early stopping; add them to "
+                f"eval.candidates.retriever: {ENSEMBLE_RETRIEVER_NAME} needs at least two baselines without early "
+                "stopping; add them to "
                 "the baselines of the task, or choose another retriever",
                 kind="contradiction",
                 column="eval.candidates.retriever",
@@ -96,25 +99,28 @@ class EnsembleRetriever:
         return results
 
 
-def _ensemble_of(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
+def _fit_catalogue_ensemble(
+    parts: Sequence[CatalogueMember], cases: Sequence[Case], context: ContextFeatures
+) -> CatalogueEnsemble:
     """Return an ensemble with weights fitted on these cases."""
     users = len({case.request.user_id for case in cases})
     if users < 2 * FOLDS:
         raise DataError(
-            f"eval.candidates.retriever: {FUSED} needs {2 * FOLDS} users for its weights, in validation and in each "
+            f"eval.candidates.retriever: {ENSEMBLE_RETRIEVER_NAME} needs {2 * FOLDS} users for its weights, in "
+            "validation and in each "
             f"fifth of training, but there are {users}; use more data, hold out more users, or choose a single "
             "retriever such as transitions",
             kind="too-few",
             column="eval.candidates.retriever",
         )
-    fusion = CatalogueEnsemble(FUSED, parts, filtered=True, context=context)
+    fusion = CatalogueEnsemble(ENSEMBLE_RETRIEVER_NAME, parts, filtered=True, context=context)
     fusion.fit(cases)
     return fusion
 
 
 def _held_out_cases(data: SplitDataset, users: set[str]) -> list[Case]:
     holdouts = [one for one in data.holdouts("valid") if one.user_id in users]
-    kept = set(list(dict.fromkeys(one.user_id for one in holdouts))[:MOST])
+    kept = set(list(dict.fromkeys(one.user_id for one in holdouts))[:MAX_WEIGHT_USERS])
     return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in holdouts if one.user_id in kept]
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import Field, JsonValue, ValidationError
 
-from llmrec.durable import checked, write_checked
-from llmrec.ensembles.cells import CUT, Kind
-from llmrec.ensembles.members import answers_of, kind_of, restored
+from llmrec.durable import parse_checked_json, write_checked_json
+from llmrec.ensembles.cells import NDCG_CUTOFF, ScoreScale
+from llmrec.ensembles.members import baseline_score_scale, restore_answers, restore_weights
 from llmrec.ensembles.weights import Weights
 from llmrec.errors import ModelError
 from llmrec.metrics.ranking import ndcg, target_rank
@@ -22,10 +22,10 @@ from llmrec.results import Arm, Choice, FusionWeights, Row
 from llmrec.tasks.family import ranking_families
 from llmrec.types import Case, Ranking
 
-FILE = "fusions.json"
+ENSEMBLES_FILE = "fusions.json"
 """File name of the ensembles in a run folder and an exported folder."""
 
-FORMAT = 3
+FORMAT_VERSION = 3
 """Format version; increased whenever the same weights give different lists."""
 
 
@@ -37,9 +37,9 @@ class StoredMember(Record):
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ScoreScale:
         """The scale of the scores, counts or logits."""
-        return "logits" if self.baseline is None else kind_of(self.baseline)
+        return "logits" if self.baseline is None else baseline_score_scale(self.baseline)
 
 
 class StoredEnsemble(Record):
@@ -67,7 +67,7 @@ class StoredEnsemble(Record):
 
     def weights(self) -> Weights:
         """Return the weights for an ensemble."""
-        return restored(self.fitted)
+        return restore_weights(self.fitted)
 
 
 def stored_ensemble_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reserved: float) -> StoredEnsemble:
@@ -100,7 +100,7 @@ def stored_ensemble_of(row: Row, baselines: Sequence[BaselineSection], *, seed: 
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredEnsembles:
     """The content of the file with stored ensembles.
 
     Attributes:
@@ -112,35 +112,35 @@ class Stored:
     choice: Choice | None = None
 
 
-def save(folder: Path, content: Stored) -> None:
+def write_ensembles(folder: Path, content: StoredEnsembles) -> None:
     """Write the stored ensembles to a folder."""
     fusions = [fused.model_dump(mode="json") for fused in content.fusions]
     chosen = None if content.choice is None else content.choice.model_dump(mode="json")
-    write_checked(folder / FILE, {"format": FORMAT, "fusions": fusions, "choice": chosen})
+    write_checked_json(folder / ENSEMBLES_FILE, {"format": FORMAT_VERSION, "fusions": fusions, "choice": chosen})
 
 
-def settled(content: Stored) -> Stored:
+def without_reserved_users(content: StoredEnsembles) -> StoredEnsembles:
     """Return the stored ensembles for a folder without the users reserved for ensemble weights."""
     return replace(content, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in content.fusions])
 
 
-def read(folder: Path) -> Stored:
+def read_ensembles(folder: Path) -> StoredEnsembles:
     """Read the ensembles of a run or exported folder, and the model to serve; empty if the file is missing.
 
     Raises:
         ModelError: If the file cannot be read.
     """
-    path = folder / FILE
+    path = folder / ENSEMBLES_FILE
     if not path.is_file():
-        return Stored()
+        return StoredEnsembles()
     try:
-        result = checked(path.read_bytes())
-        if result["format"] == FORMAT:
+        result = parse_checked_json(path.read_bytes())
+        if result["format"] == FORMAT_VERSION:
             chosen = result.get("choice")
             fusions = [StoredEnsemble.model_validate(item) for item in result["fusions"]]
             for fused in fusions:
                 fused.weights()
-            return Stored(fusions, None if chosen is None else Choice.model_validate(chosen))
+            return StoredEnsembles(fusions, None if chosen is None else Choice.model_validate(chosen))
     except (OSError, ValueError, KeyError, TypeError, ValidationError, ModelError) as error:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",
@@ -154,7 +154,9 @@ def read(folder: Path) -> Stored:
     )
 
 
-def named(fusions: Sequence[StoredEnsemble], families: Sequence[str], arm: str) -> dict[str, StoredEnsemble]:
+def ensembles_by_name(
+    fusions: Sequence[StoredEnsemble], families: Sequence[str], arm: str
+) -> dict[str, StoredEnsemble]:
     """Return the available ensembles by their names in the report.
 
     If several families have an ensemble of the same name, the first one gets the name, and the others use their ids.
@@ -175,12 +177,12 @@ def named(fusions: Sequence[StoredEnsemble], families: Sequence[str], arm: str) 
     return result
 
 
-def name_of(choice: Choice, fusions: Mapping[str, StoredEnsemble], model: str) -> str:
+def served_model_name(choice: Choice, fusions: Mapping[str, StoredEnsemble], model: str) -> str:
     """Return the name under which the chosen model is served.
 
     Args:
         choice: The choice of a run.
-        fusions: The result of `named`.
+        fusions: The result of `ensembles_by_name`.
         model: The name of the language model.
     """
     _, arm, rest = choice.row.split("/", 2)
@@ -191,7 +193,7 @@ def name_of(choice: Choice, fusions: Mapping[str, StoredEnsemble], model: str) -
 # --------------------------------------------------------------------------- choice
 
 
-class Answered(Protocol):
+class EvaluatedModel(Protocol):
     """An evaluated model with its answers for validation users; see `llmrec.pipeline.evaluation.ResultRow`."""
 
     @property
@@ -211,12 +213,12 @@ class Answered(Protocol):
 
 
 # Models that can be served: baselines, and the model that the run fine-tuned.
-_ARMS = ("baseline", "tuned")
+_SERVABLE_ARMS = ("baseline", "tuned")
 # Smaller differences do not change ranked lists.
-_SAME = 9
+_COMPARED_DIGITS = 9
 
 
-def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Choice | None:
+def choose_served_model(rows: Sequence[EvaluatedModel], cases: Mapping[str, Sequence[Case]]) -> Choice | None:
     """Return the model to serve, which is best on validation users.
 
     Models are compared on the validation users for ensemble weights, who were not used for model selection; ensembles
@@ -233,8 +235,12 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
         The choice; None if there are no such users.
     """
     for family in ranking_families():
-        models = [row for row in rows if row.figures.task == family and row.figures.arm in _ARMS and not _is_part(row)]
-        results = {row.figures.id: result for row in models if (result := validated(row, cases.get(family, ())))}
+        models = [
+            row
+            for row in rows
+            if row.figures.task == family and row.figures.arm in _SERVABLE_ARMS and not _is_single_member(row)
+        ]
+        results = {row.figures.id: result for row in models if (result := validation_ndcgs(row, cases.get(family, ())))}
         common = set.intersection(*(set(result) for result in results.values())) if results else set()
         if not common:
             continue
@@ -242,17 +248,17 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
         figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in results.items()}
         single = {row.figures.id for row in models if row.figures.fusion is None}
         order = sorted(figures, key=lambda name: name not in single)
-        best = max(order, key=lambda name: round(figures[name], _SAME))
+        best = max(order, key=lambda name: round(figures[name], _COMPARED_DIGITS))
         users = {case.request.user_id for case in cases[family] if case.request.id in common}
-        return Choice(row=best, metric=f"NDCG@{CUT}", value=figures[best], users=len(users), figures=figures)
+        return Choice(row=best, metric=f"NDCG@{NDCG_CUTOFF}", value=figures[best], users=len(users), figures=figures)
     return None
 
 
-def validated(row: Answered, cases: Sequence[Case]) -> Mapping[str, float]:
+def validation_ndcgs(row: EvaluatedModel, cases: Sequence[Case]) -> Mapping[str, float]:
     """Return NDCG@10 of a model for each validation case that it answered, by request id."""
     if row.figures.fusion is not None:
         return row.validation
-    answers = answers_of(row.weighing, ())
+    answers = restore_answers(row.weighing, ())
     known = [case for case in cases if case.request.id in answers]
     if not known:
         return {}
@@ -265,9 +271,9 @@ def validated(row: Answered, cases: Sequence[Case]) -> Mapping[str, float]:
     greater, tied = (
         np.array([getattr(item, name) for item in results], dtype=np.int64) for name in ("greater", "tied")
     )
-    values = ndcg(greater, tied, CUT)
+    values = ndcg(greater, tied, NDCG_CUTOFF)
     return {case.request.id: float(value) for case, value in zip(known, values, strict=True)}
 
 
-def _is_part(row: Answered) -> bool:
+def _is_single_member(row: EvaluatedModel) -> bool:
     return row.figures.fusion is not None and row.figures.fusion.form == "alone"

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Objective = Literal["lambdarank", "binary", "regression"]
 """For rankings LambdaRank (Burges, MSR-TR-2010-82) or cross-entropy, for yes/no cross-entropy, for ratings squares."""
 
-ROUNDS = (5, 10, 20, 30, 40, 60, 80, 100, 125, 150)
+TREE_COUNTS = (5, 10, 20, 30, 40, 60, 80, 100, 125, 150)
 """Numbers of trees to try."""
 
-_OPTIONS: Mapping[str, Any] = {
+_LIGHTGBM_OPTIONS: Mapping[str, Any] = {
     "learning_rate": 0.05,
     "num_leaves": 15,
     "min_data_in_leaf": 200,
@@ -39,11 +39,11 @@ _OPTIONS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class TreeSetting:
     """Hyperparameters selected by cross-fitting: objective and number of trees."""
 
     objective: Objective
-    rounds: int = ROUNDS[-1]
+    rounds: int = TREE_COUNTS[-1]
 
     @property
     def name(self) -> str:
@@ -66,15 +66,15 @@ class Trees:
     @property
     def gains(self) -> dict[str, float]:
         """The relative gain importance of each feature."""
-        arrays = _arrays(self.text, len(self.names))
+        arrays = _parse_trees(self.text, len(self.names))
         gains = np.bincount(arrays.feature[arrays.inner], arrays.gain[arrays.inner], minlength=len(self.names))
         return dict(zip(self.names, (gains / (gains.sum() or 1.0)).tolist(), strict=True))
 
     def scores(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the raw score of each row of features, shape (n,)."""
-        arrays = _arrays(self.text, len(self.names))
-        block = max(1, _CELLS // len(arrays.roots))
-        parts = [_summed(arrays, features[start : start + block]) for start in range(0, len(features), block)]
+        arrays = _parse_trees(self.text, len(self.names))
+        block = max(1, _BLOCK_ELEMENTS // len(arrays.roots))
+        parts = [_sum_leaf_values(arrays, features[start : start + block]) for start in range(0, len(features), block)]
         return np.concatenate(parts) if parts else np.empty(0)
 
     def contributions(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -83,14 +83,14 @@ class Trees:
         These are exact SHAP values with the distribution of features along the paths of the trees (Lundberg et al.,
         Nature Machine Intelligence 2020): they sum to the score minus the mean score in training.
         """
-        paths = _paths(self.text, len(self.names))
-        block = max(1, _CELLS // paths.feature.size)
-        parts = [_attributed(paths, features[start : start + block]) for start in range(0, len(features), block)]
+        paths = _tree_paths(self.text, len(self.names))
+        block = max(1, _BLOCK_ELEMENTS // paths.feature.size)
+        parts = [_shap_values(paths, features[start : start + block]) for start in range(0, len(features), block)]
         return np.concatenate(parts) if parts else np.empty((0, len(self.names)))
 
 
 @dataclass(frozen=True)
-class _Arrays:
+class _TreeArrays:
     """Trees as arrays with one row per tree, shape (trees, maximum nodes) or (trees, maximum leaves).
 
     Attributes:
@@ -121,13 +121,13 @@ class _Arrays:
 
 
 # Number of array elements per block: rows times trees, or rows times features of all paths.
-_CELLS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 20
 # Bits of decision_type in LightGBM: missing values go left; missing values occurred in training.
-_LEFT, _SEEN = 2, 8
+_MISSING_GOES_LEFT, _MISSING_IN_TRAINING = 2, 8
 
 
 @lru_cache(maxsize=16)
-def _arrays(text: str, features: int) -> _Arrays:
+def _parse_trees(text: str, features: int) -> _TreeArrays:
     """Parse and validate trees from LightGBM's text format; the file may be damaged or malicious."""
     try:
         blocks = text.split("\nend of trees", 1)[0].split("\nTree=")[1:]
@@ -166,12 +166,12 @@ def _arrays(text: str, features: int) -> _Arrays:
             raise ValueError("the row counts of a tree do not add up")
     except (KeyError, ValueError, OverflowError) as error:
         raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
-    missing = np.where(kind & _SEEN, (kind & _LEFT) > 0, threshold >= 0)
+    missing = np.where(kind & _MISSING_IN_TRAINING, (kind & _MISSING_GOES_LEFT) > 0, threshold >= 0)
     roots = np.where(np.array(counts) > 1, 0, -1)
-    return _Arrays(roots, feature, threshold, left, right, missing, gain, inner, leaves, covers, leaf_covers)
+    return _TreeArrays(roots, feature, threshold, left, right, missing, gain, inner, leaves, covers, leaf_covers)
 
 
-def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
+def _sum_leaf_values(arrays: _TreeArrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the sum of all trees' values for each row of features, shape (n,)."""
     # Flat arrays of (row, tree) pairs that have not reached a leaf.
     trees, nodes = arrays.feature.shape
@@ -188,7 +188,7 @@ def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float6
 
 
 @dataclass(frozen=True)
-class _Paths:
+class _TreePaths:
     """The paths to all leaves as feature ranges, shape (leaves, maximum number of features on a path).
 
     Shorter paths are padded with ranges that contain everything, which changes no contribution.
@@ -211,9 +211,9 @@ class _Paths:
 
 
 @lru_cache(maxsize=16)
-def _paths(text: str, features: int) -> _Paths:
-    """Return the paths to the leaves of all trees; see `_arrays`."""
-    arrays, everything = _arrays(text, features), (-np.inf, np.inf, True, 1.0)
+def _tree_paths(text: str, features: int) -> _TreePaths:
+    """Return the paths to the leaves of all trees; see `_parse_trees`."""
+    arrays, everything = _parse_trees(text, features), (-np.inf, np.inf, True, 1.0)
     paths: list[dict[int, tuple[float, float, bool, float]]] = []
     values: list[float] = []
     for tree, root in enumerate(arrays.roots.tolist()):
@@ -244,10 +244,12 @@ def _paths(text: str, features: int) -> _Paths:
     )
     columns = np.moveaxis(table, 2, 0)
     missing = columns[3] > 0
-    return _Paths(columns[0].astype(np.int64), columns[1], columns[2], missing, columns[4], np.array(values)[:, None])
+    return _TreePaths(
+        columns[0].astype(np.int64), columns[1], columns[2], missing, columns[4], np.array(values)[:, None]
+    )
 
 
-def _attributed(paths: _Paths, features: NDArray[np.float32]) -> NDArray[np.float64]:
+def _shap_values(paths: _TreePaths, features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the contributions of features (SHAP values), shape (n, f); see `Trees.contributions`.
 
     A leaf's expected value given some features is its value times the share of each other feature, and 0 if a given one
@@ -269,11 +271,11 @@ def _attributed(paths: _Paths, features: NDArray[np.float32]) -> NDArray[np.floa
     return np.stack([effect[:, paths.feature == n].sum(axis=1) for n in range(features.shape[1])], axis=1)
 
 
-def fit(
+def fit_trees(
     features: NDArray[np.float32],
     labels: NDArray[Any],
     sizes: NDArray[np.int64],
-    setting: Setting,
+    setting: TreeSetting,
 ) -> Any:
     """Fit a LightGBM model and return it.
 
@@ -288,24 +290,24 @@ def fit(
     """
     lightgbm = require("lightgbm", "ranker")
     group = sizes if setting.objective == "lambdarank" else None
-    least = min(_OPTIONS["min_data_in_leaf"], max(1, len(labels) // 50))
-    options = {**_OPTIONS, "objective": setting.objective, "min_data_in_leaf": least}
+    least = min(_LIGHTGBM_OPTIONS["min_data_in_leaf"], max(1, len(labels) // 50))
+    options = {**_LIGHTGBM_OPTIONS, "objective": setting.objective, "min_data_in_leaf": least}
     return lightgbm.train(options, lightgbm.Dataset(features, labels, group=group), setting.rounds)
 
 
-def staged(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float64]]:
-    """Return the raw scores after each number of trees in `ROUNDS`, shape (n,) each."""
+def scores_by_tree_count(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float64]]:
+    """Return the raw scores after each number of trees in `TREE_COUNTS`, shape (n,) each."""
     total, done, result = np.zeros(len(features)), 0, []
-    for count in ROUNDS:
+    for count in TREE_COUNTS:
         total = total + booster.predict(features, raw_score=True, start_iteration=done, num_iteration=count - done)
         result.append(total)
         done = count
     return result
 
 
-def chosen(
-    values: Mapping[Setting, NDArray[np.float64]], folds: NDArray[np.int64]
-) -> tuple[Setting, NDArray[np.float64]]:
+def select_setting(
+    values: Mapping[TreeSetting, NDArray[np.float64]], folds: NDArray[np.int64]
+) -> tuple[TreeSetting, NDArray[np.float64]]:
     """Select the best setting; also return each case's value under the setting chosen on the other folds.
 
     So the values are not biased by the choice of the setting.
@@ -323,15 +325,15 @@ def chosen(
     return settings[int(table.mean(axis=1).argmax())], cross_fitted_values
 
 
-def cross_fitted(
+def cross_fit_settings(
     objectives: Sequence[Objective],
-    fit_to: Callable[[NDArray[np.bool_], Setting], Any],
+    fit_to: Callable[[NDArray[np.bool_], TreeSetting], Any],
     features: NDArray[np.float32],
     rows: NDArray[np.int64],
     folds: NDArray[np.int64],
     value: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-) -> tuple[Setting, NDArray[np.float64]]:
-    """Select the objective and the number of trees by cross-fitting over users; see `chosen`.
+) -> tuple[TreeSetting, NDArray[np.float64]]:
+    """Select the objective and the number of trees by cross-fitting over users; see `select_setting`.
 
     Args:
         objectives: The objectives to try.
@@ -341,11 +343,11 @@ def cross_fitted(
         folds: The fold of each case.
         value: Returns the value of each case by scores of all candidates, shape (cases,).
     """
-    values: dict[Setting, NDArray[np.float64]] = {}
+    values: dict[TreeSetting, NDArray[np.float64]] = {}
     for objective in objectives:
-        scores = np.zeros((len(ROUNDS), len(features)))
+        scores = np.zeros((len(TREE_COUNTS), len(features)))
         for fold in np.unique(folds):
             held = (folds == fold)[rows]
-            scores[:, held] = staged(fit_to(folds != fold, Setting(objective)), features[held])
-        values |= {Setting(objective, count): value(scores[n]) for n, count in enumerate(ROUNDS)}
-    return chosen(values, folds)
+            scores[:, held] = scores_by_tree_count(fit_to(folds != fold, TreeSetting(objective)), features[held])
+        values |= {TreeSetting(objective, count): value(scores[n]) for n, count in enumerate(TREE_COUNTS)}
+    return select_setting(values, folds)

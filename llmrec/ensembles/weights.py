@@ -12,9 +12,9 @@ import numpy as np
 from llmrec.data.hashing import hash64
 from llmrec.ensembles import trees
 from llmrec.ensembles.cells import CandidateScores
-from llmrec.ensembles.trees import Setting, Trees
-from llmrec.errors import LlmrecError, installed
-from llmrec.metrics.stats import StatisticName, paired
+from llmrec.ensembles.trees import Trees, TreeSetting
+from llmrec.errors import LlmrecError, is_installed
+from llmrec.metrics.stats import StatisticName, paired_difference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Form = Literal["ranker", "logit", "pool", "ridge", "alone"]
 
-Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
+FitFunction = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
 """Fits a form to some of the cases, starting from given weights."""
 
 FOLDS = 5
@@ -58,7 +58,7 @@ class Weights:
     def scores(self, cells: CandidateScores) -> NDArray[np.float64]:
         """Return the score of each candidate, higher is better, shape (candidates,)."""
         if self.trees is not None:
-            return self.trees.scores(matrix(cells, self.trees.names))
+            return self.trees.scores(feature_matrix(cells, self.trees.names))
         total = np.zeros(len(cells.in_history))
         if self.base is not None:
             total = self.scale * self.base.scores(cells)
@@ -77,9 +77,9 @@ class Weights:
         """
         parts: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(cells.in_history)))
         if self.trees is not None:
-            values = self.trees.contributions(matrix(cells, self.trees.names))
+            values = self.trees.contributions(feature_matrix(cells, self.trees.names))
             for name, column in zip(self.trees.names, values.T, strict=True):
-                parts[member_of(name) or name] += column
+                parts[feature_member(name) or name] += column
         else:
             if self.base is not None:
                 for name, column in self.base.contributions(cells).items():
@@ -87,7 +87,7 @@ class Weights:
             for name, votes in self._votes(cells):
                 parts[name] += votes * np.exp(self.repeat * cells.in_history) if self.form == "pool" else votes
             if self.repeat and self.form != "pool":
-                parts[_SEEN] += self.repeat * cells.in_history
+                parts[_HISTORY_FEATURE] += self.repeat * cells.in_history
         sizes = np.maximum(np.diff(cells.starts), 1)
         return {name: values - (cells.total(values) / sizes)[cells.rows] for name, values in parts.items()}
 
@@ -126,7 +126,7 @@ class MemberAblation:
     high: float
 
 
-def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
+def assign_folds(name: str, users: Sequence[str]) -> NDArray[np.int64]:
     """Return the fold of each case; all cases of a user are in the same fold.
 
     Raises:
@@ -141,7 +141,7 @@ def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
     return (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
 
 
-def limits_of(
+def confidence_limits(
     values: NDArray[np.float64], scores: NDArray[np.float64], curvature: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return 95 % limits of fitted values, robust and clustered by user (White, Econometrica 1982).
@@ -160,7 +160,7 @@ def limits_of(
     return tuple((values - errors).tolist()), tuple((values + errors).tolist())
 
 
-def left_out(
+def measure_ablation(
     name: str,
     first: NDArray[np.float64],
     second: NDArray[np.float64],
@@ -168,11 +168,11 @@ def left_out(
     statistic: StatisticName = "mean",
 ) -> MemberAblation:
     """Return the loss from leaving a member out, computed from the results with and without it."""
-    result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
+    result = paired_difference(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return MemberAblation(name, result.value, result.low, result.high)
 
 
-def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
+def select_form(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
     """Return the best linear ensemble, or trees if trees are better by more than a standard error.
 
     A ranker has thousands of parameters and could be chosen by noise, hence the one-standard-error rule on paired
@@ -195,9 +195,9 @@ def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, us
 
 # --------------------------------------------------------------------------- features
 
-_SEEN = "in history"
+_HISTORY_FEATURE = "in history"
 
-_OF_MEMBER: Mapping[str, Callable[[CandidateScores, int], NDArray[np.float32]]] = {
+_MEMBER_FEATURES: Mapping[str, Callable[[CandidateScores, int], NDArray[np.float32]]] = {
     "score": CandidateScores.scores,
     "rank": CandidateScores.ranks,
     "relative score": CandidateScores.relative,
@@ -207,31 +207,31 @@ _OF_MEMBER: Mapping[str, Callable[[CandidateScores, int], NDArray[np.float32]]] 
 def feature_names(cells: CandidateScores, off: int | None = None) -> tuple[str, ...]:
     """Return the feature names for trees: three per member except ``off``, and features of history and context."""
     members = [name for index, name in enumerate(cells.names) if index != off]
-    features = [f"{name}: {kind}" for name in members for kind in _OF_MEMBER]
-    return (*features, *([_SEEN] if cells.in_history.any() else []), *cells.context)
+    features = [f"{name}: {kind}" for name in members for kind in _MEMBER_FEATURES]
+    return (*features, *([_HISTORY_FEATURE] if cells.in_history.any() else []), *cells.context)
 
 
-def member_of(feature: str) -> str | None:
+def feature_member(feature: str) -> str | None:
     """Return the member to which a tree feature belongs; None for features of history or context."""
     member, _, kind = feature.rpartition(": ")
-    return member if kind in _OF_MEMBER and member else None
+    return member if kind in _MEMBER_FEATURES and member else None
 
 
-def matrix(cells: CandidateScores, names: Sequence[str]) -> NDArray[np.float32]:
+def feature_matrix(cells: CandidateScores, names: Sequence[str]) -> NDArray[np.float32]:
     """Return the features for trees, shape (candidates, features); NaN for missing values."""
     result = np.full((len(cells.in_history), len(names)), np.nan, dtype=np.float32)
     for column, name in enumerate(names):
         member, _, kind = name.rpartition(": ")
-        if kind in _OF_MEMBER and member in cells.names:
-            result[:, column] = _OF_MEMBER[kind](cells, cells.names.index(member))
-        elif name == _SEEN:
+        if kind in _MEMBER_FEATURES and member in cells.names:
+            result[:, column] = _MEMBER_FEATURES[kind](cells, cells.names.index(member))
+        elif name == _HISTORY_FEATURE:
             result[:, column] = cells.in_history
         elif name in cells.context:
             result[:, column] = cells.context[name]
     return result
 
 
-def _logs(cells: CandidateScores, *, repeats: bool) -> NDArray[np.float32]:
+def _log_scores(cells: CandidateScores, *, repeats: bool) -> NDArray[np.float32]:
     """Return the members' log-scale scores and, optionally, whether items are in the history, (k, candidates)."""
     rows = [cells.scores(member) for member in range(len(cells.names))]
     return np.stack([*rows, cells.in_history.astype(np.float32)] if repeats else rows)
@@ -242,12 +242,12 @@ def _logs(cells: CandidateScores, *, repeats: bool) -> NDArray[np.float32]:
 # Ridge penalty of the standardised weights of a logit, summed over the sample.
 _PENALTY = 1.0
 # A score that ranks an item below all others.
-_NEVER = -1e9
+_EXCLUDED_SCORE = -1e9
 # Minimum number of cases whose target is a candidate, for fitting trees.
-LEAST_CASES = 200
+MIN_RANKER_CASES = 200
 
 
-def _likelihood(
+def _negative_log_likelihood(
     weights: NDArray[np.float64], logs: NDArray[np.float32], cells: CandidateScores
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """Return the negative log-likelihood, its gradient, shape (k,), and the probability of each candidate.
@@ -265,7 +265,7 @@ def _likelihood(
     return float((np.log(sums) - target_logits).sum()), gradient, probabilities
 
 
-def _maximised(
+def _maximise_likelihood(
     logs: NDArray[np.float32],
     cells: CandidateScores,
     centre: NDArray[np.float64],
@@ -273,12 +273,12 @@ def _maximised(
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
 ) -> NDArray[np.float64]:
     """Return maximum-likelihood weights with a ridge penalty towards ``centre``."""
-    spreads = np.array([float(row[row > _NEVER / 2].std(dtype=np.float64)) for row in logs])
+    spreads = np.array([float(row[row > _EXCLUDED_SCORE / 2].std(dtype=np.float64)) for row in logs])
     scales = np.maximum(spreads, 1e-6)
 
     def loss(scaled: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weights = scaled / scales
-        value, gradient, _ = _likelihood(weights, logs, cells)
+        value, gradient, _ = _negative_log_likelihood(weights, logs, cells)
         away = scaled - centre * scales
         return value + _PENALTY * float(away @ away), gradient / scales + 2 * _PENALTY * away
 
@@ -290,7 +290,9 @@ def _maximised(
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x / scales)
 
 
-def logit(cells: CandidateScores, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
+def fit_logit(
+    cells: CandidateScores, start: Weights | None = None, *, repeats: bool, off: int | None = None
+) -> Weights:
     """Fit a conditional logit by maximum likelihood with a small ridge penalty, and return the weights.
 
     Args:
@@ -300,34 +302,36 @@ def logit(cells: CandidateScores, start: Weights | None = None, *, repeats: bool
         off: A member that is left out.
     """
     known = cells.of(cells.hits)
-    logs = _logs(known, repeats=repeats)
+    logs = _log_scores(known, repeats=repeats)
     used = [index for index in range(len(logs)) if index != off]
     begin = None
     if start is not None:
         begin = np.array([*start.parts, *([start.repeat] if repeats else [])])[used]
     result = np.zeros(len(logs))
-    result[used] = _maximised(logs[used], known, np.zeros(len(used)), begin)
+    result[used] = _maximise_likelihood(logs[used], known, np.zeros(len(used)), begin)
     parts = len(cells.names)
     return Weights("logit", tuple(result[:parts].tolist()), float(result[-1]) if repeats else 0.0)
 
 
-def limits(cells: CandidateScores, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
+def with_confidence_limits(cells: CandidateScores, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
     """Return the weights of a logit with 95 % limits."""
     if not len(cells.hits):
         return weights
     known = cells.of(cells.hits)
     assert known.truth is not None
-    logs = _logs(known, repeats=repeats).astype(np.float64)
+    logs = _log_scores(known, repeats=repeats).astype(np.float64)
     values = np.array([*weights.parts, *([weights.repeat] if repeats else [])])
-    _, _, probabilities = _likelihood(values, logs.astype(np.float32), known)
+    _, _, probabilities = _negative_log_likelihood(values, logs.astype(np.float32), known)
     weighted = logs * probabilities
     means = known.total(weighted)
     scores = (means - logs[:, known.truth]).T
-    low, high = limits_of(values, scores, weighted @ logs.T - means @ means.T, [users[row] for row in cells.hits])
+    low, high = confidence_limits(
+        values, scores, weighted @ logs.T - means @ means.T, [users[row] for row in cells.hits]
+    )
     return replace(weights, low=low, high=high)
 
 
-def pool(cells: CandidateScores, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
+def fit_pool(cells: CandidateScores, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
     """Fit a linear pool of probabilities, with a weight for history items, by maximum likelihood.
 
     Args:
@@ -338,14 +342,14 @@ def pool(cells: CandidateScores, start: Weights | None = None, *, repeats: bool,
     """
     known = cells.of(cells.hits)
     used = [index for index in range(len(cells.names)) if index != off]
-    truth, seen, in_history = _shares(known)
-    shares, repeat = _mixed(truth[:, used], seen[:, used], in_history, repeats=repeats)
+    truth, seen, in_history = _member_probabilities(known)
+    shares, repeat = _fit_mixture(truth[:, used], seen[:, used], in_history, repeats=repeats)
     result = np.zeros(len(cells.names))
     result[used] = shares
     return Weights("pool", tuple(result.tolist()), repeat)
 
 
-def _shares(known: CandidateScores) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+def _member_probabilities(known: CandidateScores) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """Return each member's probabilities of the target and of all history items, shape (n, k)."""
     assert known.truth is not None
     shares = [known.shares(member) for member in range(len(known.names))]
@@ -354,7 +358,7 @@ def _shares(known: CandidateScores) -> tuple[NDArray[np.float64], NDArray[np.flo
     return truth, seen, known.in_history[known.truth]
 
 
-def _mixed(
+def _fit_mixture(
     truth: NDArray[np.float64],
     seen: NDArray[np.float64],
     in_history: NDArray[np.bool_],
@@ -390,15 +394,15 @@ def extend_base(cells: CandidateScores, base: Weights, free: Sequence[int]) -> W
     """
     known, columns = cells.of(cells.hits), list(free)
     if base.form == "pool":
-        truth, seen, in_history = _shares(known)
+        truth, seen, in_history = _member_probabilities(known)
         joined = [np.column_stack([item @ np.array(base.parts), item[:, columns]]) for item in (truth, seen)]
-        shares, _ = _mixed(joined[0], joined[1], in_history, repeats=False, repeat=base.repeat)
+        shares, _ = _fit_mixture(joined[0], joined[1], in_history, repeats=False, repeat=base.repeat)
         parts = shares[0] * np.array(base.parts)
         parts[columns] = shares[1:]
         return Weights("pool", tuple(parts.tolist()), base.repeat)
     logs = np.stack([base.scores(known).astype(np.float32), *(known.scores(member) for member in columns)])
     bounds = [(0.0, None), *((None, None) for _ in columns)]
-    scale, *added = _maximised(logs, known, np.eye(len(logs))[0], np.eye(len(logs))[0], bounds).tolist()
+    scale, *added = _maximise_likelihood(logs, known, np.eye(len(logs))[0], np.eye(len(logs))[0], bounds).tolist()
     if base.trees is not None:
         parts = np.zeros(len(cells.names))
         parts[columns] = added
@@ -408,62 +412,66 @@ def extend_base(cells: CandidateScores, base: Weights, free: Sequence[int]) -> W
     return Weights("logit", tuple(parts.tolist()), scale * base.repeat, base=base.base, scale=scale * base.scale)
 
 
-def alone(cells: CandidateScores, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
+def fit_single_member(cells: CandidateScores, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
     """Return the weights of a single member, with or without history items."""
     parts = tuple(float(member == index) for index in range(len(cells.names)))
-    options = [Weights("alone", parts, repeat) for repeat in ((0.0, _NEVER) if repeats else (0.0,))]
+    options = [Weights("alone", parts, repeat) for repeat in ((0.0, _EXCLUDED_SCORE) if repeats else (0.0,))]
     return max(options, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
 
-def ranker(
-    cells: CandidateScores, start: Weights | None = None, *, setting: Setting, off: int | None = None
+def fit_ranker(
+    cells: CandidateScores, start: Weights | None = None, *, setting: TreeSetting, off: int | None = None
 ) -> Weights:
     """Fit gradient-boosted trees, and report the importance of each member."""
     known = cells.of(cells.hits)
     names = feature_names(cells, off)
-    booster = trees.fit(matrix(known, names), _labels(known), np.diff(known.starts), setting)
+    booster = trees.fit_trees(feature_matrix(known, names), _target_labels(known), np.diff(known.starts), setting)
     model = Trees(booster.model_to_string(), names)
     shares = {name: 0.0 for name in cells.names}
     for feature, gain in model.gains.items():
-        member = member_of(feature)
+        member = feature_member(feature)
         if member is not None:
             shares[member] += gain
     return Weights("ranker", tuple(shares.values()), trees=model)
 
 
-def _labels(known: CandidateScores) -> NDArray[np.int8]:
+def _target_labels(known: CandidateScores) -> NDArray[np.int8]:
     labels = np.zeros(len(known.in_history), dtype=np.int8)
     labels[known.truth] = 1
     return labels
 
 
-def learned(cells: CandidateScores, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np.float64]] | None:
+def tune_ranker(cells: CandidateScores, folds: NDArray[np.int64]) -> tuple[TreeSetting, NDArray[np.float64]] | None:
     """Select the best hyperparameters of the trees, and return the cross-fitted NDCG@10 of each case, shape (n,).
 
     Returns:
         None if there are too few cases for a ranker, or LightGBM is not installed.
     """
-    if len(cells.hits) < LEAST_CASES or not installed("lightgbm"):
+    if len(cells.hits) < MIN_RANKER_CASES or not is_installed("lightgbm"):
         return None
-    features = matrix(cells, feature_names(cells))
+    features = feature_matrix(cells, feature_names(cells))
 
-    def fit_to(inside: NDArray[np.bool_], setting: Setting) -> Any:
+    def fit_to(inside: NDArray[np.bool_], setting: TreeSetting) -> Any:
         rows = cells.hits[inside[cells.hits]]
         known = cells.of(rows)
-        return trees.fit(features[np.isin(cells.rows, rows)], _labels(known), np.diff(known.starts), setting)
+        return trees.fit_trees(
+            features[np.isin(cells.rows, rows)], _target_labels(known), np.diff(known.starts), setting
+        )
 
-    return trees.cross_fitted(("lambdarank", "binary"), fit_to, features, cells.rows, folds, cells.ndcg)
+    return trees.cross_fit_settings(("lambdarank", "binary"), fit_to, features, cells.rows, folds, cells.ndcg)
 
 
-def setting_of(form: EnsembleTrial | None) -> Setting | None:
+def parse_tree_setting(form: EnsembleTrial | None) -> TreeSetting | None:
     """Return the hyperparameters of trees from their stored name; None for other types of ensemble."""
     if form is None or form.form != "ranker":
         return None
     objective, _, rounds = form.name.partition(", ")
-    return Setting(objective, int(rounds.removesuffix(" trees")))  # type: ignore[arg-type]
+    return TreeSetting(objective, int(rounds.removesuffix(" trees")))  # type: ignore[arg-type]
 
 
-def crossed(cells: CandidateScores, fit: Fit, start: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+def cross_fitted_ndcgs(
+    cells: CandidateScores, fit: FitFunction, start: Weights, folds: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """Return NDCG@10 of each case with weights fitted on the other folds, shape (n,).
 
     Args:

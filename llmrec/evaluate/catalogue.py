@@ -15,11 +15,11 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import EvalProtocol, measure
-from llmrec.evaluate.lists import Lists, list_figures
-from llmrec.evaluate.predictor import Evaluated, record_of, standing_columns
+from llmrec.evaluate.figures import EvalProtocol, compute_metrics
+from llmrec.evaluate.lists import CatalogueLists, list_figures
+from llmrec.evaluate.predictor import EvaluationResult, prediction_record, target_rank_columns
 from llmrec.metrics import ranking as rank_metrics
-from llmrec.results import Cost, Measured, Prediction
+from llmrec.results import Cost, ModelResults, Prediction
 from llmrec.types import Ranking
 
 if TYPE_CHECKING:
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     from llmrec.types import Case, CatalogueScorer
 
 Seen = Literal["excluded", "included"]
-BOTH: tuple[Seen, ...] = ("excluded", "included")
+SEEN_CONVENTIONS: tuple[Seen, ...] = ("excluded", "included")
 
 
-def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
+def parse_seen_conventions(names: Sequence[str]) -> tuple[Seen, ...]:
     """Validate the options for the treatment of history items, and return them.
 
     Raises:
         ValueError: If a name is neither ``excluded`` nor ``included``.
     """
-    result = tuple(item for name in names for item in BOTH if item == name)
+    result = tuple(item for name in names for item in SEEN_CONVENTIONS if item == name)
     if len(result) != len(names):
         raise ValueError(f"seen must be excluded or included, not {', '.join(names)}")
     return result
 
 
 # Number of scores per batch: 64 MB of float64, and three times as much while lists are computed.
-_CELLS = 1 << 23
+_SCORES_PER_BATCH = 1 << 23
 # Number of scores that fit in the processor cache while lists are computed.
-_CACHED = 1 << 17
+_SCORES_IN_CACHE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def rank_catalogue(
     cases: Sequence[Case],
     *,
     cutoffs: Sequence[int],
-    seen: Sequence[Seen] = BOTH,
+    seen: Sequence[Seen] = SEEN_CONVENTIONS,
     batch: int | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -108,18 +108,20 @@ def rank_catalogue(
     length = min(max(cutoffs, default=0), len(items))
     item_hash = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
     parts: dict[str, list[CatalogueRanks]] = {convention: [] for convention in seen}
-    step = batch if batch is not None else max(1, _CELLS // len(items))
+    step = batch if batch is not None else max(1, _SCORES_PER_BATCH // len(items))
     for start in range(0, len(cases), step):
         part = cases[start : start + step]
-        scores = _scores(scorer, part, len(items))
+        scores = _score_cases(scorer, part, len(items))
         targets = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
         seen_items = _SeenItems.of(part, index, targets)
         row_hash = hash64("list ties", seed, [case.request.id for case in part]) if length else item_hash
-        for convention, result in _standings(scores, targets, seen_items, seen, length, row_hash, item_hash).items():
+        for convention, result in _ranks_by_convention(
+            scores, targets, seen_items, seen, length, row_hash, item_hash
+        ).items():
             parts[convention].append(result)
         if progress is not None:
             progress(len(part))
-    return {convention: _joined(result) for convention, result in parts.items()}
+    return {convention: _concatenate_ranks(result) for convention, result in parts.items()}
 
 
 def evaluate_catalogue(
@@ -127,10 +129,10 @@ def evaluate_catalogue(
     cases: Sequence[Case],
     protocol: EvalProtocol,
     *,
-    seen: Sequence[Seen] = BOTH,
+    seen: Sequence[Seen] = SEEN_CONVENTIONS,
     background: ListMetricData | None = None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Evaluated]:
+) -> dict[str, EvaluationResult]:
     """Evaluate a model by ranking the whole catalogue; returns results like `evaluate`.
 
     Args:
@@ -159,7 +161,7 @@ def evaluate_catalogue(
     result = rank_catalogue(scorer, cases, cutoffs=protocol.cutoffs, seen=seen, seed=protocol.seed, progress=progress)
     seconds = time.monotonic() - start
     return {
-        convention: _evaluated(scorer.items, cases, protocol, convention, standings, seconds, background)
+        convention: _evaluate_ranks(scorer.items, cases, protocol, convention, standings, seconds, background)
         for convention, standings in result.items()
     }
 
@@ -185,7 +187,7 @@ class _SeenItems:
         return _SeenItems(table[:, 0], table[:, 1])
 
 
-def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArray[Any]:
+def _score_cases(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArray[Any]:
     scores = np.asarray(scorer.scores([case.request for case in cases]))
     if scores.shape != (len(cases), items):
         raise LlmrecError(
@@ -207,7 +209,7 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
     return scores
 
 
-def _standings(
+def _ranks_by_convention(
     scores: NDArray[Any],
     targets: NDArray[np.int64],
     seen_items: _SeenItems,
@@ -233,38 +235,40 @@ def _standings(
             if length:
                 shown = scores.copy()
                 shown[rows, columns] = -np.inf
-        lists, kept = _top(shown, length, row_hash, item_hash)
+        lists, kept = _top_items(shown, length, row_hash, item_hash)
         result[str(convention)] = CatalogueRanks(
             greater=np.where(known, above, pool), tied=np.where(known, block, 0), pool=pool, lists=lists, scores=kept
         )
     return result
 
 
-def _top(
+def _top_items(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """Return the top items of each request; ties are ordered by a hash of request and item."""
     n, items = scores.shape
     if length == 0:
         return np.empty((n, 0), dtype=np.int32), np.empty((n, 0))
-    step = max(1, _CACHED // items)
+    step = max(1, _SCORES_IN_CACHE // items)
     blocks = [slice(start, start + step) for start in range(0, n, step)]
-    chosen = np.concatenate([_by_hash(scores[rows], length, row_hash[rows], item_hash) for rows in blocks])
+    chosen = np.concatenate([_top_with_random_ties(scores[rows], length, row_hash[rows], item_hash) for rows in blocks])
     values = np.take_along_axis(scores, chosen, axis=1)
-    order = np.lexsort((-_unit(row_hash[:, None] ^ item_hash[chosen]), -values), axis=1)
+    order = np.lexsort((-_hash_to_unit_interval(row_hash[:, None] ^ item_hash[chosen]), -values), axis=1)
     chosen, values = np.take_along_axis(chosen, order, axis=1), np.take_along_axis(values, order, axis=1)
     open_ = np.isfinite(values)
     return np.where(open_, chosen, -1).astype(np.int32), np.where(open_, values, np.nan).astype(np.float64)
 
 
-def _by_hash(
+def _top_with_random_ties(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """Return the top items of each request in any order, with a random choice among ties at the cut-off."""
     n, items = scores.shape
     border = np.partition(scores, items - length, axis=1)[:, items - length]
     rows, columns = np.divmod(np.flatnonzero(scores >= border[:, None]), items)
-    first = np.where(scores[rows, columns] > border[rows], 2.0, _unit(row_hash[rows] ^ item_hash[columns]))
+    first = np.where(
+        scores[rows, columns] > border[rows], 2.0, _hash_to_unit_interval(row_hash[rows] ^ item_hash[columns])
+    )
     if len(rows) * 8 > n * items:
         keys = np.full((n, items), -1.0)
         keys[rows, columns] = first
@@ -274,7 +278,7 @@ def _by_hash(
     return np.asarray(ordered[begins[:, None] + np.arange(length)], dtype=np.int64)
 
 
-def _unit(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
+def _hash_to_unit_interval(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Map hashes to [0, 1), using the finaliser of splitmix64."""
     mixed = hashed ^ (hashed >> np.uint64(30))
     mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)
@@ -284,12 +288,12 @@ def _unit(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
-def _joined(parts: Sequence[CatalogueRanks]) -> CatalogueRanks:
+def _concatenate_ranks(parts: Sequence[CatalogueRanks]) -> CatalogueRanks:
     names = [field.name for field in fields(CatalogueRanks)]
     return CatalogueRanks(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _evaluated(
+def _evaluate_ranks(
     items: Sequence[str],
     cases: Sequence[Case],
     protocol: EvalProtocol,
@@ -297,18 +301,18 @@ def _evaluated(
     standings: CatalogueRanks,
     seconds: float,
     background: ListMetricData | None,
-) -> Evaluated:
+) -> EvaluationResult:
     users = [case.request.user_id for case in cases]
     inputs = {"greater": standings.greater, "tied": standings.tied, "pool": standings.pool}
     taken, more = (
-        measure("ranking", inputs, users, protocol, cutoffs=protocol.cutoffs, full=full, seen=seen)
+        compute_metrics("ranking", inputs, users, protocol, cutoffs=protocol.cutoffs, full=full, seen=seen)
         for full in (False, True)
     )
     metrics, values = taken.metrics | more.metrics, taken.values
     if background is not None:
-        listed = list_figures(Lists(standings.lists, items, seen), cases, protocol, background)
+        listed = list_figures(CatalogueLists(standings.lists, items, seen), cases, protocol, background)
         metrics, values = metrics | listed.metrics, values | listed.values
-    figures = Measured(
+    figures = ModelResults(
         n=len(cases),
         parse_rate=1.0,
         tie_rate=rank_metrics.tie_rate(standings.tied),
@@ -318,16 +322,16 @@ def _evaluated(
         seen=seen,
         pool=float(np.mean(standings.pool)),
     )
-    return Evaluated(figures, values, _records(items, cases, standings))
+    return EvaluationResult(figures, values, _prediction_records(items, cases, standings))
 
 
-def _records(items: Sequence[str], cases: Sequence[Case], standings: CatalogueRanks) -> list[Prediction]:
-    columns = standing_columns(standings.greater, standings.tied, standings.pool)
+def _prediction_records(items: Sequence[str], cases: Sequence[Case], standings: CatalogueRanks) -> list[Prediction]:
+    columns = target_rank_columns(standings.greater, standings.tied, standings.pool)
     records = []
     rows = zip(cases, standings.lists.tolist(), standings.scores.tolist(), strict=True)
     for row, (case, numbers, scores) in enumerate(rows):
         count = sum(number >= 0 for number in numbers)
         shown = tuple(items[number] for number in numbers[:count])
         answer = Ranking(request_id=case.request.id, items=shown, scores=tuple(scores[:count]))
-        records.append(record_of(case, answer, {name: entry[row] for name, entry in columns.items()}))
+        records.append(prediction_record(case, answer, {name: entry[row] for name, entry in columns.items()}))
     return records

@@ -10,36 +10,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import mean_interval, statistic_of, taken
+from llmrec.evaluate.figures import compute_metric, mean_interval, metric_statistic
 from llmrec.metrics.significance import (
-    detectable,
-    detectable_from,
-    detectable_line,
+    add_seed_variance,
+    describe_detectable_effects,
+    detectable_effect,
+    detectable_effect_from_error,
     holm_adjusted,
-    over_users_and_seeds,
     required_resamples,
-    signflip,
+    sign_flip_test,
 )
 from llmrec.metrics.stats import (
     BootstrapDifference,
     Difference,
     Interval,
     MetricValues,
-    at_all,
-    interval_of,
-    mean_of,
-    paired_of,
-    root_or_not,
+    averaged_statistic,
+    full_sample_value,
+    paired_statistic_difference,
+    statistic_from_means,
+    statistic_interval,
     verdict,
 )
-from llmrec.registry import better, metric_of
+from llmrec.registry import find_metric, metric_direction
 from llmrec.results import Figure, Pair
 
 if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
 
 # Smaller differences are rounding errors.
-_DUST = 1e-12
+_ROUNDING_TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ModelValues:
     Attributes:
         name: Name of the model.
         value: Its figure; None if undefined, and the model is then not compared.
-        values: Its values, as for `compare`.
+        values: Its values, as for `compare_values`.
     """
 
     name: str
@@ -68,26 +68,30 @@ class Contrast:
 
     def sampled(self, *, resamples: int, seed: int) -> BootstrapDifference:
         """Return the difference between the models, with its bootstrap resamples."""
-        return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
+        return resampled_difference(
+            self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed
+        )
 
     def detectable(self, difference: BootstrapDifference, comparisons: int) -> float | None:
         """Return the minimum detectable effect at a power of 80 %.
 
         Args:
-            difference: The result of `sampled`; its resamples give the standard error of metrics that are not means
-                and of models with several seeds.
+            difference: The result of `resampled_difference`; its resamples give the standard error of metrics that are
+                not means and of models with several seeds.
             comparisons: Number of comparisons corrected together.
         """
-        if not _is_mean(self.metric) or max(np.ndim(row.values) for row in (self.a, self.b)) > 1:
+        if not _is_mean_metric(self.metric) or max(np.ndim(row.values) for row in (self.a, self.b)) > 1:
             # Half the width of the central 68 %, because resamples over seeds have heavy tails.
             low, high = np.quantile(difference.draws, [0.15866, 0.84134])
-            return detectable_from(float(high - low) / 2, len(set(self.users)), comparisons=comparisons)
-        one, other, users = _means(self.metric, self.a.values, self.b.values, self.users)
-        return detectable(one, other, comparisons=comparisons, users=users, statistic=statistic_of(self.metric))
+            return detectable_effect_from_error(float(high - low) / 2, len(set(self.users)), comparisons=comparisons)
+        one, other, users = _paired_values(self.metric, self.a.values, self.b.values, self.users)
+        return detectable_effect(
+            one, other, comparisons=comparisons, users=users, statistic=metric_statistic(self.metric)
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ComparisonPlan:
     """The comparisons to make in a table of results, all in one metric.
 
     ``planned`` comparisons were planned beforehand, and ``described`` ones are exploratory. ``partial`` are planned
@@ -101,8 +105,8 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparisons:
-    """The comparisons of a `Plan` with their results and minimum detectable effects."""
+class TableComparisons:
+    """The comparisons of a `ComparisonPlan` with their results and minimum detectable effects."""
 
     planned: Sequence[Pair]
     described: Sequence[Pair]
@@ -110,26 +114,29 @@ class Comparisons:
     detectable: str
 
 
-def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, more: int = 0) -> list[Comparisons]:
+def compare_tables(
+    tables: Sequence[ComparisonPlan], *, resamples: int, seed: int = 0, more: int = 0
+) -> list[TableComparisons]:
     """Test the planned comparisons of all tables as one family, and estimate exploratory differences; see `planned`."""
     family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
-    tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
+    tested = iter(compare_planned(family, resamples=resamples, seed=seed, more=more))
     results = []
     for table in tables:
         planned_pairs, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
-        described = exploratory(table.described, resamples=resamples, seed=seed)
+        described = compare_exploratory(table.described, resamples=resamples, seed=seed)
         # Comparisons may have different numbers of users.
         groups: dict[int, list[Pair]] = {}
         for contrast, pair in zip((*table.planned, *table.described), (*planned_pairs, *described), strict=True):
             groups.setdefault(len(set(contrast.users)), []).append(pair)
         lines = [
-            reach(table.metric, pairs, users=users, comparisons=len(family) + more) for users, pairs in groups.items()
+            describe_effects_by_kind(table.metric, pairs, users=users, comparisons=len(family) + more)
+            for users, pairs in groups.items()
         ]
-        results.append(Comparisons(planned_pairs, described, partial, " ".join(lines)))
+        results.append(TableComparisons(planned_pairs, described, partial, " ".join(lines)))
     return results
 
 
-def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, more: int = 0) -> list[Pair]:
+def compare_planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, more: int = 0) -> list[Pair]:
     """Test the planned comparisons of all tables as one family.
 
     p-values and confidence intervals are Holm-adjusted over all of them: an interval excludes 0 exactly if the adjusted
@@ -154,7 +161,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
             p=decision.p,
             p_raw=decision.p_raw,
             verdict=verdict(
-                Difference(decision.value, decision.low, decision.high, decision.p), better(contrast.metric)
+                Difference(decision.value, decision.low, decision.high, decision.p), metric_direction(contrast.metric)
             ),
             detectable=contrast.detectable(drawn, size),
         )
@@ -162,7 +169,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
     ]
 
 
-def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
+def compare_exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
     """Return exploratory differences with unadjusted 95 % intervals."""
     pairs = []
     for contrast in contrasts:
@@ -181,7 +188,7 @@ def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0)
     return pairs
 
 
-def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
+def describe_effects_by_kind(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
     """Return a sentence on the minimum detectable effects of planned and exploratory comparisons.
 
     ``pairs`` are comparisons of both kinds in one metric, and ``comparisons`` is the size of the planned family.
@@ -190,11 +197,11 @@ def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -
     for many in dict.fromkeys((comparisons, 0)):
         results = [pair.detectable for pair in pairs if (pair.verdict is not None) == (many > 0)]
         if results:
-            lines.append(detectable_line(metric, results, users=users, comparisons=many))
+            lines.append(describe_detectable_effects(metric, results, users=users, comparisons=many))
     return " ".join(lines)
 
 
-def compare(
+def compare_values(
     metric: str,
     a: NDArray[np.float64],
     b: NDArray[np.float64],
@@ -203,11 +210,11 @@ def compare(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Compare two models with an unadjusted 95 % interval; see `sampled`."""
-    return sampled(metric, a, b, users, resamples=resamples, seed=seed).at()
+    """Compare two models with an unadjusted 95 % interval; see `resampled_difference`."""
+    return resampled_difference(metric, a, b, users, resamples=resamples, seed=seed).at()
 
 
-def sampled(
+def resampled_difference(
     metric: str,
     a: NDArray[np.float64],
     b: NDArray[np.float64],
@@ -223,7 +230,7 @@ def sampled(
 
     A model may have several seeds. Values are averaged over them first; for metrics that are not means over requests
     the figures are averaged, since the AUC of averaged probabilities would be that of an ensemble. The variance over
-    seeds is added to that over users, see `llmrec.metrics.significance.over_users_and_seeds`.
+    seeds is added to that over users, see `llmrec.metrics.significance.add_seed_variance`.
 
     Args:
         metric: Name of the metric.
@@ -237,63 +244,71 @@ def sampled(
     Raises:
         LlmrecError: If models of probabilities have different truths, or the metric is undefined for one of them.
     """
-    if not _is_mean(metric):
-        truth = _truth(metric, *np.atleast_2d(a), *np.atleast_2d(b))
-        first, second = (mean_of(_statistics(metric, np.atleast_2d(row), truth, users)) for row in (a, b))
-        difference = paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
+    if not _is_mean_metric(metric):
+        truth = _truth_from_signs(metric, *np.atleast_2d(a), *np.atleast_2d(b))
+        first, second = (
+            averaged_statistic(_seed_statistics(metric, np.atleast_2d(row), truth, users)) for row in (a, b)
+        )
+        difference = paired_statistic_difference(
+            lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed
+        )
     else:
-        one, other, owners = _means(metric, a, b, users)
-        difference = signflip(one, other, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
-    return over_users_and_seeds(difference, *(_by_seed(metric, row, users) for row in (a, b)), seed=seed)
+        one, other, owners = _paired_values(metric, a, b, users)
+        difference = sign_flip_test(
+            one, other, users=owners, resamples=resamples, seed=seed, statistic=metric_statistic(metric)
+        )
+    return add_seed_variance(difference, *(_results_by_seed(metric, row, users) for row in (a, b)), seed=seed)
 
 
-def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
+def _results_by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
     """Return the result of each seed of a model, shape (seeds,)."""
     seeds = np.atleast_2d(values)
     if len(seeds) == 1:
         return np.zeros(1)
-    if is_by_request(metric):
-        return np.asarray(root_or_not(seeds.mean(axis=1), statistic_of(metric)))
-    truth = _truth(metric, *seeds)
-    if not _is_mean(metric):
-        return np.array([at_all(entry, len(set(users))) for entry in _statistics(metric, seeds, truth, users)])
-    return np.array([np.mean(np.asarray(_recompute(metric, row, truth, users).result)) for row in seeds])
+    if is_request_mean(metric):
+        return np.asarray(statistic_from_means(seeds.mean(axis=1), metric_statistic(metric)))
+    truth = _truth_from_signs(metric, *seeds)
+    if not _is_mean_metric(metric):
+        return np.array(
+            [full_sample_value(entry, len(set(users))) for entry in _seed_statistics(metric, seeds, truth, users)]
+        )
+    return np.array([np.mean(np.asarray(_recompute_metric(metric, row, truth, users).result)) for row in seeds])
 
 
-def is_by_request(metric: str) -> bool:
+def is_request_mean(metric: str) -> bool:
     """Whether a metric is a mean over requests, so that its values can be averaged over seeds."""
-    entry = metric_of(metric)
+    entry = find_metric(metric)
     return entry is None or entry.unit == "request"
 
 
-def _is_mean(metric: str) -> bool:
-    entry = metric_of(metric)
+def _is_mean_metric(metric: str) -> bool:
+    entry = find_metric(metric)
     return entry is None or entry.unit != "all"
 
 
-def _means(
+def _paired_values(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
     """Return the values of two models, averaged over seeds or aggregated by user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
-    if is_by_request(metric):
+    if is_request_mean(metric):
         first, second = left.mean(axis=0), right.mean(axis=0)
         # Means of equal values over different numbers of seeds may differ by rounding.
-        return first, np.where(np.abs(first - second) < _DUST, first, second), users
-    truth = _truth(metric, *left, *right)
-    of_users = ([_recompute(metric, row, truth, users) for row in seeds] for seeds in (left, right))
+        return first, np.where(np.abs(first - second) < _ROUNDING_TOLERANCE, first, second), users
+    truth = _truth_from_signs(metric, *left, *right)
+    of_users = ([_recompute_metric(metric, row, truth, users) for row in seeds] for seeds in (left, right))
     first, second = (np.mean([np.asarray(result.result) for result in seeds], axis=0) for seeds in of_users)
     return first, second, None
 
 
-def _recompute(
+def _recompute_metric(
     metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]
 ) -> MetricValues:
     """Recompute a metric of probabilities from the stored values of a model."""
-    entry = metric_of(metric)
+    entry = find_metric(metric)
     assert entry is not None
     inputs = {"probabilities": np.abs(values), "labels": truth, "owners": users}
-    result = taken(metric, entry, inputs)
+    result = compute_metric(metric, entry, inputs)
     if result is None or result.result is None:
         raise LlmrecError(
             f"{metric} cannot be compared: {result.undefined if result else 'it was not computed'}", kind="too-few"
@@ -301,14 +316,14 @@ def _recompute(
     return result
 
 
-def _statistics(
+def _seed_statistics(
     metric: str, seeds: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]
 ) -> list[Statistic]:
-    results = [_recompute(metric, row, truth, users).result for row in seeds]
+    results = [_recompute_metric(metric, row, truth, users).result for row in seeds]
     return [result for result in results if callable(result)]
 
 
-def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _truth_from_signs(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return the true answers, which are stored as the signs of the values."""
     truth: NDArray[np.bool_] = ~np.signbit(rows[0])
     if any(not np.array_equal(truth, ~np.signbit(row)) for row in rows):
@@ -351,7 +366,7 @@ def average_over_seeds(
     by_seed = [figure.value for figure in figures]
     low, high = mean([figure.low for figure in figures]), mean([figure.high for figure in figures])
     if len(values) == len(figures) and None not in by_seed:
-        spread = _interval(metric, values, users, resamples)
+        spread = _seed_average_interval(metric, values, users, resamples)
         low, high = spread.low, spread.high
     return result.model_copy(
         update={
@@ -363,13 +378,15 @@ def average_over_seeds(
     )
 
 
-def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int) -> Interval:
+def _seed_average_interval(
+    metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int
+) -> Interval:
     """Return the confidence interval of a result averaged over seeds."""
     values, owners = np.array(seeds, dtype=np.float64), list(users)
-    if not _is_mean(metric):
-        statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))
-        return interval_of(statistic, len(set(users)), resamples=resamples, seed=0)
-    if not is_by_request(metric):
-        results = [_recompute(metric, row, _truth(metric, *values), users) for row in values]
+    if not _is_mean_metric(metric):
+        statistic = averaged_statistic(_seed_statistics(metric, values, _truth_from_signs(metric, *values), users))
+        return statistic_interval(statistic, len(set(users)), resamples=resamples, seed=0)
+    if not is_request_mean(metric):
+        results = [_recompute_metric(metric, row, _truth_from_signs(metric, *values), users) for row in values]
         values, owners = np.array([item.result for item in results]), list(results[0].users or ())
     return mean_interval(metric, values, owners, resamples=resamples, seed=0)

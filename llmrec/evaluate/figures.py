@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec import __version__
-from llmrec.entries import Kind, MetricEntry
+from llmrec.entries import MetricEntry, MetricKind
 from llmrec.errors import LlmrecError
 from llmrec.metrics.signature import signature
-from llmrec.metrics.stats import Interval, MetricValues, StatisticName, interval, interval_of
-from llmrec.registry import METRICS, attribute, metric_of
+from llmrec.metrics.stats import Interval, MetricValues, StatisticName, bootstrap_interval, statistic_interval
+from llmrec.registry import METRICS, find_metric, import_attribute
 from llmrec.results import Metric, Rates
 
 
@@ -74,8 +74,8 @@ class Measurements:
     columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
 
-def measure(
-    kind: Kind,
+def compute_metrics(
+    kind: MetricKind,
     inputs: Mapping[str, object],
     users: Sequence[str],
     protocol: EvalProtocol,
@@ -102,7 +102,7 @@ def measure(
     uncut = [(name, entry, None) for name, entry in entries.items() if not entry.cut]
     measurements = Measurements()
     for name, entry, k in [*uncut, *cut] if full else [*cut, *uncut]:
-        if (result := taken(name, entry, {**inputs, "k": k} if k is not None else inputs)) is None:
+        if (result := compute_metric(name, entry, {**inputs, "k": k} if k is not None else inputs)) is None:
             continue
         sign = protocol.sign(name, seen=seen, how=result.how or entry.how)
         owners = users if result.users is None else result.users
@@ -111,20 +111,22 @@ def measure(
                 name, result.result, owners, sign, resamples=protocol.resamples, seed=protocol.seed
             )
         elif callable(result.result):
-            drawn = interval_of(result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed)
-            measurements.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
+            drawn = statistic_interval(
+                result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed
+            )
+            measurements.metrics[name] = metric_record(drawn.value, drawn.low, drawn.high, sign)
         else:
-            measurements.metrics[name] = figure(result.result, None, None, sign, result.undefined)
+            measurements.metrics[name] = metric_record(result.result, None, None, sign, result.undefined)
         if entry.compared and isinstance(result.result, np.ndarray) and entry.unit == "request":
             measurements.values[name] = result.result
     return measurements
 
 
-def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> MetricValues | None:
+def compute_metric(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> MetricValues | None:
     """Return the result of a metric; None if an input is missing or it needs several relevant items."""
     if not entry.function:
         return None
-    function = attribute(entry.function)
+    function = import_attribute(entry.function)
     parameters = inspect.signature(function).parameters
     needed = {name for name, item in parameters.items() if item.default is item.empty} - entry.fixed.keys()
     if unknown := needed - inputs.keys():
@@ -141,9 +143,9 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Metric
     return result if isinstance(result, MetricValues) else MetricValues(result=result)
 
 
-def statistic_of(metric: str) -> StatisticName:
+def metric_statistic(metric: str) -> StatisticName:
     """Return whether a metric is a mean or a root mean of per-request values."""
-    entry = metric_of(metric)
+    entry = find_metric(metric)
     return "root_mean" if entry is not None and entry.root else "mean"
 
 
@@ -152,18 +154,22 @@ def mean_figure(
 ) -> Metric:
     """Return the mean (or root mean) of per-request values, with interval and signature."""
     result = mean_interval(metric, values, users, resamples=resamples, seed=seed)
-    return figure(result.value, result.low, result.high, signature)
+    return metric_record(result.value, result.low, result.high, signature)
 
 
 def mean_interval(
     metric: str, values: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
 ) -> Interval:
     """Return the mean (or root mean) of values, shape (n,) or (seeds, n), with its BCa interval over users."""
-    statistic = statistic_of(metric)
-    return interval(values, users=users, resamples=resamples, seed=seed, statistic=statistic, method="bca", widen=True)
+    statistic = metric_statistic(metric)
+    return bootstrap_interval(
+        values, users=users, resamples=resamples, seed=seed, statistic=statistic, method="bca", widen=True
+    )
 
 
-def figure(value: float | None, low: float | None, high: float | None, signature: str, undefined: str = "") -> Metric:
+def metric_record(
+    value: float | None, low: float | None, high: float | None, signature: str, undefined: str = ""
+) -> Metric:
     """Return the record of a metric, with the reason if it is undefined."""
     if value is None:
         return Metric(value=None, low=low, high=high, signature=signature, undefined=undefined)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import EvalProtocol, Measurements, measure
+from llmrec.evaluate.figures import EvalProtocol, Measurements, compute_metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Case
 
-_WORDS = re.compile(r"\s*[|,;>]\s*")
-_USUAL = 10
+_WORD_SEPARATOR = re.compile(r"\s*[|,;>]\s*")
+_DEFAULT_CUTOFF = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class ListMetricData:
         counts = np.bincount(np.array(indices, dtype=np.int64), minlength=len(items)).astype(np.float64)
         words = None
         if field is not None:
-            words = tuple(_words(data.dataset.items[item].fields.get(field, "")) for item in items)
+            words = tuple(_split_words(data.dataset.items[item].fields.get(field, "")) for item in items)
             if not any(words):
                 raise LlmrecError(
                     f"{data.dataset.name}: no item has the field {field!r}; choose another field",
@@ -73,7 +73,7 @@ class ListMetricData:
 
 
 @dataclass(frozen=True, slots=True)
-class Lists:
+class CatalogueLists:
     """The ranked lists of one model.
 
     Attributes:
@@ -88,7 +88,7 @@ class Lists:
 
 
 def list_figures(
-    lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: ListMetricData
+    lists: CatalogueLists, cases: Sequence[Case], protocol: EvalProtocol, background: ListMetricData
 ) -> Measurements:
     """Return the list metrics of a model at cut-off 10, or at the largest cut-off.
 
@@ -101,9 +101,9 @@ def list_figures(
             "list metrics need counts of the same catalogue in the same order; compute them from the same split",
             kind="mismatch",
         )
-    k = min(_USUAL if _USUAL in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
+    k = min(_DEFAULT_CUTOFF if _DEFAULT_CUTOFF in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
     index = {item: position for position, item in enumerate(background.items)}
-    held = [_indices([event.item_id for event in case.request.history], index) for case in cases]
+    held = [_known_indices([event.item_id for event in case.request.history], index) for case in cases]
     users = [case.request.user_id for case in cases]
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
     hidden = held if lists.seen == "excluded" else [held[0][:0]] * len(held)
@@ -114,15 +114,15 @@ def list_figures(
         "users": background.users,
         "cold_counts": None if background.counts.all() else background.counts,
         "contents": background if background.words is not None or background.vectors is not None else None,
-        "expected": _popular(background, hidden, targets, k),
+        "expected": _popular_lists(background, hidden, targets, k),
         "targets": targets,
         "histories": held,
         "owners": users,
     }
-    return measure("lists", inputs, users, protocol, cutoffs=(k,), seen=lists.seen)
+    return compute_metrics("lists", inputs, users, protocol, cutoffs=(k,), seen=lists.seen)
 
 
-def cold_figures(
+def cold_target_figures(
     cases: Sequence[Case], background: ListMetricData, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
 ) -> dict[str, float]:
     """Return the metrics for requests with a cold-start target, and their number as ``n``.
@@ -142,15 +142,15 @@ def cold_figures(
 # --------------------------------------------------------------------------- helpers
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(word for word in _WORDS.split(text.strip().casefold()) if word)
+def _split_words(text: str) -> frozenset[str]:
+    return frozenset(word for word in _WORD_SEPARATOR.split(text.strip().casefold()) if word)
 
 
-def _indices(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]:
+def _known_indices(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]:
     return np.array([index[item] for item in items if item in index], dtype=np.int64)
 
 
-def _popular(
+def _popular_lists(
     background: ListMetricData, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
 ) -> NDArray[np.int64]:
     """Return the k most popular items that can be ranked for each request, shape (n, k)."""

@@ -18,34 +18,38 @@ from numpy.typing import NDArray
 
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import EvalProtocol, Measurements, measure
+from llmrec.evaluate.figures import EvalProtocol, Measurements, compute_metrics
 from llmrec.metrics import explained, probability
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import text as text_metrics
 from llmrec.records import Reliability
 from llmrec.registry import compared_metrics
-from llmrec.results import Cost, Failure, Measured, Prediction, Rates
+from llmrec.results import Cost, Failure, ModelResults, Prediction, Rates
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
 
 # --------------------------------------------------------------------------- metrics by type of answer
 
 
-UNKNOWN = 0.5
+DEFAULT_PROBABILITY = 0.5
 """The default fallback of a yes/no answer that cannot be parsed."""
 
 
 Fallback = Callable[[Request], float] | None
-Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Measurements]
+MetricFunction = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Measurements]
 
 
-def measure_of(kind: type[Answer], background: explained.ExplanationReference | None) -> Measure:
+def metric_function_for(kind: type[Answer], background: explained.ExplanationReference | None) -> MetricFunction:
     """Return the function that computes the metrics for a type of answer."""
-    texts: Measure = partial(_texts, background=background)
-    kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
-    return kinds.get(kind, _rankings)
+    texts: MetricFunction = partial(_measure_texts, background=background)
+    kinds: Mapping[type[Answer], MetricFunction] = {
+        Rating: _measure_ratings,
+        Text: texts,
+        Probability: _measure_probabilities,
+    }
+    return kinds.get(kind, _measure_rankings)
 
 
-def _rankings(
+def _measure_rankings(
     cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: object
 ) -> Measurements:
     standings, sizes = [], []
@@ -58,15 +62,15 @@ def _rankings(
     tied = np.array([s.tied for s in standings], dtype=np.int64)
     pool = np.array(sizes)
     inputs = {"greater": greater, "tied": tied, "pool": pool}
-    taken = measure("ranking", inputs, _users(cases), protocol, cutoffs=protocol.cutoffs)
-    return replace(taken, tie_rate=rank_metrics.tie_rate(tied), columns=standing_columns(greater, tied, pool))
+    taken = compute_metrics("ranking", inputs, _case_users(cases), protocol, cutoffs=protocol.cutoffs)
+    return replace(taken, tie_rate=rank_metrics.tie_rate(tied), columns=target_rank_columns(greater, tied, pool))
 
 
-def _users(cases: Sequence[Case]) -> list[str]:
+def _case_users(cases: Sequence[Case]) -> list[str]:
     return [case.request.user_id for case in cases]
 
 
-def standing_columns(
+def target_rank_columns(
     greater: NDArray[np.int64], tied: NDArray[np.int64], pool: NDArray[np.int64]
 ) -> dict[str, Sequence[object]]:
     """Return the columns of predictions.parquet about each target: ties and expected rank."""
@@ -74,7 +78,7 @@ def standing_columns(
     return {"rank": ranks, "above": greater.tolist(), "tied": tied.tolist(), "pool": pool.tolist()}
 
 
-def _ratings(
+def _measure_ratings(
     cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: Fallback
 ) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
@@ -89,14 +93,14 @@ def _ratings(
                 f"request {answer.request_id}: the rating could not be parsed, and there is no fallback",
                 kind="missing-value",
             )
-    users = _users(cases)
+    users = _case_users(cases)
     inputs = {"predicted": predicted, "truth": truth, "liked": protocol.liked, "owners": users}
-    taken = measure("rating", inputs, users, protocol)
+    taken = compute_metrics("rating", inputs, users, protocol)
     fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
     return replace(taken, rates=Rates(fallbacks=fallbacks), columns={"value": predicted.tolist()})
 
 
-def _texts(
+def _measure_texts(
     cases: Sequence[Case],
     answers: Sequence[Answer],
     protocol: EvalProtocol,
@@ -105,9 +109,9 @@ def _texts(
 ) -> Measurements:
     written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
     truth = [str(case.truth) for case in cases]
-    users, items = _users(cases), [case.request.item or "" for case in cases]
+    users, items = _case_users(cases), [case.request.item or "" for case in cases]
     features = background.features if background is not None else None
-    named = explained.named(written, users, items, features) if features is not None else None
+    named = explained.count_mentioned_features(written, users, items, features) if features is not None else None
     inputs = {
         "texts": written,
         "references": truth,
@@ -116,15 +120,15 @@ def _texts(
         "named": named,
         "owners": users,
     }
-    taken = measure("text", inputs, users, protocol)
+    taken = compute_metrics("text", inputs, users, protocol)
     if background is None:
         return taken
-    copies, in_truth = explained.copies(written, background), explained.copies(truth, background)
+    copies, in_truth = explained.copy_indicators(written, background), explained.copy_indicators(truth, background)
     # Short texts recur naturally, so the copy rate of the true texts is given for comparison.
     columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (in_truth == 1).tolist()}
     if features is None or named is None:
         return replace(taken, rates=Rates(truth_copy_rate=float(in_truth.mean())), columns=columns)
-    truth_named = explained.named(truth, users, items, features)
+    truth_named = explained.count_mentioned_features(truth, users, items, features)
     # Reviews of an item are incomplete: true texts also mention features that no other review mentions.
     rates = Rates(
         truth_copy_rate=float(in_truth.mean()),
@@ -152,30 +156,30 @@ def _feature_columns(
     }
 
 
-def _probabilities(
+def _measure_probabilities(
     cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: Fallback
 ) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
-    probabilities = np.full(len(cases), UNKNOWN)
+    probabilities = np.full(len(cases), DEFAULT_PROBABILITY)
     for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
         if isinstance(answer, Probability):
             probabilities[i] = answer.value
         elif fallback is not None:
             probabilities[i] = fallback(case.request)
-    users = _users(cases)
+    users = _case_users(cases)
     inputs = {"probabilities": probabilities, "labels": truth, "owners": users}
-    taken = measure("probability", inputs, users, protocol)
+    taken = compute_metrics("probability", inputs, users, protocol)
     # Metrics that are not means are compared by probabilities, with a minus sign where the true answer is no.
     signed = np.copysign(probabilities, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
-    bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(probabilities, truth))
+    bins = tuple(Reliability(**asdict(item)) for item in probability.reliability_curve(probabilities, truth))
     _, groups, sizes = np.unique(probabilities, return_inverse=True, return_counts=True)
     rates = Rates(users_left_out=probability.gauc(probabilities, truth, users).left_out, reliability=bins)
     ties = float((sizes[groups] > 1).mean())
     return replace(taken, values=values, rates=rates, tie_rate=ties, columns={"value": probabilities.tolist()})
 
 
-def background_of(data: SplitDataset) -> explained.ExplanationReference:
+def explanation_reference(data: SplitDataset) -> explained.ExplanationReference:
     """Return the training texts of a split, and the features of (user, item) pairs."""
     columns = ["user_id", "item_id", "feature"]
     features: dict[tuple[str, str], str] | None = None
@@ -188,24 +192,24 @@ def background_of(data: SplitDataset) -> explained.ExplanationReference:
     reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in entries)
     entries += [(user, item, review.text) for user, item, review in reviews if review is not None]
     users, items, texts = zip(*entries, strict=True)
-    return explained.background(users, items, texts, features)
+    return explained.build_explanation_reference(users, items, texts, features)
 
 
 _SHOWN_FAILURES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class EvaluationResult:
     """The results of evaluating one model.
 
     Attributes:
         figures: Metrics with intervals and signatures, rates, cost.
         values: Per-request values behind each mean, shape (n,), for paired comparisons; see
-            `llmrec.evaluate.compare.compare` for AUC.
+            `llmrec.evaluate.compare.compare_values` for AUC.
         records: One per request.
     """
 
-    figures: Measured
+    figures: ModelResults
     values: dict[str, NDArray[np.float64]]
     records: list[Prediction]
 
@@ -219,7 +223,7 @@ def evaluate(
     protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None = None,
     background: explained.ExplanationReference | None = None,
-) -> Evaluated:
+) -> EvaluationResult:
     """Evaluate a model on cases.
 
     Args:
@@ -247,10 +251,10 @@ def evaluate(
         raise LlmrecError(
             f"predictor {predictor.name!r} did not answer every request in order; fix the predictor", kind="defect"
         )
-    answers = [answer if isinstance(answer, (kind, Unparsed)) else _foreign(answer) for answer in answers]
-    result = measure_of(kind, background)(cases, answers, protocol, fallback)
+    answers = [answer if isinstance(answer, (kind, Unparsed)) else _wrong_type_failure(answer) for answer in answers]
+    result = metric_function_for(kind, background)(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]
-    figures = Measured(
+    figures = ModelResults(
         n=len(cases),
         parse_rate=1 - len(failures) / len(cases),
         tie_rate=result.tie_rate,
@@ -268,13 +272,13 @@ def evaluate(
         **result.rates.as_json(),
     )
     records = [
-        record_of(case, answer, {name: item[index] for name, item in result.columns.items()})
+        prediction_record(case, answer, {name: item[index] for name, item in result.columns.items()})
         for index, (case, answer) in enumerate(zip(cases, answers, strict=True))
     ]
-    return Evaluated(figures, result.values, records)
+    return EvaluationResult(figures, result.values, records)
 
 
-def _foreign(answer: Answer) -> Unparsed:
+def _wrong_type_failure(answer: Answer) -> Unparsed:
     """Return the failure that replaces an answer of the wrong type."""
     return Unparsed(
         request_id=answer.request_id,
@@ -285,7 +289,7 @@ def _foreign(answer: Answer) -> Unparsed:
     )
 
 
-def record_of(case: Case, answer: Answer, fields: Mapping[str, Any]) -> Prediction:
+def prediction_record(case: Case, answer: Answer, fields: Mapping[str, Any]) -> Prediction:
     """Return the record of an answer, with further fields."""
     parsed: object = None
     if isinstance(answer, Ranking):

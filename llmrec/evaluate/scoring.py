@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from llmrec import __version__
-from llmrec.data.lists import Entities, Lists, Order, Truth, Unit, read_lists, read_truth
-from llmrec.data.requests import some
-from llmrec.display import Displayed, Summary, listed
+from llmrec.data.lists import EntityColumns, GroundTruth, ListOrder, ListUnit, RankedLists, read_lists, read_truth
+from llmrec.data.requests import format_few_names
+from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.entries import MetricEntry
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrast, ModelValues, exploratory, planned
+from llmrec.evaluate.compare import Contrast, ModelValues, compare_exploratory, compare_planned
 from llmrec.evaluate.figures import mean_figure
-from llmrec.metrics.functions import matched
+from llmrec.metrics.functions import match_lists
 from llmrec.metrics.multi_target import RelevantRanks
 from llmrec.metrics.signature import signature
 from llmrec.recipe.shared import CUTOFFS, RESAMPLES
 from llmrec.records import Record
-from llmrec.registry import METRICS, attribute
+from llmrec.registry import METRICS, import_attribute
 from llmrec.results import Metric, Pair
 
 
@@ -49,7 +49,7 @@ class ScoredLists(Record):
     without_truth: int
     short: int
     tied: float
-    order: Order
+    order: ListOrder
 
 
 class Scores(Displayed, Record):
@@ -66,7 +66,7 @@ class Scores(Displayed, Record):
     """
 
     truth: str
-    unit: Unit
+    unit: ListUnit
     users: int
     relevant: int
     barren: int
@@ -82,21 +82,21 @@ class Scores(Displayed, Record):
         first = self.lists[0]
         facts = {
             "judged": f"{first.judged:,} {self.unit}s with {self.relevant:,} relevant items",
-            "without a list": listed(f"{item.without_list:,}" for item in self.lists),
+            "without a list": format_name_list(f"{item.without_list:,}" for item in self.lists),
         }
         titles = [item.name for item in self.lists]
         header, rows = ["metric", *titles], []
         for name in self.metrics:
-            cells = [_with_interval(item.metrics[name]) for item in self.lists]
+            cells = [_format_with_interval(item.metrics[name]) for item in self.lists]
             if (pair := self.comparisons.get(name)) is not None:
-                cells.append(_with_interval(pair, "+") + ("" if pair.p is None else f", p {pair.p:.3g}"))
+                cells.append(_format_with_interval(pair, "+") + ("" if pair.p is None else f", p {pair.p:.3g}"))
             rows.append([name, *cells])
         if self.comparisons:
             header.append(f"{titles[0]} - {titles[1]}")
         return Summary(f"Scores against {self.truth}", facts, header, rows)
 
 
-def _with_interval(figure: Metric | Pair, sign: str = "") -> str:
+def _format_with_interval(figure: Metric | Pair, sign: str = "") -> str:
     if figure.value is None or figure.low is None or figure.high is None:
         return "–"
     return f"{figure.value:{sign}.4f} [{figure.low:{sign}.4f}, {figure.high:{sign}.4f}]"
@@ -125,10 +125,10 @@ class ListEvaluation:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(name for name, *_ in _several(self))
+        return tuple(name for name, *_ in _metrics_with_cutoffs(self))
 
 
-def judging(
+def list_evaluation_settings(
     k: Sequence[int],
     resamples: int,
     seed: int,
@@ -195,8 +195,8 @@ def score(
         DataError: If a file or frame cannot be read; it names the file and the row.
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
     """
-    how = judging(k, resamples, seed, graded=graded, planned=planned, several=against is not None)
-    entities = Entities(user, item)
+    how = list_evaluation_settings(k, resamples, seed, graded=graded, planned=planned, several=against is not None)
+    entities = EntityColumns(user, item)
     relevant = read_truth(truth, entities)
     lists = [read_lists(entry, relevant.unit, entities) for entry in (ranked, against) if entry is not None]
     known = [*relevant.columns, *(name for entry in lists for name in entry.columns)]
@@ -211,7 +211,7 @@ def score(
     return score_lists(lists, relevant, how)
 
 
-def score_lists(lists: Sequence[Lists], truth: Truth, how: ListEvaluation) -> Scores:
+def score_lists(lists: Sequence[RankedLists], truth: GroundTruth, how: ListEvaluation) -> Scores:
     """Evaluate lists, and compare two files of lists if both are given.
 
     Metrics are expectations over all orders of tied scores; see `llmrec.metrics.multi_target`.
@@ -223,10 +223,10 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: ListEvaluation) -> Sc
     owners = truth.frame.group_by("key").agg(pl.col("owner").first()).sort("key")["owner"].to_list()
     values, scored = [], []
     for item in lists:
-        judged, about = _judged(item, truth, keys, how)
-        result = _values(judged, how)
+        judged, about = _match_with_counts(item, truth, keys, how)
+        result = _metric_values(judged, how)
         values.append(result)
-        metrics = {name: _figure(name, result[name], owners, how) for name in how.names}
+        metrics = {name: _metric_figure(name, result[name], owners, how) for name in how.names}
         scored.append(ScoredLists(name=item.name, metrics=metrics, order=item.order, **about))
     comparisons = {}
     if len(lists) > 1:
@@ -236,7 +236,7 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: ListEvaluation) -> Sc
                 for one, row in zip(scored, values, strict=True)
             )
             contrast = [Contrast(name, a, b, owners)]
-            tested = planned if name == how.planned else exploratory
+            tested = compare_planned if name == how.planned else compare_exploratory
             (comparisons[name],) = tested(contrast, resamples=how.resamples, seed=how.seed)
     return Scores(
         truth=truth.name,
@@ -249,8 +249,8 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: ListEvaluation) -> Sc
     )
 
 
-def _judged(
-    lists: Lists, truth: Truth, keys: pl.Series, how: ListEvaluation
+def _match_with_counts(
+    lists: RankedLists, truth: GroundTruth, keys: pl.Series, how: ListEvaluation
 ) -> tuple[RelevantRanks, dict[str, int | float]]:
     """Match ranked lists with relevant items, and count lists and items without a match."""
     known = set(keys.to_list())
@@ -260,11 +260,11 @@ def _judged(
         raise DataError.at(
             lists.name,
             "mismatch",
-            f": none of its {lists.unit}s ({some(sorted(unknown))}) is in {truth.name} "
-            f"({some(keys.to_list())}); check that both files use the same ids",
+            f": none of its {lists.unit}s ({format_few_names(sorted(unknown))}) is in {truth.name} "
+            f"({format_few_names(keys.to_list())}); check that both files use the same ids",
             "user",
         )
-    judged = matched(lists, truth, keys, graded=how.graded)
+    judged = match_lists(lists, truth, keys, graded=how.graded)
     tied = np.unique(judged.request[judged.tied > judged.relevant])
     about: dict[str, int | float] = {
         "judged": len(keys),
@@ -276,7 +276,7 @@ def _judged(
     return judged, about
 
 
-def _several(how: ListEvaluation) -> list[tuple[str, MetricEntry, int | None]]:
+def _metrics_with_cutoffs(how: ListEvaluation) -> list[tuple[str, MetricEntry, int | None]]:
     """Return the metrics for several relevant items, with their cut-offs."""
     several = [(name, entry) for name, entry in METRICS.items() if entry.several]
     cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
@@ -284,11 +284,11 @@ def _several(how: ListEvaluation) -> list[tuple[str, MetricEntry, int | None]]:
     return [*cut, *uncut]
 
 
-def _values(judged: RelevantRanks, how: ListEvaluation) -> dict[str, NDArray[np.float64]]:
-    return {name: attribute(entry.several)(judged, k) for name, entry, k in _several(how)}
+def _metric_values(judged: RelevantRanks, how: ListEvaluation) -> dict[str, NDArray[np.float64]]:
+    return {name: import_attribute(entry.several)(judged, k) for name, entry, k in _metrics_with_cutoffs(how)}
 
 
-def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: ListEvaluation) -> Metric:
+def _metric_figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: ListEvaluation) -> Metric:
     # For external lists, candidates and the treatment of history items are unknown.
     gain = "graded" if how.graded and name.startswith("NDCG") else "binary"
     signed = signature(

@@ -19,9 +19,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.codes import in_codes_of
-from llmrec.data.split_kinds import PAIR
-from llmrec.evaluate.compare import is_by_request
+from llmrec.data.read.codes import recode_ids_like
+from llmrec.data.split_kinds import PAIR_COLUMNS
+from llmrec.evaluate.compare import is_request_mean
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.guard import clean
 from llmrec.metrics.signature import parse_signature
@@ -39,16 +39,18 @@ if TYPE_CHECKING:
 # Values are untrusted, so names contain them percent-encoded.
 
 
-MOST = 8
+MAX_VALUES = 8
 """Maximum number of values. With more, numbers are binned into quartiles, words into the most frequent and others."""
 # A leading zero marks a code, such as a postcode, and not a number.
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?")
-_LONG = 60
+_MAX_VALUE_LENGTH = 60
 
 
-def attributes_of(dataset: Dataset) -> tuple[str, ...]:
+def user_attributes(dataset: Dataset) -> tuple[str, ...]:
     """Return the names of the user attributes in the data, sorted."""
-    return tuple(sorted({name for known in dataset.users.values() for name, value in known.items() if _label(value)}))
+    return tuple(
+        sorted({name for known in dataset.users.values() for name, value in known.items() if _clean_value(value)})
+    )
 
 
 def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[str, NDArray[np.bool_]]:
@@ -57,46 +59,48 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
     Args:
         users: The user of every case, shape (n,).
         dataset: The data with its users.
-        name: One of `attributes_of`.
+        name: One of `user_attributes`.
 
     Returns:
         Membership by slice name, shape (n,) each; the slices partition the cases. The last slice has the users without
         a value.
     """
-    known = {user: text for user, item in dataset.users.items() if (text := _label(item.get(name, "")))}
+    known = {user: text for user, item in dataset.users.items() if (text := _clean_value(item.get(name, "")))}
     counts = Counter(known.values())
     user_values = [known.get(user) for user in users]
     start = f"user:{quote(name, safe='', errors='backslashreplace')}"
-    label, none = _labels(counts, start), f"{start}:none"
+    label, none = _slice_labeller(counts, start), f"{start}:none"
     labels = np.array([none if value is None else label(value) for value in user_values], dtype=object)
-    names = dict.fromkeys(label(value) for value in sorted(counts, key=_order(counts)))
+    names = dict.fromkeys(label(value) for value in sorted(counts, key=_value_sort_key(counts)))
     # The subset of all other values comes last.
     ordered = sorted(names, key=lambda slice: slice.endswith(":other"))
     return {slice: labels == slice for slice in (*ordered, none)}
 
 
-def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
+def _slice_labeller(counts: Counter[str], start: str) -> Callable[[str], str]:
     """Return a function that maps a value to the name of its subset."""
-    if len(counts) > MOST and _are_numbers(counts):
+    if len(counts) > MAX_VALUES and _are_numbers(counts):
         numbers = np.array([float(value) for value in counts.elements()], dtype=np.float64)
         # Limits are values of users; equal limits are merged.
         edges = np.unique(np.quantile(numbers, (0.25, 0.5, 0.75), method="higher"))
         above = numbers[numbers > numbers.min()]
-        return _quartiles(
+        return _quartile_labeller(
             start, edges[edges > numbers.min()] if edges[-1] > numbers.min() else above.min(keepdims=True)
         )
-    kept = set(counts) if len(counts) <= MOST else set(sorted(counts, key=_order(counts))[: MOST - 1])
+    kept = (
+        set(counts) if len(counts) <= MAX_VALUES else set(sorted(counts, key=_value_sort_key(counts))[: MAX_VALUES - 1])
+    )
     return lambda value: f"{start}={quote(value, safe='')}" if value in kept else f"{start}:other"
 
 
-def _quartiles(start: str, edges: NDArray[np.float64]) -> Callable[[str], str]:
+def _quartile_labeller(start: str, edges: NDArray[np.float64]) -> Callable[[str], str]:
     ends = [np.format_float_positional(edge, trim="-") for edge in edges]
     names = [f"below-{ends[0]}", *(f"{low}-to-{high}" for low, high in pairwise(ends))]
     names.append(f"from-{ends[-1]}")
     return lambda value: f"{start}:{names[int(np.searchsorted(edges, float(value), side='right'))]}"
 
 
-def _order(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
+def _value_sort_key(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
     """Return the sort key of values: numbers by size, words by number of users."""
     if _are_numbers(counts):
         return lambda value: (float(value), value)
@@ -107,23 +111,23 @@ def _are_numbers(counts: Counter[str]) -> bool:
     return all(_NUMBER.fullmatch(value) for value in counts)
 
 
-def _label(value: str) -> str:
-    return clean(value, _LONG)
+def _clean_value(value: str) -> str:
+    return clean(value, _MAX_VALUE_LENGTH)
 
 
-COLD = 5
+COLD_START_LIMIT = 5
 """Items with fewer training interactions are cold-start items."""
-HEAD = 0.8
+HEAD_SHARE = 0.8
 """The most popular items with this share of training interactions are the head, the others the long tail."""
 # Lower limits of the bins, except the first: of history lengths and of a user's training interactions, and in
 # `target_slices` of an item's training interactions and words.
-_LENGTHS, _COUNTS, _WORDS = (5, 10, 20, 50), (1, 5, 20, 100), (8, 16, 32)
+_LENGTH_EDGES, _COUNT_EDGES, _WORD_EDGES = (5, 10, 20, 50), (1, 5, 20, 100), (8, 16, 32)
 
-FEW = 20
+SMALL_SLICE = 20
 """A slice with fewer cases is marked as small."""
 
 
-def slices_of(
+def case_slices(
     cases: Sequence[Case], data: SplitDataset, attributes: Sequence[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:
     """Return which cases belong to each subset.
@@ -140,22 +144,24 @@ def slices_of(
         Membership by slice name, shape (n,) each.
     """
     result: dict[str, NDArray[np.bool_]] = {}
-    items = [item_of(case, data) for case in cases]
+    items = [case_item(case, data) for case in cases]
     if cases and all(item is not None for item in items):
         counts = dict(data.train.group_by("item_id").len().iter_rows())
         held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
-        result[f"item:cold-below-{COLD}"] = held < COLD
-        result[f"item:warm-from-{COLD}"] = held >= COLD
-        least = _least_of_head(np.array(list(counts.values()), dtype=np.int64))
-        result[f"item:head-{HEAD}"] = held >= least
-        result[f"item:long-tail-{HEAD}"] = held < least
+        result[f"item:cold-below-{COLD_START_LIMIT}"] = held < COLD_START_LIMIT
+        result[f"item:warm-from-{COLD_START_LIMIT}"] = held >= COLD_START_LIMIT
+        least = _min_head_count(np.array(list(counts.values()), dtype=np.int64))
+        result[f"item:head-{HEAD_SHARE}"] = held >= least
+        result[f"item:long-tail-{HEAD_SHARE}"] = held < least
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    result |= _bins("history", lengths, _LENGTHS)
+    result |= _binned_slices("history", lengths, _LENGTH_EDGES)
     active = dict(data.train.group_by("user_id").len().iter_rows())
-    result |= _bins("activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), _LENGTHS)
+    result |= _binned_slices(
+        "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), _LENGTH_EDGES
+    )
     if data.kind == "global_time":
-        result |= _ages(cases, items, data)
-    known = attributes_of(data.dataset) if attributes else ()
+        result |= _age_slices(cases, items, data)
+    known = user_attributes(data.dataset) if attributes else ()
     users = [case.request.user_id for case in cases]
     for name in dict.fromkeys(attributes):
         if name in known:
@@ -166,7 +172,7 @@ def slices_of(
 def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
     """Return which cases belong to subsets by the target's training count, its words, and history length.
 
-    Finer than `slices_of`, for comparisons over many users.
+    Finer than `case_slices`, for comparisons over many users.
 
     Args:
         cases: Evaluated cases with an item as truth.
@@ -178,12 +184,16 @@ def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArra
     counts = dict(data.train.group_by("item_id").len().iter_rows())
     targets = [str(case.truth) for case in cases]
     items = [data.dataset.items[target] for target in targets if target in data.dataset.items]
-    result = _bins("count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNTS)
+    result = _binned_slices(
+        "count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNT_EDGES
+    )
     if items and len(items) == len(targets) and any(item.fields or item.title != item.item_id for item in items):
         item_texts = [" ".join((item.title, *item.fields.values())) for item in items]
-        result |= _bins("words", np.array([len(text.split()) for text in item_texts], dtype=np.int64), _WORDS)
+        result |= _binned_slices(
+            "words", np.array([len(text.split()) for text in item_texts], dtype=np.int64), _WORD_EDGES
+        )
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    return result | _bins("history", lengths, _LENGTHS)
+    return result | _binned_slices("history", lengths, _LENGTH_EDGES)
 
 
 def slice_figures(
@@ -201,10 +211,10 @@ def slice_figures(
         values: Per-request values by metric from `Evaluated.values`, shape (n,) each. Metrics that are not means of
             them, such as AUC, are omitted.
         cases: The cases in the same order.
-        data: See `slices_of`.
+        data: See `case_slices`.
         metrics: The overall figures, ``Evaluated.figures.metrics``, whose signatures are extended.
         protocol: The settings of intervals.
-        attributes: See `slices_of`.
+        attributes: See `case_slices`.
 
     Returns:
         One entry per slice, including empty ones.
@@ -213,10 +223,10 @@ def slice_figures(
     means = {
         metric: (item, parse_signature(metrics[metric].signature))
         for metric, item in values.items()
-        if is_by_request(metric)
+        if is_request_mean(metric)
     }
     figures = []
-    for name, member in slices_of(cases, data, attributes).items():
+    for name, member in case_slices(cases, data, attributes).items():
         ids = users[member].tolist()
         result = {
             metric: mean_figure(
@@ -230,14 +240,16 @@ def slice_figures(
             for metric, (item, sign) in means.items()
             if ids
         }
-        figures.append(SliceOfRow(name=name, n=len(ids), users=len(set(ids)), small=len(ids) < FEW, metrics=result))
+        figures.append(
+            SliceOfRow(name=name, n=len(ids), users=len(set(ids)), small=len(ids) < SMALL_SLICE, metrics=result)
+        )
     return tuple(figures)
 
 
 # --------------------------------------------------------------------------- helpers
 
 
-def item_of(case: Case, data: SplitDataset) -> str | None:
+def case_item(case: Case, data: SplitDataset) -> str | None:
     """Return the item of a case: the item of its request, or its true answer."""
     for item in (case.request.item, case.truth):
         if isinstance(item, str) and item in data.dataset.items:
@@ -245,23 +257,25 @@ def item_of(case: Case, data: SplitDataset) -> str | None:
     return None
 
 
-def _least_of_head(counts: NDArray[np.int64]) -> int:
+def _min_head_count(counts: NDArray[np.int64]) -> int:
     """Return the minimum training count of popular (head) items."""
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]
-    index = int(np.searchsorted(np.cumsum(falling), HEAD * falling.sum() - 1e-9))
+    index = int(np.searchsorted(np.cumsum(falling), HEAD_SHARE * falling.sum() - 1e-9))
     return int(falling[min(index, len(falling) - 1)])
 
 
-def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
+def _age_slices(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
     """Divide held-out interactions into quarters by time; empty if a case has no time."""
     pairs = pl.DataFrame(
         {"user_id": [case.request.user_id for case in cases], "item_id": items},
-        schema=dict.fromkeys(PAIR, pl.String),
+        schema=dict.fromkeys(PAIR_COLUMNS, pl.String),
     )
     for held in (data.test, data.valid):
-        times = in_codes_of(pairs, held).join(held, on=PAIR, how="inner", maintain_order="left")["timestamp"]
+        times = recode_ids_like(pairs, held).join(held, on=PAIR_COLUMNS, how="inner", maintain_order="left")[
+            "timestamp"
+        ]
         if len(times) == len(cases) and not times.has_nulls():
             edges = [held["timestamp"].quantile(share, interpolation="linear") for share in (0.25, 0.5, 0.75)]
             quarter = np.searchsorted(np.array(edges, dtype=np.float64), times.to_numpy(), side="right")
@@ -269,7 +283,7 @@ def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset
     return {}
 
 
-def _bins(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:
+def _binned_slices(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:
     bins = np.searchsorted(np.array(edges), lengths, side="right")
     starts = (0, *edges)
     names = [f"{kind}:{start}-{end - 1}" for start, end in zip(starts, edges, strict=False)]

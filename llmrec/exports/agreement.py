@@ -18,34 +18,34 @@ from numpy.typing import NDArray
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import DataError, LlmrecError, MissingExtra, RecipeError, require
-from llmrec.evaluate.compare import compare
+from llmrec.evaluate.compare import compare_values
 from llmrec.evaluate.predictor import evaluate
 from llmrec.exports.card import Agreement, FamilyAgreement
-from llmrec.machine import memory
+from llmrec.machine import read_memory
 from llmrec.models.load import device, load_model, release_memory
-from llmrec.models.memory import placed, reporting_full_memory
-from llmrec.models.streaming import outlines
+from llmrec.models.memory import convert_memory_errors, place_model
+from llmrec.models.streaming import tensor_sizes
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.schema import ModelSection, Recipe
-from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.strategies.asking import Prompting, create_strategy
 from llmrec.tasks.family import family_of
-from llmrec.train.batches import fit_row, padded
-from llmrec.train.lora import QUANTISED
+from llmrec.train.batches import pad_rows, truncated_row
+from llmrec.train.lora import QUANTISED_METHODS
 
 if TYPE_CHECKING:
     import torch
 
-_SMALLER = "reduce --check-users (0: none), or set model.device=cpu"
+_MEMORY_HINT = "reduce --check-users (0: none), or set model.device=cpu"
 # A few examples are enough to verify an exact merge.
-_FEW = 8
+_FEW_EXAMPLES = 8
 _BATCH = 8
-_PROMPTS = 8
+_MAX_PROMPTS = 8
 
 
 @dataclass(frozen=True)
-class _Figures:
+class _ModelOutputs:
     """The outputs of a model: losses, values by request, metrics by task, and next-token logits."""
 
     losses: Mapping[str, float]
@@ -54,7 +54,7 @@ class _Figures:
     logits: NDArray[np.float32]
 
 
-def on_validation(recipe: Recipe, users: int) -> Study:
+def build_validation_study(recipe: Recipe, users: int) -> Study:
     """Build the study of a recipe with ``users`` validation cases per task.
 
     Raises:
@@ -71,7 +71,7 @@ def on_validation(recipe: Recipe, users: int) -> Study:
     )
 
 
-def measure(
+def measure_agreement(
     study: Study,
     encoder: Encoder,
     base: str,
@@ -85,7 +85,7 @@ def measure(
     """Compare the exported weights with the trained adapter on the same validation cases.
 
     Args:
-        study: The study of `on_validation`.
+        study: The study of `build_validation_study`.
         encoder: The tokenizer of both models.
         base: Folder of the base model.
         adapter: Folder of the trained adapter, or of the weights of full fine-tuning.
@@ -102,17 +102,17 @@ def measure(
 
     recipe = study.recipe
     # The merged model then differs from the trained one, so task metrics are measured too.
-    quantised = recipe.train.method in QUANTISED
+    quantised = recipe.train.method in QUANTISED_METHODS
     families = list(study.shares)
-    count = users if quantised else min(users, _FEW)
-    rows = {family: _rows(study, family, encoder, count) for family in families}
+    count = users if quantised else min(users, _FEW_EXAMPLES)
+    rows = {family: _validation_rows(study, family, encoder, count) for family in families}
     scored = [
         family
         for family in families
         if quantised and study.tasks[family].scored_by(study.eval_templates(family)[0]) is not None
     ]
     if not quantised:
-        _refuse_memory(adapter if recipe.train.method == "full" else Path(base))
+        _check_memory(adapter if recipe.train.method == "full" else Path(base))
     try:
         live = lora.load_adapted(base, recipe.model, recipe.train, adapter)
     except (MissingExtra, RecipeError) as error:
@@ -124,18 +124,18 @@ def measure(
             column=error.column,
         ) from error
     say("evaluating the adapter on its base model")
-    live = _placed(live, recipe.model)
+    live = _move_to_device(live, recipe.model)
     width = str(live.dtype).removeprefix("torch.")
-    before = _figures(live, study, encoder, rows, scored)
+    before = _compute_outputs(live, study, encoder, rows, scored)
     del live
     release_memory()
     say("evaluating the exported weights on the same cases")
     section = ModelSection(name=str(exported), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
-    written = _placed(load_model(str(exported), section), recipe.model)
-    after = _figures(written, study, encoder, rows, scored)
+    written = _move_to_device(load_model(str(exported), section), recipe.model)
+    after = _compute_outputs(written, study, encoder, rows, scored)
     del written
     release_memory()
-    result = [_family(study, family, rows[family], before, after) for family in families]
+    result = [_family_agreement(study, family, rows[family], before, after) for family in families]
     logit = float(np.abs(before.logits - after.logits).max())
     if not math.isfinite(sum((logit, *(number for entry in result for number in entry.loss)))):
         raise LlmrecError(
@@ -155,9 +155,9 @@ def measure(
     )
 
 
-def _refuse_memory(folder: Path) -> None:
+def _check_memory(folder: Path) -> None:
     """Reject a comparison whose model, loaded in float32, would not fit into memory."""
-    size, usable = 4 * sum(count for _, count in outlines(folder).values()), memory().usable
+    size, usable = 4 * sum(count for _, count in tensor_sizes(folder).values()), read_memory().usable
     if size > usable:
         raise LlmrecError(
             f"the trained model takes {size / 2**30:.1f} GiB in float32, and {usable / 2**30:.1f} GiB are free; "
@@ -168,9 +168,9 @@ def _refuse_memory(folder: Path) -> None:
         )
 
 
-def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[TokenRow]:
+def _validation_rows(study: Study, family: str, encoder: Encoder, count: int) -> list[TokenRow]:
     limit = study.recipe.model.max_length
-    result = [fit_row(example, encoder, limit) for example in study.tasks[family].examples("valid", count)]
+    result = [truncated_row(example, encoder, limit) for example in study.tasks[family].examples("valid", count)]
     rows = [row for row in result if row is not None]
     if not rows:
         raise DataError(
@@ -183,16 +183,18 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     return rows
 
 
-@reporting_full_memory("measuring the export", _SMALLER, "--check-users", instead=True)
-def _figures(
+@convert_memory_errors("measuring the export", _MEMORY_HINT, "--check-users", instead=True)
+def _compute_outputs(
     model: torch.nn.Module, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
-) -> _Figures:
+) -> _ModelOutputs:
     torch = require("torch", "train")
     plain = base_of(model)
     with torch.inference_mode():
-        losses = {family: _loss(model, examples, encoder.tokenizer.pad_token_id) for family, examples in rows.items()}
-        logits = _logits(
-            plain, [row for examples in rows.values() for row in examples[: max(1, _PROMPTS // len(rows))]]
+        losses = {
+            family: _mean_loss(model, examples, encoder.tokenizer.pad_token_id) for family, examples in rows.items()
+        }
+        logits = _last_token_logits(
+            plain, [row for examples in rows.values() for row in examples[: max(1, _MAX_PROMPTS // len(rows))]]
         )
     backend = HFBackend(plain, encoder, batch_tokens=study.recipe.eval.batch_tokens)
     values, headlines = {}, {}
@@ -201,7 +203,7 @@ def _figures(
         asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
-        predictor = strategy_of(strategy, asker)
+        predictor = create_strategy(strategy, asker)
         protocol = protocol_of(study, family)
         kind = family_of(family).answer
         result = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
@@ -209,18 +211,18 @@ def _figures(
         # If all true answers are of one class, the AUC is undefined and cannot be compared.
         if (value := result.figures.metrics[metric].value) is not None:
             values[family], headlines[family] = result.values[metric], float(value)
-    return _Figures(losses, values, headlines, logits)
+    return _ModelOutputs(losses, values, headlines, logits)
 
 
-@reporting_full_memory("measuring the export", _SMALLER, "--check-users")
-def _placed(model: torch.nn.Module, section: ModelSection) -> Any:
+@convert_memory_errors("measuring the export", _MEMORY_HINT, "--check-users")
+def _move_to_device(model: torch.nn.Module, section: ModelSection) -> Any:
     """Move a model to its device; quantised models are already placed and must not be moved."""
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         return model
-    return placed(model, device(section))
+    return place_model(model, device(section))
 
 
-def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
+def _mean_loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
     """Return the mean loss over the targets of a task, in nats per token."""
     from llmrec.train.loss import label_loss
 
@@ -228,14 +230,14 @@ def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
     total, count = 0.0, 0.0
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), _BATCH):
-        ids, labels = padded(ordered[start : start + _BATCH], pad)
+        ids, labels = pad_rows(ordered[start : start + _BATCH], pad)
         batch = (torch.tensor(ids, device=model.device), torch.tensor(labels, device=model.device))
         loss, n = label_loss(model, *batch)
         total, count = total + float(loss), count + n
     return total / max(count, 1)
 
 
-def _logits(model: torch.nn.Module, rows: list[TokenRow]) -> NDArray[np.float32]:
+def _last_token_logits(model: torch.nn.Module, rows: list[TokenRow]) -> NDArray[np.float32]:
     """Return the logits after the last token of each example, shape (examples, vocabulary)."""
     torch = require("torch", "train")
     result = [
@@ -245,7 +247,9 @@ def _logits(model: torch.nn.Module, rows: list[TokenRow]) -> NDArray[np.float32]
     return np.stack([entry.float().cpu().numpy() for entry in result])
 
 
-def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, after: _Figures) -> FamilyAgreement:
+def _family_agreement(
+    study: Study, family: str, rows: list[TokenRow], before: _ModelOutputs, after: _ModelOutputs
+) -> FamilyAgreement:
     targets = sum(row.targets for row in rows)
     loss = (before.losses[family], after.losses[family])
     entry = FamilyAgreement(family=family, rows=len(rows), target_tokens=targets, loss=loss)
@@ -254,7 +258,7 @@ def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, a
     recipe = study.recipe
     metric = family_of(family).headline_at(recipe.eval.cutoffs)
     cases = study.cases(family)
-    change = compare(
+    change = compare_values(
         metric,
         after.values[family],
         before.values[family],

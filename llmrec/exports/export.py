@@ -16,46 +16,53 @@ from pathlib import Path
 from llmrec.backends.encode import Encoder
 from llmrec.data.assemble import write_items
 from llmrec.display import Displayed, Summary
-from llmrec.durable import read_json, sha256_of, write_text, writing_to
-from llmrec.ensembles.carried import carry
+from llmrec.durable import note_written_path, read_json, sha256_of, write_text
+from llmrec.ensembles.carried import write_training_data
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.exports import agreement, card, card_facts, safety
 from llmrec.exports import files as export_files
 from llmrec.exports.card import Agreement
 from llmrec.exports.files import (
     SUMS,
-    TOKENIZER,
-    allowed,
+    TOKENIZER_FILES,
+    allowed_patterns,
+    check_replaceable,
+    copy_adapter,
     copy_files,
-    listed,
-    ours,
-    placing,
-    put_adapter,
-    put_bundle,
-    put_index,
-    refuse,
+    copy_index,
+    is_export,
+    read_checksums,
     remove_machine_paths,
-    seal,
-    settle_generation,
+    replacing_folder,
+    set_greedy_generation,
+    write_bundle,
+    write_checksums,
 )
-from llmrec.exports.options import ExportOptions, refuse_untuned
+from llmrec.exports.options import ExportOptions, check_fine_tuned
 from llmrec.fingerprint import fingerprint
 from llmrec.models.load import dtype as torch_dtype
-from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
-from llmrec.models.rating_head import copy_head
-from llmrec.models.soft_prompt import METHODS, copy_soft, softened
-from llmrec.models.streaming import outlines
-from llmrec.models.traits import is_paired
+from llmrec.models.load import (
+    load_config,
+    load_tokenizer,
+    model_folder_hash,
+    release_memory,
+    resolve_model_folder,
+    silence_libraries,
+)
+from llmrec.models.rating_head import copy_rating_head
+from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS, copy_soft_prompt_files, tokenizer_with_soft_tokens
+from llmrec.models.streaming import tensor_sizes
+from llmrec.models.traits import is_encoder_decoder
 from llmrec.pipeline import bundle
-from llmrec.pipeline.resume import locked
+from llmrec.pipeline.resume import lock_folder
 from llmrec.pipeline.run import Run, as_folder
-from llmrec.pipeline.runs import Source, open_earlier_run, open_run
+from llmrec.pipeline.runs import TrainedRun, open_earlier_run, open_run
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import training_key
-from llmrec.progress import note, silent
+from llmrec.progress import ignore_line, log_line
 from llmrec.recipe.load import recipe_hash
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 * 2**20
 
 
@@ -80,7 +87,7 @@ class Exported(Displayed):
     address: str | None = None
 
     def _summary(self) -> Summary:
-        (_, what), *rest = summary(self)
+        (_, what), *rest = export_summary(self)
         rows = [(title, name, text) for title, lines in rest for name, text in lines.items()]
         return Summary("Model exported by llmrec.export", what, ("checked", "what", "value"), rows)
 
@@ -135,11 +142,11 @@ def export(
         private=private,
         force=force,
     )
-    return write_export(options, say=silent if quiet else note)
+    return write_export(options, say=ignore_line if quiet else log_line)
 
 
 def write_export(
-    options: ExportOptions, *, say: Callable[[str], None] = silent, change: Callable[[Path], None] | None = None
+    options: ExportOptions, *, say: Callable[[str], None] = ignore_line, change: Callable[[Path], None] | None = None
 ) -> Exported:
     """Write the fine-tuned model of a run, or its adapter, to a self-contained folder.
 
@@ -152,27 +159,27 @@ def write_export(
         LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
     """
     run = options.run
-    refuse_untuned(run)
+    check_fine_tuned(run)
     # Must precede the import of other libraries, which print messages.
-    quiet_libraries()
+    silence_libraries()
     require("peft", "train")
-    _consistent(options)
+    _check_options(options)
     if options.push:
-        safety.check(options.push)
-    if options.force or not ours(options.out):
-        refuse(options.out, force=options.force)
-    with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
+        safety.check_upload(options.push)
+    if options.force or not is_export(options.out):
+        check_replaceable(options.out, force=options.force)
+    with lock_folder(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
         source = open_run(run)
-        with writing_to(options.out):
-            done = _write(source, options, say, change)
+        with note_written_path(options.out):
+            done = _write_folder(source, options, say, change)
     if not options.push:
         return done
     say(f"uploading to {options.push}")
-    address = safety.push(done.folder, options.push, list(done.files), private=options.private)
+    address = safety.upload_export(done.folder, options.push, list(done.files), private=options.private)
     return replace(done, address=address)
 
 
-def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
+def export_summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
     """Return the summary of an export for the terminal: names and values by title."""
     size = sum(done.files.values())
     what = {"folder": str(done.folder), "dtype": done.dtype, "size": f"{size / 1e6:,.1f} MB in {len(done.files)} files"}
@@ -184,16 +191,17 @@ def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
     return shown
 
 
-def _consistent(options: ExportOptions) -> None:
+def _check_options(options: ExportOptions) -> None:
     if not options.out.name or not options.out.name.isprintable():
         raise LlmrecError(
             f"--out {str(options.out)!r} is not a folder name; give one, such as --out films-model",
             kind="bad-value",
             column="--out",
         )
-    if options.dtype not in ("auto", *_BYTES):
+    if options.dtype not in ("auto", *_BYTES_PER_VALUE):
         raise LlmrecError(
-            f"--dtype {options.dtype!r} is unknown{did_you_mean(options.dtype, _BYTES)}; known: {', '.join(_BYTES)}",
+            f"--dtype {options.dtype!r} is unknown{did_you_mean(options.dtype, _BYTES_PER_VALUE)}; known: "
+            f"{', '.join(_BYTES_PER_VALUE)}",
             kind="unknown-name",
             column="--dtype",
         )
@@ -208,13 +216,13 @@ def _consistent(options: ExportOptions) -> None:
 # --------------------------------------------------------------------------- exported folder
 
 
-def _write(
-    source: Source, options: ExportOptions, say: Callable[[str], None], change: Callable[[Path], None] | None
+def _write_folder(
+    source: TrainedRun, options: ExportOptions, say: Callable[[str], None], change: Callable[[Path], None] | None
 ) -> Exported:
     recipe = source.recipe
-    origin, study = _origin(source), _study(source, options)
-    base = _base(source, origin)
-    if is_paired(load_config(base, recipe.model)):
+    origin, study = _published_base(source), _validation_study(source, options)
+    base = _adapter_base(source, origin)
+    if is_encoder_decoder(load_config(base, recipe.model)):
         raise LlmrecError(
             f"{source.folder} contains an encoder-decoder, which exports do not support; use the folder "
             f"{source.folder / 'merged'}, which transformers and `llmrec rank` load",
@@ -224,14 +232,14 @@ def _write(
     dtype = options.dtype
     if dtype == "auto":
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
-    notes = _notes(source, base, study, options)
-    made_from = _made_from(source, base, study, dtype, options, changed=change is not None)
+    notes = _reader_notes(source, base, study, options)
+    made_from = _inputs_hash(source, base, study, dtype, options, changed=change is not None)
     if not options.force and export_files.made_from(options.out) == made_from:
         say(f"{options.out} is already complete; use --force to export again")
-        files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
+        files = {name: (options.out / name).stat().st_size for name in (*(read_checksums(options.out) or ()), SUMS)}
         return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
-    _check_room(source, base, dtype, options)
-    with placing(options.out, force=options.force) as draft:
+    _check_disk_space(source, base, dtype, options)
+    with replacing_folder(options.out, force=options.force) as draft:
         if options.adapter_only:
             if base != origin:
                 why = "contains embeddings of item tokens, which the published base model does not have"
@@ -244,19 +252,19 @@ def _write(
                     kind="unsupported",
                     column="--adapter-only",
                 )
-            put_adapter(source, base, draft)
+            copy_adapter(source, base, draft)
         else:
-            _put_weights(source, base, study, dtype, draft, say)
-        put_bundle(source, study, draft, made_from)
-        put_index(source, draft, titles=options.with_items)
+            _write_weights(source, base, study, dtype, draft, say)
+        write_bundle(source, study, draft, made_from)
+        copy_index(source, draft, titles=options.with_items)
         tokenizer = load_tokenizer(base if options.adapter_only else str(draft), recipe.model)
         encoder = Encoder(tokenizer, max_length=recipe.model.max_length)
         result = None
         if not options.adapter_only:
-            settle_generation(draft, encoder)
+            set_greedy_generation(draft, encoder)
             if options.check_users and study is not None:
                 adapter = source.folder / "adapter"
-                result = agreement.measure(
+                result = agreement.measure_agreement(
                     study, encoder, base, adapter, draft, dtype, users=options.check_users, say=say
                 )
         if options.with_items and study is not None:
@@ -269,21 +277,23 @@ def _write(
                     at=source.folder,
                     column="--with-interactions",
                 )
-            carry(study.data, draft / "items.parquet", source.folder, draft)
+            write_training_data(study.data, draft / "items.parquet", source.folder, draft)
         content = read_json(draft / bundle.FILE, "export the run again")
-        written = card_facts.build(
+        written = card_facts.build_card(
             source, options, study, content, encoder, base=origin, dtype=dtype, agreement=result, notes=notes
         )
-        write_text(draft / "README.md", card.render(written))
-        card_facts.put_licence(written, origin, draft)
+        write_text(draft / "README.md", card.render_card(written))
+        card_facts.write_licence(written, origin, draft)
         if change is not None:
             change(draft)
-        safety.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
-        files = seal(draft)
+        safety.check_contents(
+            draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code
+        )
+        files = write_checksums(draft)
     return Exported(folder=options.out, dtype=dtype, files=files, agreement=result, notes=notes)
 
 
-def _base(source: Source, origin: str) -> str:
+def _adapter_base(source: TrainedRun, origin: str) -> str:
     """Return the folder of the model to which the adapter belongs."""
     if source.recipe.train.start is not None:
         run = Path(source.recipe.train.start).expanduser()
@@ -300,18 +310,18 @@ def _base(source: Source, origin: str) -> str:
     return str(source.folder / "base")
 
 
-def _origin(source: Source) -> str:
+def _published_base(source: TrainedRun) -> str:
     """Return the folder of the base model as it was published."""
     try:
-        return resolve(source.recipe.model, seed=source.recipe.seed)
+        return resolve_model_folder(source.recipe.model, seed=source.recipe.seed)
     except ModelError as error:
         raise error.reworded(f"the base model of {source.folder} is needed for the export: {error}") from error
 
 
-def _study(source: Source, options: ExportOptions) -> Study | None:
+def _validation_study(source: TrainedRun, options: ExportOptions) -> Study | None:
     """Build the study with validation cases; None if the data are missing and not needed."""
     try:
-        return agreement.on_validation(source.recipe, options.check_users)
+        return agreement.build_validation_study(source.recipe, options.check_users)
     except DataError as error:
         checked = options.check_users and not options.adapter_only
         needed = [*(["--no-items"] if options.with_items else []), *(["--check-users 0"] if checked else [])]
@@ -323,7 +333,7 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
         ) from error
 
 
-def _notes(source: Source, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
+def _reader_notes(source: TrainedRun, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
     """Return notes about missing verification and about personal data in the folder."""
     notes = []
     if study is None:
@@ -340,8 +350,8 @@ def _notes(source: Source, base: str, study: Study | None, options: ExportOption
     return tuple(notes)
 
 
-def _made_from(
-    source: Source, base: str, study: Study | None, dtype: str, options: ExportOptions, *, changed: bool
+def _inputs_hash(
+    source: TrainedRun, base: str, study: Study | None, dtype: str, options: ExportOptions, *, changed: bool
 ) -> str:
     """Return a hash of everything that the content of the folder depends on."""
     results = source.folder / "results.json"
@@ -350,7 +360,7 @@ def _made_from(
         adapter=source.record["adapter_sha256"],
         recipe=recipe_hash(source.recipe),
         results=sha256_of(results) if results.is_file() else None,
-        base=weights_stamp(base),
+        base=model_folder_hash(base),
         data=[entry.dataset.fingerprint for entry in (study.data, study.reviews) if entry] if study else None,
         dtype=dtype,
         users=options.check_users,
@@ -361,11 +371,11 @@ def _made_from(
     )
 
 
-def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -> None:
+def _check_disk_space(source: TrainedRun, base: str, dtype: str, options: ExportOptions) -> None:
     if options.adapter_only:
         needed = sum(file.stat().st_size for file in (source.folder / "adapter").iterdir())
     else:
-        needed = sum(count for _, count in outlines(Path(base)).values()) * _BYTES[dtype]
+        needed = sum(count for _, count in tensor_sizes(Path(base)).values()) * _BYTES_PER_VALUE[dtype]
     folder = options.out.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -379,40 +389,40 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
         )
 
 
-def _put_weights(
-    source: Source, base: str, study: Study | None, dtype: str, draft: Path, say: Callable[[str], None]
+def _write_weights(
+    source: TrainedRun, base: str, study: Study | None, dtype: str, draft: Path, say: Callable[[str], None]
 ) -> None:
     """Copy weights, configuration and tokenizer from the run; if the dtype differs, merge the adapter again."""
     merged = source.folder / "merged"
     if source.merged == dtype:
         say(f"copying the merged weights, {dtype}")
-        copy_files(merged, draft, allowed(source.recipe))
+        copy_files(merged, draft, allowed_patterns(source.recipe))
     else:
         from llmrec.train import lora
 
         say(f"merging the adapter into the base in float32, saving {dtype}")
         section = source.recipe.model.model_copy(update={"dtype": dtype})
         if source.record["method"] == "full":
-            lora.save_full(source.folder / "adapter", section, draft)
+            lora.save_full_model(source.folder / "adapter", section, draft)
         else:
-            lora.merge(base, section, source.folder / "adapter", draft)
-        copy_head(source.folder / "adapter", draft)
-        copy_soft(source.folder / "adapter", draft)
+            lora.merge_adapter(base, section, source.folder / "adapter", draft)
+        copy_rating_head(source.folder / "adapter", draft)
+        copy_soft_prompt_files(source.folder / "adapter", draft)
         release_memory()
-        _same_base(source, study, base, dtype, draft)
+        _check_same_base(source, study, base, dtype, draft)
         if source.merged is not None:
-            copy_files(merged, draft, TOKENIZER)
+            copy_files(merged, draft, TOKENIZER_FILES)
         else:
             tokenizer = load_tokenizer(base, source.recipe.model)
-            if source.recipe.train.method in METHODS:
-                tokenizer = softened(tokenizer, source.recipe.train.soft.prompts)
+            if source.recipe.train.method in SOFT_PROMPT_METHODS:
+                tokenizer = tokenizer_with_soft_tokens(tokenizer, source.recipe.train.soft.prompts)
             tokenizer.save_pretrained(draft)
-        safety.keep_only(draft, allowed(source.recipe))
+        safety.remove_other_files(draft, allowed_patterns(source.recipe))
     for name in ("config.json", "tokenizer_config.json"):
         remove_machine_paths(draft / name)
 
 
-def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft: Path) -> None:
+def _check_same_base(source: TrainedRun, study: Study | None, base: str, dtype: str, draft: Path) -> None:
     """Reject a merge with a base model other than the one used in training.
 
     Raises:
@@ -421,7 +431,7 @@ def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft
     if source.record["method"] == "full":
         return
     if source.merged is not None:
-        if safety.same_weights(source.folder / "merged", draft):
+        if safety.has_same_weights(source.folder / "merged", draft):
             return
     elif study is not None and training_key(study, base) == source.record["key"]:
         return

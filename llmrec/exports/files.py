@@ -11,36 +11,44 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.durable import checked, read_json, sha256_of, write_checked, write_json, write_text
+from llmrec.durable import parse_checked_json, read_json, sha256_of, write_checked_json, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.exports import card_facts
-from llmrec.machine import alive
+from llmrec.machine import is_process_alive
 from llmrec.models import bottleneck, soft_prompt
-from llmrec.models.rating_head import CONFIG, WEIGHTS, copy_head
+from llmrec.models.rating_head import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, copy_rating_head
 from llmrec.pipeline import bundle
 from llmrec.pipeline.indexing import FOLDER
-from llmrec.pipeline.runs import Source
+from llmrec.pipeline.runs import TrainedRun
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import Recipe
 
-SUMS = bundle.SUMS
+SUMS = bundle.CHECKSUMS_FILE
 
-TOKENIZER = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
 )
 # How to fix a damaged file of a run.
 _RETRAIN = "train again with `llmrec train`"
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
-_MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+_SOFT_PROMPT_FILES = (soft_prompt.SOFT_PROMPT_FILE, bottleneck.BOTTLENECKS_FILE)
+_MODEL_FILES = (
+    *_WEIGHT_FILES,
+    HEAD_WEIGHTS_FILE,
+    HEAD_CONFIG_FILE,
+    *_SOFT_PROMPT_FILES,
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+)
 # Configuration keys in which libraries store the folder from which something was loaded.
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
-def allowed(recipe: Recipe) -> tuple[str, ...]:
+def allowed_patterns(recipe: Recipe) -> tuple[str, ...]:
     """Return the patterns of the files that a model may contain."""
-    return (*_MODEL, "*.py") if recipe.model.trust_remote_code else _MODEL
+    return (*_MODEL_FILES, "*.py") if recipe.model.trust_remote_code else _MODEL_FILES
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
@@ -59,7 +67,7 @@ def remove_machine_paths(path: Path) -> None:
         write_json(path, {key: value for key, value in values.items() if key not in _PATH_KEYS})
 
 
-def settle_generation(draft: Path, encoder: Encoder) -> None:
+def set_greedy_generation(draft: Path, encoder: Encoder) -> None:
     """Set greedy decoding as the default for generation, as in evaluation."""
     path = draft / "generation_config.json"
     result = read_json(path, _RETRAIN) if path.is_file() else {}
@@ -74,10 +82,10 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
     write_json(path, {key: value for key, value in settled.items() if value is not None})
 
 
-def put_adapter(source: Source, base: str, draft: Path) -> None:
+def copy_adapter(source: TrainedRun, base: str, draft: Path) -> None:
     """Copy the adapter, and name the base model in it as the recipe does."""
     lacking = {
-        **dict.fromkeys(soft_prompt.METHODS, "has soft prompts, which an adapter does not contain"),
+        **dict.fromkeys(soft_prompt.SOFT_PROMPT_METHODS, "has soft prompts, which an adapter does not contain"),
         "full": "used full fine-tuning, so it has no adapter",
     }
     if why := lacking.get(source.record["method"]):
@@ -90,13 +98,13 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
     adapter = source.folder / "adapter"
     shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     config = read_json(adapter / "adapter_config.json", _RETRAIN)
-    origin = card_facts.origin(source.recipe.model, base)
+    origin = card_facts.base_facts(source.recipe.model, base)
     config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
     write_json(draft / "adapter_config.json", config)
-    copy_head(adapter, draft)
+    copy_rating_head(adapter, draft)
 
 
-def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str) -> None:
+def write_bundle(source: TrainedRun, study: Study | None, draft: Path, made_from: str) -> None:
     """Write ``llmrec.json`` and the hash of the inputs of the export.
 
     Args:
@@ -110,17 +118,17 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
         bundle.read(str(source.folder))  # Reject a damaged file here, before the export is passed on.
         content: Mapping[str, Any] = read_json(stored, _RETRAIN)
     elif study is not None:
-        content = bundle.describe(study)
+        content = bundle.bundle_content(study)
     else:
         raise LlmrecError(
             f"{stored} is missing and the data cannot be read; train again with `llmrec train`",
             kind="missing-file",
             at=stored,
         )
-    write_checked(draft / bundle.FILE, {**content, "made_from": made_from})
+    write_checked_json(draft / bundle.FILE, {**content, "made_from": made_from})
 
 
-def put_index(source: Source, draft: Path, *, titles: bool) -> None:
+def copy_index(source: TrainedRun, draft: Path, *, titles: bool) -> None:
     """Copy the item codes if the model was trained on codes; titles would reveal the catalogue.
 
     Raises:
@@ -141,13 +149,13 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 def made_from(folder: Path) -> str | None:
     """Return the hash of an export's inputs; None if the folder is not an unchanged export."""
     try:
-        result = checked((folder / bundle.FILE).read_bytes()).get("made_from")
+        result = parse_checked_json((folder / bundle.FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
         return None
-    return str(result) if result and verify(folder) else None
+    return str(result) if result and is_unchanged_export(folder) else None
 
 
-def seal(draft: Path) -> dict[str, int]:
+def write_checksums(draft: Path) -> dict[str, int]:
     """Write ``SHA256SUMS``, and return the size of every file."""
     files = sorted(file for file in draft.rglob("*") if file.is_file())
     lines = [f"{sha256_of(file)}  {file.relative_to(draft).as_posix()}\n" for file in files]
@@ -155,18 +163,18 @@ def seal(draft: Path) -> dict[str, int]:
     return {file.relative_to(draft).as_posix(): file.stat().st_size for file in (*files, draft / SUMS)}
 
 
-def verify(folder: Path) -> bool:
+def is_unchanged_export(folder: Path) -> bool:
     """Whether a folder is an export with exactly the files and contents in its ``SHA256SUMS``."""
-    digests = listed(folder)
+    digests = read_checksums(folder)
     return digests is not None and all(sha256_of(folder / name) == digest for name, digest in digests.items())
 
 
-def ours(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
     """Whether a folder has exactly the files of an export, even if they were edited."""
-    return listed(folder) is not None
+    return read_checksums(folder) is not None
 
 
-def listed(folder: Path) -> dict[str, str] | None:
+def read_checksums(folder: Path) -> dict[str, str] | None:
     """Return the hashes in ``SHA256SUMS`` by file; None if the folder has other files."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -178,30 +186,30 @@ def listed(folder: Path) -> dict[str, str] | None:
 
 
 @contextmanager
-def placing(target: Path, *, force: bool) -> Iterator[Path]:
+def replacing_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield a temporary folder next to the target, and rename it to the target if the block succeeds.
 
     Raises:
         LlmrecError: If the target exists and must not be replaced, or writing fails.
     """
-    refuse(target, force=force)
+    check_replaceable(target, force=force)
     try:
-        _sweep(target)
-        draft = _sibling(target, "tmp")
+        _remove_leftovers(target)
+        draft = _sibling_path(target, "tmp")
         draft.mkdir(parents=True)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise _unwritable_error(target, error) from error
     try:
         yield draft
-        refuse(target, force=force)
-        _swap(draft, target)
+        check_replaceable(target, force=force)
+        _replace_folder(draft, target)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise _unwritable_error(target, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def refuse(target: Path, *, force: bool) -> None:
+def check_replaceable(target: Path, *, force: bool) -> None:
     """Reject an existing target that must not be replaced: without ``force``, or a folder with foreign files."""
     if not os.path.lexists(target):
         return
@@ -209,7 +217,7 @@ def refuse(target: Path, *, force: bool) -> None:
         raise LlmrecError(
             f"{target} exists already; choose another --out, or replace it with --force", kind="exists", at=target
         )
-    if target.is_symlink() or not target.is_dir() or not ours(target):
+    if target.is_symlink() or not target.is_dir() or not is_export(target):
         raise LlmrecError(
             f"{target} was not written by `llmrec export`, or was changed afterwards, so --force does not replace it; "
             "remove this folder, or choose another --out",
@@ -218,8 +226,8 @@ def refuse(target: Path, *, force: bool) -> None:
         )
 
 
-def _swap(draft: Path, target: Path) -> None:
-    old = _sibling(target, "old")
+def _replace_folder(draft: Path, target: Path) -> None:
+    old = _sibling_path(target, "old")
     if target.exists():
         target.rename(old)
     try:
@@ -231,7 +239,7 @@ def _swap(draft: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove the leftovers of dead processes, and restore a folder that was not replaced."""
     if not target.parent.is_dir():
         return
@@ -239,7 +247,7 @@ def _sweep(target: Path) -> None:
         for left in sorted(target.parent.glob(f"{glob.escape(target.name)}.llmrec-{kind}-*")):
             owner = left.name.rpartition("-")[2]
             # In a container, process ids repeat, so a folder of this id that this process did not create is a leftover.
-            if not owner.isdigit() or (int(owner) != os.getpid() and alive(int(owner))):
+            if not owner.isdigit() or (int(owner) != os.getpid() and is_process_alive(int(owner))):
                 continue
             if kind == "old" and not target.exists():
                 left.rename(target)
@@ -247,11 +255,11 @@ def _sweep(target: Path) -> None:
                 shutil.rmtree(left)
 
 
-def _sibling(target: Path, kind: str) -> Path:
+def _sibling_path(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.llmrec-{kind}-{os.getpid()}")
 
 
-def _unwritable(target: Path, error: OSError) -> LlmrecError:
+def _unwritable_error(target: Path, error: OSError) -> LlmrecError:
     reason = error.strerror or str(error)
     return LlmrecError(
         f"the export to {target} cannot be written ({reason}); fix this, or choose another --out",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
 from llmrec.errors import LlmrecError
-from llmrec.recipe.load import STORED, load_stored
+from llmrec.recipe.load import STORED_RECIPE_FILE, load_stored_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,15 @@ class ExportOptions:
         return self.address.rpartition("/")[2]
 
 
-def refuse_untuned(run: Path) -> None:
+def check_fine_tuned(run: Path) -> None:
     """Reject a run without a fine-tuned language model, which an export requires.
 
     Raises:
         LlmrecError: If there is none; the message suggests alternatives.
     """
-    if (run / "train.json").is_file() or not (run / STORED).is_file():
+    if (run / "train.json").is_file() or not (run / STORED_RECIPE_FILE).is_file():
         return
-    arms = load_stored(run).eval.arms
+    arms = load_stored_recipe(run).eval.arms
     if not arms:
         raise LlmrecError(
             f"{run} has only baselines, but an export needs a fine-tuned language model; serve the run folder "

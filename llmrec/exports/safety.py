@@ -13,15 +13,15 @@ from typing import Any
 from llmrec.errors import LlmrecError, require
 from llmrec.resources import cache_dir
 
-_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".parquet"})
-_NAMES = frozenset({"LICENSE", "LICENSE-base", "SHA256SUMS"})
+_ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".parquet"})
+_ALLOWED_NAMES = frozenset({"LICENSE", "LICENSE-base", "SHA256SUMS"})
 # Vocabularies contain fragments of any path.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$")
 _SHORTEST_SECRET = 8
 
 
-def inspect(folder: Path, private: Iterable[Path], *, own_code: bool) -> None:
+def check_contents(folder: Path, private: Iterable[Path], *, own_code: bool) -> None:
     """Reject a folder with an unexpected type of file, a path of this machine, or a secret of the environment.
 
     Args:
@@ -32,18 +32,18 @@ def inspect(folder: Path, private: Iterable[Path], *, own_code: bool) -> None:
     Raises:
         LlmrecError: If there is one; the message has the file and the finding, but not the secret.
     """
-    paths = _paths(private)
-    secrets = _secrets()
+    paths = _machine_paths(private)
+    secrets = _environment_secrets()
     for file in sorted(file for file in folder.rglob("*") if not file.is_dir()):
         name = file.relative_to(folder).as_posix()
-        known = file.suffix in _SUFFIXES or file.name in _NAMES or (own_code and file.suffix == ".py")
+        known = file.suffix in _ALLOWED_SUFFIXES or file.name in _ALLOWED_NAMES or (own_code and file.suffix == ".py")
         if file.is_symlink() or not known:
             raise LlmrecError(
                 f"the export would contain {name}, whose file type is not allowed; remove the file",
                 kind="unsafe",
                 at=name,
             )
-        text = _text(file)
+        text = _read_text(file)
         for secret in secrets:
             if secret in text:
                 raise LlmrecError(
@@ -61,7 +61,7 @@ def inspect(folder: Path, private: Iterable[Path], *, own_code: bool) -> None:
                 )
 
 
-def _paths(folders: Iterable[Path]) -> list[str]:
+def _machine_paths(folders: Iterable[Path]) -> list[str]:
     """Return the absolute paths that would reveal something about this machine."""
     result: set[str] = set()
     for folder in (Path.home(), Path.cwd(), cache_dir(), *folders):
@@ -69,13 +69,13 @@ def _paths(folders: Iterable[Path]) -> list[str]:
     return sorted(path for path in result if len(Path(path).parts) > 2 or path == str(Path.home()))
 
 
-def _secrets() -> list[str]:
+def _environment_secrets() -> list[str]:
     hub = require("huggingface_hub", "train")
     named = [value for name, value in os.environ.items() if _SECRET.search(name)]
     return [value for value in {*named, hub.get_token() or ""} if len(value) >= _SHORTEST_SECRET]
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     """Return the text of a file; for weights, only the header."""
     if file.suffix == ".safetensors":
         with file.open("rb") as stream:
@@ -83,7 +83,7 @@ def _text(file: Path) -> str:
     return file.read_bytes().decode("utf-8", "replace")
 
 
-def keep_only(folder: Path, patterns: Sequence[str]) -> None:
+def remove_other_files(folder: Path, patterns: Sequence[str]) -> None:
     """Remove all files that match no pattern."""
     kept = {file for pattern in patterns for file in folder.glob(pattern)}
     for file in folder.rglob("*"):
@@ -91,14 +91,14 @@ def keep_only(folder: Path, patterns: Sequence[str]) -> None:
             file.unlink()
 
 
-def same_weights(one: Path, two: Path) -> bool:
+def has_same_weights(one: Path, two: Path) -> bool:
     """Whether two model folders have the same weights, up to rounding to the coarser dtype."""
     torch = require("torch", "train")
-    first, second = _where(one), _where(two)
+    first, second = _tensor_files(one), _tensor_files(two)
     if first.keys() != second.keys():
         return False
     for name in first:
-        a, b = _tensor(first[name], name), _tensor(second[name], name)
+        a, b = _read_tensor(first[name], name), _read_tensor(second[name], name)
         if a.shape != b.shape:
             return False
         # The relative rounding error of the coarser dtype, and an absolute error for the sums in the merge.
@@ -109,7 +109,7 @@ def same_weights(one: Path, two: Path) -> bool:
     return True
 
 
-def _where(folder: Path) -> dict[str, Path]:
+def _tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor in a model folder, those of heads included."""
     safetensors, result = require("safetensors", "train"), dict[str, Path]()
     for file in sorted(folder.glob("*.safetensors")):
@@ -118,13 +118,13 @@ def _where(folder: Path) -> dict[str, Path]:
     return result
 
 
-def _tensor(file: Path, name: str) -> Any:
+def _read_tensor(file: Path, name: str) -> Any:
     safetensors = require("safetensors", "train")
     with safetensors.safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)
 
 
-def check(name: str) -> None:
+def check_upload(name: str) -> None:
     """Check the requirements of an upload, before minutes of work.
 
     Raises:
@@ -156,7 +156,7 @@ def check(name: str) -> None:
         )
 
 
-def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str:
+def upload_export(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str:
     """Upload the named files of a folder, and return the URL of the repository.
 
     Raises:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from llmrec.durable import Json
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.index.numbers import shuffled
-from llmrec.index.table import Embed, ItemIndex, item_token, token
+from llmrec.index.numbers import shuffle_by_hash
+from llmrec.index.table import Embed, ItemIndex, item_token, level_token
 from llmrec.recipe.schema import CategoryIndex, IndexSection
 from llmrec.types import Item
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SEPARATORS = (">", "|", ",")
 
-Path = tuple[str, ...]
+CategoryPath = tuple[str, ...]
 
 
 class Category:
@@ -47,15 +47,16 @@ class Category:
         filing = _CategoryFields.of(section.category, items, data.dataset.name)
         paths = {item: filing.names(entry) for item, entry in items.items()}
         ranked = [
-            _ranked(path[level] for path in paths.values() if len(path) > level) for level in range(filing.levels)
+            _names_by_frequency(path[level] for path in paths.values() if len(path) > level)
+            for level in range(filing.levels)
         ]
         ranked = [names for names in ranked if names] or [[]]
         numbers = [{name: number for number, name in enumerate(names)} for names in ranked]
         chosen = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
-        order = shuffled(items, seed)
+        order = shuffle_by_hash(items, seed)
         codes, groups = {}, defaultdict(list)
         for item in sorted(order, key=lambda item: -chosen[item]):
-            groups[_tokens(paths[item], numbers)].append(item)
+            groups[_path_tokens(paths[item], numbers)].append(item)
         rank = {item: number for number, item in enumerate(order)}
         for path, group in groups.items():
             for number, item in enumerate(group):
@@ -67,7 +68,11 @@ class Category:
             {item: codes[item] for item in sorted(codes)},
             # One more token at the first level, for items without a category.
             tokens=(
-                *(token(level, n) for level, names in enumerate(ranked) for n in range(len(names) + (level == 0))),
+                *(
+                    level_token(level, n)
+                    for level, names in enumerate(ranked)
+                    for n in range(len(names) + (level == 0))
+                ),
                 *map(item_token, range(ends)),
             ),
             settings={
@@ -97,8 +102,8 @@ class Category:
         hybrid, ends = bool(index.settings["item_token"]), int(index.settings["ends"])
         used = Counter(pieces[:-1] for pieces in index.codes.values())
         codes: dict[str, tuple[str, ...]] = {}
-        for number, item in enumerate(shuffled(items, int(index.settings["seed"])), len(index.codes)):
-            full = _tokens(filing.names(items[item]), numbers)
+        for number, item in enumerate(shuffle_by_hash(items, int(index.settings["seed"])), len(index.codes)):
+            full = _path_tokens(filing.names(items[item]), numbers)
             prefixes = [full[:length] for length in range(len(full), -1, -1)]
             path = full if hybrid else next((prefix for prefix in prefixes if used[prefix] < ends), full)
             codes[item] = (*path, item_token(number if hybrid else used[path]))
@@ -153,7 +158,7 @@ class _CategoryFields:
     def settings(self) -> dict[str, Json]:
         return {"fields": list(self.fields), "separators": list(self.separators), "levels": self.levels}
 
-    def names(self, item: Item) -> Path:
+    def names(self, item: Item) -> CategoryPath:
         """Return the categories of an item."""
         parts: list[str] = []
         for field, separator in zip(self.fields, self.separators, strict=True):
@@ -162,16 +167,16 @@ class _CategoryFields:
         return tuple([name for part in parts if (name := clean(part, TEXT_LIMIT))][: self.levels])
 
 
-def _ranked(names: Iterable[str]) -> list[str]:
+def _names_by_frequency(names: Iterable[str]) -> list[str]:
     """Return the different names, most frequent first, ties by name."""
     return [name for name, _ in sorted(Counter(names).items(), key=lambda entry: (-entry[1], entry[0]))]
 
 
-def _tokens(path: Path, numbers: Sequence[Mapping[str, int]]) -> Path:
+def _path_tokens(path: CategoryPath, numbers: Sequence[Mapping[str, int]]) -> CategoryPath:
     """Return the tokens of the longest known prefix of a category path."""
     results = []
     for level, (name, known) in enumerate(zip(path, numbers, strict=False)):
         if name not in known:
             break
-        results.append(token(level, known[name]))
-    return tuple(results) or (token(0, len(numbers[0])),)
+        results.append(level_token(level, known[name]))
+    return tuple(results) or (level_token(0, len(numbers[0])),)

@@ -17,10 +17,10 @@ from scipy import linalg, sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from llmrec.data.read.codes import codes, in_numbers
+from llmrec.data.read.codes import map_ids_to_indices, values_and_codes
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.numbers import shuffled
-from llmrec.index.table import Embed, ItemIndex, item_token, token
+from llmrec.index.numbers import shuffle_by_hash
+from llmrec.index.table import Embed, ItemIndex, item_token, level_token
 from llmrec.recipe.schema import CollaborativeIndex, IndexSection
 from llmrec.types import Item
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Path = tuple[int, ...]
+TreePath = tuple[int, ...]
 
 # For fewer items, a full eigendecomposition is faster than an iteration, and exact.
-_DENSE = 400
+_MAX_DENSE_ITEMS = 400
 # Number of iterations of the method that is used if Lanczos iteration does not converge.
-_STEPS = 300
+_MAX_ITERATIONS = 300
 
 
 class Collaborative:
@@ -52,16 +52,16 @@ class Collaborative:
             RecipeError: If the tree is too small for the catalogue.
         """
         shape, names = section.collaborative, sorted(data.dataset.items)
-        users = _histories(data, names)
-        order = shuffled(names, seed)
+        users = _user_item_matrix(data, names)
+        order = shuffle_by_hash(names, seed)
         warm = np.flatnonzero(users.sum(axis=0))
         trained = {names[index] for index in warm}
         cold = [name for name in order if name not in trained]
-        _need_room(shape, len(warm), len(cold))
-        leaves = list(_leaves(_within(users, warm), warm, shape)) if len(warm) else []
+        _check_capacity(shape, len(warm), len(cold))
+        leaves = list(_iterate_leaves(_restrict_to_items(users, warm), warm, shape)) if len(warm) else []
         depth = max((len(path) for path, _ in leaves), default=0)
         levels = max(1, depth)
-        while len(cold) > _cold_room(shape.clusters, shape.leaf, levels):
+        while len(cold) > _cold_capacity(shape.clusters, shape.leaf, levels):
             levels += 1
         rank = {name: index for index, name in enumerate(order)}
         codes: dict[str, tuple[str, ...]] = {}
@@ -69,7 +69,7 @@ class Collaborative:
             inside = sorted((names[index] for index in members), key=rank.__getitem__)
             for number, name in enumerate(inside):
                 last = item_token(rank[name] if section.item_token else number)
-                codes[name] = (*(token(level, child) for level, child in enumerate(path)), last)
+                codes[name] = (*(level_token(level, child) for level, child in enumerate(path)), last)
         settings = {
             "seed": seed,
             "clusters": shape.clusters,
@@ -79,18 +79,18 @@ class Collaborative:
             "cold": len(cold),
         }
         for slot, name in enumerate(cold):
-            codes[name] = (*_cold_path(settings, slot), item_token(_number(settings, slot, rank[name])))
+            codes[name] = (*_cold_path(settings, slot), item_token(_last_token_number(settings, slot, rank[name])))
         ends = len(names) if section.item_token else shape.leaf
         return ItemIndex(
             "collaborative",
             {name: codes[name] for name in names},
             # One more token at the first level, for items without training interactions.
             tokens=(
-                *(token(level, n) for level in range(levels) for n in range(shape.clusters + (level == 0))),
+                *(level_token(level, n) for level in range(levels) for n in range(shape.clusters + (level == 0))),
                 *map(item_token, range(ends)),
             ),
             settings=settings,
-            figures=_figures(users, leaves, depth, len(cold)),
+            figures=_tree_figures(users, leaves, depth, len(cold)),
         )
 
     @staticmethod
@@ -103,7 +103,7 @@ class Collaborative:
             DataError: If the branch is full.
         """
         known, start = index.settings, int(index.settings["cold"])
-        room = _cold_room(int(known["clusters"]), int(known["leaf"]), int(known["levels"]))
+        room = _cold_capacity(int(known["clusters"]), int(known["leaf"]), int(known["levels"]))
         if not known["item_token"] and start + len(items) > room:
             raise DataError(
                 f"index collaborative: there are tokens for only {room - start} of {len(items)} new items; build the "
@@ -112,25 +112,27 @@ class Collaborative:
                 column="index.collaborative.leaf",
             )
         codes, first = {}, len(index.codes)
-        for position, name in enumerate(shuffled(items, int(known["seed"]))):
-            last = item_token(_number(known, start + position, first + position))
+        for position, name in enumerate(shuffle_by_hash(items, int(known["seed"]))):
+            last = item_token(_last_token_number(known, start + position, first + position))
             codes[name] = (*_cold_path(known, start + position), last)
         # known tokens are not added again
         return index.adding(codes, [pieces[-1] for pieces in codes.values()], cold=start + len(items))
 
 
-def _histories(data: SplitDataset, names: Sequence[str]) -> Any:
+def _user_item_matrix(data: SplitDataset, names: Sequence[str]) -> Any:
     """Return the training interactions as a sparse binary matrix, shape (users, items)."""
     column_of = {name: number for number, name in enumerate(names)}
-    columns = in_numbers(data.train["item_id"], lambda known: np.array([column_of.get(name, -1) for name in known]))
-    _, rows = np.unique(codes(data.train["user_id"])[1], return_inverse=True)
+    columns = map_ids_to_indices(
+        data.train["item_id"], lambda known: np.array([column_of.get(name, -1) for name in known])
+    )
+    _, rows = np.unique(values_and_codes(data.train["user_id"])[1], return_inverse=True)
     result = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(int(rows.max(initial=-1)) + 1, len(names)))
     result.sum_duplicates()
     result.data[:] = 1.0
     return result
 
 
-def _figures(users: Any, leaves: Sequence[tuple[Path, Ints]], depth: int, cold: int) -> dict[str, float]:
+def _tree_figures(users: Any, leaves: Sequence[tuple[TreePath, Ints]], depth: int, cold: int) -> dict[str, float]:
     sizes = [len(members) for _, members in leaves]
     leaf_of = sparse.csr_array(
         (
@@ -142,7 +144,7 @@ def _figures(users: Any, leaves: Sequence[tuple[Path, Ints]], depth: int, cold: 
         ),
         shape=(users.shape[1], max(1, len(sizes))),
     )
-    total, inside = (_pairs(counts) for counts in (users.sum(axis=1), (users @ leaf_of).data))
+    total, inside = (_count_pairs(counts) for counts in (users.sum(axis=1), (users @ leaf_of).data))
     return {
         "leaves": float(len(sizes)),
         "largest_leaf": float(max(sizes, default=0)),
@@ -153,15 +155,15 @@ def _figures(users: Any, leaves: Sequence[tuple[Path, Ints]], depth: int, cold: 
     }
 
 
-def _pairs(counts: Floats) -> float:
+def _count_pairs(counts: Floats) -> float:
     return float((counts * (counts - 1)).sum() / 2)
 
 
 # --------------------------------------------------------------------------- cold-start items
 
 
-def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:
-    room, aside = shape.clusters**shape.depth * shape.leaf, _cold_room(shape.clusters, shape.leaf, shape.depth)
+def _check_capacity(shape: CollaborativeIndex, warm: int, cold: int) -> None:
+    room, aside = shape.clusters**shape.depth * shape.leaf, _cold_capacity(shape.clusters, shape.leaf, shape.depth)
     for count, most, what in ((warm, room, "items"), (cold, aside, "items without training interactions")):
         if count > most:
             raise RecipeError(
@@ -172,7 +174,7 @@ def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:
             )
 
 
-def _cold_room(clusters: int, leaf: int, levels: int) -> int:
+def _cold_capacity(clusters: int, leaf: int, levels: int) -> int:
     return sum(leaf * int(clusters**level) for level in range(levels))
 
 
@@ -180,21 +182,23 @@ def _cold_path(settings: Mapping[str, Any], slot: int) -> tuple[str, ...]:
     """Return the path for a position in the branch of cold-start items."""
     clusters, leaf, levels = (int(settings[name]) for name in ("clusters", "leaf", "levels"))
     # With item tokens, any number of items may share a path.
-    number, digits = slot // leaf % (_cold_room(clusters, leaf, levels) // leaf), []
+    number, digits = slot // leaf % (_cold_capacity(clusters, leaf, levels) // leaf), []
     while number:
         number, digit = divmod(number - 1, clusters)
         digits.append(digit)
-    return (token(0, clusters), *(token(level, digit) for level, digit in enumerate(reversed(digits), 1)))
+    return (level_token(0, clusters), *(level_token(level, digit) for level, digit in enumerate(reversed(digits), 1)))
 
 
-def _number(settings: Mapping[str, Any], slot: int, number: int) -> int:
+def _last_token_number(settings: Mapping[str, Any], slot: int, number: int) -> int:
     return number if settings["item_token"] else slot % int(settings["leaf"])
 
 
 # --------------------------------------------------------------------------- the tree
 
 
-def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = ()) -> Iterator[tuple[Path, Ints]]:
+def _iterate_leaves(
+    users: Any, members: Ints, shape: CollaborativeIndex, path: TreePath = ()
+) -> Iterator[tuple[TreePath, Ints]]:
     """Cluster items recursively, and yield the path and the items of every smallest cluster.
 
     No cluster is larger than its remaining levels allow, so a leaf is never too large.
@@ -209,29 +213,29 @@ def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = (
         yield path, members
         return
     room = shape.clusters ** (shape.depth - len(path) - 1) * shape.leaf
-    parts = _clustered(users, min(shape.clusters, len(members)))
+    parts = _cluster_items(users, min(shape.clusters, len(members)))
     if len(parts) == 1 or max(map(len, parts)) > room:
-        parts = np.array_split(_in_order(users), min(shape.clusters, -(-len(members) // shape.leaf)))
+        parts = np.array_split(_sort_by_spectrum(users), min(shape.clusters, -(-len(members) // shape.leaf)))
     parts = sorted((np.sort(part) for part in parts), key=lambda part: (-len(part), int(part[0])))
     for child, part in enumerate(parts):
-        yield from _leaves(_within(users, part), members[part], shape, (*path, child))
+        yield from _iterate_leaves(_restrict_to_items(users, part), members[part], shape, (*path, child))
 
 
-def _clustered(users: Any, k: int) -> list[Ints]:
+def _cluster_items(users: Any, k: int) -> list[Ints]:
     """Divide items into at most k clusters; 1 <= k <= number of items.
 
     Components large enough to fill a cluster get clusters in proportion to their size, and small ones are merged whole:
     without edges between them, the spectrum cannot separate them.
     """
-    components = _components(users)
+    components = _connected_components(users)
     large = [c for c in components if len(components) <= k or len(c) * k >= users.shape[1]]
     small = components[len(large) :]
-    shares = _shares([*map(len, large), *([sum(map(len, small))] if small else [])], k)
-    parts = [part for c, share in zip(large, shares, strict=False) for part in _spectral(users, c, share)]
-    return parts + (_packed(small, shares[-1]) if small else [])
+    shares = _allocate_clusters([*map(len, large), *([sum(map(len, small))] if small else [])], k)
+    parts = [part for c, share in zip(large, shares, strict=False) for part in _spectral_clusters(users, c, share)]
+    return parts + (_merge_components(small, shares[-1]) if small else [])
 
 
-def _components(users: Any) -> list[Ints]:
+def _connected_components(users: Any) -> list[Ints]:
     """Return the connected components of the items, largest first, ties by first item."""
     graph = sparse.block_array([[None, users], [users.T, None]], format="csr")
     labels = csgraph.connected_components(graph, directed=False)[1][users.shape[0] :]
@@ -240,7 +244,7 @@ def _components(users: Any) -> list[Ints]:
     return sorted(result, key=lambda members: (-len(members), int(members[0])))
 
 
-def _shares(sizes: Sequence[int], k: int) -> list[int]:
+def _allocate_clusters(sizes: Sequence[int], k: int) -> list[int]:
     """Distribute k clusters among groups, at least one each, by the D'Hondt method."""
     shares = [1] * len(sizes)
     for _ in range(k - len(sizes)):
@@ -248,7 +252,7 @@ def _shares(sizes: Sequence[int], k: int) -> list[int]:
     return shares
 
 
-def _packed(components: Sequence[Ints], k: int) -> list[Ints]:
+def _merge_components(components: Sequence[Ints], k: int) -> list[Ints]:
     """Merge components into at most k clusters of similar size."""
     bins: list[list[Ints]] = [[] for _ in range(k)]
     smallest = [(0, number) for number in range(k)]
@@ -259,10 +263,10 @@ def _packed(components: Sequence[Ints], k: int) -> list[Ints]:
     return [np.concatenate(group) for group in bins if group]
 
 
-def _spectral(users: Any, component: Ints, k: int) -> list[Ints]:
+def _spectral_clusters(users: Any, component: Ints, k: int) -> list[Ints]:
     if k == 1:
         return [component]
-    labels = cluster_qr(_spectrum(_within(users, component), k))
+    labels = cluster_qr(_leading_eigenvectors(_restrict_to_items(users, component), k))
     return [component[labels == label] for label in range(k) if (labels == label).any()]
 
 
@@ -278,13 +282,13 @@ def cluster_qr(vectors: Floats) -> Ints:
     return labels
 
 
-def _in_order(users: Any) -> Ints:
+def _sort_by_spectrum(users: Any) -> Ints:
     """Sort items by component and second eigenvector, so that neighbouring items share users."""
     results = []
-    for component in _components(users):
+    for component in _connected_components(users):
         if len(component) > 2:
-            inside = _within(users, component)
-            positions = np.round(_spectrum(inside, 2)[:, 1] / np.sqrt(_degrees(inside)), 12)
+            inside = _restrict_to_items(users, component)
+            positions = np.round(_leading_eigenvectors(inside, 2)[:, 1] / np.sqrt(_degrees(inside)), 12)
             far = int(np.argmax(np.abs(positions)))
             component = component[np.argsort(positions * np.copysign(1.0, positions[far]), kind="stable")]
         results.append(component)
@@ -294,7 +298,7 @@ def _in_order(users: Any) -> Ints:
 # --------------------------------------------------------------------------- the spectrum
 
 
-def _within(users: Any, members: Ints) -> Any:
+def _restrict_to_items(users: Any, members: Ints) -> Any:
     """Restrict the histories to some items, and drop users with fewer than two of them."""
     inside = users[:, members]
     inside = inside[np.diff(inside.indptr) > 1]
@@ -308,10 +312,10 @@ def _degrees(users: Any) -> Floats:
     return result
 
 
-def _spectrum(users: Any, k: int) -> Floats:
+def _leading_eigenvectors(users: Any, k: int) -> Floats:
     """Return the first k eigenvectors of the normalised adjacency matrix of a connected graph, shape (n, k)."""
     size, scale = users.shape[1], 1 / np.sqrt(_degrees(users))
-    if size <= max(_DENSE, 2 * k):
+    if size <= max(_MAX_DENSE_ITEMS, 2 * k):
         together = (users.T @ users).toarray()
         np.fill_diagonal(together, 0.0)
         result: Floats = linalg.eigh(scale[:, None] * together * scale, subset_by_index=[size - k, size - 1])[1]
@@ -330,12 +334,12 @@ def _spectrum(users: Any, k: int) -> Floats:
         result = eigsh(operator, k=k, which="LA", v0=start[:, 0])[1]
         return result[:, ::-1]
     except ArpackError:
-        return _iterated(times, start)
+        return _orthogonal_iteration(times, start)
 
 
-def _iterated(times: Any, block: Floats) -> Floats:
+def _orthogonal_iteration(times: Any, block: Floats) -> Floats:
     """Approximate the first eigenvectors by orthogonal iteration; eigenvalues are in [-1, 1]."""
-    for _ in range(_STEPS):
+    for _ in range(_MAX_ITERATIONS):
         block = linalg.qr(block + times(block), mode="economic")[0]
     turn = linalg.eigh(block.T @ times(block))[1]
     result: Floats = block @ turn[:, ::-1]

@@ -139,7 +139,7 @@ class Diagnostics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class CodedItem:
     """An item with its code and title."""
 
     item: str
@@ -148,7 +148,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class CodeGroup:
     """Items with similar codes.
 
     Attributes:
@@ -163,7 +163,7 @@ class Group:
     prefix: str
     said: str
     size: int
-    entries: tuple[Entry, ...]
+    entries: tuple[CodedItem, ...]
 
 
 def diagnose(index: ItemIndex, counts: Mapping[str, int] | None = None) -> Diagnostics:
@@ -183,26 +183,26 @@ def diagnose(index: ItemIndex, counts: Mapping[str, int] | None = None) -> Diagn
         items=len(codes),
         tokens=len(index.tokens),
         hybrid=bool(index.settings.get("item_token", False)),
-        levels=_levels(index, counts) if has_tokens else (),
-        depths=_depths(list(codes.values())) if has_tokens else (),
-        pieces=_spread(map(len, codes.values())) if has_tokens else None,
-        characters=None if has_tokens else _spread(map(len, texts.values())),
+        levels=_level_statistics(index, counts) if has_tokens else (),
+        depths=_depth_statistics(list(codes.values())) if has_tokens else (),
+        pieces=_summarise_range(map(len, codes.values())) if has_tokens else None,
+        characters=None if has_tokens else _summarise_range(map(len, texts.values())),
         first_words=None if has_tokens else _first_words(list(texts.values())),
         bucket=max(parents.values()) if has_tokens and parents else None,
         duplicates=sum(index.decode(text) != item for item, text in texts.items()),
-        begun=_begun(paths),
+        begun=_count_prefix_codes(paths),
         figures=dict(index.figures),
     )
 
 
-def neighbours(
+def largest_code_groups(
     index: ItemIndex,
     titles: Mapping[str, str],
     *,
     prefixes: int = 8,
     members: int = 8,
     counts: Mapping[str, int] | None = None,
-) -> tuple[Group, ...]:
+) -> tuple[CodeGroup, ...]:
     """Return the prefixes with the most items for each length, or ranges of numbers if codes are numbers.
 
     Args:
@@ -213,7 +213,7 @@ def neighbours(
         counts: Number of training interactions by item.
     """
     if not index.tokens:
-        return _stretches(index, titles, prefixes, members)
+        return _number_ranges(index, titles, prefixes, members)
     chosen, groups = counts or {}, []
     longest = max(map(len, index.codes.values()))
     for length in range(1, longest):
@@ -224,13 +224,15 @@ def neighbours(
         largest = sorted(under, key=lambda prefix: (-len(under[prefix]), prefix))[:prefixes]
         for prefix in (result for result in largest if len(under[result]) > 1):
             best = sorted(under[prefix], key=lambda item: (-chosen.get(item, 0), item))[:members]
-            entries = tuple(_entry(index, titles, item) for item in best)
-            text, categories = "".join(prefix), _categories(index, prefix)
-            groups.append(Group(length=length, prefix=text, said=categories, size=len(under[prefix]), entries=entries))
+            entries = tuple(_coded_item(index, titles, item) for item in best)
+            text, categories = "".join(prefix), _category_names(index, prefix)
+            groups.append(
+                CodeGroup(length=length, prefix=text, said=categories, size=len(under[prefix]), entries=entries)
+            )
     return tuple(groups)
 
 
-def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int = 5) -> tuple[Entry, ...]:
+def nearest_items(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int = 5) -> tuple[CodedItem, ...]:
     """Return the items that share the longest code prefix with a given item.
 
     Raises:
@@ -238,13 +240,15 @@ def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int
     """
     index.encode(item)
     code = index.codes[item]
-    shared = {other: _common(code, pieces) for other, pieces in index.codes.items() if other != item}
+    shared = {other: _common_prefix_length(code, pieces) for other, pieces in index.codes.items() if other != item}
     order = sorted((other for other, length in shared.items() if length), key=lambda other: (-shared[other], other))
     longest = [other for other in order if shared[other] == shared[order[0]]]
-    return tuple(_entry(index, titles, other) for other in longest[:most])
+    return tuple(_coded_item(index, titles, other) for other in longest[:most])
 
 
-def examples(index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequence[str] = ()) -> tuple[Entry, ...]:
+def example_items(
+    index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequence[str] = ()
+) -> tuple[CodedItem, ...]:
     """Return items with their codes: the requested ones, then others spread over the index.
 
     Raises:
@@ -255,13 +259,13 @@ def examples(index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequ
     rest = [item for item in index.codes if item not in set(first)]
     room = max(0, min(most - len(first), len(rest)))
     spread = [rest[n * len(rest) // room] for n in range(room)]
-    return tuple(_entry(index, titles, item) for item in (*first, *spread))
+    return tuple(_coded_item(index, titles, item) for item in (*first, *spread))
 
 
 # --------------------------------------------------------------------------- helpers
 
 
-def _levels(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, ...]:
+def _level_statistics(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, ...]:
     uses: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for item, pieces in index.codes.items():
@@ -269,7 +273,7 @@ def _levels(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, 
         weights.update(dict.fromkeys(pieces, (counts or {}).get(item, 0)))
     kinds: dict[str, list[str]] = {}
     for name in index.tokens:
-        kinds.setdefault(_kind(name), []).append(name)
+        kinds.setdefault(_token_level(name), []).append(name)
     levels = []
     for kind in sorted(kinds, key=lambda kind: (kind == "item", kind)):
         used = [name for name in kinds[kind] if uses[name]]
@@ -286,7 +290,7 @@ def _levels(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, 
     return tuple(levels)
 
 
-def _kind(name: str) -> str:
+def _token_level(name: str) -> str:
     """Return the level of a token: ``a`` for ``<a_12>``."""
     return name[1:].rpartition("_")[0]
 
@@ -299,7 +303,7 @@ def _perplexity(weights: Sequence[int]) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def _depths(codes: Sequence[Pieces]) -> tuple[Depth, ...]:
+def _depth_statistics(codes: Sequence[Pieces]) -> tuple[Depth, ...]:
     results = []
     for length in range(max(map(len, codes), default=0)):
         longer = [pieces for pieces in codes if len(pieces) > length]
@@ -318,7 +322,7 @@ def _depths(codes: Sequence[Pieces]) -> tuple[Depth, ...]:
     return tuple(results)
 
 
-def _spread(numbers: Iterable[int]) -> RangeSummary:
+def _summarise_range(numbers: Iterable[int]) -> RangeSummary:
     results = list(numbers)
     return RangeSummary(least=min(results), mean=sum(results) / len(results), most=max(results))
 
@@ -332,20 +336,20 @@ def _first_words(texts: Sequence[str]) -> FirstWords | None:
     return FirstWords(different=len(firsts), common=common, items=firsts[common])
 
 
-def _begun(paths: Iterable[Sequence[str]]) -> int:
+def _count_prefix_codes(paths: Iterable[Sequence[str]]) -> int:
     """Return how many codes are a prefix of another code."""
     ordered = sorted({tuple(path) if not isinstance(path, str) else path for path in paths})
     return sum(after[: len(before)] == before for before, after in pairwise(ordered))
 
 
-def _common(a: Pieces, b: Pieces) -> int:
+def _common_prefix_length(a: Pieces, b: Pieces) -> int:
     length = 0
     while length < min(len(a), len(b)) and a[length] == b[length]:
         length += 1
     return length
 
 
-def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members: int) -> tuple[Group, ...]:
+def _number_ranges(index: ItemIndex, titles: Mapping[str, str], groups: int, members: int) -> tuple[CodeGroup, ...]:
     """Return ranges of consecutive numbers spread over the index; empty if codes are not numbers."""
     texts = {item: "".join(pieces) for item, pieces in index.codes.items()}
     if not all(text.isascii() and text.isdecimal() for text in texts.values()):
@@ -356,13 +360,13 @@ def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members
     results = []
     for n in range(room):
         start = n * (len(order) - members) // max(1, room - 1)
-        entries = tuple(_entry(index, titles, item) for item in order[start : start + members])
+        entries = tuple(_coded_item(index, titles, item) for item in order[start : start + members])
         prefix = f"{entries[0].code}–{entries[-1].code}"
-        results.append(Group(length=0, prefix=prefix, said="", size=len(entries), entries=entries))
+        results.append(CodeGroup(length=0, prefix=prefix, said="", size=len(entries), entries=entries))
     return tuple(results)
 
 
-def _categories(index: ItemIndex, prefix: Pieces) -> str:
+def _category_names(index: ItemIndex, prefix: Pieces) -> str:
     """Return the categories of the tokens in a prefix, if the index has stored them."""
     names = index.settings.get("names")
     if index.scheme != "category" or not names:
@@ -372,5 +376,5 @@ def _categories(index: ItemIndex, prefix: Pieces) -> str:
     return " > ".join(level.get(number, "no category") for level, number in zip(levels, numbers, strict=False))
 
 
-def _entry(index: ItemIndex, titles: Mapping[str, str], item: str) -> Entry:
-    return Entry(item=item, code="".join(index.codes[item]), title=titles.get(item) or item)
+def _coded_item(index: ItemIndex, titles: Mapping[str, str], item: str) -> CodedItem:
+    return CodedItem(item=item, code="".join(index.codes[item]), title=titles.get(item) or item)

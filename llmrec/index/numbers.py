@@ -15,7 +15,7 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError
-from llmrec.index.table import Embed, ItemIndex, item_token, token, user_token
+from llmrec.index.table import Embed, ItemIndex, item_token, level_token, user_token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
@@ -29,12 +29,12 @@ class RandomNumbers:
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
         """Assign codes to items; see `Scheme`."""
-        return _numbered("random", shuffled(data.dataset.items, seed), section, seed)
+        return _build_number_index("random", shuffle_by_hash(data.dataset.items, seed), section, seed)
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
         """Assign the next free numbers to new items; see `Scheme`."""
-        return _more(index, items)
+        return _extend_number_index(index, items)
 
 
 class SequentialNumbers:
@@ -49,14 +49,14 @@ class SequentialNumbers:
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
         """Assign codes to items; see `Scheme`."""
         histories = {user: [event.item_id for event in data.train_events(user)] for user in data.users()}
-        first = dict.fromkeys(item for user in user_order(histories, section.order, seed) for item in histories[user])
-        rest = [item for item in shuffled(data.dataset.items, seed) if item not in first]
-        return _numbered("sequential", [*first, *rest], section, seed)
+        first = dict.fromkeys(item for user in sort_users(histories, section.order, seed) for item in histories[user])
+        rest = [item for item in shuffle_by_hash(data.dataset.items, seed) if item not in first]
+        return _build_number_index("sequential", [*first, *rest], section, seed)
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
         """Assign the next free numbers to new items; see `Scheme`."""
-        return _more(index, items)
+        return _extend_number_index(index, items)
 
 
 class ItemTokens:
@@ -65,14 +65,14 @@ class ItemTokens:
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
         """Assign codes to items; see `Scheme`."""
-        codes = {item: (item_token(n),) for n, item in enumerate(shuffled(data.dataset.items, seed))}
+        codes = {item: (item_token(n),) for n, item in enumerate(shuffle_by_hash(data.dataset.items, seed))}
         return ItemIndex("token", codes, tokens=tuple(piece for (piece,) in codes.values()), settings={"seed": seed})
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
         """Add a token for each new item, which a trained model does not know; see `Scheme`."""
         start = len(index.tokens)
-        order = shuffled(items, int(index.settings["seed"]))
+        order = shuffle_by_hash(items, int(index.settings["seed"]))
         codes = {item: (item_token(n),) for n, item in enumerate(order, start)}
         return index.adding(codes, [piece for (piece,) in codes.values()])
 
@@ -84,15 +84,15 @@ def user_tokens(users: Iterable[str], seed: int) -> dict[str, str]:
     return {names[index]: user_token(number) for number, index in enumerate(order)}
 
 
-def shuffled(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
+def shuffle_by_hash(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
     """Return items in the order of a seeded hash of their ids."""
     names = sorted(items)
     return [names[index] for index in np.argsort(hash64("item codes", seed, names), kind="stable")]
 
 
-def user_order(histories: Mapping[str, Sequence[str]], order: str, seed: int) -> list[str]:
+def sort_users(histories: Mapping[str, Sequence[str]], order: str, seed: int) -> list[str]:
     """Sort users by id (numerically if possible), by length of training history, or by hash; ties by id."""
-    users = sorted(histories, key=_natural)
+    users = sorted(histories, key=_natural_sort_key)
     if order == "random":
         return [users[index] for index in np.argsort(hash64("user order", seed, users), kind="stable")]
     if order == "user":
@@ -100,31 +100,33 @@ def user_order(histories: Mapping[str, Sequence[str]], order: str, seed: int) ->
     return sorted(users, key=lambda user: len(histories[user]), reverse=order == "longest")
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _numbered(scheme: str, order: Sequence[str], section: IndexSection, seed: int) -> ItemIndex:
+def _build_number_index(scheme: str, order: Sequence[str], section: IndexSection, seed: int) -> ItemIndex:
     settings = {"seed": seed, "next": section.first + len(order)}
     if section.digits is None:
         codes = {item: (str(number),) for number, item in enumerate(order, section.first)}
         return ItemIndex(scheme, codes, settings=settings)
     levels = -(-len(str(section.first + len(order) - 1)) // section.digits)
-    pieces = {item: _cut(number, section.digits, levels) for number, item in enumerate(order, section.first)}
-    tokens = [token(level, value) for level in range(levels) for value in range(10**section.digits)]
+    pieces = {item: _number_tokens(number, section.digits, levels) for number, item in enumerate(order, section.first)}
+    tokens = [level_token(level, value) for level in range(levels) for value in range(10**section.digits)]
     settings |= {"digits": section.digits, "levels": levels}
     return ItemIndex(scheme, pieces, tokens=tuple(tokens), settings=settings)
 
 
-def _cut(number: int, digits: int, levels: int) -> tuple[str, ...]:
+def _number_tokens(number: int, digits: int, levels: int) -> tuple[str, ...]:
     """Split a number into tokens of a fixed number of digits, such as 1023 into 10 and 23."""
     written = str(number).zfill(levels * digits)
-    return tuple(token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
+    return tuple(level_token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
 
 
-def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+def _extend_number_index(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     start = int(index.settings["next"])
-    numbers = dict(zip(shuffled(items, int(index.settings["seed"])), range(start, start + len(items)), strict=True))
+    numbers = dict(
+        zip(shuffle_by_hash(items, int(index.settings["seed"])), range(start, start + len(items)), strict=True)
+    )
     digits, levels = (int(index.settings.get(key, 0)) for key in ("digits", "levels"))
     if digits and start + len(items) > 10 ** (digits * levels):
         raise DataError(
@@ -132,5 +134,7 @@ def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
             f"of {digits} digits; build the index again with these items, and fine-tune again",
             kind="exhausted",
         )
-    codes = {item: _cut(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()}
+    codes = {
+        item: _number_tokens(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()
+    }
     return index.adding(codes, next=start + len(items))

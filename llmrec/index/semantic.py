@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean, require
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.index.table import Embed, ItemIndex, item_token, token
+from llmrec.index.table import Embed, ItemIndex, item_token, level_token
 from llmrec.machine import has_cuda
 from llmrec.progress import Progress
 from llmrec.recipe.schema import IndexSection, RQVAEIndex, SemanticIndex
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _WEIGHT_DECAY = 1e-4
 # Iterations of k-means (Lloyd) for the initial codewords, which training then changes.
-_FIRST_STEPS = 10
-_ROWS = 4096
+_INITIAL_ITERATIONS = 10
+_ENCODING_BATCH = 4096
 
 
 class Losses(NamedTuple):
@@ -57,7 +57,7 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Network:
+class RQVAENetwork:
     """Layers as (weight, bias), with ReLU between them, and codebooks of shape (levels, k, dim)."""
 
     encoder: Sequence[tuple[Any, Any]]
@@ -86,7 +86,7 @@ class RQVAE:
     loss: tuple[float, float]
 
 
-def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, quiet: bool = False) -> RQVAE:
+def fit_rqvae(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, quiet: bool = False) -> RQVAE:
     """Train an RQ-VAE; deterministic for a seed on the same machine and number of threads.
 
     The initial codewords are residual k-means of the first batch's encodings. A codeword that no vector of an epoch
@@ -100,10 +100,10 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
         seed: Seed of weights and batches.
         quiet: Show no progress bar.
     """
-    torch, device = require("torch", "train"), _device(section)
+    torch, device = require("torch", "train"), _training_device(section)
     rng, source = np.random.default_rng([seed, 7]), torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
-    network = untrained(x.shape[1], section, levels, k, seed, device=device)
-    _first_codewords(network, source[rng.permutation(len(x))[: section.batch]], seed)
+    network = create_network(x.shape[1], section, levels, k, seed, device=device)
+    _initialise_codebooks(network, source[rng.permutation(len(x))[: section.batch]], seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=section.learning_rate, weight_decay=_WEIGHT_DECAY)
     means = []
     with Progress("RQ-VAE", section.epochs, unit="epochs", quiet=quiet, passing=True) as bar:
@@ -111,7 +111,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
             total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool, device=device), rng.permutation(len(x))
             for start in range(0, len(x), section.batch):
                 rows = source[order[start : start + section.batch]]
-                losses, codes = forward(network, rows)
+                losses, codes = compute_losses(network, rows)
                 loss = losses.reconstruction + losses.codebook + section.beta * losses.commitment
                 optimiser.zero_grad()
                 loss.backward()
@@ -120,12 +120,12 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
                 used[torch.arange(levels, device=device), codes] = True
             means.append(total / len(x))
             if len(means) < section.epochs:
-                _revive(network, source, used, rng)
+                _replace_unused_codewords(network, source, used, rng)
             bar.advance(1, f"loss {means[-1]:.4f}")
-    return _numbers(network, x, (means[0], means[-1]))
+    return _rqvae_from_network(network, x, (means[0], means[-1]))
 
 
-def _device(section: RQVAEIndex) -> str:
+def _training_device(section: RQVAEIndex) -> str:
     """Return the device for training.
 
     Raises:
@@ -144,12 +144,12 @@ def _device(section: RQVAEIndex) -> str:
     return "cpu"
 
 
-def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
+def encode_vectors(weights: Mapping[str, Floats], x: Floats) -> Floats:
     """Return the encodings of vectors of shape (n, d) by an `RQVAE` with these weights, shape (n, dim), with numpy."""
     depth = sum(name.endswith(".weight") for name in weights)
     results = []
-    for start in range(0, len(x), _ROWS):
-        h = x[start : start + _ROWS]
+    for start in range(0, len(x), _ENCODING_BATCH):
+        h = x[start : start + _ENCODING_BATCH]
         for layer in range(depth):
             h = h @ weights[f"encoder.{layer}.weight"].T + weights[f"encoder.{layer}.bias"]
             h = np.maximum(h, 0) if layer + 1 < depth else h
@@ -157,7 +157,9 @@ def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
     return np.concatenate(results)
 
 
-def untrained(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, device: str = "cpu") -> Network:
+def create_network(
+    width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, device: str = "cpu"
+) -> RQVAENetwork:
     """Return an untrained network; layers are initialised as in He et al. (ICCV 2015), codewords with 0."""
     torch = require("torch", "train")
     generator = torch.Generator().manual_seed(seed)
@@ -171,15 +173,15 @@ def untrained(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *
         return results
 
     sizes = (width, *section.hidden, section.dim)
-    return Network(
+    return RQVAENetwork(
         layers(sizes), layers(sizes[::-1]), torch.zeros(levels, k, section.dim, device=device).requires_grad_()
     )
 
 
-def forward(network: Network, x: Any) -> tuple[Losses, Any]:
+def compute_losses(network: RQVAENetwork, x: Any) -> tuple[Losses, Any]:
     """Return the losses of a batch, shape (b, d), and its codes, shape (b, levels)."""
     torch = require("torch", "train")
-    z = _through(network.encoder, x)
+    z = _apply_layers(network.encoder, x)
     rest, total, codes = z, torch.zeros_like(z), []
     codebook, commitment = z.new_zeros(()), z.new_zeros(())
     for level in network.codebooks:
@@ -190,11 +192,11 @@ def forward(network: Network, x: Any) -> tuple[Losses, Any]:
         commitment = commitment + (rest - chosen.detach()).square().sum(1).mean()
         # Without gradient, since the commitment loss of later levels would move the codewords of this level.
         rest, total = rest - chosen.detach(), total + chosen.detach()
-    decoded = _through(network.decoder, z + (total - z).detach())
+    decoded = _apply_layers(network.decoder, z + (total - z).detach())
     return Losses((x - decoded).square().sum(1).mean(), codebook, commitment), torch.stack(codes, 1)
 
 
-def _through(layers: Sequence[tuple[Any, Any]], h: Any) -> Any:
+def _apply_layers(layers: Sequence[tuple[Any, Any]], h: Any) -> Any:
     torch = require("torch", "train")
     for index, (weight, bias) in enumerate(layers):
         h = torch.nn.functional.linear(h, weight, bias)
@@ -202,16 +204,16 @@ def _through(layers: Sequence[tuple[Any, Any]], h: Any) -> Any:
     return h
 
 
-def _first_codewords(network: Network, batch: Any, seed: int) -> None:
+def _initialise_codebooks(network: RQVAENetwork, batch: Any, seed: int) -> None:
     torch = require("torch", "train")
     levels, k, _ = network.codebooks.shape
     with torch.no_grad():
-        z = _through(network.encoder, batch).cpu().numpy()
-        first = residual_kmeans(z, levels, k, seed=seed, iterations=_FIRST_STEPS)
+        z = _apply_layers(network.encoder, batch).cpu().numpy()
+        first = residual_kmeans(z, levels, k, seed=seed, iterations=_INITIAL_ITERATIONS)
         network.codebooks.copy_(torch.from_numpy(first.codebooks).to(network.codebooks.device))
 
 
-def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) -> None:
+def _replace_unused_codewords(network: RQVAENetwork, source: Any, used: Any, rng: np.random.Generator) -> None:
     """Move unused codewords to random residuals of their level."""
     torch = require("torch", "train")
     dead = (~used).cpu().numpy()
@@ -219,23 +221,23 @@ def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) 
         return
     _, k, _ = network.codebooks.shape
     with torch.no_grad():
-        rest = _through(network.encoder, source[rng.permutation(len(source))[:k]])
+        rest = _apply_layers(network.encoder, source[rng.permutation(len(source))[:k]])
         for level, codewords in enumerate(network.codebooks):
             unused = np.flatnonzero(dead[level])
             codewords[unused] = rest[rng.integers(len(rest), size=len(unused))]
             rest = rest - codewords[(codewords.square().sum(1) - 2 * rest @ codewords.T).argmin(1)]
 
 
-def _numbers(network: Network, x: Floats, loss: tuple[float, float]) -> RQVAE:
+def _rqvae_from_network(network: RQVAENetwork, x: Floats, loss: tuple[float, float]) -> RQVAE:
     torch = require("torch", "train")
     weights = {}
     for index, (weight, bias) in enumerate(network.encoder):
         weights[f"encoder.{index}.weight"] = weight.detach().cpu().numpy().copy()
         weights[f"encoder.{index}.bias"] = bias.detach().cpu().numpy().copy()
     codebooks: NDArray[np.float32] = network.codebooks.detach().cpu().numpy().copy()
-    total = reconstructed(nearest(encode(weights, x), codebooks), codebooks)
+    total = reconstruct_vectors(nearest_codes(encode_vectors(weights, x), codebooks), codebooks)
     with torch.no_grad():
-        decoded = _through(network.decoder, torch.from_numpy(total).to(network.codebooks.device)).cpu().numpy()
+        decoded = _apply_layers(network.decoder, torch.from_numpy(total).to(network.codebooks.device)).cpu().numpy()
     error = np.square(x - decoded).sum(dtype=np.float64) / max(np.square(x).sum(dtype=np.float64), 1e-30)
     return RQVAE(weights, codebooks, float(error), loss)
 
@@ -252,13 +254,13 @@ Ints = NDArray[np.int64]
 
 _BLOCK = 2048
 # Number of vectors per centroid from which the initial centroids are drawn.
-_SAMPLE = 16
+_SAMPLES_PER_CENTROID = 16
 # Size limit in the first step, as a multiple of equal sizes, and number of steps after which costs are compared.
-_OPENING, _OPENING_STEPS = 1.2, 5
+_INITIAL_SIZE_LIMIT, _INITIAL_STEPS = 1.2, 5
 # Minimum bid as a share of the mean cost; an assignment costs at most this much more than the optimum.
-_BID = 1e-3
+_BID_SHARE = 1e-3
 # As a multiple of the range of costs; smaller bids are lost by rounding.
-_LEAST_BID = 1e-5
+_MIN_RELATIVE_BID = 1e-5
 # Number of rounds after which bids grow, and the growth factor per further round.
 _PATIENCE, _GROWTH = 30, 1.05
 
@@ -300,16 +302,16 @@ def residual_kmeans(
     return Quantised(np.stack([c.codes for c in result], axis=1), np.stack([c.centroids for c in result]))
 
 
-def nearest(x: Floats, codebooks: Floats) -> Ints:
+def nearest_codes(x: Floats, codebooks: Floats) -> Ints:
     """Return the nearest centroid at each level, shape (n, levels), ties by index."""
     rest, codes = np.array(x, np.float32, order="C"), np.empty((len(x), len(codebooks)), np.int64)
     for level, centroids in enumerate(codebooks):
-        codes[:, level], _ = _assigned(rest, centroids)
+        codes[:, level], _ = _assign_centroids(rest, centroids)
         rest -= centroids[codes[:, level]]
     return codes
 
 
-def reconstructed(codes: Ints, codebooks: Floats) -> Floats:
+def reconstruct_vectors(codes: Ints, codebooks: Floats) -> Floats:
     """Return the sum of the centroids of each code, shape (n, d)."""
     total = np.zeros((len(codes), codebooks.shape[2]), np.float32)
     for level, centroids in enumerate(codebooks):
@@ -337,26 +339,26 @@ def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, i
         seed: Seed of the initial centroids.
         iterations: Maximum steps.
     """
-    centroids = _opened(x, _first(x, k, np.random.default_rng(seed)))
+    centroids = _initial_centroids(x, _kmeans_plus_plus(x, k, np.random.default_rng(seed)))
     bounded_steps = iterations // 3 if most else 0
-    centroids, _ = _lloyd(x, centroids, 0, iterations - bounded_steps - _OPENING_STEPS)
-    centroids, _ = _lloyd(x, centroids, most, bounded_steps)
-    return Clusters(centroids, _assigned(x, centroids, most)[0])
+    centroids, _ = _run_lloyd(x, centroids, 0, iterations - bounded_steps - _INITIAL_STEPS)
+    centroids, _ = _run_lloyd(x, centroids, most, bounded_steps)
+    return Clusters(centroids, _assign_centroids(x, centroids, most)[0])
 
 
-def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats, float]:
+def _run_lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats, float]:
     """Return the centroids after a number of steps or convergence, and the total cost of the last step."""
     before, total = np.full(len(x), -1), math.inf
     for _ in range(steps):
-        codes, cost = _assigned(x, centroids, most)
+        codes, cost = _assign_centroids(x, centroids, most)
         total = float(cost.sum(dtype=np.float64))
         if np.array_equal(codes, before):
             break
-        centroids, before = _means(x, codes, cost, centroids), codes
+        centroids, before = _update_centroids(x, codes, cost, centroids), codes
     return centroids, total
 
 
-def _opened(x: Floats, first: Floats) -> Floats:
+def _initial_centroids(x: Floats, first: Floats) -> Floats:
     """Return initial centroids for limited cluster sizes.
 
     Residuals are distributed around zero in all directions: without a bound, a central centroid may get most of them,
@@ -364,20 +366,20 @@ def _opened(x: Floats, first: Floats) -> Floats:
     not merge it again.
     """
     results = []
-    for most in (0, math.ceil(_OPENING * len(x) / len(first))):
-        centroids, _ = _lloyd(x, first, most, 1)
-        centroids, cost = _lloyd(x, centroids, 0, _OPENING_STEPS - 1)
+    for most in (0, math.ceil(_INITIAL_SIZE_LIMIT * len(x) / len(first))):
+        centroids, _ = _run_lloyd(x, first, most, 1)
+        centroids, cost = _run_lloyd(x, centroids, 0, _INITIAL_STEPS - 1)
         results.append((cost, most, centroids))
     return min(results, key=lambda entry: entry[:2])[2]
 
 
-def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
+def _kmeans_plus_plus(x: Floats, k: int, rng: np.random.Generator) -> Floats:
     """Select initial centroids by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3)."""
-    if len(x) > _SAMPLE * k:
-        x = x[np.sort(rng.choice(len(x), _SAMPLE * k, replace=False))]
+    if len(x) > _SAMPLES_PER_CENTROID * k:
+        x = x[np.sort(rng.choice(len(x), _SAMPLES_PER_CENTROID * k, replace=False))]
     norms, trials = np.einsum("ij,ij->i", x, x), 2 + int(math.log(k))
     chosen = [int(rng.integers(len(x)))]
-    cost = _distances(x, norms, chosen)[0]
+    cost = _squared_distances(x, norms, chosen)[0]
     while len(chosen) < k:
         steps = np.cumsum(cost, dtype=np.float64)
         if steps[-1] <= 0:
@@ -385,21 +387,21 @@ def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
             chosen += [chosen[0]] * (k - len(chosen))
             break
         drawn = np.searchsorted(steps, rng.random(trials) * steps[-1], side="right").clip(max=len(x) - 1)
-        costs = np.minimum(cost, _distances(x, norms, drawn))
+        costs = np.minimum(cost, _squared_distances(x, norms, drawn))
         best = int(costs.sum(axis=1, dtype=np.float64).argmin())
         cost = costs[best]
         chosen.append(int(drawn[best]))
     return x[chosen]
 
 
-def _distances(x: Floats, norms: Floats, of: list[int] | Ints) -> Floats:
+def _squared_distances(x: Floats, norms: Floats, of: list[int] | Ints) -> Floats:
     result = norms[None, :] + norms[of, None] - 2 * (x[of] @ x.T)
     # Otherwise equal vectors would be drawn repeatedly because of rounding errors.
     result[result < 1e-6 * (norms[of, None] + norms[None, :])] = 0
     return result
 
 
-def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats]:
+def _assign_centroids(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats]:
     """Return the nearest centroid of each vector within the size limits, and the squared distances."""
     codes, part = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     table = np.empty((len(x) if most else 0, len(centroids)), np.float32)
@@ -413,12 +415,12 @@ def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats
         part[rows] = costs[np.arange(len(costs)), codes[rows]]
     norms = np.einsum("ij,ij->i", x, x)
     if most and np.bincount(codes).max() > most:
-        codes = bounded(table, most, bid=_BID * float(np.maximum(part + norms, 0).mean()))
+        codes = assign_with_limit(table, most, bid=_BID_SHARE * float(np.maximum(part + norms, 0).mean()))
         part = table[np.arange(len(x)), codes]
     return codes, np.maximum(part + norms, 0)
 
 
-def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
+def assign_with_limit(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
     """Assign each row to a column, with at most ``most`` rows per column, at nearly minimum total cost.
 
     Bertsekas' auction (Annals of Operations Research 14, 1988) for all rows of a column at once: a column with too many
@@ -431,7 +433,7 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
         bid: Minimum rise of a price; 0: a thousandth of the range of costs.
     """
     k, spread = costs.shape[1], float(np.ptp(costs)) or 1.0
-    bid = max(bid or _BID * spread, _LEAST_BID * spread)
+    bid = max(bid or _BID_SHARE * spread, _MIN_RELATIVE_BID * spread)
     prices, rounds = np.zeros(k, np.float32), 0
     codes: Ints = costs.argmin(axis=1)
     while (over := np.bincount(codes, minlength=k) > most).any():
@@ -454,7 +456,7 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
     return codes
 
 
-def _means(x: Floats, codes: Ints, cost: Floats, before: Floats) -> Floats:
+def _update_centroids(x: Floats, codes: Ints, cost: Floats, before: Floats) -> Floats:
     """Return the cluster means; empty clusters move to the vectors farthest from their centroids."""
     counts = np.bincount(codes, minlength=len(before))
     member = csr_array((np.ones(len(x), np.float32), codes, np.arange(len(x) + 1)), shape=(len(x), len(before)))
@@ -490,20 +492,20 @@ class Semantic:
         items = [data.dataset.items[name] for name in names]
         fields = item_fields(items, semantic)
         x = item_vectors(items, fields, embed)
-        vectors, result, arrays, figures = _quantised(x, semantic, seed)
-        grid = [token(level, number) for level in range(semantic.levels) for number in range(semantic.codes)]
+        vectors, result, arrays, figures = _quantise_vectors(x, semantic, seed)
+        grid = [level_token(level, number) for level in range(semantic.levels) for number in range(semantic.codes)]
         rows, added = [tuple(map(int, row)) for row in result.codes], []
         if section.item_token:
             added = [item_token(number) for number in range(len(rows))]
-            codes = {name: (*_pieces(row), last) for name, row, last in zip(names, rows, added, strict=True)}
+            codes = {name: (*_code_tokens(row), last) for name, row, last in zip(names, rows, added, strict=True)}
         elif semantic.repair == "extra_level":
-            numbers = _counted(rows, names, data, seed)
-            added = [token(semantic.levels, number) for number in range(max(numbers) + 1)]
-            codes = {name: _pieces((*row, n)) for name, row, n in zip(names, rows, numbers, strict=True)}
+            numbers = _number_duplicates(rows, names, data, seed)
+            added = [level_token(semantic.levels, number) for number in range(max(numbers) + 1)]
+            codes = {name: _code_tokens((*row, n)) for name, row, n in zip(names, rows, numbers, strict=True)}
         else:
-            moved = _moved(vectors, result)
+            moved = _repair_last_level(vectors, result)
             figures |= {"moved": float((moved != result.codes[:, -1]).mean())}
-            codes = {name: _pieces((*row[:-1], int(n))) for name, row, n in zip(names, rows, moved, strict=True)}
+            codes = {name: _code_tokens((*row[:-1], int(n))) for name, row, n in zip(names, rows, moved, strict=True)}
         settings = {"semantic": semantic.model_dump(mode="json"), "fields": list(fields), "seed": seed}
         settings |= {"item_token": section.item_token}
         return ItemIndex(
@@ -521,7 +523,7 @@ class Semantic:
             DataError: If there is no encoder, its embeddings differ from those of the index, or every code is full.
         """
         names, arrays = sorted(items), dict(index.arrays)
-        x = _vectors([item_text(items[name], index.settings["fields"]) for name in names], embed)
+        x = _embed_texts([item_text(items[name], index.settings["fields"]) for name in names], embed)
         codebooks = arrays.pop("codebooks")
         width = arrays["encoder.0.weight"].shape[1] if arrays else codebooks.shape[2]
         if x.shape[1] != width:
@@ -531,28 +533,30 @@ class Semantic:
                 kind="mismatch",
                 column="index.semantic.encoder",
             )
-        x = encode(arrays, x) if arrays else x
+        x = encode_vectors(arrays, x) if arrays else x
         spare = len(index.tokens) - codebooks.shape[0] * codebooks.shape[1]
         if index.settings["item_token"]:
             new = [item_token(number) for number in range(spare, spare + len(names))]
-            rows = (tuple(map(int, row)) for row in nearest(x, codebooks))
-            return index.adding({n: (*_pieces(row), last) for n, row, last in zip(names, rows, new, strict=True)}, new)
+            rows = (tuple(map(int, row)) for row in nearest_codes(x, codebooks))
+            return index.adding(
+                {n: (*_code_tokens(row), last) for n, row, last in zip(names, rows, new, strict=True)}, new
+            )
         levels, room = len(codebooks), max(1, spare)
         held = Counter(pieces[:levels] for pieces in index.codes.values())
         codes = {}
         for name, vector in zip(names, x, strict=True):
-            code = next((p for c in _by_distance(vector, codebooks) if held[p := _pieces(c)] < room), None)
+            code = next((p for c in _codes_by_distance(vector, codebooks) if held[p := _code_tokens(c)] < room), None)
             if code is None:
                 raise DataError(
                     f"index semantic: no free code for item {name!r}; build the index again", kind="exhausted"
                 )
-            codes[name] = (*code, token(levels, held[code])) if spare else code
+            codes[name] = (*code, level_token(levels, held[code])) if spare else code
             held[code] += 1
         return index.adding(codes)
 
 
-def _pieces(numbers: Sequence[int]) -> tuple[str, ...]:
-    return tuple(token(level, number) for level, number in enumerate(numbers))
+def _code_tokens(numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(level_token(level, number) for level, number in enumerate(numbers))
 
 
 # --------------------------------------------------------------------------- text vectors
@@ -564,7 +568,7 @@ def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | No
     Raises:
         DataError: If there is no encoder, or its embeddings are unusable.
     """
-    return _vectors([item_text(item, fields) for item in items], embed)
+    return _embed_texts([item_text(item, fields) for item in items], embed)
 
 
 def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...]:
@@ -591,7 +595,7 @@ def item_text(item: Item, fields: Sequence[str]) -> str:
     return ". ".join(part for part in (clean(item.title), *text) if part) or item.item_id
 
 
-def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
+def _embed_texts(texts: Sequence[str], embed: Embed | None) -> Floats:
     """Return normalised vectors of texts, shape (n, d)."""
     if embed is None:
         raise DataError(
@@ -614,7 +618,7 @@ def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
     return x
 
 
-def _quantised(
+def _quantise_vectors(
     x: Floats, section: SemanticIndex, seed: int
 ) -> tuple[Floats, Quantised, dict[str, NDArray[Any]], dict[str, float]]:
     """Return the quantised vectors, their codes, the function that encodes new vectors, and quality measures."""
@@ -628,13 +632,13 @@ def _quantised(
                 column="index.semantic.balance",
             )
         vectors, result = x, residual_kmeans(x, section.levels, section.codes, balance=section.balance, seed=seed)
-        rest = x - reconstructed(result.codes, result.codebooks)
+        rest = x - reconstruct_vectors(result.codes, result.codebooks)
         error = float(np.square(rest).sum(dtype=np.float64) / max(np.square(x).sum(dtype=np.float64), 1e-12))
     else:
-        trained = fit(x, section.rqvae, section.levels, section.codes, seed=seed)
+        trained = fit_rqvae(x, section.rqvae, section.levels, section.codes, seed=seed)
         arrays, error = dict(trained.weights), trained.error
-        vectors = encode(arrays, x)
-        result = Quantised(nearest(vectors, trained.codebooks), trained.codebooks)
+        vectors = encode_vectors(arrays, x)
+        result = Quantised(nearest_codes(vectors, trained.codebooks), trained.codebooks)
     sizes = np.unique(result.codes, axis=0, return_counts=True)[1]
     figures = {
         "collisions": float(sizes[sizes > 1].sum() / len(x)),
@@ -649,7 +653,9 @@ def _quantised(
 # --------------------------------------------------------------------------- items with equal codes
 
 
-def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:
+def _number_duplicates(
+    rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int
+) -> list[int]:
     """Number the items with the same code by training popularity, then by hash."""
     popular = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
     hashes = hash64("semantic codes", seed, names)
@@ -660,10 +666,10 @@ def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitD
     return numbers
 
 
-def _moved(vectors: Floats, quantised: Quantised) -> Ints:
+def _repair_last_level(vectors: Floats, quantised: Quantised) -> Ints:
     """Change the last index of items with equal codes so that codes become unique, shape (n,)."""
     first, codebook = quantised.codes[:, :-1], quantised.codebooks[-1]
-    rest = vectors - reconstructed(first, quantised.codebooks[:-1])
+    rest = vectors - reconstruct_vectors(first, quantised.codebooks[:-1])
     _, group = np.unique(first, axis=0, return_inverse=True)
     order = np.argsort(group.ravel(), kind="stable")
     moved = quantised.codes[:, -1].copy()
@@ -685,7 +691,7 @@ def _moved(vectors: Floats, quantised: Quantised) -> Ints:
     return moved
 
 
-def _by_distance(rest: Floats, codebooks: Floats, before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+def _codes_by_distance(rest: Floats, codebooks: Floats, before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
     """Yield all codes in the order of their distance at each level."""
     level = len(before)
     if level == len(codebooks):
@@ -693,4 +699,4 @@ def _by_distance(rest: Floats, codebooks: Floats, before: tuple[int, ...] = ()) 
         return
     steps = rest - codebooks[level]
     for number in np.argsort(np.square(steps).sum(axis=1), kind="stable"):
-        yield from _by_distance(steps[number], codebooks, (*before, int(number)))
+        yield from _codes_by_distance(steps[number], codebooks, (*before, int(number)))

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.durable import Json, checked, replacing, sha256_of, write_checked
+from llmrec.durable import Json, parse_checked_json, replace_atomically, sha256_of, write_checked_json
 from llmrec.errors import DataError, did_you_mean, require
 from llmrec.guard import is_item_token
 from llmrec.recipe.schema import IndexSection
-from llmrec.registry import INDEXES, lookup
+from llmrec.registry import INDEXES, import_component
 from llmrec.types import Code, Item
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 """Function that returns the embeddings of texts, shape (n, d)."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_CODES, _ARRAYS = "index.json", "index.safetensors"
+_CODES_FILE, _ARRAYS_FILE = "index.json", "index.safetensors"
 _FORMAT = 1
 
 
-def token(level: int, number: int) -> str:
+def level_token(level: int, number: int) -> str:
     """Return the token for an index at a level of a code, counted from 0: ``<a_12>``."""
     return f"<{LETTERS[level]}_{number}>"
 
@@ -104,7 +104,7 @@ class ItemIndex:
         wrong = [name for name in self.vocabulary if not is_item_token(name)]
         if wrong:
             raise DataError(
-                f"index {self.scheme}: {wrong[0]!r} is not an item token; write item tokens like {token(0, 12)}",
+                f"index {self.scheme}: {wrong[0]!r} is not an item token; write item tokens like {level_token(0, 12)}",
                 kind="bad-value",
             )
         for item, pieces in self.codes.items():
@@ -120,7 +120,7 @@ class ItemIndex:
         if len(self._items) != len(self.codes):
             seen: dict[str, str] = {}
             for item, pieces in self.codes.items():
-                other = seen.setdefault(_key("".join(pieces)), item)
+                other = seen.setdefault(_normalise_code("".join(pieces)), item)
                 if other != item:
                     raise DataError(
                         f"index {self.scheme}: items {other!r} and {item!r} share the code {pieces}", kind="duplicate"
@@ -150,7 +150,7 @@ class ItemIndex:
 
     def decode(self, text: str) -> str | None:
         """Return the item with a code, ignoring white space between tokens; None for other text."""
-        return self._items.get(_key(text))
+        return self._items.get(_normalise_code(text))
 
     def extend(self, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
         """Return an index with additional items; known items keep their codes, even if their texts changed.
@@ -165,7 +165,7 @@ class ItemIndex:
         new = {item: entry for item, entry in items.items() if item not in self.codes}
         if not new:
             return self
-        scheme: Scheme = lookup(INDEXES, self.scheme, "index scheme")
+        scheme: Scheme = import_component(INDEXES, self.scheme, "index scheme")
         return scheme.extend(self, new, embed=embed)
 
     def adding(self, codes: Mapping[str, tuple[str, ...]], tokens: Sequence[str] = (), **settings: Any) -> ItemIndex:
@@ -190,11 +190,11 @@ class ItemIndex:
 
     @cached_property
     def _items(self) -> Mapping[str, str]:
-        return {_key("".join(pieces)): item for item, pieces in self.codes.items()}
+        return {_normalise_code("".join(pieces)): item for item, pieces in self.codes.items()}
 
     def save(self, folder: Path) -> None:
         """Save the index to a folder as JSON and safetensors, atomically."""
-        with replacing(folder) as draft:
+        with replace_atomically(folder) as draft:
             draft.mkdir()
             content: dict[str, Json] = {
                 "format": _FORMAT,
@@ -208,9 +208,9 @@ class ItemIndex:
             }
             if self.arrays:
                 arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
-                require("safetensors.numpy", "train").save_file(arrays, draft / _ARRAYS)
-                content["arrays_sha256"] = sha256_of(draft / _ARRAYS)
-            write_checked(draft / _CODES, content)
+                require("safetensors.numpy", "train").save_file(arrays, draft / _ARRAYS_FILE)
+                content["arrays_sha256"] = sha256_of(draft / _ARRAYS_FILE)
+            write_checked_json(draft / _CODES_FILE, content)
 
     @staticmethod
     def load(folder: Path) -> ItemIndex:
@@ -219,13 +219,13 @@ class ItemIndex:
         Raises:
             DataError: If the folder has no index, or a file cannot be read.
         """
-        file, arrays = folder / _CODES, folder / _ARRAYS
+        file, arrays = folder / _CODES_FILE, folder / _ARRAYS_FILE
         if not file.is_file():
             raise DataError(
-                f"{folder} has no index ({_CODES}); build it with `llmrec index`", kind="missing-file", at=folder
+                f"{folder} has no index ({_CODES_FILE}); build it with `llmrec index`", kind="missing-file", at=folder
             )
         try:
-            result = checked(file.read_bytes())
+            result = parse_checked_json(file.read_bytes())
             if result["format"] != _FORMAT:
                 raise DataError(
                     f"{file} has format {result['format']}, but this version of llmrec reads format {_FORMAT}; build "
@@ -261,13 +261,13 @@ class ItemIndex:
             ) from error
 
 
-def _key(text: str) -> str:
+def _normalise_code(text: str) -> str:
     """Normalise a code: tokens without spaces between them, or text with single spaces."""
     bare = "".join(text.split())
     return bare if is_item_token(bare.partition(">")[0] + ">") else " ".join(text.split())
 
 
-def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+def build_item_index(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
     """Build the item index of a recipe.
 
     Args:
@@ -280,7 +280,7 @@ def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed 
         DataError: If the scheme has no code for an item.
         RecipeError: If the scheme is unknown.
     """
-    scheme: Scheme = lookup(INDEXES, section.scheme, "index scheme")
+    scheme: Scheme = import_component(INDEXES, section.scheme, "index scheme")
     built = scheme.build(section, data, seed=seed, embed=embed)
     if not isinstance(built, ItemIndex):
         raise DataError(

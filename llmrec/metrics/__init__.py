@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmrec.metrics.functions import Metric
 
 
-def _names() -> dict[str, str]:
+def _metric_names() -> dict[str, str]:
     """Return the registered name of each metric function."""
     from llmrec.registry import METRICS
 
@@ -22,7 +22,7 @@ def _names() -> dict[str, str]:
 
 def __getattr__(name: str) -> Metric:
     """Return a ranking metric as a function."""
-    if name.startswith("_") or name not in (names := _names()):
+    if name.startswith("_") or name not in (names := _metric_names()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from llmrec.metrics.functions import Metric
 
@@ -31,4 +31,4 @@ def __getattr__(name: str) -> Metric:
 
 def __dir__() -> list[str]:
     """Return the names of the functions."""
-    return sorted(_names())
+    return sorted(_metric_names())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmrec.metrics.stats import MetricValues, by_user
+from llmrec.metrics.stats import MetricValues, sums_by_user
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _CELLS = 1 << 22
 
 
-class Contents(Protocol):
+class ItemContents(Protocol):
     """Item contents on which diversity is computed: words or vectors."""
 
     @property
@@ -66,7 +66,7 @@ def coverage(lists: ArrayLike, k: int, items: int) -> float:
 
 def exposure(lists: ArrayLike, k: int, items: int) -> NDArray[np.int64]:
     """Return the number of lists that contain each item, shape (items,)."""
-    cut = _cut(lists, k, items)
+    cut = _cut_lists(lists, k, items)
     return np.bincount(cut[cut >= 0], minlength=items)
 
 
@@ -110,13 +110,13 @@ def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[
         users: Number of training users.
     """
     array = np.maximum(np.asarray(counts, dtype=np.float64), 1.0)
-    return _mean_over_list(_cut(lists, k, len(array)), np.log2(max(users, 1) / np.minimum(array, max(users, 1))))
+    return _mean_over_list(_cut_lists(lists, k, len(array)), np.log2(max(users, 1) / np.minimum(array, max(users, 1))))
 
 
 def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
     """Return the mean popularity of the items in a list, as shares of training users, shape (n,)."""
     array = np.asarray(counts, dtype=np.float64)
-    return _mean_over_list(_cut(lists, k, len(array)), array / max(users, 1))
+    return _mean_over_list(_cut_lists(lists, k, len(array)), array / max(users, 1))
 
 
 def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[np.float64]:
@@ -131,7 +131,7 @@ def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[n
         cold_counts: Training users of each item, shape (items,).
     """
     cold = np.asarray(cold_counts) == 0
-    return _mean_over_list(_cut(lists, k, len(cold)), cold.astype(np.float64))
+    return _mean_over_list(_cut_lists(lists, k, len(cold)), cold.astype(np.float64))
 
 
 def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
@@ -141,7 +141,7 @@ def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
 
 
 def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:
-    """Return PopularityLift@k as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return PopularityLift@k as a function of resampled users, for `llmrec.metrics.stats.statistic_interval`.
 
     The relative difference in popularity of lists and histories: ``(mean of lists - mean of histories) / mean of
     histories`` over users, both as mean popularity of the items (Abdollahpouri et al., RecSys 2020, "The Connection
@@ -192,12 +192,12 @@ def popularity_lift(
     if not with_history.any() or not sum(float(share[history].sum()) for history in histories):
         return MetricValues(result=None, undefined="no history contains an item with training users")
     names = [owner for owner, kept in zip(owners, with_history, strict=True) if kept]
-    before, _ = by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
-    after, _ = by_user(popularity(lists, k, counts, users)[with_history], names)
+    before, _ = sums_by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
+    after, _ = sums_by_user(popularity(lists, k, counts, users)[with_history], names)
     return MetricValues(result=popularity_lift_statistic(after, before), users=names)
 
 
-def diversity(lists: ArrayLike, k: int, contents: Contents) -> MetricValues:
+def diversity(lists: ArrayLike, k: int, contents: ItemContents) -> MetricValues:
     """Compute ILD@k from words or vectors of items; see `diversity_by_fields` and `diversity_by_vectors`."""
     if contents.words is not None:
         values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.field}"
@@ -218,7 +218,7 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
         vectors: One vector per item, shape (items, d).
     """
     table = np.asarray(vectors, dtype=np.float64)
-    cut = _cut(lists, k, len(table))
+    cut = _cut_lists(lists, k, len(table))
     lengths = np.linalg.norm(table, axis=1, keepdims=True)
     unit = np.divide(table, lengths, out=np.zeros_like(table), where=lengths > 0)
     known = (lengths[:, 0] > 0).astype(np.float64)
@@ -231,7 +231,7 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
         total = np.einsum("nkd,nk->nd", unit[np.maximum(part, 0)], valid)
         squares = np.sum(known[np.maximum(part, 0)] * valid, axis=1)
         similarity[start : start + step] = (np.einsum("nd,nd->n", total, total) - squares) / 2
-    return _one_minus_mean(similarity, cut)
+    return _mean_distance(similarity, cut)
 
 
 def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str]]) -> NDArray[np.float64]:
@@ -245,8 +245,8 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
         k: Cut-off of the lists.
         fields: The words of each item, in item order.
     """
-    cut = _cut(lists, k, len(fields))
-    bits = _bits(fields)
+    cut = _cut_lists(lists, k, len(fields))
+    bits = _pack_words(fields)
     sizes = np.bitwise_count(bits).sum(axis=1, dtype=np.int64)
     similarity = np.zeros(len(cut))
     step = max(1, _CELLS // max(1, bits.shape[1]))
@@ -258,7 +258,7 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
                 both = np.bitwise_count(bits[a] & bits[b]).sum(axis=1, dtype=np.int64)
                 share = both / np.maximum(sizes[a] + sizes[b] - both, 1)
                 similarity[start : start + step] += np.where((part[:, one] >= 0) & (part[:, other] >= 0), share, 0.0)
-    return _one_minus_mean(similarity, cut)
+    return _mean_distance(similarity, cut)
 
 
 def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
@@ -286,7 +286,7 @@ def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLik
 # --------------------------------------------------------------------------- helpers
 
 
-def _cut(lists: ArrayLike, k: int, items: int) -> Lists:
+def _cut_lists(lists: ArrayLike, k: int, items: int) -> Lists:
     table: Lists = np.asarray(lists)
     if table.ndim != 2 or (table.size and table.dtype.kind not in "iu"):
         raise ValueError(f"lists must be integers of shape (n, k), not {table.dtype} of shape {table.shape}")
@@ -303,14 +303,14 @@ def _mean_over_list(cut: Lists, of_item: NDArray[np.float64]) -> NDArray[np.floa
     return np.asarray(total / np.maximum(valid.sum(axis=1), 1), dtype=np.float64)
 
 
-def _one_minus_mean(similarity: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
+def _mean_distance(similarity: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
     """Return mean distances, given sums of similarities over pairs."""
     size = np.sum(cut >= 0, axis=1)
     pairs = size * (size - 1) / 2
     return np.where(pairs > 0, np.clip(1.0 - similarity / np.maximum(pairs, 1), 0.0, 2.0), 0.0)
 
 
-def _bits(fields: Sequence[frozenset[str]]) -> NDArray[np.uint64]:
+def _pack_words(fields: Sequence[frozenset[str]]) -> NDArray[np.uint64]:
     """Pack the words of each item into bits, shape (items, words / 64)."""
     words = {word: index for index, word in enumerate(sorted(set().union(*fields)))}
     bits = np.zeros((len(fields), max(1, -(-len(words) // 64))), dtype=np.uint64)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.metrics.stats import MetricValues, times_drawn
+from llmrec.metrics.stats import MetricValues, resample_counts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # inverted index over rare words finds all pairs that can reach the threshold, and only their similarity is computed.
 
 
-COPIED = 0.9
+COPY_THRESHOLD = 0.9
 """Minimum similarity of a copy."""
 
 _WORD = re.compile(r"\w+")
@@ -41,7 +41,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # Tolerance for rounding errors of word counts.
 _EPS = 1e-9
 
-Words = tuple[str, ...]
+WordSequence = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class TrainingTextIndex:
         held: Start of each piece's holders, and the end, shape (pieces + 1,).
     """
 
-    texts: tuple[Words, ...]
-    same: frozenset[Words]
+    texts: tuple[WordSequence, ...]
+    same: frozenset[WordSequence]
     number: Mapping[tuple[str, int], int]
     pieces: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -70,16 +70,16 @@ class TrainingTextIndex:
     held: NDArray[np.int64]
 
 
-def words_of(text: str) -> Words:
+def lowercase_words(text: str) -> WordSequence:
     """Return the lower-case words of a text, split as for Distinct-n."""
     return tuple(_WORD.findall(text.lower()))
 
 
-def library(texts: Iterable[str]) -> TrainingTextIndex:
+def index_training_texts(texts: Iterable[str]) -> TrainingTextIndex:
     """Index training texts, both whole and sentence by sentence."""
-    units = [words_of(unit) for text in texts for unit in _units(text)]
+    units = [lowercase_words(unit) for text in texts for unit in _text_and_sentences(text)]
     known = tuple(dict.fromkeys(unit for unit in units if unit))
-    all_pieces = [piece for unit in known for piece in _pieces(unit)]
+    all_pieces = [piece for unit in known for piece in _word_occurrences(unit)]
     frequency = Counter(all_pieces)
     # Equally rare words are sorted, so that the index does not depend on the order of texts.
     number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda key: (frequency[key], key)))}
@@ -88,7 +88,7 @@ def library(texts: Iterable[str]) -> TrainingTextIndex:
     owner = np.repeat(np.arange(len(known)), lengths)
     pieces = np.array([number[piece] for piece in all_pieces], dtype=np.int64)
     pieces = pieces[np.lexsort((pieces, owner))]
-    rare = np.arange(len(pieces)) - starts[owner] < _prefixes(lengths)[owner]
+    rare = np.arange(len(pieces)) - starts[owner] < _prefix_lengths(lengths)[owner]
     order = np.argsort(pieces[rare], kind="stable")
     counts = np.bincount(pieces[rare], minlength=len(number))
     return TrainingTextIndex(
@@ -102,7 +102,7 @@ def library(texts: Iterable[str]) -> TrainingTextIndex:
     )
 
 
-def copied(texts: Sequence[str], known: TrainingTextIndex) -> NDArray[np.bool_]:
+def detect_copies(texts: Sequence[str], known: TrainingTextIndex) -> NDArray[np.bool_]:
     """Return whether each generated text is a near copy of a training text or sentence.
 
     A text without words is not a copy. Short texts are often copies, so the copy rate of generated texts is reported
@@ -111,7 +111,7 @@ def copied(texts: Sequence[str], known: TrainingTextIndex) -> NDArray[np.bool_]:
     Returns:
         Shape (n,).
     """
-    cut = [words_of(text) for text in texts]
+    cut = [lowercase_words(text) for text in texts]
     result = {words: _is_copy(words, known) for words in set(cut)}
     return np.array([result[words] for words in cut], dtype=np.bool_)
 
@@ -119,12 +119,12 @@ def copied(texts: Sequence[str], known: TrainingTextIndex) -> NDArray[np.bool_]:
 # --------------------------------------------------------------------------- helpers
 
 
-def _units(text: str) -> Iterable[str]:
+def _text_and_sentences(text: str) -> Iterable[str]:
     sentences = _SENTENCE_END.split(text.strip())
     return [text, *sentences] if len(sentences) > 1 else [text]
 
 
-def _pieces(words: Words) -> list[tuple[str, int]]:
+def _word_occurrences(words: WordSequence) -> list[tuple[str, int]]:
     before: Counter[str] = Counter()
     pieces = []
     for word in words:
@@ -133,40 +133,43 @@ def _pieces(words: Words) -> list[tuple[str, int]]:
     return pieces
 
 
-def _prefixes(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def _prefix_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return how many of the rarest words of a text must be indexed to find all similar texts.
 
     The shortest text that can be similar to one of n words has ``n t / (2 - t)`` words, all of them shared.
     """
-    shared = np.ceil(lengths * COPIED / (2 - COPIED) - _EPS).astype(np.int64)
+    shared = np.ceil(lengths * COPY_THRESHOLD / (2 - COPY_THRESHOLD) - _EPS).astype(np.int64)
     prefixes: NDArray[np.int64] = lengths - np.maximum(shared, 1) + 1
     return prefixes
 
 
-def _is_copy(words: Words, known: TrainingTextIndex) -> bool:
+def _is_copy(words: WordSequence, known: TrainingTextIndex) -> bool:
     if not words or words in known.same:
         return bool(words)
     size = len(words)
     # Words that occur in no training text are the rarest.
-    numbers = sorted(known.number.get(piece, -1) for piece in _pieces(words))
-    rare = [piece for piece in numbers[: int(_prefixes(np.array([size]))[0])] if piece >= 0]
+    numbers = sorted(known.number.get(piece, -1) for piece in _word_occurrences(words))
+    rare = [piece for piece in numbers[: int(_prefix_lengths(np.array([size]))[0])] if piece >= 0]
     if not rare:
         return False
     texts = np.unique(np.concatenate([known.holders[known.held[piece] : known.held[piece + 1]] for piece in rare]))
     lengths = known.starts[texts + 1] - known.starts[texts]
-    least = COPIED * (size + lengths) / 2 - _EPS
+    least = COPY_THRESHOLD * (size + lengths) / 2 - _EPS
     texts, lengths, least = (item[np.minimum(size, lengths) >= least] for item in (texts, lengths, least))
     if not len(texts):
         return False
-    shared = _shared(np.array(numbers), known, texts, lengths)
+    shared = _shared_word_counts(np.array(numbers), known, texts, lengths)
     # Texts with the most shared words first, to find copies early.
     for index in np.argsort(-shared, kind="stable"):
-        if shared[index] >= least[index] and _common(words, known.texts[texts[index]]) >= least[index]:
+        if (
+            shared[index] >= least[index]
+            and _common_subsequence_length(words, known.texts[texts[index]]) >= least[index]
+        ):
             return True
     return False
 
 
-def _shared(
+def _shared_word_counts(
     numbers: NDArray[np.int64], known: TrainingTextIndex, texts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return the number of words that a text has in common with each of several texts, shape (texts,)."""
@@ -177,7 +180,7 @@ def _shared(
     return sums
 
 
-def _common(a: Words, b: Words) -> int:
+def _common_subsequence_length(a: WordSequence, b: WordSequence) -> int:
     """Return the length of the longest common subsequence.
 
     Crochemore et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem" (2001).
@@ -194,7 +197,7 @@ def _common(a: Words, b: Words) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
+class ReviewFeatures:
     """The features of a data set, and which features the training reviews of each item mention.
 
     Attributes:
@@ -203,9 +206,9 @@ class Features:
         annotated: The annotated feature of each (user, item), including held-out pairs.
     """
 
-    vocabulary: frozenset[Words]
-    of_item: Mapping[str, frozenset[Words]]
-    annotated: Mapping[tuple[str, str], Words]
+    vocabulary: frozenset[WordSequence]
+    of_item: Mapping[str, frozenset[WordSequence]]
+    annotated: Mapping[tuple[str, str], WordSequence]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +216,10 @@ class ExplanationReference:
     """The reference for generated explanations: training texts, and features if there are any."""
 
     texts: TrainingTextIndex
-    features: Features | None = None
+    features: ReviewFeatures | None = None
 
 
-def background(
+def build_explanation_reference(
     users: Sequence[str],
     items: Sequence[str],
     texts: Sequence[str | None],
@@ -235,20 +238,22 @@ def background(
         ValueError: If the three differ in length.
     """
     rows = [(user, item, text or "") for user, item, text in zip(users, items, texts, strict=True)]
-    known = library(text for *_, text in rows if text)
-    annotated = {pair: words for pair, feature in (features or {}).items() if (words := words_of(feature))}
+    known = index_training_texts(text for *_, text in rows if text)
+    annotated = {pair: words for pair, feature in (features or {}).items() if (words := lowercase_words(feature))}
     references = [annotated.get((user, item)) for user, item, _ in rows]
     vocabulary = frozenset(words for words in references if words)
     if not vocabulary:
         return ExplanationReference(known)
-    of_item: dict[str, set[Words]] = {}
-    mentions = features_of([text for *_, text in rows], vocabulary)
+    of_item: dict[str, set[WordSequence]] = {}
+    mentions = mentioned_features([text for *_, text in rows], vocabulary)
     for (_, item, _), mentioned, annotation in zip(rows, mentions, references, strict=True):
         of_item.setdefault(item, set()).update(mentioned, *([{annotation}] if annotation else []))
-    return ExplanationReference(known, Features(vocabulary, {k: frozenset(v) for k, v in of_item.items()}, annotated))
+    return ExplanationReference(
+        known, ReviewFeatures(vocabulary, {k: frozenset(v) for k, v in of_item.items()}, annotated)
+    )
 
 
-def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[frozenset[Words]]:
+def mentioned_features(texts: Iterable[str], vocabulary: frozenset[WordSequence]) -> list[frozenset[WordSequence]]:
     """Return the features that each text mentions.
 
     If a feature contains another, as "battery life" contains "battery", a text with the longer one names both.
@@ -256,18 +261,18 @@ def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[froz
     sizes = sorted({len(words) for words in vocabulary})
     results = []
     for text in texts:
-        words = words_of(text)
+        words = lowercase_words(text)
         grams = (gram for n in sizes for gram in zip(*(words[start:] for start in range(n)), strict=False))
         results.append(frozenset(gram for gram in grams if gram in vocabulary))
     return results
 
 
-def feature_match(texts: Sequence[str], expected: Sequence[Words]) -> NDArray[np.bool_]:
+def feature_match(texts: Sequence[str], expected: Sequence[WordSequence]) -> NDArray[np.bool_]:
     """Return whether each text mentions the feature of its reference; the mean is the feature matching ratio, FMR.
 
     Args:
         texts: Generated texts.
-        expected: The feature of each reference, split by `words_of`.
+        expected: The feature of each reference, split by `lowercase_words`.
 
     Returns:
         Shape (n,).
@@ -276,10 +281,10 @@ def feature_match(texts: Sequence[str], expected: Sequence[Words]) -> NDArray[np
         ValueError: If the two differ in length.
     """
     pairs = zip(texts, expected, strict=True)
-    return np.array([bool(features_of([text], frozenset([words]))[0]) for text, words in pairs], dtype=np.bool_)
+    return np.array([bool(mentioned_features([text], frozenset([words]))[0]) for text, words in pairs], dtype=np.bool_)
 
 
-def feature_coverage(mentions: Sequence[frozenset[Words]], vocabulary: frozenset[Words]) -> float:
+def feature_coverage(mentions: Sequence[frozenset[WordSequence]], vocabulary: frozenset[WordSequence]) -> float:
     """Compute the feature coverage ratio, FCR: features mentioned by any text, over all training features.
 
     It grows with the number of texts, so compare only over the same requests.
@@ -292,7 +297,7 @@ def feature_coverage(mentions: Sequence[frozenset[Words]], vocabulary: frozenset
     return len(frozenset().union(*mentions) & vocabulary) / len(vocabulary)
 
 
-def feature_diversity(mentions: Sequence[frozenset[Words]]) -> float | None:
+def feature_diversity(mentions: Sequence[frozenset[WordSequence]]) -> float | None:
     """Compute DIV: the mean number of features that two generated texts share; lower is more diverse.
 
     A feature that c texts name is shared by c (c - 1) / 2 pairs, so pairs need not be enumerated. Texts without
@@ -318,11 +323,11 @@ def unique_sentences(texts: Sequence[str]) -> float:
     """
     if not texts:
         raise ValueError("text metrics are undefined without requests")
-    return len({words for text in texts if (words := words_of(text))}) / len(texts)
+    return len({words for text in texts if (words := lowercase_words(text))}) / len(texts)
 
 
-def hallucinated(
-    mentions: Sequence[frozenset[Words]], items: Sequence[str], of_item: Mapping[str, frozenset[Words]]
+def count_unsupported_features(
+    mentions: Sequence[frozenset[WordSequence]], items: Sequence[str], of_item: Mapping[str, frozenset[WordSequence]]
 ) -> NDArray[np.float64]:
     """Count the features that each text mentions, in total and without support in the item's training reviews.
 
@@ -341,10 +346,10 @@ def hallucinated(
 
 
 def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -> Statistic:
-    """Return the hallucination rate as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return the hallucination rate as a function of resampled users, for `llmrec.metrics.stats.statistic_interval`.
 
     Args:
-        counts: From `hallucinated`, shape (n, 2).
+        counts: From `count_unsupported_features`, shape (n, 2).
         users: The user of each text; the function numbers users in sorted order.
 
     Returns:
@@ -355,7 +360,7 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
     np.add.at(total, owner, counts)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
-        sums = times_drawn(indices, len(total)) @ total
+        sums = resample_counts(indices, len(total)) @ total
         return np.divide(sums[:, 1], sums[:, 0], out=np.zeros(len(sums)), where=sums[:, 0] > 0)
 
     return statistic
@@ -380,7 +385,7 @@ class MentionedFeatures:
     coverage: float
     diversity: float | None
     counts: NDArray[np.float64]
-    mentions: Sequence[frozenset[Words]]
+    mentions: Sequence[frozenset[WordSequence]]
     vocabulary: int
 
     @property
@@ -395,26 +400,28 @@ class MentionedFeatures:
         return float(unsupported / mentioned) if mentioned else None
 
 
-def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> MentionedFeatures:
+def count_mentioned_features(
+    texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: ReviewFeatures
+) -> MentionedFeatures:
     """Count the features in generated texts, each about a user and an item."""
     expected = [features.annotated.get(pair) for pair in zip(users, items, strict=True)]
     known = [index for index, words in enumerate(expected) if words]
-    mentions = features_of(texts, features.vocabulary)
+    mentions = mentioned_features(texts, features.vocabulary)
     match = feature_match([texts[index] for index in known], [expected[index] or () for index in known])
     return MentionedFeatures(
         known=np.array(known, dtype=np.intp),
         match=match.astype(np.float64),
         coverage=feature_coverage(mentions, features.vocabulary),
         diversity=feature_diversity(mentions),
-        counts=hallucinated(mentions, items, features.of_item),
+        counts=count_unsupported_features(mentions, items, features.of_item),
         mentions=mentions,
         vocabulary=len(features.vocabulary),
     )
 
 
 def copy_rate(texts: Sequence[str], background: ExplanationReference) -> MetricValues:
-    """CopyRate: see `copies`."""
-    return MetricValues(result=copies(texts, background), how=f"rouge-l-{COPIED:g}")
+    """CopyRate: see `copy_indicators`."""
+    return MetricValues(result=copy_indicators(texts, background), how=f"rouge-l-{COPY_THRESHOLD:g}")
 
 
 def match_rate(named: MentionedFeatures, owners: Sequence[str]) -> MetricValues:
@@ -441,6 +448,6 @@ def hallucination_rate(named: MentionedFeatures, owners: Sequence[str]) -> Metri
     return MetricValues(result=hallucination_statistic(named.counts, owners), how=named.how)
 
 
-def copies(texts: Sequence[str], known: ExplanationReference) -> NDArray[np.float64]:
+def copy_indicators(texts: Sequence[str], known: ExplanationReference) -> NDArray[np.float64]:
     """Return 1 for each text that copies a training text or sentence, else 0; the mean is the copy rate."""
-    return copied(texts, known.texts).astype(np.float64)
+    return detect_copies(texts, known.texts).astype(np.float64)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from llmrec.data.lists import Lists, Truth, read_lists, read_truth
+from llmrec.data.lists import GroundTruth, RankedLists, read_lists, read_truth
 from llmrec.errors import RecipeError
-from llmrec.metrics.multi_target import Pairs, RelevantRanks, match_relevant
-from llmrec.registry import METRICS, attribute
+from llmrec.metrics.multi_target import RelevantRanks, RequestItemValues, match_relevant
+from llmrec.registry import METRICS, import_attribute
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,17 +56,17 @@ class Metric:
             raise RecipeError(
                 f"k: {k!r} is not a valid cut-off for {self.name}; use at least 1", kind="bad-value", column="k"
             )
-        relevant = read_truth(_relevant(truth))
-        ranked = read_lists(_ranked(lists), relevant.unit)
+        relevant = read_truth(_relevance_records(truth))
+        ranked = read_lists(_ranking_records(lists), relevant.unit)
         keys = relevant.frame["key"].unique().sort()
-        values = attribute(entry.several)(matched(ranked, relevant, keys, graded=graded), k)
+        values = import_attribute(entry.several)(match_lists(ranked, relevant, keys, graded=graded), k)
         return dict(zip(keys.to_list(), values.tolist(), strict=True))
 
     def __repr__(self) -> str:
         return f"{self.name}: {METRICS[self.name].about}"
 
 
-def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False) -> RelevantRanks:
+def match_lists(lists: RankedLists, truth: GroundTruth, keys: pl.Series, *, graded: bool = False) -> RelevantRanks:
     """Match ranked lists with relevant items.
 
     Args:
@@ -78,17 +78,21 @@ def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False
     frame, relevant = lists.frame.filter(pl.col("key").is_in(keys.implode())), truth.frame
     items = pl.concat([frame["item"], relevant["item"]]).unique().sort()
     gains = relevant["gain"].to_numpy() if graded else np.ones(relevant.height)
-    ranked = Pairs(_numbers(frame["key"], keys), _numbers(frame["item"], items), frame["score"].to_numpy())
+    ranked = RequestItemValues(
+        _sorted_positions(frame["key"], keys), _sorted_positions(frame["item"], items), frame["score"].to_numpy()
+    )
     return match_relevant(
-        ranked, Pairs(_numbers(relevant["key"], keys), _numbers(relevant["item"], items), gains), len(keys)
+        ranked,
+        RequestItemValues(_sorted_positions(relevant["key"], keys), _sorted_positions(relevant["item"], items), gains),
+        len(keys),
     )
 
 
-def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
+def _sorted_positions(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
     return known.search_sorted(names).to_numpy().astype(np.int64)
 
 
-def _by_user(data: Any) -> Iterable[tuple[Any, Any]] | None:
+def _entries_by_user(data: Any) -> Iterable[tuple[Any, Any]] | None:
     """Return the entries by user; None for data frames, lists of records and paths."""
     if isinstance(data, Mapping):
         return data.items()
@@ -96,13 +100,13 @@ def _by_user(data: Any) -> Iterable[tuple[Any, Any]] | None:
     return enumerate(data) if isinstance(data, list | tuple) and not rows else None
 
 
-def _ranked(data: Any) -> Any:
-    users = _by_user(data)
+def _ranking_records(data: Any) -> Any:
+    users = _entries_by_user(data)
     return data if users is None else [{"user": str(user), "items": [*map(str, items)]} for user, items in users]
 
 
-def _relevant(data: Any) -> Any:
-    if (users := _by_user(data)) is None:
+def _relevance_records(data: Any) -> Any:
+    if (users := _entries_by_user(data)) is None:
         return data
     rows = []
     for user, items in users:

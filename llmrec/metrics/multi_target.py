@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 # Maximum size in bytes of the lookup table of a batch of requests, so that it fits in the processor's cache.
-_TABLE = 1 << 18
+_TABLE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class RequestItemValues:
     """A flat table of (request, item, value) triples, in any order.
 
     Attributes:
@@ -76,7 +76,7 @@ class RelevantRanks:
     gains: NDArray[np.float64]
 
 
-def match_relevant(ranked: Pairs, relevant: Pairs, n: int) -> RelevantRanks:
+def match_relevant(ranked: RequestItemValues, relevant: RequestItemValues, n: int) -> RelevantRanks:
     """Match ranked items with the relevant items.
 
     Args:
@@ -88,15 +88,15 @@ def match_relevant(ranked: Pairs, relevant: Pairs, n: int) -> RelevantRanks:
         LlmrecError: If a score is NaN.
         ValueError: If a request index is not below n, a request has duplicate items, or a gain is not above 0.
     """
-    request, item, score, begins = _sorted(ranked, n)
-    goal_request, goal, gain, goal_begins = _sorted(relevant, n)
+    request, item, score, begins = _sort_by_request(ranked, n)
+    goal_request, goal, gain, goal_begins = _sort_by_request(relevant, n)
     if gain.size and not (gain[-1] > 0 and np.isfinite(gain).all() and (gain > 0).all()):
         raise ValueError("the gain of a relevant item must be above 0; remove items without gain")
-    hits = _matches(request, item, begins, goal_request, goal, goal_begins)
-    starts, sizes, block = _blocks(request, score, hits)
-    first = _changes(block)
+    hits = _find_relevant(request, item, begins, goal_request, goal, goal_begins)
+    starts, sizes, block = _tie_blocks(request, score, hits)
+    first = _run_starts(block)
     hit_blocks = block[first]
-    hit_gains = _gains(request, item, hits, goal_request, goal, gain)
+    hit_gains = _gains_of_hits(request, item, hits, goal_request, goal, gain)
     counts = np.diff(np.append(first, len(block)))
     owner = request[starts[hit_blocks]]
     per_request = np.bincount(owner, counts, minlength=n).astype(np.int64)
@@ -117,8 +117,8 @@ def match_relevant(ranked: Pairs, relevant: Pairs, n: int) -> RelevantRanks:
 # --------------------------------------------------------------------------- helpers
 
 
-def _sorted(
-    pairs: Pairs, n: int
+def _sort_by_request(
+    pairs: RequestItemValues, n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """Sort the columns by request, largest value first, and return the start of each request, shape (n + 1,).
 
@@ -144,7 +144,7 @@ def _sorted(
     return request, item, value, np.searchsorted(request, np.arange(n + 1))
 
 
-def _matches(
+def _find_relevant(
     request: NDArray[np.int64],
     item: NDArray[np.int64],
     begins: NDArray[np.int64],
@@ -155,7 +155,7 @@ def _matches(
     """Return the indices of ranked items that are relevant; duplicate items are rejected."""
     n = len(begins) - 1
     width = int(max(item.max(initial=0), goal.max(initial=0))) + 1
-    step = max(1, _TABLE // width)
+    step = max(1, _TABLE_BYTES // width)
     table = np.zeros(min(step, max(n, 1)) * width, dtype=bool)
     hits = []
     for start in range(0, n, step):
@@ -175,12 +175,12 @@ def _matches(
     return np.concatenate(hits) if hits else np.empty(0, dtype=np.int64)
 
 
-def _changes(values: NDArray[Any]) -> NDArray[np.int64]:
+def _run_starts(values: NDArray[Any]) -> NDArray[np.int64]:
     """Return the starts of runs of equal values."""
     return np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])[: len(values)])
 
 
-def _blocks(
+def _tie_blocks(
     request: NDArray[np.int64], score: NDArray[np.float64], hits: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the starts of blocks of equal scores, their sizes, and the block of each relevant item."""
@@ -197,7 +197,7 @@ def _blocks(
     return starts, np.diff(np.append(starts, len(score))), (np.cumsum(new) - 1)[hits]
 
 
-def _gains(
+def _gains_of_hits(
     request: NDArray[np.int64],
     item: NDArray[np.int64],
     hits: NDArray[np.int64],
@@ -223,7 +223,7 @@ def hit_rate(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     Returns:
         Values in [0, 1], shape (n,).
     """
-    at = _within(judged, k)
+    at = _blocks_within(judged, k)
     tied, relevant = judged.tied[at], judged.relevant[at]
     shown = np.minimum(k - judged.greater[at], tied)
     rest = tied - relevant
@@ -244,7 +244,7 @@ def recall(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     Returns:
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
     """
-    return _of_all(_expected_hits(judged, k), judged)
+    return _share_of_relevant(_expected_hits(judged, k), judged)
 
 
 def precision(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
@@ -266,11 +266,11 @@ def ndcg(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     Returns:
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
     """
-    at = _within(judged, k)
+    at = _blocks_within(judged, k)
     greater, tied = judged.greater[at], judged.tied[at]
     discounts = 1.0 / np.log2(np.arange(1, k + 1) + 1)
     sums = np.concatenate([[0.0], np.cumsum(discounts)])
-    dcg = _sum(judged, at, judged.gain[at] / tied * (sums[np.minimum(greater + tied, k)] - sums[greater]))
+    dcg = _sum_by_request(judged, at, judged.gain[at] / tied * (sums[np.minimum(greater + tied, k)] - sums[greater]))
     # The largest gains of each request, as a table of shape (n, k).
     deep = min(k, int(judged.total.max(initial=0)))
     indices = (np.cumsum(judged.total) - judged.total)[:, None] + np.arange(deep)
@@ -296,14 +296,14 @@ def average_precision(judged: RelevantRanks, k: int | None = None) -> NDArray[np
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
     """
     last = int((judged.greater + judged.tied).max(initial=1)) if k is None else k
-    at = _within(judged, last)
+    at = _blocks_within(judged, last)
     greater, tied, relevant, before = judged.greater[at], judged.tied[at], judged.relevant[at], judged.before[at]
     harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, last + 1))])
     end = np.minimum(greater + tied, last)
     slope = (relevant - 1) / np.maximum(tied - 1, 1)
     # (before + 1 + (i - 1) slope) / (greater + i) = slope + (before + 1 - slope (greater + 1)) / (greater + i)
     inner = slope * (end - greater) + (before + 1 - slope * (greater + 1)) * (harmonic[end] - harmonic[greater])
-    return _of_all(_sum(judged, at, relevant / tied * inner), judged)
+    return _share_of_relevant(_sum_by_request(judged, at, relevant / tied * inner), judged)
 
 
 def reciprocal_rank(judged: RelevantRanks, k: int | None = None) -> NDArray[np.float64]:
@@ -320,14 +320,14 @@ def reciprocal_rank(judged: RelevantRanks, k: int | None = None) -> NDArray[np.f
         Values in [0, 1], shape (n,).
     """
     if k is not None:
-        _positive(k)
+        _validated_cutoff(k)
     first = np.flatnonzero(judged.before == 0)
     columns = np.stack([judged.greater[first], judged.tied[first], judged.relevant[first]], axis=1)
     item = np.zeros(len(first))
     alone = columns[:, 1] == 1
     item[alone] = np.where(columns[alone, 0] < (np.inf if k is None else k), 1.0 / (columns[alone, 0] + 1), 0.0)
     kinds, which = np.unique(columns[~alone], axis=0, return_inverse=True)
-    shared = np.array([_first_of_block(int(g), int(t), int(r), k) for g, t, r in kinds], dtype=np.float64)
+    shared = np.array([_block_reciprocal_rank(int(g), int(t), int(r), k) for g, t, r in kinds], dtype=np.float64)
     item[~alone] = shared[which.ravel()]
     values = np.zeros(len(judged.total))
     values[judged.request[first]] = item
@@ -337,30 +337,30 @@ def reciprocal_rank(judged: RelevantRanks, k: int | None = None) -> NDArray[np.f
 # --------------------------------------------------------------------------- helpers
 
 
-def _positive(k: int) -> int:
+def _validated_cutoff(k: int) -> int:
     if k < 1:
         raise ValueError(f"a cut-off must be at least 1, not {k}")
     return k
 
 
-def _within(judged: RelevantRanks, k: int) -> NDArray[np.int64]:
+def _blocks_within(judged: RelevantRanks, k: int) -> NDArray[np.int64]:
     """Return the blocks of equal scores that start within the first k ranks."""
-    return np.flatnonzero(judged.greater < _positive(k))
+    return np.flatnonzero(judged.greater < _validated_cutoff(k))
 
 
 def _expected_hits(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     """Return the expected number of relevant items among the first k, shape (n,)."""
-    at = _within(judged, k)
+    at = _blocks_within(judged, k)
     tied = judged.tied[at]
-    return _sum(judged, at, judged.relevant[at] * (np.minimum(k - judged.greater[at], tied) / tied))
+    return _sum_by_request(judged, at, judged.relevant[at] * (np.minimum(k - judged.greater[at], tied) / tied))
 
 
-def _sum(judged: RelevantRanks, at: NDArray[np.int64], of_block: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sum_by_request(judged: RelevantRanks, at: NDArray[np.int64], of_block: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sum values over the given blocks of each request, shape (n,)."""
     return np.bincount(judged.request[at], of_block, minlength=len(judged.total)).astype(np.float64)
 
 
-def _of_all(sums: NDArray[np.float64], judged: RelevantRanks) -> NDArray[np.float64]:
+def _share_of_relevant(sums: NDArray[np.float64], judged: RelevantRanks) -> NDArray[np.float64]:
     """Divide by the number of relevant items; 0 if there are none."""
     share: NDArray[np.float64] = np.clip(sums / np.maximum(judged.total, 1), 0.0, 1.0)
     return share
@@ -371,7 +371,7 @@ def _log_choose(n: NDArray[np.int64], m: NDArray[np.int64]) -> NDArray[np.float6
     return logs
 
 
-def _first_of_block(greater: int, tied: int, relevant: int, k: int | None) -> float:
+def _block_reciprocal_rank(greater: int, tied: int, relevant: int, k: int | None) -> float:
     """Return the expected reciprocal rank of the first relevant item in a block of equal scores."""
     positions = np.arange(1, tied - relevant + 2)
     if k is not None:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.metrics.stats import MetricValues, times_drawn
+from llmrec.metrics.stats import MetricValues, resample_counts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from llmrec.metrics.stats import Statistic
 
-CLIP = 1e-15
+MIN_PROBABILITY = 1e-15
 """The lower bound of a probability before its logarithm is taken."""
 
-BINS = 10
+CALIBRATION_BINS = 10
 """Number of bins of the calibration error."""
 
 
@@ -67,8 +67,8 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: If the two differ in length or are empty, a score is not a number, or a label is not 0 or 1.
     """
-    guess, truth = _checked(scores, labels)
-    return float(_auc_by(np.zeros(len(guess), dtype=np.int64), guess, truth, 1)[0])
+    guess, truth = _validated_scores(scores, labels)
+    return float(_auc_by_group(np.zeros(len(guess), dtype=np.int64), guess, truth, 1)[0])
 
 
 def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str]) -> UserAUC:
@@ -85,11 +85,11 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str]) -> UserAUC:
     Raises:
         ValueError: See `auc`.
     """
-    guess, truth = _checked(scores, labels)
+    guess, truth = _validated_scores(scores, labels)
     if len(users) != len(guess):
         raise ValueError(f"each answer needs a user: there are {len(guess)} answers, but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
-    values = _auc_by(owner, guess, truth, len(names))
+    values = _auc_by_group(owner, guess, truth, len(names))
     both = np.isfinite(values)
     value = float(np.sum(values[both]) / both.sum()) if both.any() else float("nan")
     return UserAUC(value, tuple(names), values, int(np.sum(~both)))
@@ -121,8 +121,8 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]
     Raises:
         ValueError: See `auc`; also if a probability is outside [0, 1].
     """
-    guess, truth = _probabilities(probabilities, labels)
-    lost: NDArray[np.float64] = -np.log(np.maximum(np.where(truth == 1, guess, 1 - guess), CLIP))
+    guess, truth = _validated_probabilities(probabilities, labels)
+    lost: NDArray[np.float64] = -np.log(np.maximum(np.where(truth == 1, guess, 1 - guess), MIN_PROBABILITY))
     return lost
 
 
@@ -143,11 +143,11 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: See `log_loss`.
     """
-    _, predicted, positive = _binned(probabilities, labels)
+    _, predicted, positive = _bin_totals(probabilities, labels)
     return float(np.abs(predicted - positive).sum() / len(np.ravel(probabilities)))
 
 
-def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[CalibrationBin, ...]:
+def reliability_curve(probabilities: ArrayLike, labels: ArrayLike) -> tuple[CalibrationBin, ...]:
     """Return the reliability curve: the non-empty bins of `calibration_error`.
 
     Args:
@@ -157,7 +157,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Calibratio
     Raises:
         ValueError: See `calibration_error`.
     """
-    sizes, predicted, positive = _binned(probabilities, labels)
+    sizes, predicted, positive = _bin_totals(probabilities, labels)
     return tuple(
         CalibrationBin(int(n), float(sum_predicted / n), float(sum_positive / n))
         for n, sum_predicted, sum_positive in zip(sizes, predicted, positive, strict=True)
@@ -166,7 +166,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Calibratio
 
 
 def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | None = None) -> Statistic:
-    """Return the AUC as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return the AUC as a function of resampled users, for `llmrec.metrics.stats.statistic_interval`.
 
     A resample with a single class counts as 0.5.
 
@@ -181,7 +181,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
     Raises:
         ValueError: See `auc`.
     """
-    guess, truth = _checked(scores, labels)
+    guess, truth = _validated_scores(scores, labels)
     owner = np.arange(len(guess)) if users is None else np.unique(np.array(users, dtype=object), return_inverse=True)[1]
     order = np.argsort(guess, kind="stable")
     guess, truth, owner = guess[order], truth[order], owner[order]
@@ -189,7 +189,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
     count = int(owner.max()) + 1
 
     def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        weight = times_drawn(rows, count)[:, owner]
+        weight = resample_counts(rows, count)[:, owner]
         yes = np.add.reduceat(weight * truth, starts, axis=1)
         no = np.add.reduceat(weight * (1 - truth), starts, axis=1)
         won = np.sum(yes * (np.cumsum(no, axis=1) - no / 2), axis=1)
@@ -203,18 +203,20 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
 # --------------------------------------------------------------------------- helpers
 
 
-def _binned(
+def _bin_totals(
     probabilities: ArrayLike, labels: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the size, sum of probabilities and number of yes answers of each bin, shape (BINS,) each."""
-    guess, truth = _probabilities(probabilities, labels)
-    borders = np.sort(guess)[(np.arange(1, BINS) * len(guess)) // BINS]
+    guess, truth = _validated_probabilities(probabilities, labels)
+    borders = np.sort(guess)[(np.arange(1, CALIBRATION_BINS) * len(guess)) // CALIBRATION_BINS]
     bins = np.searchsorted(borders, guess, side="right")
-    predicted, positive = (np.bincount(bins, weights, minlength=BINS).astype(np.float64) for weights in (guess, truth))
-    return np.bincount(bins, minlength=BINS).astype(np.int64), predicted, positive
+    predicted, positive = (
+        np.bincount(bins, weights, minlength=CALIBRATION_BINS).astype(np.float64) for weights in (guess, truth)
+    )
+    return np.bincount(bins, minlength=CALIBRATION_BINS).astype(np.int64), predicted, positive
 
 
-def _auc_by(
+def _auc_by_group(
     group: NDArray[np.int64], scores: NDArray[np.float64], labels: NDArray[np.float64], groups: int
 ) -> NDArray[np.float64]:
     """Compute the AUC within each group from midranks; NaN if a class is missing."""
@@ -233,7 +235,7 @@ def _auc_by(
     return values
 
 
-def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _validated_scores(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     guess, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if guess.shape != truth.shape or guess.ndim != 1:
         raise ValueError(f"scores and labels must have the same shape (n,), not {guess.shape} and {truth.shape}")
@@ -246,8 +248,8 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64],
     return guess, truth
 
 
-def _probabilities(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    guess, truth = _checked(values, labels)
+def _validated_probabilities(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    guess, truth = _validated_scores(values, labels)
     if guess.min() < 0 or guess.max() > 1:
         raise ValueError("a probability must be in [0, 1]")
     return guess, truth

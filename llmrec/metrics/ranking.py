@@ -91,7 +91,7 @@ def hit_rate(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]
     Returns:
         Values in [0, 1], shape (n,).
     """
-    above, block = _checked(greater, tied, k)
+    above, block = _validated_ranks(greater, tied, k)
     hits = np.clip(k - above, 0, block)
     return _mean_over_block(hits.astype(np.float64), block)
 
@@ -105,7 +105,7 @@ def ndcg(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
     Returns:
         Values in [0, 1], shape (n,).
     """
-    above, block = _checked(greater, tied, k)
+    above, block = _validated_ranks(greater, tied, k)
     ranks = np.arange(1, k + 1)
     discounts = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(ranks + 1))])
     total = discounts[np.minimum(above + block, k)] - discounts[np.minimum(above, k)]
@@ -123,7 +123,7 @@ def reciprocal_rank(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -
     Returns:
         Values in [0, 1], shape (n,).
     """
-    above, block = _checked(greater, tied, 1 if k is None else k)
+    above, block = _validated_ranks(greater, tied, 1 if k is None else k)
     last = int((above + block).max(initial=0)) if k is None else k
     harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, last + 1))])
     total = harmonic[np.minimum(above + block, last)] - harmonic[np.minimum(above, last)]
@@ -157,7 +157,7 @@ def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.floa
     Returns:
         Values in [0, 1], shape (n,); 0.5 if the target is the whole pool.
     """
-    above, block = _checked(greater, tied, 1)
+    above, block = _validated_ranks(greater, tied, 1)
     others = np.broadcast_to(np.asarray(pool, dtype=np.int64), above.shape) - 1
     if (above + np.maximum(block - 1, 0) > np.maximum(others, 0) + (block == 0)).any():
         raise ValueError("more items are ranked above or tied with a target than there are candidates")
@@ -167,7 +167,7 @@ def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.floa
 
 def expected_rank(greater: ArrayLike, tied: ArrayLike) -> NDArray[np.float64]:
     """Return the mean rank of the target among its ties, counted from 1; NaN if the target is missing."""
-    above, block = _checked(greater, tied, 1)
+    above, block = _validated_ranks(greater, tied, 1)
     return np.where(block > 0, above + (block + 1) / 2, np.nan)
 
 
@@ -179,8 +179,8 @@ def tie_rate(tied: ArrayLike) -> float:
     return float(np.mean(block > 1))
 
 
-def _checked(greater: ArrayLike, tied: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    above, block = _integers(greater, "greater"), _integers(tied, "tied")
+def _validated_ranks(greater: ArrayLike, tied: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    above, block = _validated_integers(greater, "greater"), _validated_integers(tied, "tied")
     if above.shape != block.shape or above.ndim != 1:
         raise ValueError(f"greater and tied must have the same shape (n,), not {above.shape} and {block.shape}")
     if k < 1:
@@ -188,7 +188,7 @@ def _checked(greater: ArrayLike, tied: ArrayLike, k: int) -> tuple[NDArray[np.in
     return above, block
 
 
-def _integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
+def _validated_integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
     array: NDArray[Any] = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers, not {array.dtype}")

@@ -22,7 +22,7 @@ def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]
     Raises:
         ValueError: If the two differ in length or a value is not finite.
     """
-    return _difference(predicted, truth) ** 2
+    return _rating_errors(predicted, truth) ** 2
 
 
 def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
@@ -31,7 +31,7 @@ def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
     Raises:
         ValueError: If the two differ in length or a value is not finite.
     """
-    return np.abs(_difference(predicted, truth))
+    return np.abs(_rating_errors(predicted, truth))
 
 
 def liked_auc(
@@ -44,10 +44,10 @@ def liked_auc(
 
 def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:
     """Root mean squared error, ``sqrt(mean((predicted - truth) ** 2))``."""
-    return float(np.sqrt(np.mean(_some(squared_error(predicted, truth)))))
+    return float(np.sqrt(np.mean(_nonempty_values(squared_error(predicted, truth)))))
 
 
-def _difference(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
+def _rating_errors(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
     guess, true = np.asarray(predicted, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if guess.shape != true.shape or guess.ndim != 1:
         raise ValueError(
@@ -58,7 +58,7 @@ def _difference(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
     return guess - true
 
 
-def _some(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _nonempty_values(values: NDArray[np.float64]) -> NDArray[np.float64]:
     if values.size == 0:
         raise ValueError("rating metrics are undefined without requests")
     return values

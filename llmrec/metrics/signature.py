@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from llmrec.registry import metric_of
+from llmrec.registry import find_metric
 
-_KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
+_SIGNATURE_KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Signature:
             *(self.gain, self.ties, self.candidates, self.seen, self.users, self.slice),
             *(self.text, self.how, self.split, self.version),
         )
-        return dict(zip(_KEYS, values, strict=True))
+        return dict(zip(_SIGNATURE_KEYS, values, strict=True))
 
 
 def signature(
@@ -76,7 +76,7 @@ def signature(
         ValueError: If the metric is unknown, one of rankings or lists lacks candidates or seen, or a part contains
             ``|`` or white space.
     """
-    entry = metric_of(metric)
+    entry = find_metric(metric)
     if entry is None:
         raise ValueError(f"unknown metric {metric!r}")
     listed = entry.kind in ("ranking", "lists")
@@ -110,10 +110,12 @@ def parse_signature(text: str) -> Signature:
     """
     metric, *rest = text.split("|")
     parts = {key: value for key, _, value in (part.partition(":") for part in rest)}
-    order = [key for key in _KEYS if key in parts]
+    order = [key for key in _SIGNATURE_KEYS if key in parts]
     wrong = not metric or not {"split", "llmrec"} <= parts.keys() or not all(parts.values())
     if wrong or list(parts) != order or len(parts) != len(rest):
-        raise ValueError(f"not a metric signature: {text!r}; expected METRIC|{'|'.join(f'{key}:...' for key in _KEYS)}")
+        raise ValueError(
+            f"not a metric signature: {text!r}; expected METRIC|{'|'.join(f'{key}:...' for key in _SIGNATURE_KEYS)}"
+        )
     return Signature(
         metric=metric,
         gain=parts.get("gain"),

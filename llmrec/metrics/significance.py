@@ -19,13 +19,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import gammaln, stdtrit
 
-from llmrec.metrics.stats import ALPHA, BootstrapDifference, StatisticName, arms, root_or_not, tail_p
+from llmrec.metrics.stats import (
+    ALPHA,
+    BootstrapDifference,
+    StatisticName,
+    paired_user_sums,
+    statistic_from_means,
+    two_sided_p_value,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-EXACT = 1 << 16
+MAX_EXACT_PATTERNS = 1 << 16
 """Maximum number of patterns that are enumerated; more are sampled."""
 
 # Probability with which a minimum detectable effect is detected.
@@ -34,7 +41,7 @@ _POWER = 0.8
 _CHUNK = 1 << 19
 
 
-def signflip(
+def sign_flip_test(
     a: ArrayLike,
     b: ArrayLike,
     *,
@@ -56,17 +63,18 @@ def signflip(
     Raises:
         ValueError: If the systems differ in length, are empty or have values that are not finite.
     """
-    left, right, sizes = arms(a, b, statistic, users)
-    value = float(root_or_not(left.sum() / sizes.sum(), statistic) - root_or_not(right.sum() / sizes.sum(), statistic))
+    left, right, sizes = paired_user_sums(a, b, statistic, users)
+    value = float(
+        statistic_from_means(left.sum() / sizes.sum(), statistic)
+        - statistic_from_means(right.sum() / sizes.sum(), statistic)
+    )
     if statistic == "mean":
         value = float((left - right).sum() / sizes.sum())
-    draws = _halves(left, right, sizes, statistic, resamples, seed)
-    return BootstrapDifference(value, flip_p(left - right, resamples=resamples, seed=seed), draws)
+    draws = _half_sample_differences(left, right, sizes, statistic, resamples, seed)
+    return BootstrapDifference(value, sign_flip_p_value(left - right, resamples=resamples, seed=seed), draws)
 
 
-def over_users_and_seeds(
-    difference: BootstrapDifference, a: ArrayLike, b: ArrayLike, *, seed: int
-) -> BootstrapDifference:
+def add_seed_variance(difference: BootstrapDifference, a: ArrayLike, b: ArrayLike, *, seed: int) -> BootstrapDifference:
     """Add the variance over training seeds to a difference that was resampled over users.
 
     Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
@@ -90,10 +98,10 @@ def over_users_and_seeds(
     freedom = min(group.size for group in drawn) - 1
     noise = np.random.default_rng([seed, 1]).standard_t(freedom, size=len(difference.draws))
     draws = difference.draws + error * noise
-    return BootstrapDifference(difference.value, max(difference.p, tail_p(draws)), draws)
+    return BootstrapDifference(difference.value, max(difference.p, two_sided_p_value(draws)), draws)
 
 
-def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
+def sign_flip_p_value(differences: ArrayLike, *, resamples: int, seed: int) -> float:
     """Return the two-sided p-value of a sum of differences under random signs.
 
     Users with equal absolute differences are exchangeable, so only their number with each sign matters: hits of
@@ -103,7 +111,7 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
 
     Args:
         differences: One value per user, shape (n,); the order does not matter.
-        resamples: Number of patterns drawn if there are more than `EXACT`.
+        resamples: Number of patterns drawn if there are more than `MAX_EXACT_PATTERNS`.
         seed: Seed of the patterns.
     """
     array = np.asarray(differences, dtype=np.float64)
@@ -113,19 +121,20 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
     # Scaled to avoid underflow and overflow.
     unit = float(size.max())
     observed = abs(float(np.sum(array / unit)))
-    values, counts = _groups(size[size > 0] / unit)
+    values, counts = _distinct_magnitudes(size[size > 0] / unit)
     slack = 1e-9 * float(values @ counts)
-    if np.sum(np.log(counts + 1.0)) <= math.log(EXACT):
-        sums, weights = _all_patterns(values, counts)
+    if np.sum(np.log(counts + 1.0)) <= math.log(MAX_EXACT_PATTERNS):
+        sums, weights = _all_pattern_sums(values, counts)
         return min(1.0, float(weights[np.abs(sums) >= observed - slack].sum()))
     beyond = sum(
-        int(np.count_nonzero(np.abs(sums) >= observed - slack)) for sums in _drawn(values, counts, resamples, seed)
+        int(np.count_nonzero(np.abs(sums) >= observed - slack))
+        for sums in _sample_pattern_sums(values, counts, resamples, seed)
     )
     return (1 + beyond) / (1 + resamples)
 
 
-def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
-    """Return the largest p-value up to alpha that `flip_p` can return for these differences.
+def attainable_p_value(differences: ArrayLike, *, alpha: float = 0.05) -> float:
+    """Return the largest p-value up to alpha that `sign_flip_p_value` can return for these differences.
 
     It is the test's false-positive rate. If few users differ it is far below alpha, and 0 if no outcome can be
     significant: with 5 users of equal absolute differences, p is at least 0.06.
@@ -135,15 +144,15 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
         alpha: Largest p that counts as significant.
 
     Returns:
-        A level in [0, alpha]; alpha with more patterns than `EXACT`, whose p-values leave no gaps.
+        A level in [0, alpha]; alpha with more patterns than `MAX_EXACT_PATTERNS`, whose p-values leave no gaps.
     """
     size = np.abs(np.asarray(differences, dtype=np.float64))
     if not size.any():
         return 0.0
-    values, counts = _groups(size[size > 0] / float(size.max()))
-    if np.sum(np.log(counts + 1.0)) > math.log(EXACT):
+    values, counts = _distinct_magnitudes(size[size > 0] / float(size.max()))
+    if np.sum(np.log(counts + 1.0)) > math.log(MAX_EXACT_PATTERNS):
         return alpha
-    sums, weights = _all_patterns(values, counts)
+    sums, weights = _all_pattern_sums(values, counts)
     order = np.argsort(-np.abs(sums), kind="stable")
     far, mass = np.abs(sums)[order], np.cumsum(weights[order])
     # A p-value counts all sign patterns that are at least as extreme.
@@ -152,7 +161,7 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     return float(levels[-1]) if len(levels) else 0.0
 
 
-def detectable(
+def detectable_effect(
     a: ArrayLike,
     b: ArrayLike,
     *,
@@ -171,28 +180,30 @@ def detectable(
         a: Values of the first system, shape (n,).
         b: Values of the second system, in the same order of requests.
         comparisons: Number of comparisons corrected together.
-        statistic: See `signflip`; for root means, the differences are those of the linearised RMSE.
-        users: See `signflip`.
+        statistic: See `sign_flip_test`; for root means, the differences are those of the linearised RMSE.
+        users: See `sign_flip_test`.
 
     Returns:
         A difference above 0, in units of the figure; None if the differences of all users are equal.
     """
-    left, right, sizes = arms(a, b, statistic, users)
-    influence = _influence(left, sizes, statistic) - _influence(right, sizes, statistic)
+    left, right, sizes = paired_user_sums(a, b, statistic, users)
+    influence = _user_influence(left, sizes, statistic) - _user_influence(right, sizes, statistic)
     n = influence.size
     sd = float(np.std(influence, ddof=1)) if n > 1 else 0.0
     if sd <= 1e-12 * (float(np.abs(influence).max(initial=0.0)) + 1e-300):
         return None
-    return detectable_from(sd / math.sqrt(n), n, comparisons=comparisons)
+    return detectable_effect_from_error(sd / math.sqrt(n), n, comparisons=comparisons)
 
 
-def detectable_from(error: float, users: int, *, comparisons: int = 1) -> float | None:
-    """Return the minimum detectable effect from a standard error, for metrics that are not means; see `detectable`.
+def detectable_effect_from_error(error: float, users: int, *, comparisons: int = 1) -> float | None:
+    """Return the minimum detectable effect from a standard error, for metrics that are not means.
+
+    See `detectable_effect`.
 
     Args:
         error: Standard error of the difference, such as the standard deviation of its resamples.
         users: Number of users.
-        comparisons: See `detectable`.
+        comparisons: See `detectable_effect`.
     """
     if users < 2 or error <= 0:
         return None
@@ -200,12 +211,12 @@ def detectable_from(error: float, users: int, *, comparisons: int = 1) -> float 
     return float(reach * error)
 
 
-def detectable_line(metric: str, effects: Sequence[float | None], *, users: int, comparisons: int) -> str:
+def describe_detectable_effects(metric: str, effects: Sequence[float | None], *, users: int, comparisons: int) -> str:
     """Return a sentence on the minimum detectable effects of the comparisons in a table.
 
     Args:
         metric: Name of the metric.
-        effects: `detectable` of each comparison.
+        effects: `detectable_effect` of each comparison.
         users: Number of users.
         comparisons: Number of planned comparisons corrected together; 0 for exploratory ones.
     """
@@ -226,7 +237,9 @@ def detectable_line(metric: str, effects: Sequence[float | None], *, users: int,
 # --------------------------------------------------------------------------- helpers
 
 
-def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
+def _user_influence(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName
+) -> NDArray[np.float64]:
     """Return the influence of each user on a metric, from which its standard error follows."""
     mean = sums.sum() / sizes.sum()
     influence: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
@@ -235,13 +248,13 @@ def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic:
     return influence / (2 * math.sqrt(mean)) if mean > 0 else np.zeros_like(influence)
 
 
-def _bits(rows: int, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def _random_bits(rows: int, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
     packed = rng.integers(0, 256, size=(rows, -(-n // 8)), dtype=np.uint8)
     bits: NDArray[np.float64] = np.unpackbits(packed, axis=1, count=n).astype(np.float64)
     return bits
 
 
-def _chunks(n: int, resamples: int) -> Iterator[int]:
+def _chunk_sizes(n: int, resamples: int) -> Iterator[int]:
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, not {resamples}")
     rows = max(1, _CHUNK // max(1, n))
@@ -249,7 +262,7 @@ def _chunks(n: int, resamples: int) -> Iterator[int]:
         yield min(rows, resamples - start)
 
 
-def _halves(
+def _half_sample_differences(
     left: NDArray[np.float64],
     right: NDArray[np.float64],
     sizes: NDArray[np.float64],
@@ -261,21 +274,21 @@ def _halves(
     rng = np.random.default_rng(seed)
     columns = np.stack([left - right, sizes] if statistic == "mean" else [left, right, sizes], axis=1)
     drawn = []
-    for rows in _chunks(len(sizes), resamples):
-        sums = _bits(rows, len(sizes), rng) @ columns
+    for rows in _chunk_sizes(len(sizes), resamples):
+        sums = _random_bits(rows, len(sizes), rng) @ columns
         means = sums[:, :-1] / np.maximum(sums[:, -1:], 1)
         drawn.append(means[:, 0] if statistic == "mean" else np.sqrt(means[:, 0]) - np.sqrt(means[:, 1]))
     return np.concatenate(drawn)
 
 
-def _groups(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _distinct_magnitudes(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the distinct absolute differences, up to rounding, and how often each occurs."""
     ordered = np.sort(sizes)
     starts = np.flatnonzero(np.r_[True, np.diff(ordered) > 1e-12])
     return ordered[starts], np.diff(np.r_[starts, len(ordered)])
 
 
-def _all_patterns(
+def _all_pattern_sums(
     values: NDArray[np.float64], counts: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return every possible sum with its probability."""
@@ -288,14 +301,14 @@ def _all_patterns(
     return sums, weights
 
 
-def _drawn(
+def _sample_pattern_sums(
     values: NDArray[np.float64], counts: NDArray[np.int64], resamples: int, seed: int
 ) -> Iterator[NDArray[np.float64]]:
     rng = np.random.default_rng(seed)
     once, more = values[counts == 1], values[counts > 1]
     repeats = counts[counts > 1]
-    for rows in _chunks(len(values), resamples):
-        sums = 2 * (_bits(rows, len(once), rng) @ once) - once.sum() if len(once) else np.zeros(rows)
+    for rows in _chunk_sizes(len(values), resamples):
+        sums = 2 * (_random_bits(rows, len(once), rng) @ once) - once.sum() if len(once) else np.zeros(rows)
         if len(more):
             up = rng.binomial(repeats, 0.5, size=(rows, len(repeats)))
             sums = sums + (2 * up - repeats) @ more
@@ -313,11 +326,11 @@ def _drawn(
 
 
 # Minimum number of draws beyond each end of the widest interval; with fewer, its ends are noisy.
-_BEYOND = 20
+_MIN_TAIL_DRAWS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class AdjustedDifference:
     """The result of a difference after correction for multiple tests.
 
     Attributes:
@@ -337,7 +350,7 @@ class Decision:
     level: float
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm_p_values(p_values: Sequence[float]) -> list[float]:
     """Return Holm-adjusted p-values (Holm, 1979), in the given order.
 
     The i-th smallest of m is multiplied by ``m - i + 1``, made monotonic and capped at 1.
@@ -345,7 +358,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Raises:
         ValueError: If a p-value is outside [0, 1].
     """
-    p, order = _ordered(p_values)
+    p, order = _order_p_values(p_values)
     stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
@@ -361,7 +374,7 @@ def holm_levels(p_values: Sequence[float]) -> list[float]:
     Raises:
         ValueError: If a p-value is outside [0, 1].
     """
-    p, order = _ordered(p_values)
+    p, order = _order_p_values(p_values)
     left = np.arange(p.size, 0, -1)
     failed = np.flatnonzero(p[order] * left > ALPHA)
     last = failed[0] if len(failed) else p.size
@@ -377,10 +390,10 @@ def required_resamples(resamples: int, comparisons: int) -> int:
         resamples: The minimum number.
         comparisons: Number of differences corrected together.
     """
-    return max(resamples, math.ceil(2 * _BEYOND * comparisons / ALPHA))
+    return max(resamples, math.ceil(2 * _MIN_TAIL_DRAWS * comparisons / ALPHA))
 
 
-def holm_adjusted(differences: Sequence[BootstrapDifference], *, more: int = 0) -> list[Decision]:
+def holm_adjusted(differences: Sequence[BootstrapDifference], *, more: int = 0) -> list[AdjustedDifference]:
     """Correct p-values for multiple tests, and adjust the confidence intervals to agree with them.
 
     The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
@@ -393,14 +406,14 @@ def holm_adjusted(differences: Sequence[BootstrapDifference], *, more: int = 0) 
     """
     p_values = [*(item.p for item in differences), *[1.0] * more]
     decisions = []
-    for item, p, alpha in zip(differences, holm(p_values), holm_levels(p_values), strict=False):
+    for item, p, alpha in zip(differences, holm_p_values(p_values), holm_levels(p_values), strict=False):
         plain = item.at(1 - alpha)
-        low, high = _agreeing(plain.low, plain.high, item, differs=p <= ALPHA and item.value != 0)
-        decisions.append(Decision(value=item.value, low=low, high=high, p=p, p_raw=item.p, level=1 - alpha))
+        low, high = _adjust_interval(plain.low, plain.high, item, differs=p <= ALPHA and item.value != 0)
+        decisions.append(AdjustedDifference(value=item.value, low=low, high=high, p=p, p_raw=item.p, level=1 - alpha))
     return decisions
 
 
-def _agreeing(low: float, high: float, difference: BootstrapDifference, *, differs: bool) -> tuple[float, float]:
+def _adjust_interval(low: float, high: float, difference: BootstrapDifference, *, differs: bool) -> tuple[float, float]:
     """Adjust an interval so that 0 is outside exactly if the difference is significant."""
     if not differs:
         return min(low, 0.0), max(high, 0.0)
@@ -410,7 +423,7 @@ def _agreeing(low: float, high: float, difference: BootstrapDifference, *, diffe
     return (max(low, nearest), max(high, nearest)) if side > 0 else (min(low, nearest), min(high, nearest))
 
 
-def _ordered(p_values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+def _order_p_values(p_values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     p = np.asarray(p_values, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values must be in [0, 1]: {list(p_values)}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
-from llmrec.entries import Better
+from llmrec.entries import MetricDirection
 from llmrec.results import Verdict
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Statistic = Callable[[NDArray[np.intp]], NDArray[np.float64]]
 
 StatisticName = Literal["mean", "root_mean"]
-Method = Literal["percentile", "bca"]
+IntervalMethod = Literal["percentile", "bca"]
 
 ALPHA = 0.05
 """The largest p-value of a significant difference, after correction for several comparisons."""
@@ -35,8 +35,8 @@ ALPHA = 0.05
 # Number of indices per batch, 4 MB, so that the gathered values stay in the cache.
 _CHUNK = 1 << 19
 # Minimum distance of percentiles from 0 and 1, whose normal quantiles are infinite.
-_OUTERMOST = 1e-9
-_Z = float(ndtri(0.975))
+_MIN_PERCENTILE = 1e-9
+_NORMAL_QUANTILE = float(ndtri(0.975))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +91,18 @@ class BootstrapDifference:
 
     def at(self, level: float = 0.95) -> Difference:
         """Return the difference with its interval at a confidence level."""
-        low, high = np.quantile(self.draws, _tails(level))
+        low, high = np.quantile(self.draws, _tail_percentiles(level))
         return Difference(self.value, float(low), float(high), self.p)
 
 
-def interval(
+def bootstrap_interval(
     values: ArrayLike,
     *,
     resamples: int,
     seed: int,
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
-    method: Method = "percentile",
+    method: IntervalMethod = "percentile",
     widen: bool = False,
 ) -> Interval:
     """Bootstrap the mean (or root mean) of per-request values, or its average over training seeds.
@@ -125,40 +125,49 @@ def interval(
     Raises:
         ValueError: If there are no values or some are not finite.
     """
-    rows = [by_user(finite(item, statistic), users) for item in np.atleast_2d(np.asarray(values, dtype=np.float64))]
-    draws = _resample(mean_of([_statistic(*row, statistic) for row in rows]), rows[0][0].size, resamples, seed)
-    left_out = np.mean([_left_out(*row, statistic) for row in rows], axis=0)
-    value = float(np.mean([root_or_not(sums.sum() / sizes.sum(), statistic) for sums, sizes in rows]))
-    tails = _tails(widened_for=left_out.size if widen else None)
-    return Interval(value, *_bounds(draws, value, left_out, method, tails))
+    rows = [
+        sums_by_user(validated_values(item, statistic), users)
+        for item in np.atleast_2d(np.asarray(values, dtype=np.float64))
+    ]
+    draws = _resample_statistic(
+        averaged_statistic([_make_statistic(*row, statistic) for row in rows]), rows[0][0].size, resamples, seed
+    )
+    left_out = np.mean([_jackknife_values(*row, statistic) for row in rows], axis=0)
+    value = float(np.mean([statistic_from_means(sums.sum() / sizes.sum(), statistic) for sums, sizes in rows]))
+    tails = _tail_percentiles(widened_for=left_out.size if widen else None)
+    return Interval(value, *_interval_bounds(draws, value, left_out, method, tails))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Return Wilson's 95 % score interval of a share of n independent requests or votes (Wilson, JASA 1927)."""
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share) / n + _Z**2 / (4 * n**2)))
+    centre = (share + _NORMAL_QUANTILE**2 / (2 * n)) / (1 + _NORMAL_QUANTILE**2 / n)
+    half = (
+        _NORMAL_QUANTILE
+        / (1 + _NORMAL_QUANTILE**2 / n)
+        * math.sqrt(max(0.0, share * (1 - share) / n + _NORMAL_QUANTILE**2 / (4 * n**2)))
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_of(statistics: Sequence[Statistic]) -> Statistic:
+def averaged_statistic(statistics: Sequence[Statistic]) -> Statistic:
     """Return the average of several metrics on the same resampled users."""
     return lambda rows: np.mean([statistic(rows) for statistic in statistics], axis=0)
 
 
-def interval_of(statistic: Statistic, n: int, *, resamples: int, seed: int) -> Interval:
+def statistic_interval(statistic: Statistic, n: int, *, resamples: int, seed: int) -> Interval:
     """Bootstrap a metric that is not a mean, such as corpus BLEU, over n users.
 
     Args:
         statistic: Function from index arrays of shape (b, m), entries below n, to b values.
         n: Number of users, or of requests with one request per user.
-        resamples: See `interval`.
-        seed: See `interval`.
+        resamples: See `bootstrap_interval`.
+        seed: See `bootstrap_interval`.
     """
-    low, high = np.quantile(_resample(statistic, n, resamples, seed), _tails())
-    return Interval(at_all(statistic, n), float(low), float(high))
+    low, high = np.quantile(_resample_statistic(statistic, n, resamples, seed), _tail_percentiles())
+    return Interval(full_sample_value(statistic, n), float(low), float(high))
 
 
-def paired(
+def paired_difference(
     a: ArrayLike,
     b: ArrayLike,
     *,
@@ -166,7 +175,7 @@ def paired(
     seed: int,
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
-    method: Method = "percentile",
+    method: IntervalMethod = "percentile",
 ) -> Difference:
     """Bootstrap the difference a − b of two systems on the same requests.
 
@@ -175,11 +184,11 @@ def paired(
     Args:
         a: Values of the first system, shape (n,).
         b: Values of the second system in the same order of requests, shape (n,).
-        resamples: See `interval`.
-        seed: See `interval`.
-        statistic: See `interval`.
-        users: See `interval`.
-        method: See `interval`. With few users, ``bca`` intervals of differences exclude 0 too often.
+        resamples: See `bootstrap_interval`.
+        seed: See `bootstrap_interval`.
+        statistic: See `bootstrap_interval`.
+        users: See `bootstrap_interval`.
+        method: See `bootstrap_interval`. With few users, ``bca`` intervals of differences exclude 0 too often.
 
     Returns:
         The difference with its interval. ``p`` is twice the smaller share of resamples at or beyond 0,
@@ -188,25 +197,29 @@ def paired(
     Raises:
         ValueError: If the systems differ in length, are empty or have values that are not finite.
     """
-    sums, others, sizes = arms(a, b, statistic, users)
+    sums, others, sizes = paired_user_sums(a, b, statistic, users)
     if statistic == "mean":
         # One lookup instead of two; the difference of equal systems is exactly 0.
-        difference = _statistic(sums - others, sizes, "mean")
+        difference = _make_statistic(sums - others, sizes, "mean")
     else:
-        difference = _less(_statistic(sums, sizes, statistic), _statistic(others, sizes, statistic))
-    left_out = _left_out(sums, sizes, statistic) - _left_out(others, sizes, statistic)
-    draws = _resample(difference, sums.size, resamples, seed)
-    value = at_all(difference, sums.size)
-    return Difference(value, *_bounds(draws, value, left_out, method, _tails()), tail_p(draws))
+        difference = _difference_statistic(
+            _make_statistic(sums, sizes, statistic), _make_statistic(others, sizes, statistic)
+        )
+    left_out = _jackknife_values(sums, sizes, statistic) - _jackknife_values(others, sizes, statistic)
+    draws = _resample_statistic(difference, sums.size, resamples, seed)
+    value = full_sample_value(difference, sums.size)
+    return Difference(
+        value, *_interval_bounds(draws, value, left_out, method, _tail_percentiles()), two_sided_p_value(draws)
+    )
 
 
-def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> BootstrapDifference:
+def paired_statistic_difference(difference: Statistic, n: int, *, resamples: int, seed: int) -> BootstrapDifference:
     """Bootstrap a difference between metrics that are not means, such as two corpus BLEU scores."""
-    draws = _resample(difference, n, resamples, seed)
-    return BootstrapDifference(at_all(difference, n), tail_p(draws), draws)
+    draws = _resample_statistic(difference, n, resamples, seed)
+    return BootstrapDifference(full_sample_value(difference, n), two_sided_p_value(draws), draws)
 
 
-def verdict(difference: Difference, better: Better = "higher") -> Verdict:
+def verdict(difference: Difference, better: MetricDirection = "higher") -> Verdict:
     """Return the verdict on whether system a is better than system b.
 
     Args:
@@ -225,7 +238,7 @@ def verdict(difference: Difference, better: Better = "higher") -> Verdict:
 # --------------------------------------------------------------------------- helpers
 
 
-def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
+def validated_values(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
     """Return per-request values as an array.
 
     Raises:
@@ -241,7 +254,7 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
     return array
 
 
-def root_or_not(means: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
+def statistic_from_means(means: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
     """Return means, or their roots for root-mean metrics."""
     # After a subtraction, a mean of zeros may be slightly negative by rounding.
     return np.sqrt(np.maximum(means, 0.0)) if statistic == "root_mean" else means
@@ -254,18 +267,20 @@ def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def arms(
+def paired_user_sums(
     a: ArrayLike, b: ArrayLike, statistic: StatisticName, users: Sequence[str] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the sums of two systems and the number of values for each user."""
-    first, second = finite(a, statistic), finite(b, statistic)
+    first, second = validated_values(a, statistic), validated_values(b, statistic)
     if first.shape != second.shape:
         raise ValueError(f"paired models must have the same requests, but have {first.size} and {second.size} values")
-    (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
+    (left, sizes), (right, _) = sums_by_user(first, users), sums_by_user(second, users)
     return left, right, sizes
 
 
-def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def sums_by_user(
+    array: NDArray[np.float64], users: Sequence[str] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sum and the number of values for each user."""
     if users is None:
         return array, np.ones(array.size)
@@ -276,75 +291,77 @@ def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[ND
     return sums, np.bincount(owner).astype(np.float64)
 
 
-def _statistic(sums: NDArray[np.float64], sizes: NDArray[np.float64], name: StatisticName) -> Statistic:
+def _make_statistic(sums: NDArray[np.float64], sizes: NDArray[np.float64], name: StatisticName) -> Statistic:
     if (sizes == 1).all():
-        return lambda rows: root_or_not(sums[rows].mean(axis=1), name)
-    return lambda rows: root_or_not(sums[rows].sum(axis=1) / sizes[rows].sum(axis=1), name)
+        return lambda rows: statistic_from_means(sums[rows].mean(axis=1), name)
+    return lambda rows: statistic_from_means(sums[rows].sum(axis=1) / sizes[rows].sum(axis=1), name)
 
 
-def _left_out(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
+def _jackknife_values(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName
+) -> NDArray[np.float64]:
     """Return the metric with each user left out in turn, shape (users,)."""
-    return root_or_not((sums.sum() - sums) / np.maximum(sizes.sum() - sizes, 1), statistic)
+    return statistic_from_means((sums.sum() - sums) / np.maximum(sizes.sum() - sizes, 1), statistic)
 
 
-def _less(left: Statistic, right: Statistic) -> Statistic:
+def _difference_statistic(left: Statistic, right: Statistic) -> Statistic:
     return lambda rows: left(rows) - right(rows)
 
 
-def tail_p(draws: NDArray[np.float64]) -> float:
+def two_sided_p_value(draws: NDArray[np.float64]) -> float:
     """Return the two-sided p-value of resampled differences."""
     below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
     return min(1.0, 2 * (min(below, above) + 1) / (len(draws) + 1))
 
 
-def times_drawn(rows: NDArray[np.intp], n: int) -> NDArray[np.float64]:
+def resample_counts(rows: NDArray[np.intp], n: int) -> NDArray[np.float64]:
     """Return how often each of n users occurs in each resample, shape (b, n)."""
     flat = (rows + n * np.arange(len(rows))[:, None]).ravel()
     return np.bincount(flat, minlength=len(rows) * n).reshape(len(rows), n).astype(np.float64)
 
 
-def at_all(statistic: Statistic, n: int) -> float:
+def full_sample_value(statistic: Statistic, n: int) -> float:
     """Return the value of a statistic on all n users."""
     return float(statistic(np.arange(n)[None, :])[0])
 
 
-def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.intp]]:
+def _iterate_resamples(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.intp]]:
     rows = max(1, _CHUNK // n)
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, rows):
         yield rng.integers(0, n, size=(min(rows, resamples - start), n), dtype=np.intp)
 
 
-def _resample(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArray[np.float64]:
+def _resample_statistic(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArray[np.float64]:
     if n < 1 or resamples < 1:
         raise ValueError(f"requests and resamples must be at least 1, not {n} and {resamples}")
-    return np.concatenate([statistic(rows) for rows in _draws(n, resamples, seed)])
+    return np.concatenate([statistic(rows) for rows in _iterate_resamples(n, resamples, seed)])
 
 
-def _tails(level: float = 0.95, widened_for: int | None = None) -> NDArray[np.float64]:
+def _tail_percentiles(level: float = 0.95, widened_for: int | None = None) -> NDArray[np.float64]:
     """Return the two percentiles that bound an interval."""
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if widened_for is None or widened_for < 2:
         return tails
     n = widened_for
     widened: NDArray[np.float64] = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tails))
-    return np.clip(widened, _OUTERMOST, 1 - _OUTERMOST)
+    return np.clip(widened, _MIN_PERCENTILE, 1 - _MIN_PERCENTILE)
 
 
-def _bounds(
+def _interval_bounds(
     draws: NDArray[np.float64],
     value: float,
     left_out: NDArray[np.float64],
-    method: Method,
+    method: IntervalMethod,
     tails: NDArray[np.float64],
 ) -> tuple[float, float]:
     if method == "bca":
-        tails = _bca_tails(tails, draws, value, left_out)
+        tails = _bca_percentiles(tails, draws, value, left_out)
     low, high = np.quantile(draws, tails)
     return float(low), float(high)
 
 
-def _bca_tails(
+def _bca_percentiles(
     tails: NDArray[np.float64], draws: NDArray[np.float64], value: float, left_out: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Adjust percentiles for bias and skewness of the bootstrap (BCa; Efron 1987, equations 2.3 and 6.6)."""

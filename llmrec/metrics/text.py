@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import require
-from llmrec.metrics.stats import times_drawn
+from llmrec.metrics.stats import resample_counts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.metrics.stats import Statistic
 
-_ORDER = 4
+_MAX_NGRAM = 4
 _WORD = re.compile(r"\w+")
 _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
 def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Sequence[str] | None = None) -> Statistic:
-    """Return corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.statistic_interval`.
 
     Corpus BLEU is not a mean over requests but a function of sums of n-gram counts, which are computed once.
 
@@ -44,20 +44,20 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Seq
     """
     _check_lengths(texts, references)
     scorer = require("sacrebleu", "text").BLEU(force=True)
-    counts = np.empty((len(texts), 2 * _ORDER + 2))
+    counts = np.empty((len(texts), 2 * _MAX_NGRAM + 2))
     for row, text, reference in zip(counts, texts, references, strict=True):
         one = scorer.corpus_score([text], [[reference]])
         row[:] = [*one.counts, *one.totals, one.sys_len, one.ref_len]
     if owners is not None:
-        counts = _sum_by(counts, owners)
+        counts = _sum_by_user(counts, owners)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
-        return _bleu(times_drawn(indices, len(counts)) @ counts)
+        return _bleu_from_counts(resample_counts(indices, len(counts)) @ counts)
 
     return statistic
 
 
-def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
+def _sum_by_user(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
     if len(users) != len(counts):
         raise ValueError(f"each text needs a user: there are {len(counts)} texts, but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
@@ -66,9 +66,9 @@ def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.flo
     return total
 
 
-def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def _bleu_from_counts(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Compute BLEU-4 in [0, 1] from summed n-gram counts and lengths, shape (b, 10)."""
-    matches, totals = sums[:, :_ORDER], sums[:, _ORDER : 2 * _ORDER]
+    matches, totals = sums[:, :_MAX_NGRAM], sums[:, _MAX_NGRAM : 2 * _MAX_NGRAM]
     length, reference = sums[:, -2], sums[:, -1]
     # Exponential smoothing: the j-th n-gram order without a match counts as 2**-j matches.
     empty = (matches == 0) & (totals > 0)

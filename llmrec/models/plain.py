@@ -17,30 +17,30 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llmrec.recipe.schema import ModelSection
 
 # Decoders that every supported version of transformers has, with the keys of their sizes, which must not be 0.
-_DECODERS = frozenset(
+_DECODER_TYPES = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
 )
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 # Keys of models whose loading needs more than an architecture.
-_UNCOMMON = ("auto_map", "quantization_config")
+_UNCOMMON_KEYS = ("auto_map", "quantization_config")
 # Tokenizer classes that use tokenizer.json unchanged.
-_TOKENIZERS = frozenset(
+_TOKENIZER_CLASSES = frozenset(
     (
         *("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"),
         *("Qwen2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizerFast", "GemmaTokenizerFast"),
     )
 )
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL_TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def is_plain_decoder(folder: str, section: ModelSection) -> bool:
     """Whether a folder contains a decoder of a known type, whose configuration can be read without transformers."""
-    config = _object(Path(folder) / "config.json")
-    if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON):
+    config = _read_json_object(Path(folder) / "config.json")
+    if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON_KEYS):
         return False
-    if config.get("model_type") not in _DECODERS or not _installed():
+    if config.get("model_type") not in _DECODER_TYPES or not _has_libraries():
         return False
-    sizes = [config.get(name) for name in _SIZES]
+    sizes = [config.get(name) for name in _SIZE_KEYS]
     if not all(isinstance(size, int) and size >= 1 for size in sizes):
         return False
     layers = config.get("layer_types")
@@ -48,7 +48,7 @@ def is_plain_decoder(folder: str, section: ModelSection) -> bool:
     return fits and (bool(config.get("head_dim")) or config["hidden_size"] % config["num_attention_heads"] == 0)
 
 
-def _installed() -> bool:
+def _has_libraries() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "tokenizers"))
 
 
@@ -110,21 +110,24 @@ class PlainTokenizer:
         world = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        world.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        world.globals |= {
+            "raise_exception": _raise_value_error,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
         world.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         variables = {"messages": list(turns), "tools": None, "documents": None, **self._special, **options}
         return world.from_string(self.chat_template or "").render(variables)
 
 
-def _refuse(message: str) -> None:
+def _raise_value_error(message: str) -> None:
     raise ValueError(message)
 
 
 def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None:
     """Return the tokenizer of a folder if its files define it completely; None if transformers is needed."""
     path = Path(folder)
-    settings, core = _object(path / "tokenizer_config.json"), None
-    if settings is None or settings.get("tokenizer_class") not in _TOKENIZERS or section.trust_remote_code:
+    settings, core = _read_json_object(path / "tokenizer_config.json"), None
+    if settings is None or settings.get("tokenizer_class") not in _TOKENIZER_CLASSES or section.trust_remote_code:
         return None
     try:
         from tokenizers import Tokenizer
@@ -134,8 +137,8 @@ def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None
         return None
     core.no_truncation()
     core.no_padding()
-    named = (_object(path / "special_tokens_map.json") or {}) | settings
-    special = {name: text for name in _NAMED if (text := _token(named.get(name))) is not None}
+    named = (_read_json_object(path / "special_tokens_map.json") or {}) | settings
+    special = {name: text for name in _SPECIAL_TOKEN_ROLES if (text := _token_text(named.get(name))) is not None}
     if any(core.token_to_id(text) is None for text in special.values()):
         return None
     template, file = settings.get("chat_template"), path / "chat_template.jinja"
@@ -144,16 +147,16 @@ def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None
     if not (template is None or isinstance(template, str)) or "generation %}" in (template or ""):
         return None
     more = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
-    extra = [text for item in more if isinstance(item, list) for one in item if (text := _token(one)) is not None]
+    extra = [text for item in more if isinstance(item, list) for one in item if (text := _token_text(one)) is not None]
     return PlainTokenizer(folder, core, special, extra, template)
 
 
-def _token(value: Any) -> str | None:
+def _token_text(value: Any) -> str | None:
     result = value.get("content") if isinstance(value, dict) else value
     return result if isinstance(result, str) else None
 
 
-def _object(file: Path) -> dict[str, Any] | None:
+def _read_json_object(file: Path) -> dict[str, Any] | None:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec.durable import loads, write_json
+from llmrec.durable import parse_json, write_json
 from llmrec.errors import require
-from llmrec.models.tensors import base_of, damaged
+from llmrec.models.tensors import base_of, damaged_file_error
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "rating_head.safetensors"
-CONFIG = "rating_head.json"
+HEAD_WEIGHTS_FILE = "rating_head.safetensors"
+HEAD_CONFIG_FILE = "rating_head.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class RatingHead:
         return [float(value) for value in result.clamp(self.shape.values[0], self.shape.values[-1])]
 
 
-def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
+def new_rating_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
     """Create a head that initially predicts the average training rating for every hidden state.
 
     Its weights are 0 and its biases the log shares of the classes with add-one smoothing, or the mean rating. So
@@ -87,7 +87,7 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
     training.
     """
     torch = require("torch", "train")
-    linear = _linear(shape)
+    linear = _new_linear_layer(shape)
     total = sum(counts)
     if shape.outputs == 1:
         bias = [sum(n * value for n, value in zip(counts, shape.values, strict=True)) / total]
@@ -99,7 +99,7 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
     return RatingHead(shape, linear)
 
 
-def standardise(head: RatingHead, states: torch.Tensor) -> None:
+def set_standardisation(head: RatingHead, states: torch.Tensor) -> None:
     """Set mean and deviation for standardising hidden states, from samples of shape (n, width).
 
     A few dimensions of a language model's states are a hundred times larger than the others and hardly vary. With one
@@ -112,7 +112,7 @@ def standardise(head: RatingHead, states: torch.Tensor) -> None:
     head.linear.spread.copy_(spread.clamp(min=max(1e-3 * float(spread.mean()), 1e-6)))
 
 
-def _linear(shape: HeadShape) -> Any:
+def _new_linear_layer(shape: HeadShape) -> Any:
     torch = require("torch", "train")
     linear = torch.nn.Linear(shape.width, shape.outputs)
     linear.register_buffer("center", torch.zeros(shape.width))
@@ -120,46 +120,46 @@ def _linear(shape: HeadShape) -> Any:
     return linear
 
 
-def save_head(head: RatingHead, folder: Path) -> None:
+def save_rating_head(head: RatingHead, folder: Path) -> None:
     """Save a head to a folder."""
     safetensors = require("safetensors.torch", "train")
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
-    safetensors.save_file(tensors, folder / WEIGHTS)
-    write_json(folder / CONFIG, asdict(head.shape))
+    safetensors.save_file(tensors, folder / HEAD_WEIGHTS_FILE)
+    write_json(folder / HEAD_CONFIG_FILE, asdict(head.shape))
 
 
-def load_head(folder: Path) -> RatingHead | None:
+def load_rating_head(folder: Path) -> RatingHead | None:
     """Load the rating head of a model folder; None if it has none.
 
     Raises:
         ModelError: If its files cannot be read or are inconsistent.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / HEAD_WEIGHTS_FILE).is_file():
         return None
     errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
     try:
-        config = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / HEAD_CONFIG_FILE).read_text(encoding="utf-8"))
         shape = HeadShape(
             values=tuple(float(value) for value in config["values"]),
             alpha=float(config["alpha"]),
             width=int(config["width"]),
         )
-        linear = _linear(shape)
-        linear.load_state_dict(safetensors.load_file(folder / WEIGHTS))
+        linear = _new_linear_layer(shape)
+        linear.load_state_dict(safetensors.load_file(folder / HEAD_WEIGHTS_FILE))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, errors.SafetensorError) as error:
-        raise damaged(f"the rating head in {folder} cannot be read", folder, error) from error
+        raise damaged_file_error(f"the rating head in {folder} cannot be read", folder, error) from error
     return RatingHead(shape, linear)
 
 
-def copy_head(source: Path, target: Path) -> None:
+def copy_rating_head(source: Path, target: Path) -> None:
     """Copy the files of a rating head, if there is one, and index the weights in the target folder.
 
     Some engines, vLLM among them, load every safetensors file of a folder as part of the model unless an index names
     the right ones.
     """
-    if not (source / WEIGHTS).is_file():
+    if not (source / HEAD_WEIGHTS_FILE).is_file():
         return
-    for name in (WEIGHTS, CONFIG):
+    for name in (HEAD_WEIGHTS_FILE, HEAD_CONFIG_FILE):
         shutil.copyfile(source / name, target / name)
     model = target / "model.safetensors"
     if model.is_file():

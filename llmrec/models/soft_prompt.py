@@ -15,25 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec.durable import loads, write_json
+from llmrec.durable import parse_json, write_json
 from llmrec.errors import ModelError, require
-from llmrec.models.bottleneck import WEIGHTS as BOTTLENECKS
-from llmrec.models.item_tokens import grow
-from llmrec.models.tensors import named_tables
-from llmrec.models.traits import is_paired, plain_head
+from llmrec.models.bottleneck import BOTTLENECKS_FILE as BOTTLENECKS
+from llmrec.models.item_tokens import resize_vocabulary
+from llmrec.models.tensors import vocabulary_tables
+from llmrec.models.traits import is_encoder_decoder, is_plain_head
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-METHODS = ("prompt", "option", "option-adapter")
+SOFT_PROMPT_METHODS = ("prompt", "option", "option-adapter")
 """Values of ``train.method`` that train soft prompts."""
-TIED = METHODS[1:]
+TIED_METHODS = SOFT_PROMPT_METHODS[1:]
 """Methods in which the last soft prompts are also the class vectors of the labels."""
-CONFIG = "soft_prompt.json"
+SOFT_PROMPT_FILE = "soft_prompt.json"
 """The file in an adapter or model folder that describes its soft prompts."""
 
-_PLAIN = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
+_PLAIN_TEMPLATE = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,42 +55,42 @@ class SoftPrompt:
 
     def save(self, folder: Path) -> None:
         """Save the description to a folder."""
-        write_json(folder / CONFIG, asdict(self))
+        write_json(folder / SOFT_PROMPT_FILE, asdict(self))
 
 
-def read(folder: Path) -> SoftPrompt | None:
+def read_soft_prompt(folder: Path) -> SoftPrompt | None:
     """Read the description of soft prompts from a folder; None if it has none.
 
     Raises:
         ModelError: If its file is damaged.
     """
-    if not (folder / CONFIG).is_file():
+    if not (folder / SOFT_PROMPT_FILE).is_file():
         return None
     try:
-        config = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / SOFT_PROMPT_FILE).read_text(encoding="utf-8"))
         labels = tuple(int(label) for label in config["labels"])
         return SoftPrompt(int(config["count"]), labels, bool(config["tied"]), int(config["seed"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder / CONFIG} cannot be read ({type(error).__name__}); train again with `llmrec train`",
+            f"{folder / SOFT_PROMPT_FILE} cannot be read ({type(error).__name__}); train again with `llmrec train`",
             kind="damaged",
-            at=folder / CONFIG,
+            at=folder / SOFT_PROMPT_FILE,
         ) from error
 
 
-def copy_soft(source: Path, target: Path) -> None:
+def copy_soft_prompt_files(source: Path, target: Path) -> None:
     """Copy the soft-prompt description and the bottleneck adapters of a folder, if there are any."""
-    for name in (CONFIG, BOTTLENECKS):
+    for name in (SOFT_PROMPT_FILE, BOTTLENECKS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
-def names(count: int) -> list[str]:
+def soft_token_names(count: int) -> list[str]:
     """Return the soft-prompt tokens in order."""
     return [f"<|soft_{number}|>" for number in range(count)]
 
 
-def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
+def tokenizer_with_soft_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
     """Return a copy of a tokenizer whose chat template begins with the soft-prompt tokens.
 
     They are special tokens, so titles cannot contain them and answers do not show them.
@@ -99,7 +99,7 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
         ModelError: If the tokenizer has several chat templates.
     """
     transformers, copied = require("transformers", "train"), copy.deepcopy(tokenizer)
-    template = copied.chat_template or _PLAIN
+    template = copied.chat_template or _PLAIN_TEMPLATE
     if not isinstance(template, str):
         raise ModelError(
             "train.method: this tokenizer has several chat templates, and soft prompts support one; choose another "
@@ -107,13 +107,13 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
             kind="unsupported",
             column="train.method",
         )
-    new = [transformers.AddedToken(name, special=True, normalized=False) for name in names(count)]
+    new = [transformers.AddedToken(name, special=True, normalized=False) for name in soft_token_names(count)]
     copied.add_tokens(new, special_tokens=True)
-    copied.chat_template = "".join(names(count)) + template
+    copied.chat_template = "".join(soft_token_names(count)) + template
     return copied
 
 
-def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
+def add_soft_prompts(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
     """Add an embedding for every soft prompt, and an output head that is not tied to the embeddings.
 
     So a soft prompt's logit is the mean of all logits and never the largest; with rows of 0 it would be in models whose
@@ -131,14 +131,14 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
         ModelError: If its logits are more than one matrix product, or it is an encoder-decoder.
     """
     torch = require("torch", "train")
-    if is_paired(model.config) or not plain_head(model.config, model.get_output_embeddings()):
+    if is_encoder_decoder(model.config) or not is_plain_head(model.config, model.get_output_embeddings()):
         raise ModelError(
             f"train.method: soft prompts need a decoder with a linear output layer, unlike {model.config.model_type}; "
             "set train.method=lora",
             kind="unsupported",
             column="train.method",
         )
-    _untie(model)
+    _untie_head(model)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     known = min(table.weight.shape[0], *ids)
     drawn = torch.randint(known, (prompt.count,), generator=torch.Generator().manual_seed(prompt.seed))
@@ -146,14 +146,14 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
     if prompt.labels:
         rows[-len(prompt.labels) :] = head.weight.detach()[list(prompt.labels)]
     mean = head.weight.detach()[:known].float().mean(0)
-    grow(model, max(table.weight.shape[0], max(ids) + 1))
+    resize_vocabulary(model, max(table.weight.shape[0], max(ids) + 1))
     with torch.no_grad():
         model.get_input_embeddings().weight[list(ids)] = rows
         weight = model.get_output_embeddings().weight
         weight[list(ids)] = mean.to(weight.dtype)
 
 
-def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
+def set_label_vectors(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
     """Copy the last soft prompts to the head rows of the label tokens, if the two are tied."""
     if prompt.tied:
         with require("torch", "train").no_grad():
@@ -161,11 +161,11 @@ def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -
             model.get_output_embeddings().weight[list(prompt.labels)] = vectors
 
 
-def _untie(model: torch.nn.Module) -> None:
+def _untie_head(model: torch.nn.Module) -> None:
     """Untie the head of a model from its input embeddings by copying the table."""
     torch = require("torch", "train")
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    if len(named_tables(model)) == 1:
+    if len(vocabulary_tables(model)) == 1:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)

@@ -19,15 +19,15 @@ from llmrec.errors import require
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 """The file that names the file of each tensor of a model in several files."""
 
-_WEIGHTS = "model{suffix}.safetensors"
+_FILENAME_PATTERN = "model{suffix}.safetensors"
 # as in save_pretrained, so that the files are equal
-_LARGEST = "50GB"
+_MAX_FILE_SIZE = "50GB"
 # Name of a numbered layer, in which tensors of a checkpoint may be joined or split during loading.
-_LAYER = re.compile(r".*?\.\d+(?=\.)")
-_STORED = {
+_LAYER_NAME = re.compile(r".*?\.\d+(?=\.)")
+_SAFETENSORS_DTYPES = {
     **{"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"},
     **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
 }
@@ -35,14 +35,14 @@ _STORED = {
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that contain the weights of a model."""
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if (folder / INDEX_FILE).is_file():
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def outlines(folder: Path) -> dict[str, tuple[str, int]]:
+def tensor_sizes(folder: Path) -> dict[str, tuple[str, int]]:
     """Return the stored dtype, such as ``BF16``, and the number of elements of each tensor in a model folder."""
     safetensors, result = require("safetensors", "train"), {}
     for file in weight_files(folder):
@@ -58,23 +58,23 @@ def outlines(folder: Path) -> dict[str, tuple[str, int]]:
 def exact_dtype(folder: Path) -> Any:
     """Return the smallest dtype that represents all weights of a folder exactly, usually the stored one."""
     torch = require("torch", "train")
-    stored = {dtype for dtype, _ in outlines(folder).values()}
+    stored = {dtype for dtype, _ in tensor_sizes(folder).values()}
     return {frozenset(["BF16"]): torch.bfloat16, frozenset(["F16"]): torch.float16}.get(
         frozenset(stored), torch.float32
     )
 
 
-def block_of(name: str) -> str:
+def block_name(name: str) -> str:
     """Return the block that contains a tensor: its numbered layer, or its module."""
-    layer = _LAYER.match(name)
+    layer = _LAYER_NAME.match(name)
     return layer[0] if layer else name.rpartition(".")[0]
 
 
-def largest_block(tensors: Mapping[str, tuple[str, int]]) -> int:
-    """Return the number of weights in the largest block, given the result of `outlines`."""
+def largest_block_size(tensors: Mapping[str, tuple[str, int]]) -> int:
+    """Return the number of weights in the largest block, given the result of `tensor_sizes`."""
     counts: dict[str, int] = {}
     for name, (_, count) in tensors.items():
-        counts[block_of(name)] = counts.get(block_of(name), 0) + count
+        counts[block_name(name)] = counts.get(block_name(name), 0) + count
     return max(counts.values(), default=0)
 
 
@@ -107,16 +107,18 @@ def save_by_blocks(
     outline = {name: rounded(torch.empty_like(item, device="meta")) for name, item in tensors.items()}
     # Names and shapes in the checkpoint, where they differ from the modules.
     outline = revert_weight_conversion(model, outline)
-    split = split_torch_state_dict_into_shards(outline, filename_pattern=_WEIGHTS, max_shard_size=_LARGEST)
+    split = split_torch_state_dict_into_shards(
+        outline, filename_pattern=_FILENAME_PATTERN, max_shard_size=_MAX_FILE_SIZE
+    )
     blocks: dict[str, dict[str, Any]] = {}
     for name, item in tensors.items():
-        blocks.setdefault(block_of(name), {})[name] = item
+        blocks.setdefault(block_name(name), {})[name] = item
     with torch.no_grad(), ExitStack() as stack:
         target.mkdir(parents=True, exist_ok=True)
-        files: dict[str, _File] = {}
+        files: dict[str, _TensorFile] = {}
         for file, names in split.filename_to_tensors.items():
             stream = stack.enter_context((target / file).open("wb"))
-            files |= dict.fromkeys(names, _File(stream, {name: outline[name] for name in names}))
+            files |= dict.fromkeys(names, _TensorFile(stream, {name: outline[name] for name in names}))
         for block in blocks.values():
             if change is not None:
                 change(block)
@@ -129,7 +131,7 @@ def save_by_blocks(
         raise RuntimeError(f"the tensors {sorted(files)[:3]} belong to several blocks")
     if split.is_sharded:
         index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}
-        (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _save_settings(model.to(dtype), target)
 
 
@@ -148,7 +150,7 @@ def _save_settings(model: Any, target: Path) -> None:
     (target / "settings").rmdir()
 
 
-class _File:
+class _TensorFile:
     """A safetensors file written one tensor at a time; its header needs only names, dtypes and shapes."""
 
     def __init__(self, stream: IO[bytes], outline: Mapping[str, torch.Tensor]) -> None:
@@ -159,7 +161,7 @@ class _File:
             item = outline[name]
             self._places[name], end = end, end + item.numel() * item.element_size()
             header[name] = {
-                "dtype": _STORED[str(item.dtype).removeprefix("torch.")],
+                "dtype": _SAFETENSORS_DTYPES[str(item.dtype).removeprefix("torch.")],
                 "shape": list(item.shape),
                 "data_offsets": [self._places[name], end],
             }

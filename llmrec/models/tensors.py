@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec.display import listed
+from llmrec.display import format_name_list
 from llmrec.errors import ModelError
-from llmrec.models.traits import is_paired
+from llmrec.models.traits import is_encoder_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Causal masks, positions and rotary frequencies, which old versions of transformers stored with the weights.
-_COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
+_COMPUTED_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
 
 
 def load_checked(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **options: Any) -> Any:
@@ -40,7 +40,7 @@ def load_checked(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), *
     Raises:
         ModelError: If a tensor is missing, of another shape or left over; it names them.
     """
-    with _no_report():
+    with _suppress_load_report():
         model, result = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     missing = [name for name in sorted(result["missing_keys"]) if name.partition(".")[0] not in unread]
     shaped = sorted(
@@ -48,11 +48,11 @@ def load_checked(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), *
         for name, theirs, ours in result["mismatched_keys"]
         if name.partition(".")[0] not in unread
     )
-    ignored, extra = _left_over(model, result["unexpected_keys"])
+    ignored, extra = _split_unexpected_tensors(model, result["unexpected_keys"])
     if missing or shaped or extra:
         extra = sorted([*extra, *ignored])
         parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
-        faults = "; ".join(f"{what}: {listed(names, 3)}" for what, names in parts.items() if names)
+        faults = "; ".join(f"{what}: {format_name_list(names, 3)}" for what, names in parts.items() if names)
         raise ModelError(
             f"the weights in {folder} do not match config.json ({type(model).__name__}): {faults}. Restore "
             "config.json and the safetensors files from one save_pretrained folder, or choose another model",
@@ -61,11 +61,13 @@ def load_checked(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), *
             column="model.name",
         )
     if ignored:
-        log.warning("%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, listed(ignored, 3))
+        log.warning(
+            "%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, format_name_list(ignored, 3)
+        )
     return model
 
 
-def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
+def _split_unexpected_tensors(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the unexpected tensors outside and inside the modules of the model.
 
     The first are further heads and towers in checkpoints (``cls``, ``v_head``, ``mtp``, ``vision_tower``), which the
@@ -79,7 +81,7 @@ def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str
     ignored: list[str] = []
     for name in sorted(names):
         part = name.removeprefix(f"{prefix}.").partition(".")[0]
-        if not _COMPUTED.search(name):
+        if not _COMPUTED_BUFFERS.search(name):
             (extra if part in parts else ignored).append(name)
     return ignored, extra
 
@@ -89,7 +91,7 @@ def base_of(model: torch.nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def damaged(what: str, at: Path, error: Exception) -> ModelError:
+def damaged_file_error(what: str, at: Path, error: Exception) -> ModelError:
     """Return the error for a file that does not match the trained weights next to it."""
     reason = " ".join(str(error).split())[:200]
     message = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
@@ -97,17 +99,17 @@ def damaged(what: str, at: Path, error: Exception) -> ModelError:
 
 
 @contextmanager
-def _no_report() -> Iterator[None]:
+def _suppress_load_report() -> Iterator[None]:
     """Suppress transformers' own report of these tensors, but no other message."""
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_other)
+    logger.addFilter(_is_not_load_report)
     try:
         yield
     finally:
-        logger.removeFilter(_is_other)
+        logger.removeFilter(_is_not_load_report)
 
 
-def _is_other(record: logging.LogRecord) -> bool:
+def _is_not_load_report(record: logging.LogRecord) -> bool:
     return " LOAD REPORT" not in record.getMessage()
 
 
@@ -117,15 +119,15 @@ def _is_other(record: logging.LogRecord) -> bool:
 # their checkpoints have a separate head. Modules share a table if their weights are the same tensor.
 
 
-def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
+def vocabulary_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """Return a module for each vocabulary table with its name, the input embeddings first."""
-    return [modules[0] for modules in _groups(model)]
+    return [modules[0] for modules in _modules_by_table(model)]
 
 
 @contextmanager
-def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
+def mark_tied_tables(model: torch.nn.Module) -> Iterator[None]:
     """Mark, while PEFT reads the model, which modules share the table of the input embeddings."""
-    (source, _), *others = _groups(model)[0]
+    (source, _), *others = _modules_by_table(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys
     text = config.tie_word_embeddings
     config.tie_word_embeddings = bool(others)
@@ -136,11 +138,11 @@ def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
         config.tie_word_embeddings, model._tied_weights_keys = text, keys
 
 
-def _groups(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
+def _modules_by_table(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
     """Return the named modules with one row per token, grouped by shared weights."""
     first = model.get_input_embeddings()
     holders = [first, model.get_output_embeddings()]
-    if is_paired(model.config):
+    if is_encoder_decoder(model.config):
         holders += [half.get_input_embeddings() for half in (model.get_encoder(), model.get_decoder())]
     groups: dict[int, list[tuple[str, Any]]] = {id(first.weight): []}
     for name, module in model.named_modules():

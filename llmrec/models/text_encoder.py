@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.data.hashing import digest_frame, hash64
-from llmrec.durable import Json, replacing
+from llmrec.durable import Json, replace_atomically
 from llmrec.errors import DataError, ModelError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
-from llmrec.models.load import POOLING, quiet_libraries, resolve, weights_stamp
+from llmrec.models.load import POOLING_FILE, model_folder_hash, resolve_model_folder, silence_libraries
 from llmrec.models.tensors import load_checked
 from llmrec.progress import Progress
 from llmrec.recipe.schema import ModelSection
@@ -38,7 +38,7 @@ DTYPE = "float32"
 """The dtype of weights and embeddings."""
 
 # Fewer texts do not need a progress bar.
-_MANY = 2000
+_PROGRESS_MINIMUM = 2000
 
 
 def find_encoder(name: str) -> tuple[str, str]:
@@ -47,18 +47,18 @@ def find_encoder(name: str) -> tuple[str, str]:
     Raises:
         ModelError: If there is no encoder of this name.
     """
-    folder = resolve(ModelSection(name=name)) if Path(name).is_dir() else _of_name(name)
-    return folder, weights_stamp(folder)
+    folder = resolve_model_folder(ModelSection(name=name)) if Path(name).is_dir() else _resolve_named_encoder(name)
+    return folder, model_folder_hash(folder)
 
 
 @lru_cache(maxsize=16)
-def _of_name(name: str) -> str:
+def _resolve_named_encoder(name: str) -> str:
     """Return the folder of a named model, cached per process."""
-    return resolve(ModelSection(name=name))
+    return resolve_model_folder(ModelSection(name=name))
 
 
 @dataclass(frozen=True)
-class OpenEncoder:
+class LoadedEncoder:
     """A text encoder in memory.
 
     Attributes:
@@ -96,7 +96,7 @@ class OpenEncoder:
         return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def open_encoder(folder: str) -> OpenEncoder:
+def load_text_encoder(folder: str) -> LoadedEncoder:
     """Load a text encoder.
 
     Last hidden states are pooled as set in the folder's ``1_Pooling/config.json`` (Reimers and Gurevych, EMNLP 2019):
@@ -107,7 +107,7 @@ def open_encoder(folder: str) -> OpenEncoder:
             configuration.
     """
     torch, transformers = require("torch", "train"), require("transformers", "train")
-    quiet_libraries()
+    silence_libraries()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         # Pooling is done here; the encoder's own pooler, which many folders lack, is not used.
@@ -128,30 +128,30 @@ def open_encoder(folder: str) -> OpenEncoder:
     model.to("cuda" if has_cuda() else "cpu")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    first = bool(_settings(folder, POOLING).get("pooling_mode_cls_token"))
-    return OpenEncoder(model, tokenizer, _longest(folder, model), first)
+    first = bool(_read_settings(folder, POOLING_FILE).get("pooling_mode_cls_token"))
+    return LoadedEncoder(model, tokenizer, _max_text_tokens(folder, model), first)
 
 
 def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     """Return one normalised vector for each text, shape (n, d).
 
     Raises:
-        ModelError: See `open_encoder`.
+        ModelError: See `load_text_encoder`.
     """
-    encoder = open_encoder(folder)
+    encoder = load_text_encoder(folder)
     vectors = np.zeros((len(texts), encoder.model.config.hidden_size), dtype=np.float32)
-    for rows, states, mask in states_of(encoder, encoder.tokens(texts)):
+    for rows, states, mask in iterate_states(encoder, encoder.tokens(texts)):
         vectors[rows] = encoder.pooled(states, mask).cpu().numpy()
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
     return unit
 
 
-def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
+def iterate_states(encoder: LoadedEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
     """Yield batches of texts: indices, last hidden states (n, tokens, d), and mask (n, tokens)."""
     torch = require("torch", "train")
-    with Progress("encoding", len(encoded), unit="texts", quiet=len(encoded) < _MANY) as bar:
-        for rows in batches_of([len(ids) for ids in encoded]):
+    with Progress("encoding", len(encoded), unit="texts", quiet=len(encoded) < _PROGRESS_MINIMUM) as bar:
+        for rows in group_by_length([len(ids) for ids in encoded]):
             batch = encoder.padded([encoded[row] for row in rows])
             with torch.no_grad():
                 states = encoder.model(**batch).last_hidden_state
@@ -159,14 +159,14 @@ def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterato
             bar.advance(len(rows))
 
 
-def _longest(folder: str, model: torch.nn.Module) -> int:
-    text = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
+def _max_text_tokens(folder: str, model: torch.nn.Module) -> int:
+    text = _read_settings(folder, "sentence_bert_config.json").get("max_seq_length")
     if isinstance(text, int) and text:
         return text
     return int(min(512, getattr(model.config, "max_position_embeddings", 512)))
 
 
-def _settings(folder: str, name: str) -> dict[str, Json]:
+def _read_settings(folder: str, name: str) -> dict[str, Json]:
     file = Path(folder) / name
     try:
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -177,7 +177,7 @@ def _settings(folder: str, name: str) -> dict[str, Json]:
     return result if isinstance(result, dict) else {}
 
 
-def batches_of(lengths: Sequence[int]) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Group texts by length to limit padding, longest first, so that insufficient memory is noticed early."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
@@ -193,7 +193,7 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 
 log = logging.getLogger(__name__)
 
-CHANCE = "chance"
+CHANCE_ENCODER = "chance"
 """An encoder without information: the baseline for the contribution of text to codes."""
 TUNING_RECORD_FILE = "llmrec-encoder.json"
 """The file in a fine-tuned encoder's folder that records its training data."""
@@ -201,24 +201,24 @@ TUNING_RECORD_FILE = "llmrec-encoder.json"
 
 def text_embedder(name: str) -> Embedder:
     """Return the embedder for a named text encoder."""
-    if name == CHANCE:
-        return Embedder(CHANCE, CHANCE)
+    if name == CHANCE_ENCODER:
+        return Embedder(CHANCE_ENCODER, CHANCE_ENCODER)
     return Embedder(*find_encoder(name))
 
 
-def fitting(name: str, data: SplitDataset) -> Embedder:
-    """Return the embedder for a split, after `refuse_other_split`."""
-    refuse_other_split(name, data)
+def text_embedder_for_split(name: str, data: SplitDataset) -> Embedder:
+    """Return the embedder for a split, after `check_encoder_split`."""
+    check_encoder_split(name, data)
     return text_embedder(name)
 
 
-def refuse_other_split(name: str, data: SplitDataset) -> None:
+def check_encoder_split(name: str, data: SplitDataset) -> None:
     """Check that an encoder was not trained on held-out interactions.
 
     Raises:
         DataError: If the encoder was fine-tuned on other training interactions, which may include held-out ones.
     """
-    learned = learned_from(name)
+    learned = encoder_training_hash(name)
     if learned is not None and learned != digest_frame(data.train):
         raise DataError(
             f"the text encoder {name} was fine-tuned on other interactions than the training split of "
@@ -230,10 +230,10 @@ def refuse_other_split(name: str, data: SplitDataset) -> None:
         )
 
 
-def learned_from(name: str) -> str | None:
+def encoder_training_hash(name: str) -> str | None:
     """Return a hash of the interactions on which an encoder was fine-tuned; None if llmrec did not fine-tune it."""
     # A feature store is not an encoder; it records from which interactions its texts were generated.
-    if name == CHANCE or name.startswith("store:"):
+    if name == CHANCE_ENCODER or name.startswith("store:"):
         return None
     file = Path(find_encoder(name)[0]) / TUNING_RECORD_FILE
     return str(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.is_file() else None
@@ -249,7 +249,7 @@ class Embedder:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one normalised vector for each text, shape (n, d)."""
-        if self._folder == CHANCE:
+        if self._folder == CHANCE_ENCODER:
             return _random_vectors(texts)
         # sorted and distinct, so that each text of a catalogue is encoded once
         distinct = sorted(set(texts))
@@ -268,7 +268,7 @@ class Embedder:
             except Exception as error:
                 log.warning("%s cannot be read (%s); computing the embeddings again", file, error)
         vectors = encode_texts(self._folder, texts)
-        with replacing(file) as draft:
+        with replace_atomically(file) as draft:
             tensors.save_file({"vectors": vectors}, draft, metadata=self.record)
         return vectors
 
@@ -290,7 +290,12 @@ def _random_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 # Files of sentence-transformers in addition to the model: modules, pooling, maximum length.
-_EXTRAS = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_EXTRA_FILES = (
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
 
 
 class TunedEncoder:
@@ -311,12 +316,12 @@ class TunedEncoder:
         """
         self._torch = require("torch", "train")
         self._folder = Path(folder)
-        self._encoder = open_encoder(folder)
+        self._encoder = load_text_encoder(folder)
         model = self._encoder.model.requires_grad_(False)
         if model.device.type == "cpu":
             # For short texts, the backward pass of the fused kernel is slower than plain matrix products.
             model.set_attn_implementation("eager")
-        holder, name, layers = _blocks_of(model, folder)
+        holder, name, layers = _find_blocks(model, folder)
         if not 1 <= blocks <= len(layers):
             raise ModelError(
                 f"the text encoder in {folder} has only {len(layers)} blocks, so its last {blocks} blocks cannot be "
@@ -329,7 +334,7 @@ class TunedEncoder:
         self._states = self._block_inputs()
         self._input: Any = None
         # Replaces all lower blocks by one that returns their stored output and has the attributes of the first one.
-        recall, as_tuple = copy.copy(layers[0]), self._gives_tuples(layers[-1])
+        recall, as_tuple = copy.copy(layers[0]), self._has_tuple_output(layers[-1])
         recall.forward = lambda *args, **kwargs: (self._input,) if as_tuple else self._input
         self._original = holder, name, layers
         self._put([recall, *self.blocks])
@@ -359,7 +364,7 @@ class TunedEncoder:
         self.blocks.eval()
         result = torch.zeros(len(self._tokens), self._encoder.model.config.hidden_size)
         with torch.no_grad():
-            for rows in batches_of([len(ids) for ids in self._tokens]):
+            for rows in group_by_length([len(ids) for ids in self._tokens]):
                 result[torch.tensor(rows)] = self(rows).cpu()
         self.blocks.train(training)
         return result
@@ -369,7 +374,7 @@ class TunedEncoder:
         self._put(self._original[2])
         self._encoder.model.save_pretrained(folder)
         self._encoder.tokenizer.save_pretrained(folder)
-        for name in _EXTRAS:
+        for name in _EXTRA_FILES:
             if (self._folder / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._folder / name, folder / name)
@@ -380,7 +385,7 @@ class TunedEncoder:
         setattr(holder, name, self._torch.nn.ModuleList(blocks))
         self._encoder.model.config.num_hidden_layers = max(len(layers), len(blocks))
 
-    def _gives_tuples(self, block: torch.nn.Module) -> bool:
+    def _has_tuple_output(self, block: torch.nn.Module) -> bool:
         """Test whether blocks return a tuple, as those of MPNet do, or their output alone, as those of BERT do."""
         results: list[bool] = []
         hook = block.register_forward_hook(lambda _, __, output: results.append(isinstance(output, tuple)))
@@ -401,7 +406,7 @@ class TunedEncoder:
 
         hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         with torch.inference_mode():
-            for rows in batches_of([len(ids) for ids in self._tokens]):
+            for rows in group_by_length([len(ids) for ids in self._tokens]):
                 try:
                     encoder.model(**encoder.padded([self._tokens[row] for row in rows]))
                 except _StopForward:
@@ -417,7 +422,7 @@ class _StopForward(Exception):
     """Raised to stop a forward pass whose remaining layers are not needed."""
 
 
-def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]]:
+def _find_blocks(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]]:
     """Return the parent module of an encoder's blocks, their attribute name, and the blocks.
 
     Raises:

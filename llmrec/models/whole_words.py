@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.guard import is_item_token
-from llmrec.models.tensors import base_of, damaged
-from llmrec.models.traits import is_paired
+from llmrec.models.tensors import base_of, damaged_file_error
+from llmrec.models.traits import is_encoder_decoder
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-WEIGHTS = "whole_words.safetensors"
+WHOLE_WORDS_FILE = "whole_words.safetensors"
 
 # How a token changes the word count. An item token has the index of its level in the code, counted from LEVEL.
 CONTROL, INSIDE, START, SPACE, LEVEL = range(5)
 _LETTERS = 26
 USER = LEVEL + _LETTERS + 1
-_NAME = "whole_words"
+_WORDS_ATTRIBUTE = "whole_words"
 # White space in vocabularies: the mark of SentencePiece, and the letters that represent bytes.
-_PIECES = str.maketrans({"\u2581": " "})
-_BYTES = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
+_SENTENCEPIECE_SPACES = str.maketrans({"\u2581": " "})
+_BYTE_LEVEL_SPACES = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
 
 
-def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: int) -> list[int]:
+def token_kinds(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: int) -> list[int]:
     """Return how each token of a vocabulary changes the word count.
 
     Args:
@@ -46,17 +46,17 @@ def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: i
         size: Rows of the model's embeddings; those that the tokenizer does not use count as parts of words.
     """
     names: Mapping[str, int] = tokenizer.get_vocab()
-    marks = _PIECES if any(name.startswith("\u2581") for name in names) else _BYTES
+    marks = _SENTENCEPIECE_SPACES if any(name.startswith("\u2581") for name in names) else _BYTE_LEVEL_SPACES
     # The unknown token represents a letter outside the vocabulary, which is part of a word.
     apart = {*control, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
     kinds = [INSIDE] * size
     for name, number in names.items():
         if number < size:
-            kinds[number] = CONTROL if name in apart else _kind(name, marks)
+            kinds[number] = CONTROL if name in apart else _token_kind(name, marks)
     return kinds
 
 
-def _kind(name: str, marks: Mapping[int, str]) -> int:
+def _token_kind(name: str, marks: Mapping[int, str]) -> int:
     if is_item_token(name):
         level = name[1 : name.index("_")]
         if level == "user":
@@ -66,7 +66,7 @@ def _kind(name: str, marks: Mapping[int, str]) -> int:
     return SPACE if text.isspace() else START if text[:1].isspace() else INSIDE
 
 
-def numbers(kinds: Any) -> Any:
+def word_numbers(kinds: Any) -> Any:
     """Number the words of inputs from 1; control tokens have 0.
 
     White space starts a word. Codes write their levels in order, with the token that identifies a single item last, so
@@ -88,33 +88,33 @@ def numbers(kinds: Any) -> Any:
     return begins.long().cumsum(-1) * (kinds != CONTROL)
 
 
-def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
+def attach_whole_words(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
     """Add whole-word embeddings to the encoder of a model.
 
     Args:
         model: An encoder-decoder, with or without PEFT adapters.
         table: Rows by number, shape (longest count + 1, width); words beyond it share its last row. It is trainable.
-        kinds: From `kinds_of`.
+        kinds: From `token_kinds`.
 
     Raises:
         RecipeError: If the model is not an encoder-decoder.
     """
     torch, base = require("torch", "train"), base_of(model)
-    if not is_paired(base.config):
-        refuse_words(f"a model of type {base.config.model_type}")
+    if not is_encoder_decoder(base.config):
+        raise_missing_encoder(f"a model of type {base.config.model_type}")
     encoder = base.get_encoder()
-    known = hasattr(encoder, _NAME)
+    known = hasattr(encoder, _WORDS_ATTRIBUTE)
     device = encoder.get_input_embeddings().weight.device
     words = torch.nn.Embedding(*table.shape, _weight=table.float().to(device))
     words.register_buffer("kinds", torch.tensor(list(kinds), device=device), persistent=False)
-    setattr(encoder, _NAME, words)
+    setattr(encoder, _WORDS_ATTRIBUTE, words)
     # The original files of the model remain readable for other programs that use transformers.
-    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_keys(base, words)}
+    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_weight_names(base, words)}
     if not known:
-        encoder.register_forward_pre_hook(_add, with_kwargs=True)
+        encoder.register_forward_pre_hook(_add_word_embeddings, with_kwargs=True)
 
 
-def refuse_words(model: str) -> NoReturn:
+def raise_missing_encoder(model: str) -> NoReturn:
     """Raise the error for a model without an encoder.
 
     Raises:
@@ -128,24 +128,26 @@ def refuse_words(model: str) -> NoReturn:
     )
 
 
-def _keys(base: torch.nn.Module, words: Any) -> list[str]:
+def _weight_names(base: torch.nn.Module, words: Any) -> list[str]:
     return [f"{name}.weight" for name, module in base.named_modules() if module is words]
 
 
-def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _add_word_embeddings(
+    encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replace the token ids of an encoder input by token embeddings plus word embeddings."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise ModelError(
             "an encoder with whole-word embeddings needs token ids as input, not embeddings", kind="unsupported"
         )
-    words, tokens = getattr(encoder, _NAME), encoder.get_input_embeddings()(ids)
-    positions = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
+    words, tokens = getattr(encoder, _WORDS_ATTRIBUTE), encoder.get_input_embeddings()(ids)
+    positions = word_numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
     arguments = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(positions).to(tokens.dtype)}
     return args[1:], arguments
 
 
-def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
+def new_word_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
     """Create an embedding table of ``size`` rows, initialised with the standard deviation of the model.
 
     For T5 that is 1, as for P5's table. It is small compared with trained token embeddings, so the first steps do not
@@ -160,33 +162,33 @@ def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
 def whole_word_embeddings(model: torch.nn.Module) -> Any:
     """Return the whole-word embeddings of a model as ``torch.nn.Embedding``; None if it has none."""
     base = base_of(model)
-    return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
+    return getattr(base.get_encoder(), _WORDS_ATTRIBUTE, None) if is_encoder_decoder(base.config) else None
 
 
-def save_words(model: torch.nn.Module, folder: Path) -> None:
+def save_whole_words(model: torch.nn.Module, folder: Path) -> None:
     """Save the whole-word embeddings of a model to a folder, if it has any."""
     words = whole_word_embeddings(model)
     if words is None:
         return
     torch, safetensors = require("torch", "train"), require("safetensors.torch", "train")
     tensors = {"table": words.weight.detach().float().cpu().contiguous(), "kinds": words.kinds.cpu().to(torch.int32)}
-    safetensors.save_file(tensors, folder / WEIGHTS)
+    safetensors.save_file(tensors, folder / WHOLE_WORDS_FILE)
 
 
-def load_words(model: torch.nn.Module, folder: Path) -> None:
+def load_whole_words(model: torch.nn.Module, folder: Path) -> None:
     """Add the whole-word embeddings in a folder to a model, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or do not belong to the model.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WHOLE_WORDS_FILE).is_file():
         return
     errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
     try:
-        result = safetensors.load_file(folder / WEIGHTS)
+        result = safetensors.load_file(folder / WHOLE_WORDS_FILE)
         table, kinds = result["table"], result["kinds"].tolist()
     except (OSError, ValueError, KeyError, errors.SafetensorError) as error:
-        raise damaged(f"the whole-word embeddings in {folder} cannot be read", folder, error) from error
+        raise damaged_file_error(f"the whole-word embeddings in {folder} cannot be read", folder, error) from error
     shape = tuple(base_of(model).get_encoder().get_input_embeddings().weight.shape)
     if (len(kinds), table.shape[-1]) != shape or table.dim() != 2:
         raise ModelError(
@@ -195,10 +197,10 @@ def load_words(model: torch.nn.Module, folder: Path) -> None:
             kind="mismatch",
             at=folder,
         )
-    attach(model, table, kinds)
+    attach_whole_words(model, table, kinds)
 
 
-def copy_words(source: Path, target: Path) -> None:
+def copy_whole_words(source: Path, target: Path) -> None:
     """Copy the file with whole-word embeddings, if there is one."""
-    if (source / WEIGHTS).is_file():
-        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    if (source / WHOLE_WORDS_FILE).is_file():
+        shutil.copyfile(source / WHOLE_WORDS_FILE, target / WHOLE_WORDS_FILE)

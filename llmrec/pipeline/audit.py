@@ -1,4 +1,4 @@
-"""The audit of a run: checks for leaks and duplicates (`examine`), and their results in ``audit.json``.
+"""The audit of a run: checks for leaks and duplicates (`run_checks`), and their results in ``audit.json``.
 
 The checks for held-out data are in `llmrec.pipeline.leaks`; the probes at the end look for other explanations of a
 metric than skill.
@@ -21,28 +21,28 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.baselines.parameters import Hashes, hashes_of
+from llmrec.baselines.parameters import InputHashes, input_hashes
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
-from llmrec.durable import sha256_of, write_checked
+from llmrec.durable import sha256_of, write_checked_json
 from llmrec.errors import LlmrecError
 from llmrec.fingerprint import fingerprint
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
-from llmrec.machine import versions
-from llmrec.models.load import quiet_libraries, resolve
+from llmrec.machine import package_versions
+from llmrec.models.load import resolve_model_folder, silence_libraries
 from llmrec.pipeline import leaks
 from llmrec.pipeline.leaks import Check
-from llmrec.pipeline.rejecting import close, load_backend
-from llmrec.pipeline.resume import locked, read_stage
-from llmrec.pipeline.row_specs import asks
+from llmrec.pipeline.rejecting import load_backend, release_backend
+from llmrec.pipeline.resume import lock_folder, read_stage
+from llmrec.pipeline.row_specs import is_arm_evaluated
 from llmrec.pipeline.study import Study, build_study
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import load_stored_recipe
 from llmrec.registry import BASELINES
 from llmrec.report import page
 from llmrec.report.audit import LeakError
-from llmrec.report.results import content_of, fix_for, refuse_other_answers, results_of
+from llmrec.report.results import check_predictions_file, parse_results, read_results_json, rewrite_advice
 from llmrec.tasks.base import seeded_random
 from llmrec.tasks.family import family_of
 from llmrec.types import Backend, Prompt
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 
 FILE = "audit.json"
 # Packages whose version can change fitted baselines.
-_FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
+_FITTING_PACKAGES = ("numpy", "scipy", "torch", "implicit", "polars")
 # Training examples of a task to check if no model was trained.
-_UNTRAINED = 100
+_UNTRAINED_ROWS = 100
 
 
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:
@@ -75,35 +75,37 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
             kind="missing-file",
             at=folder,
         )
-    with locked(folder) if writable else nullcontext():
-        results = content_of(folder)
-        refuse_other_answers(folder, results_of(results, source=str(stored), fix=fix_for(folder)).files)
-        predictions = _predictions(folder)
-        study = build_study(load_stored(folder))
-        checks = list(examine(study, results, predictions))
+    with lock_folder(folder) if writable else nullcontext():
+        results = read_results_json(folder)
+        check_predictions_file(folder, parse_results(results, source=str(stored), fix=rewrite_advice(folder)).files)
+        predictions = _read_predictions(folder)
+        study = build_study(load_stored_recipe(folder))
+        checks = list(run_checks(study, results, predictions))
         if memory:
-            checks.append(_memory(study))
+            checks.append(_run_memorisation_probe(study))
         if writable:
             write(folder, checks, of=sha256_of(stored))
             with suppress(LeakError):
-                page.write(folder)
+                page.write_report(folder)
     if not writable:
         log.warning("%s is not writable, so audit.json and the report are not updated", folder)
     return checks
 
 
-def _predictions(folder: Path) -> pl.DataFrame:
+def _read_predictions(folder: Path) -> pl.DataFrame:
     """Return the answers stored by a run."""
     path = folder / "predictions.parquet"
     try:
         return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise LlmrecError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:200]}). {fix_for(folder)}", kind="damaged", at=path
+            f"{path} cannot be read ({' '.join(str(error).split())[:200]}). {rewrite_advice(folder)}",
+            kind="damaged",
+            at=path,
         ) from error
 
 
-def examine(
+def run_checks(
     study: Study, results: Mapping[str, Any], predictions: pl.DataFrame, *, kept: Path | None = None
 ) -> Iterator[Check]:
     """Run and yield every check of a run that needs no language model.
@@ -113,70 +115,70 @@ def examine(
     """
     split = study.recipe.eval.split
     for data in filter(None, (study.data, study.reviews)):
-        yield leaks.training_interactions(data)
-        yield leaks.profiles(data)
+        yield leaks.audit_training_interactions(data)
+        yield leaks.audit_profiles(data)
     training = results.get("training")
     for family in study.tasks:
         if family in study.shares:
-            yield leaks.training_rows(study, family, _rows_of(training, family))
-            yield leaks.rows_drawn_again(study, family, _rows_of(training, family))
+            yield leaks.audit_training_rows(study, family, _drawn_example_count(training, family))
+            yield leaks.audit_training_row_independence(study, family, _drawn_example_count(training, family))
             if split == "test" and study.recipe.train.valid_rows:
-                yield leaks.validation_rows_drawn_again(study, family)
-        yield leaks.questions(study, family)
-        if asks(study.recipe, family, "few-shot"):
-            yield leaks.shots(study, family)
-            yield leaks.shots_drawn_again(study, family)
-        if (positions := leaks.positions_drawn_again(study, family)) is not None:
+                yield leaks.audit_validation_row_independence(study, family)
+        yield leaks.audit_questions(study, family)
+        if is_arm_evaluated(study.recipe, family, "few-shot"):
+            yield leaks.audit_few_shot_examples(study, family)
+            yield leaks.audit_few_shot_independence(study, family)
+        if (positions := leaks.audit_position_question_independence(study, family)) is not None:
             yield positions
     # The model that selects rejected items is no longer needed.
-    close()
-    yield from leaks.candidate_sets(study)
-    yield from leaks.alignment_checks(study, _rows_of(training, "alignment"))
-    yield from leaks.stored_rows(results["rows"], predictions, study)
-    yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
-    learned = leaks.rankers(study, results["rows"], predictions)
-    for result in (learned, leaks.item_index(study), leaks.feature_texts(study)):
+    release_backend()
+    yield from leaks.audit_candidate_sets(study)
+    yield from leaks.audit_alignment(study, _drawn_example_count(training, "alignment"))
+    yield from leaks.audit_stored_rows(results["rows"], predictions, study)
+    yield _cached_baseline_audit(study, kept) if kept is not None else leaks.audit_baselines(study)
+    learned = leaks.audit_rankers(study, results["rows"], predictions)
+    for result in (learned, leaks.audit_item_index(study), leaks.audit_feature_texts(study)):
         if result is not None:
             yield result
-    yield id_arithmetic(study.data, split)
+    yield audit_id_arithmetic(study.data, split)
     if study.index is not None:
-        yield code_arithmetic(study.index, study.data, split)
-    yield duplicate_items(study.data)
+        yield audit_code_arithmetic(study.index, study.data, split)
+    yield audit_duplicate_items(study.data)
     if any(family_of(family).ranks_for_users for family in study.tasks):
-        yield duplicate_users(study.data, split)
+        yield audit_duplicate_users(study.data, split)
 
 
-def _baselines(study: Study, kept: Path) -> Check:
+def _cached_baseline_audit(study: Study, kept: Path) -> Check:
     """Check the baselines for leaks, or return the stored result."""
     used = {family: study.task_data(family) for family in study.tasks}
     key = fingerprint(
         "audit",
         made_by=[(BASELINES, baseline.name) for family in used for baseline in study.baselines(family)],
         modules=(leaks.__name__,),
-        packages={name: version for name, version in versions().items() if name in _FITTING},
+        packages={name: version for name, version in package_versions().items() if name in _FITTING_PACKAGES},
         baselines={family: [baseline.label for baseline in study.baselines(family)] for family in used},
-        files=_stores(study),
+        files=_baseline_file_hashes(study),
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
         split=study.recipe.eval.split,
         seed=study.recipe.seed,
     )
-    stored = read_stage(kept, key, _check_of)
+    stored = read_stage(kept, key, _parse_check)
     if stored is None:
-        stored = {"key": key, "check": asdict(leaks.baselines(study))}
-        write_checked(kept, stored)
-    return _check_of(stored)
+        stored = {"key": key, "check": asdict(leaks.audit_baselines(study))}
+        write_checked_json(kept, stored)
+    return _parse_check(stored)
 
 
-def _check_of(stored: Mapping[str, Any]) -> Check:
+def _parse_check(stored: Mapping[str, Any]) -> Check:
     result = stored["check"]
     return Check(**{**result, "examples": tuple(result["examples"])})
 
 
-def _stores(study: Study) -> list[Hashes]:
+def _baseline_file_hashes(study: Study) -> list[InputHashes]:
     sections = [baseline for family in study.tasks for baseline in study.baselines(family)]
-    return [read for item in sections if (read := hashes_of(item.name, item.parameters))]
+    return [read for item in sections if (read := input_hashes(item.name, item.parameters))]
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:
@@ -186,39 +188,39 @@ def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:
     """
     leaks = sum(check.verdict == "leak" for check in checks)
     results = [asdict(check) for check in checks]
-    write_checked(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": results})
+    write_checked_json(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": results})
 
 
-def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
+def _drawn_example_count(training: Mapping[str, Any] | None, family: str) -> int:
     """Return how many training examples of a task were drawn, including those that were too long."""
     if training is None:
-        return _UNTRAINED
+        return _UNTRAINED_ROWS
     return int(training["rows"].get(family, 0)) + int(training.get("dropped", {}).get(family, 0))
 
 
-def _memory(study: Study) -> Check:
-    quiet_libraries()
+def _run_memorisation_probe(study: Study) -> Check:
+    silence_libraries()
     section, seed = study.recipe.model, study.recipe.seed
     try:
-        backend = load_backend(resolve(section, seed=seed), section, study.recipe.eval.batch_tokens)
-        return memorisation(backend, study.data, seed=seed)
+        backend = load_backend(resolve_model_folder(section, seed=seed), section, study.recipe.eval.batch_tokens)
+        return audit_memorisation(backend, study.data, seed=seed)
     finally:
-        close()
+        release_backend()
 
 
 # --------------------------------------------------------------------------- probes
 
 
 _HASHES, _BANDS = 64, 16
-_CROWD = 50
+_MAX_BUCKET = 50
 _SOLVED, _TITLES = 4, 200
-_ROUNDS = 20
+_PERMUTATION_ROUNDS = 20
 
 
 # --------------------------------------------------------------------------- arithmetic on ids
 
 
-def id_arithmetic(data: SplitDataset, split: str) -> Check:
+def audit_id_arithmetic(data: SplitDataset, split: str) -> Check:
     """Compute HR@5 of a rule that predicts ids by arithmetic: largest + 1, last + 1, largest + 2, last + 2, ...
 
     It is compared with the same rule over permuted ids. If it is well above that, the numbering predicts the next item:
@@ -228,10 +230,10 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
     numbers = {item: int(result[0]) for item in data.dataset.items if len(result := re.findall(r"\d+", item)) == 1}
     if len(numbers) < 0.9 * len(data.dataset.items):
         return Check("id arithmetic", "not tested: item IDs do not contain exactly one number")
-    return _arithmetic("id arithmetic", "ids", numbers, data, split)
+    return _audit_arithmetic("id arithmetic", "ids", numbers, data, split)
 
 
-def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
+def audit_code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
     """Compute HR@5 of the same rule applied to the codes of an item index.
 
     A model can reach the same HR@5 by counting from the codes of the history. Values above those of a random ranking
@@ -244,25 +246,28 @@ def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
     order = sorted(pieces, key=lambda item: (pieces[item], item))
     single = all(len(result) == 1 for result in pieces.values()) and not index.tokens
     numbers = {item: pieces[item][0] for item in order} if single else {item: n for n, item in enumerate(order)}
-    return _arithmetic(name, "codes", numbers, data, split)
+    return _audit_arithmetic(name, "codes", numbers, data, split)
 
 
-def _arithmetic(name: str, what: str, numbers: dict[str, int], data: SplitDataset, split: str) -> Check:
+def _audit_arithmetic(name: str, what: str, numbers: dict[str, int], data: SplitDataset, split: str) -> Check:
     held = [(h, data.history(h.user_id, split)) for h in data.holdouts(split)]  # type: ignore[arg-type]
     pairs = [([e.item_id for e in past if e.item_id in numbers], h.item_id) for h, past in held if h.item_id in numbers]
     pairs = [(past, target) for past, target in pairs if past]
     if not pairs:
         return Check(name, "not tested: no held-out request has a history")
-    rate = _rule(pairs, numbers)
+    rate = _counting_rule_hit_rate(pairs, numbers)
     rng, items = np.random.default_rng(0), list(numbers)
     values = np.array([numbers[item] for item in items])
-    dealt = [_rule(pairs, dict(zip(items, rng.permutation(values).tolist(), strict=True))) for _ in range(_ROUNDS)]
+    dealt = [
+        _counting_rule_hit_rate(pairs, dict(zip(items, rng.permutation(values).tolist(), strict=True)))
+        for _ in range(_PERMUTATION_ROUNDS)
+    ]
     chance = float(np.mean(dealt))
     figures = {"HR@5": rate, "chance": chance}
     return Check(name, f"counting rule: HR@5 {rate:.4f}; with random {what}: {chance:.4f}", "notice", (), figures)
 
 
-def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> float:
+def _counting_rule_hit_rate(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> float:
     by_number = {number: item for item, number in numbers.items()}
     hits = 0
     for past, target in pairs:
@@ -282,7 +287,7 @@ def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> fl
 # --------------------------------------------------------------------------- near-duplicates
 
 
-def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tuple[int, int, float]]:
+def find_near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tuple[int, int, float]]:
     """Return pairs of sets whose Jaccard similarity reaches a threshold, using MinHash banding.
 
     64 permutations in 16 bands of 4 find a pair of similarity .9 with probability .999997, one of .8 with .9998
@@ -305,20 +310,20 @@ def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tu
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     for n, members in enumerate(sets):
         if members:
-            signature = _signature(base[[index[word] for word in members]], factors, offsets)
+            signature = _minhash_signature(base[[index[word] for word in members]], factors, offsets)
             for band, part in enumerate(signature.reshape(_BANDS, -1)):
                 buckets[band, part.tobytes()].append(n)
     result: dict[tuple[int, int], float] = {}
     for crowd in buckets.values():
         # Of equal sets, each is compared only with the first.
-        pairs = combinations(crowd, 2) if len(crowd) <= _CROWD else ((crowd[0], other) for other in crowd[1:])
+        pairs = combinations(crowd, 2) if len(crowd) <= _MAX_BUCKET else ((crowd[0], other) for other in crowd[1:])
         for a, b in pairs:
             if (a, b) not in result:
                 result[a, b] = len(sets[a] & sets[b]) / len(sets[a] | sets[b])
     return sorted((a, b, value) for (a, b), value in result.items() if value >= threshold)
 
 
-def _signature(
+def _minhash_signature(
     hashes: NDArray[np.uint64], factors: NDArray[np.uint64], offsets: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     with np.errstate(over="ignore"):
@@ -328,7 +333,7 @@ def _signature(
     return lowest
 
 
-def duplicate_items(data: SplitDataset) -> Check:
+def audit_duplicate_items(data: SplitDataset) -> Check:
     """Report items with equal or nearly equal titles, which a model cannot distinguish."""
     items = sorted(data.dataset.items)
     keys = [title_key(data.dataset.items[item].title) for item in items]
@@ -337,7 +342,7 @@ def duplicate_items(data: SplitDataset) -> Check:
         equal[key].append(item)
     twins = sum(len(group) for group in equal.values() if len(group) > 1)
     shingles = [frozenset(key[i : i + 3] for i in range(max(1, len(key) - 2))) for key in keys]
-    near = [(a, b, s) for a, b, s in near_duplicates(shingles, 0.85) if keys[a] != keys[b]]
+    near = [(a, b, s) for a, b, s in find_near_duplicates(shingles, 0.85) if keys[a] != keys[b]]
     examples = tuple(
         f"{data.dataset.items[items[a]].title!r} and {data.dataset.items[items[b]].title!r}" for a, b, _ in near[:5]
     )
@@ -349,7 +354,7 @@ def duplicate_items(data: SplitDataset) -> Check:
     return Check("near-duplicate items", result, "notice" if twins or near else "clean", examples, figures)
 
 
-def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
+def audit_duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
     """Report evaluated users with a near-duplicate training user who chose the held-out item."""
     held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
     trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
@@ -358,7 +363,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
     sets = [trained[user] for user in users] + [trained[u] | {held[u]} for u in users if u in held]
     owners = users + [user for user in users if user in held]
     twins = set()
-    for a, b, _ in near_duplicates(sets, threshold):
+    for a, b, _ in find_near_duplicates(sets, threshold):
         if a < len(users) <= b and owners[a] != owners[b] and held[owners[b]] in sets[a]:
             twins.add((owners[b], owners[a]))
     evaluated = sum(user in held for user in users)
@@ -371,7 +376,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 # --------------------------------------------------------------------------- memorisation
 
 
-def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
+def audit_memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     """Measure whether a model can complete catalogue titles from their first half (memorisation).
 
     Each prompt shows a few complete titles and the first words of another; a completion is correct if its letters and
@@ -380,7 +385,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     MovieLens-1M's records in the same spirit.)
     """
     name = f"memorisation of {data.dataset.name}"
-    halves = _halves(data)
+    halves = _title_halves(data)
     if len(halves) < 2 * _SOLVED:
         return Check(name, "not tested: fewer than 8 titles have at least three words")
     rng = seeded_random("memorisation", seed, data.dataset.name)
@@ -391,7 +396,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     rates = []
     for second in (tails, mixed):
         records = [(head, tail) for (head, _), tail in zip(chosen, second, strict=True)]
-        prompts = [_recital(template, records, n, data.dataset.noun) for n in range(len(records))]
+        prompts = [_completion_prompt(template, records, n, data.dataset.noun) for n in range(len(records))]
         completions = backend.generate(prompts, max_tokens=24)
         right = [title_key(done.text) == title_key(tail) for done, (_, tail) in zip(completions, records, strict=True)]
         rates.append(sum(right) / len(right))
@@ -403,7 +408,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     return Check(name, result, "notice" if true > control + 0.02 else "clean", (), figures)
 
 
-def _halves(data: SplitDataset) -> list[tuple[str, str]]:
+def _title_halves(data: SplitDataset) -> list[tuple[str, str]]:
     results = []
     for _, item in sorted(data.dataset.items.items()):
         # A year or an edition in brackets is easy to complete, so it is removed.
@@ -414,7 +419,7 @@ def _halves(data: SplitDataset) -> list[tuple[str, str]]:
     return results
 
 
-def _recital(template: Template, records: Sequence[tuple[str, str]], n: int, noun: str) -> Prompt:
+def _completion_prompt(template: Template, records: Sequence[tuple[str, str]], n: int, noun: str) -> Prompt:
     solved = [records[(n + k) % len(records)] for k in range(1, _SOLVED + 1)]
     values: list[dict[str, Any]] = [{"noun": noun, "head": head, "rest": rest} for head, rest in solved]
     prefix = [segment for value in values for part in template.step(value) for segment in part]

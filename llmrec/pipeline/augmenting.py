@@ -15,36 +15,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec import __version__
-from llmrec.augment.stores import of_texts
-from llmrec.augment.texts import TextPrompt, about_items, about_users, kept, taste, template_of
+from llmrec.augment.stores import features_from_texts
+from llmrec.augment.texts import TextPrompt, extract_text, item_prompts, preference_vector, text_template, user_prompts
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
-from llmrec.baselines.item_texts import texts_of
+from llmrec.baselines.item_texts import texts_of_items
 from llmrec.data.derived import TITLES
 from llmrec.data.features import (
-    ANSWERS,
+    ANSWERS_FILE,
     KINDS,
-    OF_PERSONS,
     PLURALS,
+    USER_KINDS,
     FeatureKind,
     Features,
     FeatureStore,
     Provenance,
+    lock_store,
     write_version,
-    writing,
 )
-from llmrec.data.split import SplitDataset, scale_of, threshold
+from llmrec.data.split import SplitDataset, liked_threshold, scale_of
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.fingerprint import fingerprint
-from llmrec.models.load import load_tokenizer, resolve, weights_stamp
+from llmrec.models.load import load_tokenizer, model_folder_hash, resolve_model_folder
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.resume import StageTimer, locked
-from llmrec.pipeline.shards import SHARD, Finished, finish, reusable_shard, shard_folder, verify_shards
+from llmrec.pipeline.resume import StageTimer, lock_folder
+from llmrec.pipeline.shards import SHARD_FILE, FinishedShard, finish_shard, reusable_shard, shard_folder, verify_shards
 from llmrec.pipeline.study import load_tables
 from llmrec.progress import Progress
-from llmrec.recipe.load import STORED, dump, load_stored
+from llmrec.recipe.load import STORED_RECIPE_FILE, dump_recipe, load_stored_recipe
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.records import Shard
 from llmrec.strategies.asking import cost_of
@@ -56,14 +56,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FEATURES, CONTROL = "features", "control"
-"""Names in a run folder: the feature store of the recipe's section ``augment``, and that of `without_model`."""
+"""Names in a run folder: the feature store of the recipe's section ``augment``, and that of `build_reference_store`."""
 
 # Tokens per second of a small model on two cores, used for estimates.
 _READS, _WRITES = 1000.0, 150.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class AugmentPlan:
     """The prompts of the recipe section ``augment``, with the model that answers them."""
 
     data: SplitDataset
@@ -73,7 +73,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Augmented:
+class AugmentResult:
     """The result of `augment`; ``cost`` includes stored answers, and ``seconds`` is the duration of this call."""
 
     folder: Path
@@ -82,25 +82,27 @@ class Augmented:
     seconds: float
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan_texts(recipe: Recipe) -> AugmentPlan:
     """Return the prompts of the recipe section ``augment``."""
-    data, prompts = questions(recipe)
-    base = resolve(recipe.model, seed=recipe.seed)
+    data, prompts = collect_prompts(recipe)
+    base = resolve_model_folder(recipe.model, seed=recipe.seed)
     encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-    return Plan(data, prompts, encoder, base)
+    return AugmentPlan(data, prompts, encoder, base)
 
 
-def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[TextPrompt]]]:
-    """Return the split data and the prompts, without loading a model; raises the errors of `plan`."""
-    section = _section(recipe)
+def collect_prompts(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[TextPrompt]]]:
+    """Return the split data and the prompts, without loading a model; raises the errors of `plan_texts`."""
+    section = _augment_section(recipe)
     # Load the data without generated texts, which do not exist yet.
     tables = {"data": recipe.data, "reviews": recipe.reviews}
     plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
     data, _ = load_tables(recipe.model_copy(update=plain))
-    return data, {kind: _prompts(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
+    return data, {
+        kind: _prompts_of_kind(recipe, data, kind, {}) for kind in KINDS if _template_name(section, kind) is not None
+    }
 
 
-def refuse_other_store(recipe: Recipe, store: Path) -> None:
+def check_text_store(recipe: Recipe, store: Path) -> None:
     """Reject a recipe that generates texts but shows the texts of another feature store in its prompts."""
     texts = recipe.data.texts
     if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
@@ -113,15 +115,15 @@ def refuse_other_store(recipe: Recipe, store: Path) -> None:
     )
 
 
-def without_model(recipe: Recipe, out: Path) -> Augmented:
+def build_reference_store(recipe: Recipe, out: Path) -> AugmentResult:
     """Build a feature store from interactions without a language model, as a baseline for generated texts.
 
     An item has its title and fields. A user has the mean vector of the liked items in the question's interactions minus
     that of the others, since the question shows ratings too; without ratings the mean of all. The vector therefore
     depends on the same interactions as the generated text.
     """
-    section, begin = _section(recipe), time.perf_counter()
-    data, prompts = questions(recipe)
+    section, begin = _augment_section(recipe), time.perf_counter()
+    data, prompts = collect_prompts(recipe)
     if not {"user", "item"} & prompts.keys():
         raise RecipeError(
             "a reference store needs texts about users or items; set augment.users or augment.items",
@@ -129,9 +131,9 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
             column="augment",
         )
     items = [data.dataset.items[entry] for entry in sorted(data.dataset.items)]
-    texts_by_id = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
+    texts_by_id = dict(zip((item.item_id for item in items), texts_of_items(items), strict=True))
     provenance = Provenance(system="augment without a model", split=data.readable, version=__version__)
-    every = of_texts("item", texts_by_id, encoder=section.encoder, provenance=provenance)
+    every = features_from_texts("item", texts_by_id, encoder=section.encoder, provenance=provenance)
     row_of = {item: row for row, item in enumerate(every.ids)}
     tables = []
     if "item" in prompts:
@@ -143,15 +145,15 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     if "user" in prompts:
         known = [(entry, [event for event in entry.events if event.item_id in row_of]) for entry in prompts["user"]]
         liked = recipe.tasks.ctr.liked if recipe.tasks.ctr is not None else None
-        rows = [_taste(data, events, every, row_of, liked) for _, events in known if events]
+        rows = [_user_preference_vector(data, events, every, row_of, liked) for _, events in known if events]
         seen = {entry.id: entry.seen for entry, events in known if events}
         tables.insert(0, Features("user", list(seen), np.array(rows, np.float32), every.provenance, seen=seen))
-    with writing(out) as folder:
+    with lock_store(out) as folder:
         write_version(folder, tables, dtype=section.dtype)
-    return Augmented(out, {table.kind: len(table.ids) for table in tables}, Cost(), time.perf_counter() - begin)
+    return AugmentResult(out, {table.kind: len(table.ids) for table in tables}, Cost(), time.perf_counter() - begin)
 
 
-def _taste(
+def _user_preference_vector(
     data: SplitDataset, events: Sequence[Event], every: Features, row_of: Mapping[str, int], liked: float | None
 ) -> NDArray[np.floating[Any]]:
     """Return the mean vector of liked items minus the mean vector of other items, shape (d,)."""
@@ -159,10 +161,12 @@ def _taste(
     vectors = every.vectors[[row_of[event.item_id] for event in rated or events]]
     if not rated:
         return np.asarray(vectors.mean(axis=0))
-    return taste(vectors, np.array([float(event.rating or 0) for event in rated]) >= threshold(scale_of(data), liked))
+    return preference_vector(
+        vectors, np.array([float(event.rating or 0) for event in rated]) >= liked_threshold(scale_of(data), liked)
+    )
 
 
-def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
+def estimate_cost(planned: AugmentPlan, section: AugmentSection) -> dict[str, str]:
     """Estimate the cost for a small model on two cores, as text."""
     rows, seconds = {}, 0.0
     for kind, prompts in planned.asked.items():
@@ -173,7 +177,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     return rows | {"time": f"about {max(1, round(seconds / 60))} minutes for a small model on two cores"}
 
 
-def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
+def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[FinishedShard] = ()) -> AugmentResult:
     """Generate texts and vectors, and write them to a feature store; resumes an interrupted call.
 
     An existing store of the same inputs is kept, with its corrections and erasures.
@@ -185,39 +189,43 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
         shards: Folders of `augment_shard`, whose answers are reused.
 
     Raises:
-        RecipeError: See `plan`.
-        DataError: See `plan`; or if no text was generated.
+        RecipeError: See `plan_texts`.
+        DataError: See `plan_texts`; or if no text was generated.
         BackendError: If the engine fails.
         LlmrecError: If the folder has foreign files, another process writes to it, or shards have other inputs.
     """
-    section, begin = _section(recipe), time.perf_counter()
-    planned = plan(recipe)
-    choices = _engines(recipe, planned).choices("text", planned.base)
+    section, begin = _augment_section(recipe), time.perf_counter()
+    planned = plan_texts(recipe)
+    choices = _build_engines(recipe, planned).choices("text", planned.base)
     provenances = {
         engine: {kind: _provenance(recipe, planned, kind, engine) for kind in planned.asked} for engine in choices
     }
-    with writing(out) as store_folder:
+    with lock_store(out) as store_folder:
         if (kept := _matching_store(store_folder, provenances, section)) is not None:
-            return Augmented(store_folder, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
+            return AugmentResult(store_folder, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
         cost, tables = Cost(), []
         for item in shards:
             item.refuse_other(_answers_key(recipe, planned))
-        with _asking(recipe, planned, store_folder, StageTimer()) as (backend, store, engines):
+        with _open_backend(recipe, planned, store_folder, StageTimer()) as (backend, store, engines):
             for item in shards:
-                store.join(item.folder / ANSWERS)
+                store.join(item.folder / ANSWERS_FILE)
             interests: dict[str, str] = {}
             for kind, planned_prompts in planned.asked.items():
                 # Prompts for synthetic items show the text about their user, which is generated first.
-                prompts = _prompts(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_prompts
-                written, spent = _write(backend, prompts, kind, section, recipe.eval.batch, quiet=quiet)
+                prompts = (
+                    _prompts_of_kind(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_prompts
+                )
+                written, spent = _generate_texts(backend, prompts, kind, section, recipe.eval.batch, quiet=quiet)
                 interests = written if kind == "user" else interests
                 cost += spent
                 seen = {item.id: item.seen for item in prompts if item.seen}
                 provenance = provenances[engines.engine_for("text", planned.base)][kind]
-                tables.append(of_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen))
+                tables.append(
+                    features_from_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen)
+                )
             write_version(store_folder, tables, dtype=section.dtype)
     counts = {table.kind: len(table.ids) for table in tables}
-    return Augmented(out, counts, cost, time.perf_counter() - begin)
+    return AugmentResult(out, counts, cost, time.perf_counter() - begin)
 
 
 def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
@@ -225,75 +233,75 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
     A shard has complete batches of the texts of each kind. Returns its folder.
     """
-    section, folder, budget = _section(recipe), shard_folder(out, shard), StageTimer(quiet=quiet)
-    with locked(folder, (STORED, ANSWERS, SHARD)):
+    section, folder, budget = _augment_section(recipe), shard_folder(out, shard), StageTimer(quiet=quiet)
+    with lock_folder(folder, (STORED_RECIPE_FILE, ANSWERS_FILE, SHARD_FILE)):
         with budget.stage("data"):
-            planned = plan(recipe)
+            planned = plan_texts(recipe)
         key = _answers_key(recipe, planned)
         if reusable_shard(folder, key):
             log.warning("shard %s is already complete", shard)
             return folder
         cost, count = Cost(), 0
-        with _asking(recipe, planned, folder, budget) as (backend, *_):
+        with _open_backend(recipe, planned, folder, budget) as (backend, *_):
             for kind, prompts in planned.asked.items():
                 # Synthetic items depend on texts of all users, so they are generated when shards are merged.
                 part = [] if kind == "synthetic" else shard.share(prompts, recipe.eval.batch)
                 with budget.stage(PLURALS[kind]):
-                    cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
+                    cost += _generate_texts(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
                 count += len(part)
-        write_text(folder / STORED, dump(recipe))
+        write_text(folder / STORED_RECIPE_FILE, dump_recipe(recipe))
         facts = {"texts": count, "cost": asdict(cost), "seconds": budget.stages}
-        finish(folder, "augment", shard, key, [STORED, ANSWERS], facts)
+        finish_shard(folder, "augment", shard, key, [STORED_RECIPE_FILE, ANSWERS_FILE], facts)
     return folder
 
 
-def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
+def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> AugmentResult:
     """Merge shards, by default those next to the store, into the store that a single process would write."""
     result = verify_shards(out, folders)
-    return augment(load_stored(result[0].folder), out, quiet=quiet, shards=result)
+    return augment(load_stored_recipe(result[0].folder), out, quiet=quiet, shards=result)
 
 
 @contextmanager
-def _asking(
-    recipe: Recipe, planned: Plan, folder: Path, budget: StageTimer
+def _open_backend(
+    recipe: Recipe, planned: AugmentPlan, folder: Path, budget: StageTimer
 ) -> Iterator[tuple[CachedBackend, AnswerStore, Engines]]:
     """Open the backend, its answer cache, and the engines."""
-    store = AnswerStore(folder / ANSWERS)
-    engines = _engines(recipe, planned, budget, store)
+    store = AnswerStore(folder / ANSWERS_FILE)
+    engines = _build_engines(recipe, planned, budget, store)
     try:
         engine = engines.engine_for("text", planned.base)
-        backend = engines.get(engine, planned.base, _weights(engine, planned))
+        backend = engines.get(engine, planned.base, _weights_stamp(engine, planned))
         yield backend, store, engines
     finally:
         engines.close()
         store.close()
 
 
-def _answers_key(recipe: Recipe, planned: Plan) -> str:
+def _answers_key(recipe: Recipe, planned: AugmentPlan) -> str:
     """Return the fingerprint of the generated answers."""
-    engines = _engines(recipe, planned)
+    engines = _build_engines(recipe, planned)
     engine = engines.engine_for("text", planned.base)
     provenances = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
-    identity = engines.identity(engine, _weights(engine, planned))
+    identity = engines.identity(engine, _weights_stamp(engine, planned))
     return fingerprint("augment", recipe, made=provenances, asked=identity, batch=recipe.eval.batch)
 
 
-def _engines(
-    recipe: Recipe, planned: Plan, budget: StageTimer | None = None, store: AnswerStore | None = None
+def _build_engines(
+    recipe: Recipe, planned: AugmentPlan, budget: StageTimer | None = None, store: AnswerStore | None = None
 ) -> Engines:
     return Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget or StageTimer(), store)
 
 
-def _weights(engine: str, planned: Plan) -> str:
-    return "" if engine == "openai" else weights_stamp(planned.base)
+def _weights_stamp(engine: str, planned: AugmentPlan) -> str:
+    return "" if engine == "openai" else model_folder_hash(planned.base)
 
 
-def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
+def _provenance(recipe: Recipe, planned: AugmentPlan, kind: FeatureKind, engine: str) -> Provenance:
     """Return all settings that affect generated texts, which are reused if the settings are equal."""
-    section, data = _section(recipe), planned.data
-    template = template_of(kind, str(_template(section, kind)), recipe.prompts)
+    section, data = _augment_section(recipe), planned.data
+    template = text_template(kind, str(_template_name(section, kind)), recipe.prompts)
     # Texts about items use no interactions, except for titles derived from training reviews.
-    of_split = kind in OF_PERSONS or TITLES in data.dataset.derives
+    of_split = kind in USER_KINDS or TITLES in data.dataset.derives
     shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
     return Provenance(
         system="augment",
@@ -301,7 +309,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
         template=_digest([template.sha, json.dumps(shown, sort_keys=True)]),
         generator={
             "model": recipe.model.name,
-            "weights": _weights(engine, planned),
+            "weights": _weights_stamp(engine, planned),
             "engine": engine,
             "decoding": "greedy",
             "max_tokens": section.max_tokens,
@@ -333,18 +341,20 @@ def _matching_store(
     return store if same else None
 
 
-def _template(section: AugmentSection, kind: FeatureKind) -> str | None:
+def _template_name(section: AugmentSection, kind: FeatureKind) -> str | None:
     return {"user": section.users, "item": section.items, "synthetic": section.synthetic}[kind]
 
 
-def _prompts(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[TextPrompt]:
-    section = _section(recipe)
+def _prompts_of_kind(
+    recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]
+) -> list[TextPrompt]:
+    section = _augment_section(recipe)
     if kind == "item":
-        return about_items(data, section, recipe.seed, recipe.prompts)
-    return about_users(data, section, recipe.seed, recipe.prompts, kind=kind, interests=interests)
+        return item_prompts(data, section, recipe.seed, recipe.prompts)
+    return user_prompts(data, section, recipe.seed, recipe.prompts, kind=kind, interests=interests)
 
 
-def _section(recipe: Recipe) -> AugmentSection:
+def _augment_section(recipe: Recipe) -> AugmentSection:
     if recipe.augment is None:
         raise RecipeError(
             "the recipe has no section augment; add one, such as augment: {factors: [genre, mood]}",
@@ -354,7 +364,7 @@ def _section(recipe: Recipe) -> AugmentSection:
     return recipe.augment
 
 
-def _write(
+def _generate_texts(
     backend: CachedBackend,
     prompts: Sequence[TextPrompt],
     kind: FeatureKind,
@@ -370,7 +380,7 @@ def _write(
                 part = prompts[start : start + batch]
                 inputs: list[Prompt] = [item.prompt for item in part]
                 for item, done in zip(part, backend.generate(inputs, max_tokens=section.max_tokens), strict=True):
-                    written[item.id] = kept(kind, done.text, section)
+                    written[item.id] = extract_text(kind, done.text, section)
                     cost += cost_of(done)
                 bar.advance(len(part))
             if backend.replaced == replaced:

@@ -14,19 +14,19 @@ from pydantic import ValidationError
 
 from llmrec import __version__
 from llmrec.data.split import SplitDataset, scale_of
-from llmrec.durable import Json, checked, write_checked
-from llmrec.ensembles.carried import FILE as INTERACTIONS
+from llmrec.durable import Json, parse_checked_json, write_checked_json
+from llmrec.ensembles.carried import INTERACTIONS_FILE as INTERACTIONS
 from llmrec.errors import LlmrecError, ModelError, RecipeError
 from llmrec.index.table import ItemIndex
-from llmrec.models.load import BUNDLE, content_sha256, resolve
-from llmrec.pipeline.indexing import stored_index
+from llmrec.models.load import BUNDLE_FILE, file_sha256, resolve_model_folder
+from llmrec.pipeline.indexing import load_stored_index
 from llmrec.pipeline.study import Study
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.load import import_stored, load_stored
+from llmrec.recipe.load import import_stored_plugins, load_stored_recipe
 from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
 
-FILE = BUNDLE
-SUMS = "SHA256SUMS"
+FILE = BUNDLE_FILE
+CHECKSUMS_FILE = "SHA256SUMS"
 """The file in an exported folder with the sha256 of every file."""
 _FORMAT = 1
 
@@ -68,7 +68,7 @@ class Bundle:
         return self.folder or str(self.run)
 
 
-def describe(study: Study) -> dict[str, Json]:
+def bundle_content(study: Study) -> dict[str, Json]:
     """Return the content of ``llmrec.json``."""
     recipe = study.recipe
     return {
@@ -77,7 +77,7 @@ def describe(study: Study) -> dict[str, Json]:
         "max_length": recipe.model.max_length,
         "seed": recipe.seed,
         "noun": study.data.dataset.noun,
-        "rating_scale": _scale(study.data),
+        "rating_scale": _rating_scale(study.data),
         "index": recipe.index.scheme if recipe.index else None,
         "tasks": recipe.tasks.model_dump(mode="json", exclude_none=True),
         "templates": {
@@ -86,17 +86,17 @@ def describe(study: Study) -> dict[str, Json]:
     }
 
 
-def _scale(data: SplitDataset) -> tuple[float, float] | None:
+def _rating_scale(data: SplitDataset) -> tuple[float, float] | None:
     return scale_of(data) if data.train["rating"].null_count() < data.train.height else None
 
 
 def write(study: Study, folder: Path) -> None:
     """Write ``llmrec.json`` into a model folder."""
-    write_checked(folder / FILE, describe(study))
+    write_checked_json(folder / FILE, bundle_content(study))
 
 
 def read(name: str, model: ModelSection | None = None) -> Bundle:
-    """Open a run folder, an exported folder, or any model that `resolve` accepts.
+    """Open a run folder, an exported folder, or any model that `resolve_model_folder` accepts.
 
     Args:
         name: The folder or hub name.
@@ -105,9 +105,9 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
         try:
-            recipe = load_stored(run)
+            recipe = load_stored_recipe(run)
             if not recipe.eval.arms:
-                result = _classic(run, recipe)
+                result = _bundle_without_model(run, recipe)
                 return replace(result, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else result
         except RecipeError as error:
             if error.kind == "unsafe":
@@ -119,14 +119,14 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             at=run,
         )
     if run is not None:
-        import_stored(run)
+        import_stored_plugins(run)
     section = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
-    folder = resolve(section)
+    folder = resolve_model_folder(section)
     stored = Path(folder) / FILE
     if not stored.is_file():
-        return _plain(folder, section)
+        return _pretrained_bundle(folder, section)
     try:
-        result = checked(stored.read_bytes())
+        result = parse_checked_json(stored.read_bytes())
         if result["format"] != _FORMAT:
             raise ModelError(
                 f"{stored} has format {result['format']}, but this version of llmrec reads format {_FORMAT}; use "
@@ -148,7 +148,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             templates=templates,
             noun=str(result["noun"]),
             rating_scale=(float(scale[0]), float(scale[1])) if scale else None,
-            index=stored_index(Path(folder), result.get("index")),
+            index=load_stored_index(Path(folder), result.get("index")),
             seed=int(result["seed"]),
             tuned=True,
         )
@@ -167,45 +167,47 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         ) from error
 
 
-def refuse_changed(opened: Bundle, weights: str) -> None:
+def check_unchanged(opened: Bundle, weights: str) -> None:
     """Reject a model that was changed after training or export.
 
     Args:
         opened: A run folder, an export, or any other model, such as the base of a run, which cannot be checked.
-        weights: The `llmrec.models.load.weights_stamp` of its folder.
+        weights: The `llmrec.models.load.model_folder_hash` of its folder.
     """
     if opened.run is not None and opened.tuned:
         path = opened.run / "train.json"
         try:
-            recorded = checked(path.read_bytes())["merged_sha256"] if path.is_file() else weights
+            recorded = parse_checked_json(path.read_bytes())["merged_sha256"] if path.is_file() else weights
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise _changed(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
+            raise _changed_error(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
         if recorded != weights:
-            raise _changed(
+            raise _changed_error(
                 opened.folder, ("does not match the record of its training"), "run `llmrec train` on its recipe again"
             )
         return
     folder = Path(opened.folder)
-    if not (folder / SUMS).is_file():
+    if not (folder / CHECKSUMS_FILE).is_file():
         return
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:
-        raise _changed(folder / SUMS, f"cannot be read ({error})", "export the run again") from None
+        raise _changed_error(folder / CHECKSUMS_FILE, f"cannot be read ({error})", "export the run again") from None
     for name, digest in listed.items():
         # Users may edit the model card.
         if name.startswith("LICENSE") or name.endswith(".md"):
             continue
-        if not (folder / name).is_file() or content_sha256(folder / name) != digest:
-            raise _changed(folder / name, f"does not match {SUMS}", "export the run again, or restore the file")
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
+            raise _changed_error(
+                folder / name, f"does not match {CHECKSUMS_FILE}", "export the run again, or restore the file"
+            )
 
 
-def _changed(path: Path | str, what: str, fix: str) -> ModelError:
+def _changed_error(path: Path | str, what: str, fix: str) -> ModelError:
     return ModelError(f"{path} {what}; {fix}", kind="damaged", at=path)
 
 
-def _classic(run: Path, recipe: Recipe) -> Bundle:
+def _bundle_without_model(run: Path, recipe: Recipe) -> Bundle:
     """Return the description of a run without a language model."""
     return Bundle(
         folder="",
@@ -221,7 +223,7 @@ def _classic(run: Path, recipe: Recipe) -> Bundle:
     )
 
 
-def _plain(folder: str, model: ModelSection) -> Bundle:
+def _pretrained_bundle(folder: str, model: ModelSection) -> Bundle:
     families = ("sequential", "direct")
     return Bundle(
         folder=folder,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrast, ModelValues, Plan, compare_tables
+from llmrec.evaluate.compare import ComparisonPlan, Contrast, ModelValues, compare_tables
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.row_specs import specs_of
+from llmrec.pipeline.row_specs import specs_for_arm
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import BEST_BASELINE
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 from llmrec.results import Arm, Choice, Comparison
 from llmrec.tasks.family import family_of
 
@@ -35,7 +35,7 @@ class ModelComparison:
     def contrast(self) -> Contrast:
         """The comparison as an argument of `compare`."""
         users = [record.user_id for record in self.a.records]
-        return Contrast(self.metric, _standing(self.a, self.metric), _standing(self.b, self.metric), users)
+        return Contrast(self.metric, _model_values(self.a, self.metric), _model_values(self.b, self.metric), users)
 
 
 def compare_rows(
@@ -46,12 +46,12 @@ def compare_rows(
     ``choice`` is the row that is served. Returns the comparisons, and for each task one line on their statistical
     power.
     """
-    meant = list(planned_of(study, rows))
+    meant = list(planned_comparisons(study, rows))
     known = {ends for pair in meant for ends in (pair.ids, pair.ids[::-1])}
-    other = [pair for pair in exploratory_of(study, rows, choice) if pair.ids not in known]
+    other = [pair for pair in exploratory_comparisons(study, rows, choice) if pair.ids not in known]
     families = [name for name in study.tasks if any(pair.family == name for pair in (*meant, *other))]
     plans = [
-        Plan(
+        ComparisonPlan(
             next(pair.metric for pair in (*meant, *other) if pair.family == name),
             [pair.contrast() for pair in meant if pair.family == name],
             [pair.contrast() for pair in other if pair.family == name],
@@ -69,43 +69,43 @@ def compare_rows(
     return entries, {name: results.detectable for name, results in zip(families, tested, strict=True)}
 
 
-def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[ModelComparison]:
+def planned_comparisons(study: Study, rows: Sequence[ResultRow]) -> Iterator[ModelComparison]:
     """Yield the planned comparisons, from ``eval.planned`` or by default.
 
     By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
-    row of the same strategy and template, and with each of `_rivals`. If there is an ensemble with the tuned row, it is
-    compared with the ensemble without it.
+    row of the same strategy and template, and with each of `_models_to_beat`. If there is an ensemble with the tuned
+    row, it is compared with the ensemble without it.
 
     The scored strategy is the rating head if there is one, otherwise the first strategy of the recipe. The base model
     has no head and uses the first strategy that it can answer. A row with an undefined metric is not compared.
     """
     if study.recipe.eval.planned is not None:
-        yield from _named(study, rows, study.recipe.eval.planned)
+        yield from _configured_comparisons(study, rows, study.recipe.eval.planned)
         return
-    for family, metric, family_rows in _tables(study, rows):
-        tuned = _scored(study, family, family_rows)
+    for family, metric, family_rows in _rows_by_family(study, rows):
+        tuned = _representative_row(study, family, family_rows)
         if tuned is None:
             continue
-        untuned = [row for row in family_rows if row.figures.arm == "zero-shot" and _same_setup(study, tuned, row)]
+        untuned = [row for row in family_rows if row.figures.arm == "zero-shot" and _has_same_setup(study, tuned, row)]
         for row in untuned[:1]:
             yield ModelComparison(family, metric, tuned, row)
-        for rival in _rivals(family_rows, metric):
+        for rival in _models_to_beat(family_rows, metric):
             yield ModelComparison(family, metric, tuned, rival)
-        yield from _added(family, metric, family_rows)
+        yield from _ensemble_comparisons(family, metric, family_rows)
 
 
-def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
+def _models_to_beat(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
     """Return the models that a tuned model must beat: the best baseline, and the ensemble of all baselines.
 
     The best one is selected on the same requests as the test, which favours the control: the test is conservative for
     a claim that the model is better, but not for a claim that it is worse.
     """
     controls = [row for row in family_rows if row.figures.arm == "baseline"]
-    best = best_of([row for row in controls if row.figures.fusion is None], metric)
+    best = best_row([row for row in controls if row.figures.fusion is None], metric)
     return [*([] if best is None else [best]), *(row for row in controls if row.figures.fusion is not None)]
 
 
-def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[ModelComparison]:
+def _ensemble_comparisons(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[ModelComparison]:
     """Yield the comparison between the ensembles with and without the tuned model."""
     joined = [row for row in family_rows if row.figures.fusion is not None]
     for row in joined:
@@ -116,7 +116,9 @@ def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterat
             return
 
 
-def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[ModelComparison]:
+def exploratory_comparisons(
+    study: Study, rows: Sequence[ResultRow], choice: Choice | None = None
+) -> Iterator[ModelComparison]:
     """Yield the exploratory comparisons; some of them may also be planned.
 
     Every tuned and few-shot row is compared with its zero-shot row; a rating head with the zero-shot rows of all
@@ -124,23 +126,23 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
     compared with every baseline, and all other language-model rows with the best baseline. Without a language model,
     each ensemble is compared with the best single baseline, and a served single baseline with the best other row.
     """
-    for family, metric, family_rows in _tables(study, rows):
+    for family, metric, family_rows in _rows_by_family(study, rows):
         controls = [row for row in family_rows if row.figures.arm == "baseline"]
-        best = best_of(controls, metric)
+        best = best_row(controls, metric)
         if len(controls) == len(family_rows):
-            single = best_of([row for row in controls if row.figures.fusion is None], metric)
+            single = best_row([row for row in controls if row.figures.fusion is None], metric)
             joined = [row for row in controls if row.figures.fusion is not None]
             yield from (ModelComparison(family, metric, row, single) for row in joined if single is not None)
             served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
             if served is not None and served.figures.fusion is None:
-                facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
+                facing = best_row([row for row in controls if row.figures.differs(served.figures)], metric)
                 # The ensemble and the best single model are already compared.
                 if facing is not None and not (facing in joined and served is single):
                     yield ModelComparison(family, metric, served, facing)
         for row in family_rows:
             if row.figures.arm in ("tuned", "few-shot"):
                 untuned = [other for other in family_rows if other.figures.arm == "zero-shot"]
-                zero = [other for other in untuned if _same_setup(study, row, other)]
+                zero = [other for other in untuned if _has_same_setup(study, row, other)]
                 yield from (ModelComparison(family, metric, row, other) for other in zero)
             if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
                 yield from (ModelComparison(family, metric, row, control) for control in controls)
@@ -148,10 +150,10 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
                 yield ModelComparison(family, metric, row, best)
 
 
-def refuse_unknown(study: Study) -> None:
+def check_planned_models(study: Study) -> None:
     """Reject planned comparisons of models that the recipe does not evaluate, before training."""
     arms: tuple[Arm, ...] = ("baseline", *study.recipe.eval.arms)
-    known = [spec.id for arm in arms for spec in specs_of(study, arm)]
+    known = [spec.id for arm in arms for spec in specs_for_arm(study, arm)]
     known += [f"{family}/{BEST_BASELINE}" for family in study.tasks]
     for a, b in study.recipe.eval.planned or ():
         for name in (a, b):
@@ -162,42 +164,44 @@ def refuse_unknown(study: Study) -> None:
                     kind="unknown-name",
                     column="eval.planned",
                 )
-        if _family(a) != _family(b):
+        if _family_of_id(a) != _family_of_id(b):
             what = f"eval.planned: {a!r} and {b!r} are models of different tasks; compare models of the same task"
             raise RecipeError(what, kind="contradiction", column="eval.planned")
 
 
-def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
+def best_row(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
     """Return the model with the best value of a metric; None if it is undefined for all models."""
     scored = [row for row in rows if row.figures.metrics[metric].value is not None]
-    sign = 1 if lower(metric) else -1
+    sign = 1 if is_lower_better(metric) else -1
     return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
 
 
 # --------------------------------------------------------------------------- parts
 
 
-def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, str]]) -> Iterator[ModelComparison]:
-    tables = {family: (metric, family_rows) for family, metric, family_rows in _tables(study, rows)}
+def _configured_comparisons(
+    study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, str]]
+) -> Iterator[ModelComparison]:
+    tables = {family: (metric, family_rows) for family, metric, family_rows in _rows_by_family(study, rows)}
     for a, b in pairs:
-        metric, family_rows = tables[_family(a)]
-        one, other = (_row(name, family_rows, metric) for name in (a, b))
+        metric, family_rows = tables[_family_of_id(a)]
+        one, other = (_find_row(name, family_rows, metric) for name in (a, b))
         if one is not None and other is not None and one is not other:
-            yield ModelComparison(_family(a), metric, one, other)
+            yield ModelComparison(_family_of_id(a), metric, one, other)
 
 
-def _row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
+def _find_row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
     """Return the results of a model by its id or as the best baseline; None if there are none."""
     if name.partition("/")[2] == BEST_BASELINE:
-        return best_of([row for row in family_rows if row.figures.arm == "baseline"], metric)
+        return best_row([row for row in family_rows if row.figures.arm == "baseline"], metric)
     return next((row for row in family_rows if row.figures.id == name), None)
 
 
-def _family(name: str) -> str:
+def _family_of_id(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
+def _rows_by_family(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
     """Yield each task with its main metric and the models for which this metric is defined."""
     for family in study.tasks:
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
@@ -205,7 +209,7 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
         yield family, metric, [row for row in family_rows if row.figures.metrics[metric].value is not None]
 
 
-def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
+def _representative_row(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
     """Return the tuned model that represents a task in comparisons."""
     templates = [template.id for template in study.templates_for(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
@@ -218,7 +222,7 @@ def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> Resu
     )
 
 
-def _same_setup(study: Study, row: ResultRow, zero: ResultRow) -> bool:
+def _has_same_setup(study: Study, row: ResultRow, zero: ResultRow) -> bool:
     """Whether two models use the same template and strategy.
 
     If the untuned settings have custom templates, only the first of them matches.
@@ -230,5 +234,5 @@ def _same_setup(study: Study, row: ResultRow, zero: ResultRow) -> bool:
     return same and row.figures.predictor in ("head", zero.figures.predictor)
 
 
-def _standing(row: ResultRow, metric: str) -> ModelValues:
+def _model_values(row: ResultRow, metric: str) -> ModelValues:
     return ModelValues(row.figures.id, row.figures.metrics[metric].value, np.asarray(row.values[metric]))

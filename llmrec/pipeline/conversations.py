@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrec.backends.encode import Encoder, marked_pieces
-from llmrec.durable import replacing
+from llmrec.durable import replace_atomically
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.guard import neutralise
-from llmrec.models.load import load_config, outline, resolve
-from llmrec.models.soft_prompt import METHODS
-from llmrec.models.traits import is_paired
-from llmrec.pipeline.objectives import classes_of, listwise_of
-from llmrec.pipeline.preflight import tokenizer_of
+from llmrec.models.load import load_config, resolve_config_folder, resolve_model_folder
+from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS
+from llmrec.models.traits import is_encoder_decoder
+from llmrec.pipeline.objectives import listwise_settings, rating_head_classes
+from llmrec.pipeline.preflight import load_recipe_encoder
 from llmrec.pipeline.study import Study
-from llmrec.pipeline.training import drawn_rows, plan_training
+from llmrec.pipeline.training import iterate_training_rows, plan_training
 from llmrec.train.rows import TextRow
-from llmrec.train.steps import Plan
+from llmrec.train.steps import TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class WrittenConversations:
     different: int
 
 
-def write(study: Study, file: Path) -> WrittenConversations:
+def write_conversations(study: Study, file: Path) -> WrittenConversations:
     """Write training examples in training order: ``{"messages": [{"role", "content"}, ...]}``.
 
     Neither torch nor weights are loaded. A file is replaced only if it is complete.
@@ -58,17 +58,17 @@ def write(study: Study, file: Path) -> WrittenConversations:
         raise LlmrecError(
             f"{file} exists; remove this file, or choose another one", kind="exists", at=file, column="--chat"
         )
-    base = outline(study.recipe.model) or resolve(study.recipe.model, seed=study.recipe.seed)
-    encoder, paired = tokenizer_of(study, base)
+    base = resolve_config_folder(study.recipe.model) or resolve_model_folder(study.recipe.model, seed=study.recipe.seed)
+    encoder, paired = load_recipe_encoder(study, base)
     if "tuned" not in study.recipe.eval.arms:
-        paired = is_paired(load_config(base, study.recipe.model))
-    _refuse(study, encoder, paired=paired)
+        paired = is_encoder_decoder(load_config(base, study.recipe.model))
+    _check_chat_recipe(study, encoder, paired=paired)
     plan = plan_training(study, encoder)
     counts = dict.fromkeys(("rows", "partly", "cut", "dropped", "different"), 0)
     learned, shown = 0, 0
-    with replacing(file) as draft, draft.open("w", encoding="utf-8") as stream:
-        for row in _in_order(study, encoder, plan):
-            messages, tokens = _conversation(row, encoder)
+    with replace_atomically(file) as draft, draft.open("w", encoding="utf-8") as stream:
+        for row in _planned_rows(study, encoder, plan):
+            messages, tokens = _chat_messages(row, encoder)
             if messages is None:
                 counts["dropped"] += 1
                 continue
@@ -83,7 +83,7 @@ def write(study: Study, file: Path) -> WrittenConversations:
     return WrittenConversations(steps=len(plan.steps), share=learned / max(shown, 1), **counts)
 
 
-def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
+def _check_chat_recipe(study: Study, encoder: Encoder, *, paired: bool) -> None:
     """Reject a recipe whose training examples cannot be written as chat messages."""
     recipe, index = study.recipe, study.index
     what = key = ""
@@ -94,14 +94,14 @@ def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
             "index",
             "items are new tokens, which other trainers do not add to the model; set index=null, or use titles",
         )
-    elif recipe.train.method in METHODS:
+    elif recipe.train.method in SOFT_PROMPT_METHODS:
         key, what = "train.method", "soft prompts are vectors, not text; set train.method=lora"
     elif recipe.train.reward is not None:
         key, what = "train.reward", "answers are generated during training; set train.reward=null"
-    elif listwise_of(study) is not None:
+    elif listwise_settings(study) is not None:
         key = "train.preference" if recipe.train.preference is not None else "tasks.<family>.loss"
         what = "a training example compares several answers; remove the key"
-    elif classes_of(study, encoder) is not None:
+    elif rating_head_classes(study, encoder) is not None:
         key, what = "tasks.rating.head", "ratings are classes of a rating head, not text; remove the key"
     if key:
         raise RecipeError(
@@ -109,9 +109,9 @@ def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
         )
 
 
-def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
+def _planned_rows(study: Study, encoder: Encoder, plan: TrainingPlan) -> Iterator[TextRow]:
     """Yield the planned training examples as text, step by step."""
-    drawn = (row for _, row in drawn_rows(study, encoder, texts=True) if isinstance(row, TextRow))
+    drawn = (row for _, row in iterate_training_rows(study, encoder, texts=True) if isinstance(row, TextRow))
     waiting: dict[int, TextRow] = {}
     count = 0
     for numbers in plan.steps.numbers():
@@ -124,7 +124,7 @@ def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
             yield row
 
 
-def _conversation(row: TextRow, encoder: Encoder) -> tuple[list[dict[str, str]] | None, int]:
+def _chat_messages(row: TextRow, encoder: Encoder) -> tuple[list[dict[str, str]] | None, int]:
     """Return the messages of an example and their number of tokens; None if truncation removed the answer."""
     assert row.example is not None
     tokens = len(encoder.chat(row.example.messages))

@@ -9,9 +9,9 @@ from llmrec import __version__
 from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.data.hashing import digest_frame
 from llmrec.data.split import split_validation_users
-from llmrec.durable import Json, replacing, write_json
+from llmrec.durable import Json, replace_atomically, write_json
 from llmrec.models.text_encoder import TUNING_RECORD_FILE, find_encoder
-from llmrec.pipeline.resume import refuse_foreign
+from llmrec.pipeline.resume import check_foreign_files
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import Recipe
 
@@ -39,7 +39,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
         if (out / TUNING_RECORD_FILE).is_file()
         else []
     )
-    refuse_foreign(out, lambda name: name == TUNING_RECORD_FILE or name in written)
+    check_foreign_files(out, lambda name: name == TUNING_RECORD_FILE or name in written)
     _, stamp = find_encoder(config.encoder)
     data = load_split(recipe.data, recipe.seed)
     choosing, _ = split_validation_users(data, recipe.eval.fusion.reserved)
@@ -54,7 +54,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
         "stamp": stamp,
         "parameters": config.model_dump(mode="json"),
     }
-    with replacing(out) as draft:
+    with replace_atomically(out) as draft:
         draft.mkdir()
         encoder.save(draft)
         record["files"] = sorted(entry.name for entry in draft.iterdir())

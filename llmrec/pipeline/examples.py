@@ -10,14 +10,14 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.parameters import stores_of
+from llmrec.baselines.parameters import feature_store_hashes
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
-from llmrec.guard import clean, cut
+from llmrec.guard import clean, shorten_at_grapheme
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.study import Study, vectors_of
+from llmrec.pipeline.study import Study, lazy_item_vectors
 from llmrec.prompts.template import Template
 from llmrec.records import (
     ColdStartItem,
@@ -31,42 +31,42 @@ from llmrec.records import (
     TextExample,
     User,
 )
-from llmrec.registry import lower
+from llmrec.registry import is_lower_better
 from llmrec.results import Prediction
-from llmrec.tasks.base import PAST, View
+from llmrec.tasks.base import HISTORY_VARIABLES, DataView
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Request, Text
 
-COUNT = 20
+MAX_SAMPLES = 20
 """The maximum number of requests shown per family."""
-INPUT = 400
+MAX_INPUT_CHARACTERS = 400
 """The maximum number of characters of an input."""
 
 
-def sample_indices(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
+def sample_indices(requests: Sequence[str], seed: int, count: int = MAX_SAMPLES) -> list[int]:
     """Return the indices of requests to show, in the order of a seeded hash."""
     order = np.argsort(hash64("text sample", seed, requests), kind="stable")
     return [int(index) for index in order[:count]]
 
 
-def user_of(dataset: Dataset, user_id: str) -> User:
+def user_record(dataset: Dataset, user_id: str) -> User:
     """Return the user of a request in the form used in prompts."""
     return User(id=user_id, name=clean(dataset.users.get(user_id, {}).get("name", "")))
 
 
-def product_of(dataset: Dataset, item_id: str) -> Product:
+def product_record(dataset: Dataset, item_id: str) -> Product:
     """Return the item of a request in the form used in prompts."""
     item = dataset.items[item_id]
-    fields = {clean(name): shortened(clean(value)) for name, value in item.fields.items() if clean(value)}
+    fields = {clean(name): shorten_text(clean(value)) for name, value in item.fields.items() if clean(value)}
     return Product(id=item_id, title=clean(item.title), fields=fields)
 
 
-def shortened(text: str, limit: int = INPUT) -> str:
+def shorten_text(text: str, limit: int = MAX_INPUT_CHARACTERS) -> str:
     """Return the beginning of a long text, with a note on its full length."""
-    return text if len(text) <= limit else f"{cut(text, limit)} … ({len(text)} characters)"
+    return text if len(text) <= limit else f"{shorten_at_grapheme(text, limit)} … ({len(text)} characters)"
 
 
-def ranked(parsed: str) -> list[str]:
+def parse_ranked_items(parsed: str) -> list[str]:
     """Return the items of a ranking in order; empty for other answers."""
     answer = json.loads(parsed)
     return [str(item) for item in answer["items"]] if isinstance(answer, dict) else []
@@ -95,19 +95,19 @@ def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str,
     """
     # In the order of result tables, which starts with the sequential task.
     for family in (family for family in study.tasks if family_of(family).ranks_for_users):
-        row = _row(family, headline[family], rows)
+        row = _best_row(family, headline[family], rows)
         if row is not None:
-            return _example(study, family, row)
+            return _build_example_user(study, family, row)
     return None
 
 
-def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | None:
+def _best_row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | None:
     eligible = [
         row
         for row in rows
         if row.figures.task == family and metric in row.figures.metrics and row.figures.fusion is None
     ]
-    sign = 1 if lower(metric) else -1
+    sign = 1 if is_lower_better(metric) else -1
 
     def order(row: ResultRow) -> tuple[bool, bool, float]:
         value = row.figures.metrics[metric].value
@@ -117,7 +117,7 @@ def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | Non
     return min(eligible, key=order, default=None)
 
 
-def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
+def _build_example_user(study: Study, family: str, row: ResultRow) -> ExampleUser:
     cases, dataset = study.cases(family), study.task_data(family).dataset
     known = [index for index, case in enumerate(cases) if case.request.history] or list(range(len(cases)))
     index = known[sample_indices([cases[n].request.id for n in known], study.recipe.seed, 1)[0]]
@@ -126,11 +126,11 @@ def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
     def title(item: str) -> str:
         return clean(dataset.items[item].title) if item in dataset.items else item
 
-    listed = ranked(record.parsed)[:_LISTED]
+    listed = parse_ranked_items(record.parsed)[:_LISTED]
     return ExampleUser(
         task=family,
         row=row.figures.id,
-        user=user_of(dataset, request.user_id),
+        user=user_record(dataset, request.user_id),
         history=tuple(title(event.item_id) for event in request.history[-_HISTORY:]),
         events=len(request.history),
         listed=tuple(map(title, listed)),
@@ -144,9 +144,9 @@ def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
 # --------------------------------------------------------------------------- effect of features
 
 
-EXHIBITS = 8
+FEATURE_EXAMPLES = 8
 """The number of requests per family that show features and their effect."""
-_READ = 6
+_MAX_READ_ITEMS = 6
 
 
 def text_feature_examples(study: Study, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
@@ -156,40 +156,40 @@ def text_feature_examples(study: Study, rows: Sequence[ResultRow]) -> Iterator[T
     """
     for family in study.tasks:
         named = {baseline.label: baseline for baseline in study.baselines(family)}
-        folders = {label: stores_of(entry.name, entry.parameters) for label, entry in named.items()}
+        folders = {label: feature_store_hashes(entry.name, entry.parameters) for label, entry in named.items()}
         reading = [label for label, stores in folders.items() if stores and not named[label].parameters.get("shuffled")]
         if reading:
             alike = [label for label, entry in named.items() if entry.name == named[reading[0]].name]
             family_rows = [row for row in rows if row.figures.task == family and row.figures.predictor in alike]
-            yield from _exhibits(study, family, next(iter(folders[reading[0]])), family_rows)
+            yield from _feature_examples(study, family, next(iter(folders[reading[0]])), family_rows)
 
 
-def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
+def _feature_examples(study: Study, family: str, folder: str, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
     store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
     seen = store.seen_by("user")
     indices = [index for index, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
-    for n in sample_indices([cases[index].request.id for index in indices], study.recipe.seed, EXHIBITS):
+    for n in sample_indices([cases[index].request.id for index in indices], study.recipe.seed, FEATURE_EXAMPLES):
         index, request = indices[n], cases[indices[n]].request
         user, item = request.user_id, str(request.item or cases[indices[n]].truth)
         pairs = sorted(entry for _, entry in seen.get(user, ()) if entry in data.items)
         yield TextExample(
             task=family,
             request_id=request.id,
-            user=user_of(data, user),
-            item=product_of(data, item),
+            user=user_record(data, user),
+            item=product_record(data, item),
             store=folder,
-            read=tuple(clean(data.items[pair].title) for pair in pairs[:_READ]),
+            read=tuple(clean(data.items[pair].title) for pair in pairs[:_MAX_READ_ITEMS]),
             events=len(pairs),
-            profile=shortened(clean(store.texts("user", [user]).get(user, ""), INPUT)),
-            described=shortened(clean(store.texts("item", [item]).get(item, ""), INPUT)),
+            profile=shorten_text(clean(store.texts("user", [user]).get(user, ""), MAX_INPUT_CHARACTERS)),
+            described=shorten_text(clean(store.texts("item", [item]).get(item, ""), MAX_INPUT_CHARACTERS)),
             truth=f"{truth:g}" if isinstance(truth := cases[index].truth, float) else str(truth),
-            answers={row.figures.id: _answer_text(row.records[index], item) for row in rows},
+            answers={row.figures.id: _format_answer(row.records[index], item) for row in rows},
         )
 
 
-def _answer_text(record: Prediction, item: str) -> str:
+def _format_answer(record: Prediction, item: str) -> str:
     """Return an answer as text: a number, or the rank of the target item."""
-    if answer := ranked(record.parsed):
+    if answer := parse_ranked_items(record.parsed):
         return f"rank {answer.index(item) + 1}" if item in answer else f"not in the top {len(answer)}"
     parsed = json.loads(record.parsed)
     return f"{parsed:.3f}" if isinstance(parsed, float) else "could not be parsed" if parsed is None else str(parsed)
@@ -199,8 +199,8 @@ def _answer_text(record: Prediction, item: str) -> str:
 
 
 # Characters to show of an answer that could not be parsed.
-_RAW = 500
-_TITLES = 3
+_MAX_RAW_CHARACTERS = 500
+_LATEST_TITLES = 3
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
 
 
@@ -211,61 +211,63 @@ def text_samples(study: Study, rows: Sequence[ResultRow]) -> Iterator[Sample]:
     """
     for family in (family for family in study.tasks if family_of(family).answer is Text):
         cases, family_rows = study.cases(family), [row for row in rows if row.figures.task == family]
-        dataset, view = study.task_data(family).dataset, View(study.task_data(family))
+        dataset, view = study.task_data(family).dataset, DataView(study.task_data(family))
         for index in sample_indices([case.request.id for case in cases], study.recipe.seed):
             case = cases[index]
             yield Sample(
                 task=family,
                 request_id=case.request.id,
-                user=user_of(dataset, case.request.user_id),
-                item=product_of(dataset, str(case.request.item)),
-                inputs=tuple(_inputs(study, family, case.request, view)),
+                user=user_record(dataset, case.request.user_id),
+                item=product_record(dataset, str(case.request.item)),
+                inputs=tuple(_prompt_contents(study, family, case.request, view)),
                 truth=str(case.truth),
-                answers={row.figures.id: _answer(row.records[index]) for row in family_rows},
+                answers={row.figures.id: _generated_text(row.records[index]) for row in family_rows},
             )
 
 
-def _inputs(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
+def _prompt_contents(study: Study, family: str, request: Request, view: DataView) -> Iterator[PromptContents]:
     """Yield the inputs of a request that prompts can show."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
-        yield PromptContents(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
+        yield PromptContents(
+            name=name, text=shorten_text(clean(text, len(text))), by=_templates_showing(templates, {name})
+        )
     dataset = study.task_data(family).dataset
-    profile = _pairs(dataset.users.get(request.user_id, {}))
-    if profile and (by := _showing(templates, {"profile"})) and "profile" not in request.context:
-        yield PromptContents(name="profile", text=shortened(profile), by=by)
-    if request.history and (by := _showing(templates, PAST)):
-        titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_TITLES:]]
+    profile = _format_profile(dataset.users.get(request.user_id, {}))
+    if profile and (by := _templates_showing(templates, {"profile"})) and "profile" not in request.context:
+        yield PromptContents(name="profile", text=shorten_text(profile), by=by)
+    if request.history and (by := _templates_showing(templates, HISTORY_VARIABLES)):
+        titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_LATEST_TITLES:]]
         text = f"{len(request.history)}; the latest: {'; '.join(titles)}"
-        yield PromptContents(name="earlier items", text=shortened(text), by=by)
+        yield PromptContents(name="earlier items", text=shorten_text(text), by=by)
     known = view.pair(request.user_id, str(request.item))
     for variable, name in _STATISTICS.items():
-        by = _showing(templates, {variable})
+        by = _templates_showing(templates, {variable})
         if by and (statistics := cast(Callable[[], Mapping[str, Any] | None], known[variable])()):
-            yield PromptContents(name=name, text=_counted(statistics), by=by)
+            yield PromptContents(name=name, text=_format_statistics(statistics), by=by)
 
 
-def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> tuple[str, ...]:
+def _templates_showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> tuple[str, ...]:
     return tuple(template.id for template in templates if names & template.names("system", "user"))
 
 
-def _counted(statistics: Mapping[str, Any]) -> str:
+def _format_statistics(statistics: Mapping[str, Any]) -> str:
     mean = f", rated about {statistics['mean']} on average" if statistics["mean"] else ""
     return f"{statistics['count']} in training{mean}"
 
 
-def _pairs(fields: Mapping[str, str]) -> str:
+def _format_profile(fields: Mapping[str, str]) -> str:
     """Return the profile fields of a user as one line, without the name."""
     result = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
     return "; ".join(f"{name}: {value}" for name, value in result.items() if value)
 
 
-def _answer(record: Prediction) -> GeneratedText:
+def _generated_text(record: Prediction) -> GeneratedText:
     """Return the parsed answer, or the reason why it is missing."""
     text = json.loads(record.parsed)
     if text is not None:
         return GeneratedText(text=str(text))
-    return GeneratedText(text=None, error=record.error or "", raw=shortened(record.raw or "", _RAW))
+    return GeneratedText(text=None, error=record.error or "", raw=shorten_text(record.raw or "", _MAX_RAW_CHARACTERS))
 
 
 # --------------------------------------------------------------------------- cold-start items
@@ -273,13 +275,13 @@ def _answer(record: Prediction) -> GeneratedText:
 
 log = logging.getLogger(__name__)
 
-LENGTH = 10
+SHOWN_RANKS = 10
 """The number of ranks shown of a list."""
 # Number of items per task, similar items per item, and ranked lists per model.
 _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
-def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem]:
+def cold_start_examples(study: Study, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem]:
     """Yield examples of cold-start items and their users, the entry ``newcomers`` of results.json.
 
     They are drawn for each family that ranks for users, by the seed among the cold-start targets and independently of
@@ -287,62 +289,65 @@ def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem
     """
     for family in study.tasks:
         if family_of(family).ranks_for_users:
-            yield from _newcomers(study, family, rows)
+            yield from _cold_start_items(study, family, rows)
 
 
-def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem]:
+def _cold_start_items(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem]:
     data, cases = study.task_data(family), study.cases(family)
     targets = sorted({str(case.truth) for case in cases} & data.cold)
     if not targets:
         return
     chosen = [targets[n] for n in sample_indices(targets, study.recipe.seed, _ITEMS)]
     family_rows = [row for row in rows if row.figures.task == family]
-    lists = {row.figures.id: [ranked(record.parsed)[:LENGTH] for record in row.records] for row in family_rows}
-    near = _neighbours(study, family, chosen)
+    lists = {
+        row.figures.id: [parse_ranked_items(record.parsed)[:SHOWN_RANKS] for record in row.records]
+        for row in family_rows
+    }
+    near = _similar_items(study, family, chosen)
     for item in chosen:
         ranks = {
             name: [(n, top.index(item) + 1) for n, top in enumerate(row_lists) if item in top]
             for name, row_lists in lists.items()
         }
-        shown = {name: _one_a_user(hits, cases)[:_VISITS] for name, hits in ranks.items()}
+        shown = {name: _first_rank_per_user(hits, cases)[:_VISITS] for name, hits in ranks.items()}
         yield ColdStartItem(
             task=family,
-            item=product_of(data.dataset, item),
+            item=product_record(data.dataset, item),
             neighbours=near[item],
             wanted=sum(str(case.truth) == item for case in cases),
             lists={name: len(hits) for name, hits in ranks.items()},
             visits={
-                name: tuple(_visit(study, family, cases[n], rank, item) for n, rank in hits)
+                name: tuple(_list_appearance(study, family, cases[n], rank, item) for n, rank in hits)
                 for name, hits in shown.items()
                 if hits
             },
         )
 
 
-def _one_a_user(ranks: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
+def _first_rank_per_user(ranks: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
     """Keep one list per user."""
     first = {cases[n].request.user_id: (n, rank) for n, rank in reversed(ranks)}
     return sorted(first.values())
 
 
-def _visit(study: Study, family: str, case: Case, rank: int, item: str) -> ListAppearance:
+def _list_appearance(study: Study, family: str, case: Case, rank: int, item: str) -> ListAppearance:
     dataset = study.task_data(family).dataset
-    latest = (clean(dataset.items[event.item_id].title) for event in case.request.history[-_TITLES:])
+    latest = (clean(dataset.items[event.item_id].title) for event in case.request.history[-_LATEST_TITLES:])
     return ListAppearance(
-        user=user_of(dataset, case.request.user_id),
+        user=user_record(dataset, case.request.user_id),
         latest=tuple(latest),
         place=rank,
         wanted=str(case.truth) == item,
     )
 
 
-def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[SimilarText, ...]]:
+def _similar_items(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[SimilarText, ...]]:
     """Return, for each item, the training items with the most similar texts; empty without a text encoder."""
     data, result = study.task_data(family), dict[str, tuple[SimilarText, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*items, *warm)}
     try:
-        vectors = vectors_of(shown, study.recipe.encoder, data)
+        vectors = lazy_item_vectors(shown, study.recipe.encoder, data)
         similarity = vectors.of(items) @ vectors.of(warm).T
     except LlmrecError as error:
         # An error in an example must not discard the metrics, which are computed by now.

@@ -8,22 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import ENSEMBLE_NAMES, PrecomputedMember, combined_reads, join, weighed_by, weights_of
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.members import (
+    ENSEMBLE_NAMES,
+    PrecomputedMember,
+    combined_reads,
+    describe_ensemble_fit,
+    ensemble_weights_record,
+    fit_ensemble,
+)
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
-from llmrec.pipeline.evaluation import ResultRow, part_of
+from llmrec.pipeline.evaluation import ResultRow, ensemble_member
 from llmrec.pipeline.results import WrittenResults, write_results
-from llmrec.pipeline.resume import RUN, StageTimer, locked
+from llmrec.pipeline.resume import RUN_FILES, StageTimer, lock_folder
 from llmrec.pipeline.row_specs import protocol_of
-from llmrec.pipeline.runs import finished, stored_row
+from llmrec.pipeline.runs import read_finished_results, read_stored_row
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.weighing import EnsembleUsers, fit_base_ensembles
-from llmrec.recipe.load import load_stored
-from llmrec.report.results import content_of
+from llmrec.recipe.load import load_stored_recipe
+from llmrec.report.results import read_results_json
 from llmrec.results import Reads, Row
 from llmrec.tasks.family import family_of
-from llmrec.terminal import works_in
+from llmrec.terminal import set_command_folder
 from llmrec.types import Case
 
 
@@ -40,16 +47,16 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> WrittenResults:
     Raises:
         DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
-    study = build_study(load_stored(runs[0]))
+    study = build_study(load_stored_recipe(runs[0]))
     budget, weighing = StageTimer(), EnsembleUsers(study)
-    with locked(out, RUN), budget.stage("fusing"):
-        works_in(out)
-        results = [_rows(run, study) for run in runs]
-        rows = _distinct(list(zip([run.resolve().name for run in runs], results, strict=True)))
+    with lock_folder(out, RUN_FILES), budget.stage("fusing"):
+        set_command_folder(out)
+        results = [_read_run_rows(run, study) for run in runs]
+        rows = _rows_with_unique_ids(list(zip([run.resolve().name for run in runs], results, strict=True)))
         joined: list[ResultRow] = []
         for family in study.tasks:
             family_rows = [row for row in rows if row.figures.task == family]
-            joined += _fusions(study, weighing, family, family_rows)
+            joined += _evaluate_ensembles(study, weighing, family, family_rows)
         if not joined:
             raise DataError(
                 f"{', '.join(map(str, runs))}: no two models answered the same validation users, on which ensemble "
@@ -59,22 +66,22 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> WrittenResults:
                 at=runs[0],
                 column="eval.fusion",
             )
-        model = content_of(runs[0])["model"]
+        model = read_results_json(runs[0])["model"]
         return write_results(study, [*rows, *joined], None, model, budget, out)
 
 
-def _named(rows: Sequence[ResultRow]) -> list[PrecomputedMember]:
+def _uniquely_named_members(rows: Sequence[ResultRow]) -> list[PrecomputedMember]:
     """Return models as ensemble members with unique names, since several templates can share a predictor."""
     many = Counter(row.figures.predictor for row in rows)
-    parts = [(row, part_of(row)) for row in rows]
+    parts = [(row, ensemble_member(row)) for row in rows]
     return [
         replace(part, name=row.figures.id.partition("/")[2]) if many[part.name] > 1 else part for row, part in parts
     ]
 
 
-def _rows(run: Path, study: Study) -> list[ResultRow]:
+def _read_run_rows(run: Path, study: Study) -> list[ResultRow]:
     """Return the evaluated models of a run, except ensembles; its data and cases must be those of the study."""
-    results = finished(run)
+    results = read_finished_results(run)
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(
@@ -88,7 +95,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     for figures in results.rows:
         if figures.fusion is not None or figures.task not in study.tasks:
             continue
-        row = stored_row(run, figures)
+        row = read_stored_row(run, figures)
         request_ids = [case.request.id for case in study.cases(figures.task)]
         same_sets = figures.candidates == study.sets_digest(figures.task)
         if [record.request_id for record in row.records] != request_ids or not same_sets:
@@ -103,7 +110,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     return rows
 
 
-def _distinct(runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
+def _rows_with_unique_ids(runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
     """Return results with unique ids; a result that two runs share is included once."""
     rows: dict[str, ResultRow] = {}
     for name, run_rows in runs:
@@ -121,23 +128,27 @@ def _distinct(runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow
     return list(rows.values())
 
 
-def _fusions(study: Study, weighing: EnsembleUsers, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
+def _evaluate_ensembles(
+    study: Study, weighing: EnsembleUsers, family: str, rows: Sequence[ResultRow]
+) -> Iterator[ResultRow]:
     able = [row for row in rows if row.weighing]
     for kind in get_args(Reads):
         parts = [row for row in able if combined_reads([row.figures.reads, kind]) == kind]
         cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in parts)]
         if cases and len(parts) >= 2 and combined_reads([row.figures.reads for row in parts]) == kind:
-            yield _fused(study, weighing, family, kind, parts, cases)
+            yield _evaluate_ensemble(study, weighing, family, kind, parts, cases)
 
 
-def _fused(
+def _evaluate_ensemble(
     study: Study, weighing: EnsembleUsers, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
 ) -> ResultRow:
-    task, members = family_of(family), _named(parts)
+    task, members = family_of(family), _uniquely_named_members(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    base_ensembles, context = fit_base_ensembles(study, family, members, every), Context(study.data)
-    model = join(ENSEMBLE_NAMES[kind], members, cases, task.answer, base_ensembles=base_ensembles, context=context)
+    base_ensembles, context = fit_base_ensembles(study, family, members, every), ContextFeatures(study.data)
+    model = fit_ensemble(
+        ENSEMBLE_NAMES[kind], members, cases, task.answer, base_ensembles=base_ensembles, context=context
+    )
     result = evaluate(model, study.cases(family), name=family, kind=task.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
@@ -147,10 +158,10 @@ def _fused(
         arm=arm,
         predictor=ENSEMBLE_NAMES[kind],
         engine="numpy",
-        inputs=weighed_by(parts, cases),
+        inputs=describe_ensemble_fit(parts, cases),
         candidates=parts[0].figures.candidates,
         reads=kind,
-        fusion=weights_of(model),
+        fusion=ensemble_weights_record(model),
         **result.figures.as_json(),
     )
     return ResultRow(figures, result.values, result.records)

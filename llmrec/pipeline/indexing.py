@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.data.split import SplitDataset
-from llmrec.durable import write_checked
+from llmrec.durable import write_checked_json
 from llmrec.errors import DataError
-from llmrec.fingerprint import fingerprint, settings
+from llmrec.fingerprint import fingerprint, stage_settings
 from llmrec.index import table
 from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
-from llmrec.models.text_encoder import fitting, text_embedder
+from llmrec.models.text_encoder import text_embedder, text_embedder_for_split
 from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.schema import IndexSection, ModelSection
 from llmrec.registry import BASELINES, INDEXES
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 FOLDER = "index"
 """The folder of the index in a model folder."""
-LEARNED = "collaborative"
+COLLABORATIVE_TOKENS = "collaborative"
 """The value of ``index.tokens`` for token embeddings initialised from a recommender's item vectors."""
 # File with the identity of the text encoder.
-_STAMP = "encoder_stamp"
+_ENCODER_STAMP_KEY = "encoder_stamp"
 # Schemes that are slow to build, and therefore cached.
-_SLOW = ("collaborative", "semantic")
+_CACHED_SCHEMES = ("collaborative", "semantic")
 
 
 def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
@@ -49,26 +49,26 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
     With ``index.ids: tokens`` every user with training interactions also has a token.
     """
-    index = _item_index(section, data, seed=seed, fresh=fresh)
+    index = _load_or_build_index(section, data, seed=seed, fresh=fresh)
     if section.ids == "text":
         return index
     users = user_tokens(data.train["user_id"].unique().to_list(), seed) if section.ids == "tokens" else {}
     return replace(index, users=users, writes_ids=True)
 
 
-def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
+def _load_or_build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
     """Build an item index without the cache.
 
     The cache key covers held-out interactions too, so that the audit's rebuild with other held-out interactions never
     reads the cached index.
     """
-    embed = fitting(section.semantic.encoder, data) if section.scheme == "semantic" else None
-    if section.scheme not in _SLOW:
-        return table.build(section, data, seed=seed)
+    embed = text_embedder_for_split(section.semantic.encoder, data) if section.scheme == "semantic" else None
+    if section.scheme not in _CACHED_SCHEMES:
+        return table.build_item_index(section, data, seed=seed)
     key = fingerprint(
         "index",
         made_by=[(INDEXES, section.scheme)],
-        section=settings(section, "index"),
+        section=stage_settings(section, "index"),
         encoder=embed.stamp if embed else None,
         data=data.fingerprint,
         seed=seed,
@@ -79,14 +79,14 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
             return ItemIndex.load(folder)
         except DataError as error:
             log.warning("%s; building it again", error)
-    built = table.build(section, data, seed=seed, embed=embed)
+    built = table.build_item_index(section, data, seed=seed, embed=embed)
     if embed is not None:
-        built = replace(built, settings={**built.settings, _STAMP: embed.stamp})
+        built = replace(built, settings={**built.settings, _ENCODER_STAMP_KEY: embed.stamp})
     built.save(folder)
     return built
 
 
-def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
+def load_stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
     """Load the index from a model folder; None if items are not encoded."""
     if scheme is None:
         return None
@@ -105,12 +105,12 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 # --------------------------------------------------------------------------- text embeddings
 
 
-def embed_of(index: ItemIndex) -> Embed | None:
+def index_text_encoder(index: ItemIndex) -> Embed | None:
     """Return the text encoder with which an index was built; None if it used none."""
     stored = index.settings.get("semantic")
     if stored is None:
         return None
-    embed, stamp = text_embedder(str(stored["encoder"])), index.settings.get(_STAMP)
+    embed, stamp = text_embedder(str(stored["encoder"])), index.settings.get(_ENCODER_STAMP_KEY)
     if stamp not in (None, embed.stamp):
         raise DataError(
             f"the index was built with another version of the text encoder {stored['encoder']!r}, so new items cannot "
@@ -125,13 +125,13 @@ def with_items_added(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     """Add items to an index; the text encoder is loaded only if an item is new."""
     if all(item in index.codes for item in items):
         return index
-    return index.extend(items, embed=embed_of(index))
+    return index.extend(items, embed=index_text_encoder(index))
 
 
 # --------------------------------------------------------------------------- the base model
 
 
-def with_tokens(
+def extend_base_model(
     base: str,
     model: ModelSection,
     section: IndexSection | None,
@@ -155,8 +155,8 @@ def with_tokens(
             shutil.rmtree(folder / "base", ignore_errors=True)
             (folder / "base.json").unlink()
         return base
-    from llmrec.models.item_tokens import extended
-    from llmrec.models.load import weights_stamp
+    from llmrec.models.item_tokens import save_with_item_tokens
+    from llmrec.models.load import model_folder_hash
 
     start = section.tokens if section is not None else "words"
     words = start == "words"
@@ -164,34 +164,50 @@ def with_tokens(
     hidden = held.items if held is not None else frozenset()
     key = fingerprint(
         "tokens",
-        modules=(extended.__module__,),
-        made_by=[(BASELINES, section.recommender)] if section and start == LEARNED else [],
-        base=weights_stamp(base),
-        model=settings(model, "train"),
+        modules=(save_with_item_tokens.__module__,),
+        made_by=[(BASELINES, section.recommender)] if section and start == COLLABORATIVE_TOKENS else [],
+        base=model_folder_hash(base),
+        model=stage_settings(model, "train"),
         index=index.digest,
-        section=settings(section, "tokens") if section is not None else None,
-        encoder=fitting(section.semantic.encoder, data).stamp if section and start == "vectors" else None,
-        split=data.fingerprint if start == LEARNED else None,
+        section=stage_settings(section, "tokens") if section is not None else None,
+        encoder=text_embedder_for_split(section.semantic.encoder, data).stamp
+        if section and start == "vectors"
+        else None,
+        split=data.fingerprint if start == COLLABORATIVE_TOKENS else None,
         titles=data.dataset.fingerprint if start != "random" else None,
         hidden=sorted(hidden) if start != "random" else None,
         seed=seed,
     )
     stored = read_stage(record, key, itemgetter("stamp"))
-    if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
+    if stored is None or not target.is_dir() or model_folder_hash(str(target)) != stored["stamp"]:
         items = {item: entry for item, entry in data.dataset.items.items() if item not in hidden}
         titles = {item: entry.title for item, entry in items.items()}
-        vectors = _vectors(section, items, data, seed) if section and start in ("vectors", LEARNED) else None
-        extended(base, model, index, titles, target, words=words, seed=seed, vectors=vectors, whitened=start != LEARNED)
-        write_checked(record, {"key": key, "stamp": weights_stamp(str(target))})
+        vectors = (
+            _initial_item_vectors(section, items, data, seed)
+            if section and start in ("vectors", COLLABORATIVE_TOKENS)
+            else None
+        )
+        save_with_item_tokens(
+            base,
+            model,
+            index,
+            titles,
+            target,
+            words=words,
+            seed=seed,
+            vectors=vectors,
+            whitened=start != COLLABORATIVE_TOKENS,
+        )
+        write_checked_json(record, {"key": key, "stamp": model_folder_hash(str(target))})
     return str(target)
 
 
-def _vectors(
+def _initial_item_vectors(
     section: IndexSection, items: Mapping[str, Item], data: SplitDataset, seed: int
 ) -> dict[str, NDArray[np.float32]]:
     """Return item vectors from texts or training interactions; some items may have none."""
-    if section.tokens == LEARNED:
-        model = fitted(section.recommender, {}, data, seed=seed)
+    if section.tokens == COLLABORATIVE_TOKENS:
+        model = fit_baseline(section.recommender, {}, data, seed=seed)
         return {item: vector for item, vector in model.item_vectors().items() if item in items}
     names = sorted(items)
     entries = [items[name] for name in names]

@@ -19,22 +19,22 @@ import numpy as np
 import polars as pl
 from scipy.special import chdtrc
 
-from llmrec.baselines.fits import fitted
-from llmrec.baselines.parameters import make, stores_of
+from llmrec.baselines.fits import fit_baseline
+from llmrec.baselines.parameters import create_baseline, feature_store_hashes
 from llmrec.data.candidates import interacted_items
-from llmrec.data.described import NAMED
+from llmrec.data.described import MIN_TITLE_LENGTH
 from llmrec.data.features import FeatureStore, Pair
-from llmrec.data.split import SplitDataset, earlier, request_id
+from llmrec.data.split import SplitDataset, count_holdouts_before_training, request_id
 from llmrec.ensembles.cells import CandidateScores
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import PrecomputedMember, answers_of, kind_of, restored
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.members import PrecomputedMember, baseline_score_scale, restore_answers, restore_weights
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
-from llmrec.guard import clean, without_item_tokens
+from llmrec.guard import break_item_tokens, clean
 from llmrec.index.table import ItemIndex
-from llmrec.index.titles import shown
+from llmrec.index.titles import display_title
 from llmrec.metrics.stats import mean_ranks
 from llmrec.pipeline.indexing import build_index
-from llmrec.pipeline.row_specs import asks
+from llmrec.pipeline.row_specs import is_arm_evaluated
 from llmrec.pipeline.study import Study, build_task, leak_warning, leaking_users, profile_leaks
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import BaselineSection
@@ -44,13 +44,13 @@ from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import Family, families, family_of
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import BranchingTask, Task, Want
-from llmrec.train.reward.rewards import question
+from llmrec.train.reward.rewards import training_question
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
-_SHOWN = 5
+_MAX_EXAMPLES = 5
 # False positive rate of one statistical check.
-_ALARM = 1e-4
-_SCORED = 50
+_FALSE_POSITIVE_RATE = 1e-4
+_BASELINE_REQUESTS = 50
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ def verdict(name: str, looked_at: str, findings: Sequence[str]) -> Check:
     """Return the result of a check: a leak if ``findings`` is not empty, otherwise clean."""
     if not findings:
         return Check(name, f"none in {looked_at}")
-    return Check(name, f"{len(findings)} in {looked_at}", "leak", tuple(findings[:_SHOWN]))
+    return Check(name, f"{len(findings)} in {looked_at}", "leak", tuple(findings[:_MAX_EXAMPLES]))
 
 
 # --------------------------------------------------------------------------- the split and the users
 
 
-def training_interactions(data: SplitDataset) -> Check:
+def audit_training_interactions(data: SplitDataset) -> Check:
     """Check that no training interaction is held out, follows its user's held-out one, or has a cold-start item."""
     train = data.train.select("user_id", "item_id", "timestamp")
     findings = [
@@ -110,7 +110,11 @@ def training_interactions(data: SplitDataset) -> Check:
             for user, item in late.select("user_id", "item_id").iter_rows()
         ]
     name, looked = f"training interactions of {data.dataset.name}", f"{len(train):,} interactions"
-    if not findings and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
+    if (
+        not findings
+        and data.kind == "given"
+        and (early := count_holdouts_before_training(data.train, pl.concat([data.valid, data.test])))
+    ):
         result = (
             f"none is held out, but {early:,} held-out interactions are earlier than a training interaction of their "
             "user"
@@ -119,19 +123,21 @@ def training_interactions(data: SplitDataset) -> Check:
     return verdict(name, looked, findings)
 
 
-def profiles(data: SplitDataset) -> Check:
+def audit_profiles(data: SplitDataset) -> Check:
     """Check user profiles for titles of held-out items; such users are excluded from evaluation."""
     name, result = f"user profiles of {data.dataset.name}", profile_leaks(data)
     if not result:
         return Check(name, f"none of {len(data.dataset.users):,} profiles names a held-out item")
     findings = tuple(f"user {item.user_id}: field {item.field!r} names held-out item {item.item_id}" for item in result)
-    return Check(name, leak_warning(data, result), "notice", findings[:_SHOWN], {"users": len(leaking_users(result))})
+    return Check(
+        name, leak_warning(data, result), "notice", findings[:_MAX_EXAMPLES], {"users": len(leaking_users(result))}
+    )
 
 
 # --------------------------------------------------------------------------- candidates
 
 
-def candidate_sets(study: Study) -> list[Check]:
+def audit_candidate_sets(study: Study) -> list[Check]:
     """Check that candidate sets have one target, no other items of the user, and an order independent of the target."""
     data, sets, split = study.data, study.candidates, study.recipe.eval.split
     if sets is None:
@@ -165,12 +171,12 @@ def candidate_sets(study: Study) -> list[Check]:
     return [
         *about,
         verdict("duplicate candidates", looked, repeated),
-        _target_positions(positions, sets.count),
-        _ordered(study, sets.sets),
+        _audit_target_positions(positions, sets.count),
+        _audit_candidate_order(study, sets.sets),
     ]
 
 
-def _target_positions(positions: Sequence[int], count: int) -> Check:
+def _audit_target_positions(positions: Sequence[int], count: int) -> Check:
     """Test whether target positions are uniformly distributed (chi-square test)."""
     name = "position of the target among its candidates"
     if len(positions) < 5 * count:
@@ -180,14 +186,14 @@ def _target_positions(positions: Sequence[int], count: int) -> Check:
     statistic = float(((seen - expected) ** 2 / expected).sum())
     p = float(chdtrc(count - 1, statistic))
     figures = {"chi2": statistic, "p": p}
-    if p < _ALARM:
+    if p < _FALSE_POSITIVE_RATE:
         return Check(
             name, f"not uniform: p = {p:.2g}", "leak", (f"position {int(seen.argmax()) + 1} most often",), figures
         )
     return Check(name, f"uniform: p = {p:.2g} over {len(positions):,} sets", figures=figures)
 
 
-def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
+def _audit_candidate_order(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
     """Check that the order of candidates is not correlated with popularity or ids."""
     counts = dict(study.data.train.group_by("item_id").len().iter_rows())
     ids = {item: index for index, item in enumerate(sorted(study.data.dataset.items))}
@@ -197,7 +203,7 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
         tested = [value for value in values if len(value) > 2 and np.ptp(value) > 0]
         if not tested:
             continue
-        mean = float(np.mean([_correlation(value) for value in tested]))
+        mean = float(np.mean([_order_correlation(value) for value in tested]))
         # The rank correlation of n shuffled items has variance 1 / (n - 1), so a few sets are not enough for a test.
         error = math.sqrt(sum(1 / (len(value) - 1) for value in tested)) / len(tested)
         figures[what] = mean
@@ -207,12 +213,12 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
     return Check(name, f"shuffled: mean rank correlation {shown}", figures=figures)
 
 
-def _correlation(values: np.ndarray[Any, Any]) -> float:
+def _order_correlation(values: np.ndarray[Any, Any]) -> float:
     # Equal values get the same rank, so that ties do not correlate with the order.
     return float(np.corrcoef(mean_ranks(values), np.arange(len(values)))[0, 1])
 
 
-def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
+def audit_stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
     """Check that all models of a table rank the same candidates."""
     unequal, foreign = [], []
     item_answers = [name for name, family in families().items() if family.answers_with_items]
@@ -283,7 +289,7 @@ def with_random_holdouts(
     return replace(data, dataset=dataset, valid=parts["valid"], test=parts["test"], held_out=held)
 
 
-def baselines(study: Study) -> Check:
+def audit_baselines(study: Study) -> Check:
     """Check that the answers of baselines do not change if the held-out interactions change."""
     # A baseline of two tasks with the same data is fitted once.
     groups: dict[tuple[int, str], list[str]] = defaultdict(list)
@@ -296,17 +302,19 @@ def baselines(study: Study) -> Check:
     others: dict[int, SplitDataset] = {}
     for (number, name), group in groups.items():
         data = study.task_data(group[0])
-        if (seen := _seen(sections[name])) or number not in others:
+        if (seen := _feature_source_pairs(sections[name])) or number not in others:
             # A baseline that rejects features made from held-out interactions is not a changed answer.
-            others[number] = with_random_holdouts(data, study.recipe.eval.split, toward=_unseen(data, seen))
-        requests = [[case.request for case in study.cases(family)[:_SCORED]] for family in group]
+            others[number] = with_random_holdouts(
+                data, study.recipe.eval.split, toward=_unused_items_by_user(data, seen)
+            )
+        requests = [[case.request for case in study.cases(family)[:_BASELINE_REQUESTS]] for family in group]
         # The fit of the run can be reused; another number of threads may round differently, which is not a leak.
-        first = fitted(sections[name].name, sections[name].parameters, data, seed=study.recipe.seed)
+        first = fit_baseline(sections[name].name, sections[name].parameters, data, seed=study.recipe.seed)
         answers, others_answers = (
-            [*map(item.answer, requests)] for item in (first, _refitted(study, sections[name], others[number]))
+            [*map(item.answer, requests)] for item in (first, _refit_baseline(study, sections[name], others[number]))
         )
         if answers != others_answers and first.recalled:
-            answers = [*map(_refitted(study, sections[name], data).answer, requests)]
+            answers = [*map(_refit_baseline(study, sections[name], data).answer, requests)]
         findings += [
             f"{family}/{name}" for family, one, two in zip(group, answers, others_answers, strict=True) if one != two
         ]
@@ -314,7 +322,7 @@ def baselines(study: Study) -> Check:
     return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(findings))
 
 
-def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame) -> Check | None:
+def audit_rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame) -> Check | None:
     """Check that learned rankers use information about held-out items only through the scores of their members.
 
     Their other features are computed again with other held-out interactions, and must be the same. None if the run has
@@ -327,11 +335,13 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
     wrong = []
     for row in learned:
         cases, data = study.cases(row.task), study.task_data(row.task)
-        parts = _members(row, every, predictions)
+        parts = _stored_members(row, every, predictions)
         assert row.fusion is not None
-        weights = restored(row.fusion)
+        weights = restore_weights(row.fusion)
         other = with_random_holdouts(with_random_holdouts(data, "valid", 1), "test", 2)
-        cells, again = (ListEnsemble(row.id, parts, weights, Context(known)).known(cases)[0] for known in (data, other))
+        cells, again = (
+            ListEnsemble(row.id, parts, weights, ContextFeatures(known)).known(cases)[0] for known in (data, other)
+        )
         wrong += [f"{row.id}: {name} depends on held-out interactions" for name in changed_features(cells, again)]
     return verdict("held-out items in the features of ensemble rankers", f"{len(learned)} rankers", wrong)
 
@@ -345,7 +355,7 @@ def changed_features(cells: CandidateScores, again: CandidateScores) -> list[str
     ]
 
 
-def _members(row: Row, rows: Sequence[Row], predictions: pl.DataFrame) -> list[ListMember]:
+def _stored_members(row: Row, rows: Sequence[Row], predictions: pl.DataFrame) -> list[ListMember]:
     """Return the members of an ensemble with their stored answers to the evaluated requests."""
     assert row.fusion is not None
     result = []
@@ -357,29 +367,29 @@ def _members(row: Row, rows: Sequence[Row], predictions: pl.DataFrame) -> list[L
             and other.predictor == part.name
             and (other.arm == "baseline" or (other.arm, other.template) == (row.arm, row.template))
         )
-        kind = kind_of(part.name.partition("(")[0]) if member.arm == "baseline" else "logits"
+        kind = baseline_score_scale(part.name.partition("(")[0]) if member.arm == "baseline" else "logits"
         stored = predictions.filter(pl.col("row_id") == member.id)
         texts = dict(stored.select("request_id", "parsed").iter_rows())
-        answers = answers_of({request: json.loads(text) if text else None for request, text in texts.items()}, ())
+        answers = restore_answers({request: json.loads(text) if text else None for request, text in texts.items()}, ())
         result.append(
             ListMember(part.name, PrecomputedMember(part.name, member.reads or "events", kind, answers), kind)
         )
     return result
 
 
-def _refitted(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
-    predictor = make(baseline.name, baseline.parameters, seed=study.recipe.seed)
+def _refit_baseline(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
+    predictor = create_baseline(baseline.name, baseline.parameters, seed=study.recipe.seed)
     predictor.fit(data)
     return predictor
 
 
-def _seen(baseline: BaselineSection) -> frozenset[Pair]:
+def _feature_source_pairs(baseline: BaselineSection) -> frozenset[Pair]:
     """Return the interactions from which the feature texts of a baseline were generated."""
-    stores = stores_of(baseline.name, baseline.parameters)
+    stores = feature_store_hashes(baseline.name, baseline.parameters)
     return frozenset().union(*(FeatureStore.open(folder).seen() for folder in stores))
 
 
-def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
+def _unused_items_by_user(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
     """Return, by user, the training items that were not used to generate the user's text."""
     read: dict[str, set[str]] = defaultdict(set)
     for user, item in seen:
@@ -388,13 +398,13 @@ def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
     return {user: rest for user, known in read.items() if (rest := [item for item in items if item not in known])}
 
 
-def feature_texts(study: Study) -> Check | None:
+def audit_feature_texts(study: Study) -> Check | None:
     """Check that no feature text of a baseline was generated from a held-out interaction."""
     stores = {
         folder: family
         for family in study.tasks
         for baseline in study.baselines(family)
-        for folder in stores_of(baseline.name, baseline.parameters)
+        for folder in feature_store_hashes(baseline.name, baseline.parameters)
     }
     if study.recipe.data.texts is not None:
         stores.setdefault(study.recipe.data.texts.path, next(iter(study.tasks)))
@@ -413,7 +423,7 @@ def feature_texts(study: Study) -> Check | None:
     return replace(result, found=text, figures={"training_rows_seen": float(rows)})
 
 
-def item_index(study: Study) -> Check | None:
+def audit_item_index(study: Study) -> Check | None:
     """Check that item codes do not change if only held-out interactions change.
 
     The index is rebuilt with other held-out items, and must be equal in every byte.
@@ -439,23 +449,23 @@ def item_index(study: Study) -> Check | None:
         if moved
         else "the codebooks depend on held-out interactions"
     )
-    return Check(name, result, "leak", tuple(moved[:_SHOWN]))
+    return Check(name, result, "leak", tuple(moved[:_MAX_EXAMPLES]))
 
 
 # --------------------------------------------------------------------------- training examples and prompts
 
 
 # Many users write shorter texts ("good", "love it") about many items.
-_TELLING = 24
+_MIN_TEXT_LENGTH = 24
 # Number of characters to search for in prompts, which truncate long texts.
-_TEXT = 120
+_SEARCHED_CHARACTERS = 120
 # Template variables for the title and for the code of the item that a template asks about.
 _TITLES, _CODES = re.compile(r"\bitem\.title\b"), re.compile(r"\bitem(?:\.code|_id)\b")
 # Number of training examples per task, and of requests, that are rendered again with other held-out data.
 _ROWS, _REQUESTS = 5000, 200
 
 
-class _Secrets:
+class _HeldOutTexts:
     """Titles and texts of a user's held-out items that do not occur in the user's training interactions.
 
     With an index, for templates that write codes, these are codes instead of titles.
@@ -485,9 +495,9 @@ class _Secrets:
                 if title not in known[user]:
                     self.titles[user][title] = item
                 for full in parts(user, item, text):
-                    excerpt = full[:_TEXT]
+                    excerpt = full[:_SEARCHED_CHARACTERS]
                     # Some users repeat sentences: a text that is also in training reveals nothing.
-                    if len(excerpt) >= _TELLING and not any(excerpt in earlier for earlier in wrote[user]):
+                    if len(excerpt) >= _MIN_TEXT_LENGTH and not any(excerpt in earlier for earlier in wrote[user]):
                         self.texts[user][excerpt] = item
 
     def shown(self, user: str, segments: Iterable[Segment], drawn: Mapping[str, int] | None = None) -> Iterator[str]:
@@ -541,43 +551,43 @@ def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> It
     yield from answer
 
 
-def training_rows(study: Study, family: str, count: int) -> Check:
+def audit_training_rows(study: Study, family: str, count: int) -> Check:
     """Check that no training example of a task contains a held-out pair.
 
-    A held-out item may be a negative, since negatives are drawn without reading held-out data (`rows_drawn_again`).
-    It may occur nowhere else.
+    A held-out item may be a negative, since negatives are drawn without reading held-out data
+    (`audit_training_row_independence`). It may occur nowhere else.
     """
     data = study.task_data(family)
     both = [study.data, *([study.reviews] if study.reviews else [])]
     held = frozenset().union(*(item.held_out for item in both))
     index = study.codes(family)
-    titles, codes = _Secrets(data), _Secrets(data, index) if index is not None else None
+    titles, codes = _HeldOutTexts(data), _HeldOutTexts(data, index) if index is not None else None
     coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
     findings = []
-    for example in _drawn(study, study.training_tasks[family], count):
+    for example in _first_training_examples(study, study.training_tasks[family], count):
         template = study.templates[family][example.template.rpartition("/")[2]]
         findings += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
         shows_ids = "item_id" in template.names("system", "user", "lead", "target")
         if codes is not None and (template.writes_codes or (coded_ids and shows_ids)):
-            findings += [f"row {example.id}: {what}" for what in _revealed(example, codes, template)]
+            findings += [f"row {example.id}: {what}" for what in _held_out_mentions(example, codes, template)]
         if codes is None or template.writes_titles or not template.writes_codes:
-            findings += [f"row {example.id}: {what}" for what in _revealed(example, titles, template)]
+            findings += [f"row {example.id}: {what}" for what in _held_out_mentions(example, titles, template)]
     return verdict(f"training rows of {family}", f"{count:,} rows", findings)
 
 
-def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
+def _first_training_examples(study: Study, task: Task, count: int) -> Iterator[Example]:
     """Yield the first training examples of a task, both unpacked and packed."""
     section = study.recipe.train
     if section.reward is not None:
         template = task.eval_templates[0]
-        yield from (question(task, case, template) for case in islice(task.training_cases(), count))
+        yield from (training_question(task, case, template) for case in islice(task.training_cases(), count))
         return
     yield from islice(training_examples(task, section.examples, study.training_seed), count)
     if section.packing == "tree" and section.examples is None and isinstance(task, BranchingTask) and task.branches:
-        yield from islice(_branching(task, sorted(study.data.users())), count)
+        yield from islice(_packed_examples(task, sorted(study.data.users())), count)
 
 
-def _branching(task: BranchingTask, users: Sequence[str]) -> Iterator[Example]:
+def _packed_examples(task: BranchingTask, users: Sequence[str]) -> Iterator[Example]:
     for number in numbers():
         results = [row for user in users if (row := task.branch(number, user)) is not None]
         if not results:
@@ -585,7 +595,7 @@ def _branching(task: BranchingTask, users: Sequence[str]) -> Iterator[Example]:
         yield from results
 
 
-def _revealed(example: Example, secrets: _Secrets, template: Template) -> Iterator[str]:
+def _held_out_mentions(example: Example, secrets: _HeldOutTexts, template: Template) -> Iterator[str]:
     question = tuple(_segments(example.messages))
     yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
     yield from secrets.shown(example.user_id, example.answer)
@@ -595,7 +605,7 @@ def _revealed(example: Example, secrets: _Secrets, template: Template) -> Iterat
         yield from secrets.shown(example.user_id, rejected, secrets.drawn(example))
 
 
-def questions(study: Study, family: str) -> Check:
+def audit_questions(study: Study, family: str) -> Check:
     """Check that no prompt contains its answer, in the history, the profile or elsewhere."""
     cases, findings = study.cases(family), []
     titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
@@ -603,21 +613,23 @@ def questions(study: Study, family: str) -> Check:
         request, truth = case.request, str(case.truth)
         if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
             findings.append(f"request {request.id}: the history contains the target")
-        findings += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
+        findings += [
+            f"request {request.id}: {what}" for what in _templates_revealing_answer(study, family, case, titles)
+        ]
         if request.item is not None and any(event.item_id == request.item for event in request.history):
             findings.append(f"request {request.id}: the history contains the item to predict")
     names = ", ".join(template.name for template in study.eval_templates(family))
     return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", findings)
 
 
-def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
+def _templates_revealing_answer(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
     """Yield the templates whose prompt contains the answer."""
     data, request = study.task_data(family), case.request
     kind = family_of(family)
     ranked = kind.answers_with_items
-    secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
+    secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_SEARCHED_CHARACTERS]
     # A review may contain the words of its headline, which the task is to find.
-    if kind.quotes or (not ranked and len(secret) < _TELLING):
+    if kind.quotes or (not ranked and len(secret) < _MIN_TEXT_LENGTH):
         return
     # A text that the user also wrote about an earlier item ("as described") is part of the history.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
@@ -626,7 +638,7 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
     for template in study.eval_templates(family):
         query = request
         if kind.lists and asks_for(template) == "yes":
-            if (other := _other_than(case, data)) is None:
+            if (other := _other_candidate(case, data)) is None:
                 continue
             query = replace(request, candidates=(other,))
         prompt = study.tasks[family].prompt(query, template=template.name)
@@ -649,12 +661,12 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
             if text in others or (listed and text == secret):
                 continue  # another item with the same title in the history
             # A title may be contained in another ("Alien", "Aliens").
-            if text == secret or (text not in titles and len(secret) >= NAMED and secret in text):
+            if text == secret or (text not in titles and len(secret) >= MIN_TITLE_LENGTH and secret in text):
                 yield f"the prompt of {template.id} shows the answer"
                 break
 
 
-def _other_than(case: Case, data: SplitDataset) -> str | None:
+def _other_candidate(case: Case, data: SplitDataset) -> str | None:
     """Return a candidate whose title differs from the answer, for a prompt that must not contain the answer."""
     titles, truth = data.dataset.titles, str(case.truth)
     return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
@@ -668,11 +680,11 @@ def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
     return template.writes_codes, template.writes_titles or not template.writes_codes
 
 
-def shots(study: Study, family: str) -> Check:
+def audit_few_shot_examples(study: Study, family: str) -> Check:
     """Check the few-shot examples of evaluated requests for held-out pairs."""
     recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
     findings: list[str] = []
-    secrets, cases = _Secrets(data), study.cases(family)
+    secrets, cases = _HeldOutTexts(data), study.cases(family)
     for case in cases:
         for window in task.draw_shots(case.request, recipe.eval.shots.k).windows:
             findings += [
@@ -688,47 +700,49 @@ def shots(study: Study, family: str) -> Check:
 # --------------------------------------------------------------------------- rendering with other held-out data
 
 
-def rows_drawn_again(study: Study, family: str, count: int) -> Check:
+def audit_training_row_independence(study: Study, family: str, count: int) -> Check:
     """Check that the text, order and negatives of training examples do not depend on held-out interactions."""
     task, count = study.training_tasks[family], min(count, _ROWS)
-    toward = _toward(study, family, map(_shown, _drawn(study, task, count)))
-    other = _again(study, family, toward, study.training_seed)
-    pairs = zip_longest(_drawn(study, task, count), _drawn(study, other, count))
+    toward = _shown_unseen_items(study, family, map(_example_contents, _first_training_examples(study, task, count)))
+    other = _task_with_other_holdouts(study, family, toward, study.training_seed)
+    pairs = zip_longest(_first_training_examples(study, task, count), _first_training_examples(study, other, count))
     findings = [f"row {(one or two).id}" for one, two in pairs if one != two]
     return verdict(f"training rows of {family} that depend on held-out interactions", f"{count:,} rows", findings)
 
 
-def validation_rows_drawn_again(study: Study, family: str) -> Check:
+def audit_validation_row_independence(study: Study, family: str) -> Check:
     """Check that the examples of validation losses do not depend on test interactions."""
     limit = study.recipe.train.valid_rows // max(len(study.tasks), 1)
     rows = list(study.tasks[family].examples("valid", limit))
-    toward = _toward(study, family, map(_shown, rows))
-    other = _again(study, family, toward, study.recipe.seed, splits=("test",)).examples("valid", limit)
+    toward = _shown_unseen_items(study, family, map(_example_contents, rows))
+    other = _task_with_other_holdouts(study, family, toward, study.recipe.seed, splits=("test",)).examples(
+        "valid", limit
+    )
     findings = [f"row {(one or two).id}" for one, two in zip_longest(rows, other) if one != two]
     return verdict(f"validation rows of {family} that depend on test interactions", f"{len(rows):,} rows", findings)
 
 
-def shots_drawn_again(study: Study, family: str) -> Check:
+def audit_few_shot_independence(study: Study, family: str) -> Check:
     """Check that few-shot examples do not depend on held-out interactions."""
     task, shots = study.tasks[family], study.recipe.eval.shots.k
-    ways = [way for case in study.cases(family)[:_REQUESTS] for way in _ways(study, family, case.request)]
-    prompts = [_prompt(task, way, shots) for way in ways]
+    ways = [way for case in study.cases(family)[:_REQUESTS] for way in _prompt_variants(study, family, case.request)]
+    prompts = [_render_variant(task, way, shots) for way in ways]
     shown_by = [
         (window.user_id, _segments(prompt.messages), ())
         for (request, *_), prompt in zip(ways, prompts, strict=True)
         for window in task.draw_shots(request, shots).windows
     ]
-    other = _again(study, family, _toward(study, family, shown_by), study.recipe.seed)
+    other = _task_with_other_holdouts(study, family, _shown_unseen_items(study, family, shown_by), study.recipe.seed)
     findings = [
         f"request {way[0].id}: the prompt of {way[1].id}"
         for way, prompt in zip(ways, prompts, strict=True)
-        if _prompt(other, way, shots) != prompt
+        if _render_variant(other, way, shots) != prompt
     ]
     name = f"few-shot examples of {family} that depend on held-out interactions"
     return verdict(name, f"{len(ways):,} prompts", findings)
 
 
-def positions_drawn_again(study: Study, family: str) -> Check | None:
+def audit_position_question_independence(study: Study, family: str) -> Check | None:
     """Check that prompts for position bias do not depend on held-out interactions."""
     section = study.recipe.eval
     if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
@@ -737,16 +751,16 @@ def positions_drawn_again(study: Study, family: str) -> Check | None:
     toward: dict[str, list[str]] = defaultdict(list)
     for request in requests:
         toward[request.user_id] += request.candidates or ()
-    again = _again(study, family, toward, study.recipe.seed).questions(section.debias_questions)
+    again = _task_with_other_holdouts(study, family, toward, study.recipe.seed).questions(section.debias_questions)
     findings = [f"question {one.id}" for one, two in zip(requests, again, strict=True) if one != two]
     name = f"position questions of {family} that depend on held-out interactions"
     return verdict(name, f"{len(requests):,} questions", findings)
 
 
-_Way = tuple[Request, Template, Want]
+_PromptVariant = tuple[Request, Template, Want]
 
 
-def _ways(study: Study, family: str, request: Request) -> Iterator[_Way]:
+def _prompt_variants(study: Study, family: str, request: Request) -> Iterator[_PromptVariant]:
     """Yield the evaluation prompts of a request for every template: with all candidates, and with one candidate."""
     for template in study.eval_templates(family):
         one, asks = replace(request, candidates=(request.candidates or ())[:1]), asks_for(template)
@@ -760,18 +774,18 @@ def _ways(study: Study, family: str, request: Request) -> Iterator[_Way]:
                 yield one, template, "yes"
 
 
-def _prompt(task: Task, way: _Way, shots: int) -> Prompt:
+def _render_variant(task: Task, way: _PromptVariant, shots: int) -> Prompt:
     request, template, want = way
     if want == "one":
         return task.prompt(request, template=template.name, shots=shots)
     return task.prompt(request, template=template.name, shots=shots, want=want)
 
 
-def _shown(row: Example) -> tuple[str, Iterable[Segment], Iterable[str]]:
+def _example_contents(row: Example) -> tuple[str, Iterable[Segment], Iterable[str]]:
     return row.user_id, _segments(row.messages, row.answer), row.negatives
 
 
-def _again(
+def _task_with_other_holdouts(
     study: Study, family: str, toward: Mapping[str, Sequence[str]], seed: int, splits: Sequence[str] = ("valid", "test")
 ) -> Task:
     """Return a task on data with other held-out interactions, and the same candidates and codes."""
@@ -788,7 +802,7 @@ def _again(
     return build_task(changed, family, study.section(family), study.templates[family], seed)
 
 
-def _toward(
+def _shown_unseen_items(
     study: Study, family: str, shown_by: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
 ) -> Mapping[str, Sequence[str]]:
     """Return, by user, the items in training examples that the user has no training interaction with.
@@ -818,19 +832,19 @@ def _toward(
 FAMILY = "alignment"
 
 
-def alignment_checks(study: Study, count: int) -> Iterator[Check]:
+def audit_alignment(study: Study, count: int) -> Iterator[Check]:
     """Yield the checks of the alignment task and its first ``count`` training rows, if the recipe trains it."""
     if study.held is None:
         return
     task = study.tasks[FAMILY]
     held = study.held.items
-    secrets = _Pairs(study, held)
+    secrets = _HeldOutItems(study, held)
     if FAMILY in study.shares:
         rows = islice(study.training_examples(FAMILY), count)
         findings = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
         yield verdict("held-out items in training rows of alignment", f"{count:,} rows", findings)
     cases = study.cases(FAMILY)
-    if asks(study.recipe, FAMILY, "few-shot"):
+    if is_arm_evaluated(study.recipe, FAMILY, "few-shot"):
         shots = study.recipe.eval.shots.k
         seen = (
             (case, event) for case in cases for w in task.draw_shots(case.request, shots).windows for event in w.events
@@ -838,34 +852,36 @@ def alignment_checks(study: Study, count: int) -> Iterator[Check]:
         findings = [f"request {case.request.id}: item {event.item_id}" for case, event in seen if event.item_id in held]
         yield verdict("held-out items in few-shot examples of alignment", f"{len(cases):,} requests", findings)
     part = set(study.held.part(study.recipe.eval.split))
-    yield verdict("alignment candidates", f"{len(cases):,} sets", [w for case in cases for w in _wrong(case, part)])
+    yield verdict(
+        "alignment candidates", f"{len(cases):,} sets", [w for case in cases for w in _candidate_set_errors(case, part)]
+    )
 
 
-class _Pairs:
+class _HeldOutItems:
     """The titles and codes of held-out items."""
 
     def __init__(self, study: Study, held: frozenset[str]) -> None:
         self._held = held
         items, index = study.data.dataset.items, study.index
-        self._titles = {item: shown(item, items[item]) for item in held}
-        self._items = {_line(index.encode(item)): item for item in held} if index is not None else {}
+        self._titles = {item: display_title(item, items[item]) for item in held}
+        self._items = {_normalise_line(index.encode(item)): item for item in held} if index is not None else {}
 
     def shown(self, row: Example) -> Iterator[str]:
         """Yield the held-out items in an example, as declared or by both code and title."""
         yield from (f"item {item}" for _, item in row.pairs if item in self._held)
         segments = chain(*(message.segments for message in row.messages), row.answer)
-        lines = {_line(segment.text) for segment in segments if segment.kind != "text"}
+        lines = {_normalise_line(segment.text) for segment in segments if segment.kind != "text"}
         # A code of digits may equal a year by chance, so a code alone proves nothing.
         for item in sorted(self._items[text] for text in lines & self._items.keys()):
             if self._titles[item] in lines:
                 yield f"code and title of item {item}"
 
 
-def _line(text: str) -> str:
-    return without_item_tokens(clean(text)).strip()
+def _normalise_line(text: str) -> str:
+    return break_item_tokens(clean(text)).strip()
 
 
-def _wrong(case: Case, part: set[str]) -> Iterator[str]:
+def _candidate_set_errors(case: Case, part: set[str]) -> Iterator[str]:
     """Yield the errors of a candidate set: it lacks the answer, or has items of another part of the split."""
     candidates, name = case.request.candidates or (), case.request.id
     if case.truth not in candidates:

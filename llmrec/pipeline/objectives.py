@@ -10,39 +10,39 @@ from typing import TYPE_CHECKING
 from llmrec import processes
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.baselines.fits import fitted
+from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.split import split_validation_users
-from llmrec.ensembles.context import Context
+from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
     RANDOM_BASELINE,
     PrecomputedMember,
+    baseline_reads,
+    baseline_score_scale,
     combined_reads,
-    join,
-    kind_of,
-    reads_of,
+    fit_ensemble,
 )
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt
+from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS, TIED_METHODS, SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
-from llmrec.pipeline.study import Study, build_task, draw_sets
+from llmrec.pipeline.study import Study, build_task, draw_candidate_sets
 from llmrec.pipeline.weighing import EnsembleUsers, ensemble_kinds, fit_base_ensembles
 from llmrec.recipe.schema import RewardSection
-from llmrec.registry import BASELINES, lookup, options_of
-from llmrec.strategies.asking import Prompting, strategy_of
-from llmrec.tasks.cases import of_first_users
+from llmrec.registry import BASELINES, import_component, strategy_eval_options
+from llmrec.strategies.asking import Prompting, create_strategy
+from llmrec.tasks.cases import cases_of_first_users
 from llmrec.tasks.family import family_of
-from llmrec.tasks.rating import RatingTask, learned_only
+from llmrec.tasks.rating import RatingTask, is_training_only
 from llmrec.tasks.rows import Listwise
 from llmrec.tasks.task import Task
-from llmrec.train.batches import Classes, Labels, plan
-from llmrec.train.reward.rewards import Rewards, closing_of, question
-from llmrec.train.rows import common
-from llmrec.train.steps import Plan
+from llmrec.train.batches import AnswerLabels, RatingClasses, plan_steps
+from llmrec.train.reward.rewards import Rewards, closing_token_count, training_question
+from llmrec.train.rows import common_listwise_settings
+from llmrec.train.steps import TrainingPlan
 from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Ranking, Rating, Request
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from llmrec.train.reward.objective import RewardObjective
 
 
-def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
+def rating_head_classes(study: Study, encoder: Encoder, *, paired: bool = False) -> RatingClasses | None:
     """Return the classes of the rating head, if the recipe trains one."""
     rating = study.recipe.tasks.rating
     if rating is None or rating.head is None:
@@ -66,21 +66,21 @@ def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Class
         )
     task = study.tasks["rating"]
     assert isinstance(task, RatingTask)
-    if other := [template.id for template in task.training_templates if learned_only(template)]:
+    if other := [template.id for template in task.training_templates if is_training_only(template)]:
         raise RecipeError(
             f"tasks.rating.templates: {other[0]} has yes/no answers, but tasks.rating.head is trained only on "
             "ratings; remove the template, or drop tasks.rating.head",
             kind="contradiction",
             column="tasks.rating.templates",
         )
-    return Classes(encoder, task.scale)
+    return RatingClasses(encoder, task.scale)
 
 
-def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
+def listwise_settings(study: Study, *, paired: bool = False) -> Listwise | None:
     """Return the listwise or preference loss of the recipe, or None."""
     tasks, recipe = {family: study.training_tasks[family] for family in study.shares}, study.recipe
     refused = recipe.model.name if paired else None
-    result = common(tasks, preference=recipe.train.preference is not None, paired=refused)
+    result = common_listwise_settings(tasks, preference=recipe.train.preference is not None, paired=refused)
     if result is not None and recipe.train.exits:
         raise RecipeError(
             "train.exits: losses over candidates are computed only at the last layer; set tasks.<family>.loss=answer "
@@ -102,12 +102,12 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
     return result
 
 
-def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels | None:
+def answer_labels(study: Study, encoder: Encoder, *, paired: bool = False) -> AnswerLabels | None:
     """Return the answer labels of training examples, if the recipe trains soft prompts."""
     train = study.recipe.train
-    if train.method not in METHODS:
+    if train.method not in SOFT_PROMPT_METHODS:
         return None
-    tied, lists = train.method in TIED, listwise_of(study, paired=paired) is not None
+    tied, lists = train.method in TIED_METHODS, listwise_settings(study, paired=paired) is not None
     if paired or (tied and lists):
         what = (
             f"{study.recipe.model.name} is an encoder-decoder"
@@ -120,7 +120,7 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
             kind="contradiction",
             column="train.method",
         )
-    labels = Labels(encoder, limit=train.soft.prompts, tied=tied)
+    labels = AnswerLabels(encoder, limit=train.soft.prompts, tied=tied)
     if tied:
         family, *others = study.shares
         if others:
@@ -141,11 +141,11 @@ def _label_answers(study: Study, family: str) -> Iterator[str]:
         return
     task, anybody = study.tasks[family], Request(id="labels", user_id="")
     for template in task.training_templates:
-        if not (isinstance(task, RatingTask) and learned_only(template)):
+        if not (isinstance(task, RatingTask) and is_training_only(template)):
             yield from (text + template.tail for text in task.continuations(anybody, template=template.name))
 
 
-def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
+def build_soft_prompt(study: Study, labels: AnswerLabels) -> SoftPrompt:
     """Return the soft prompt for the labels of the training examples."""
     labels.closed = True
     result = tuple(labels.ids)
@@ -153,14 +153,15 @@ def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
 
 
 # Number of consecutive examples that are too long after which training stops with an error.
-_PATIENCE = 2000
+_MAX_CONSECUTIVE_TRUNCATED = 2000
 
 
 def check_truncated_examples(consecutive: int, what: str, limit: int) -> None:
     """Reject a limit on tokens that too many consecutive examples exceed."""
-    if consecutive > _PATIENCE:
+    if consecutive > _MAX_CONSECUTIVE_TRUNCATED:
         raise RecipeError(
-            f"train.max_row_tokens={limit}: {_PATIENCE} consecutive {what} were longer; raise train.max_row_tokens, or "
+            f"train.max_row_tokens={limit}: {_MAX_CONSECUTIVE_TRUNCATED} consecutive {what} were longer; raise "
+            "train.max_row_tokens, or "
             "show less history",
             kind="too-large",
             column="train.max_row_tokens",
@@ -172,12 +173,12 @@ def check_truncated_examples(consecutive: int, what: str, limit: int) -> None:
 
 def reward_family(study: Study, *, paired: bool) -> str:
     """Return the task that is trained with reinforcement learning."""
-    section = _section(study)
+    section = _reward_section(study)
     (family, *others) = study.shares
     why = ""
     if paired:
         why = f"{study.recipe.model.name} is an encoder-decoder, which is not supported; choose a decoder"
-    elif processes.size() > 1:
+    elif processes.process_count() > 1:
         why = "rollouts need a single process; start the training without --launch"
     elif others:
         why = f"it supports one task, but {family} and {', '.join(others)} are trained; set train.only to one task"
@@ -187,7 +188,9 @@ def reward_family(study: Study, *, paired: bool) -> str:
         why = f"answers of tasks.{family} contain more than an item; choose another first template"
     elif "prefix" in section.kind and study.index is None:
         why = "kind=prefix compares item codes, but the recipe has no index; set index.scheme, or choose another kind"
-    elif section.baseline is not None and not hasattr(lookup(BASELINES, section.baseline, "baseline"), "scores"):
+    elif section.baseline is not None and not hasattr(
+        import_component(BASELINES, section.baseline, "baseline"), "scores"
+    ):
         why = (
             f"the baseline {section.baseline} does not score the whole catalogue; choose another baseline, such as ease"
         )
@@ -201,15 +204,15 @@ def reward_family(study: Study, *, paired: bool) -> str:
     return family
 
 
-def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[TokenRow]]) -> Plan:
+def plan_reward_training(study: Study, encoder: Encoder, valid: Mapping[str, list[TokenRow]]) -> TrainingPlan:
     """Group training prompts into the optimiser steps of the recipe.
 
     The size of a question includes the tokens of its rollouts.
     """
-    section, train, (family,) = _section(study), study.recipe.train, valid
+    section, train, (family,) = _reward_section(study), study.recipe.train, valid
     task = study.training_tasks[family]
     template = task.eval_templates[0]
-    behind = section.group * _catalogue(study, encoder, family).depth
+    behind = section.group * _catalogue_trie(study, encoder, family).depth
     cases: list[Case] = []
     dropped = 0
 
@@ -217,7 +220,7 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
         nonlocal dropped
         since = 0
         for case in task.training_cases():
-            row = encoder.row(question(task, case, template))
+            row = encoder.row(training_question(task, case, template))
             if len(row.ids) > train.max_row_tokens:
                 dropped, since = dropped + 1, since + 1
                 check_truncated_examples(since, f"prompts of tasks.{family}", train.max_row_tokens)
@@ -227,35 +230,35 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
             yield row
 
     count = -(-train.steps // section.updates)
-    steps = plan(rows(), steps=count, batch_tokens=train.batch_tokens, seed=study.training_seed, behind=behind)
+    steps = plan_steps(rows(), steps=count, batch_tokens=train.batch_tokens, seed=study.training_seed, behind=behind)
     total = sum(len(numbers) for numbers in steps.numbers())
-    return Plan(steps, {family: total}, {family: dropped}, valid, {family: 1.0}, cases)
+    return TrainingPlan(steps, {family: total}, {family: dropped}, valid, {family: 1.0}, cases)
 
 
-def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjective:
+def reward_objective(study: Study, encoder: Encoder, planned: TrainingPlan) -> RewardObjective:
     """Return the reinforcement-learning objective for the planned training prompts."""
     from llmrec.train.reward.objective import RewardObjective
 
-    section, (family,) = _section(study), planned.rows
-    catalogue = _catalogue(study, encoder, family)
+    section, (family,) = _reward_section(study), planned.rows
+    catalogue = _catalogue_trie(study, encoder, family)
     scorer: CatalogueScorer | None = None
     if section.baseline is not None:
-        scorer = fitted(section.baseline, {}, study.task_data(family), seed=study.training_seed)
+        scorer = fit_baseline(section.baseline, {}, study.task_data(family), seed=study.training_seed)
     task = study.training_tasks[family]
-    closing = closing_of(catalogue) if "prefix" in section.kind else 0
+    closing = closing_token_count(catalogue) if "prefix" in section.kind else 0
     rewards = Rewards(section.kind, task, task.catalogue, catalogue, closing, scorer)
     pad = encoder.tokenizer.pad_token_id
     seed, limit = study.training_seed, study.recipe.train.micro_tokens
     return RewardObjective(planned.steps, planned.cases, section, rewards, pad=pad, seed=seed, limit=limit)
 
 
-def _section(study: Study) -> RewardSection:
+def _reward_section(study: Study) -> RewardSection:
     section = study.recipe.train.reward
     assert section is not None
     return section
 
 
-def _catalogue(study: Study, encoder: Encoder, family: str) -> TokenTrie:
+def _catalogue_trie(study: Study, encoder: Encoder, family: str) -> TokenTrie:
     """Return the token sequences of all items, as written by the first evaluation template."""
     task = study.training_tasks[family]
     template = task.eval_templates[0]
@@ -318,9 +321,9 @@ class CheckpointEvaluator:
                 column="train.judge",
             )
         family, data, users = able[0], study.data, checkpoint_selection_users(study)
-        valid_study = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
+        valid_study = replace(study, candidates=draw_candidate_sets(study.recipe, data, "valid", users))
         task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
-        cases = of_first_users(task.cases("valid"), None, among=users)
+        cases = cases_of_first_users(task.cases("valid"), None, among=users)
         if not cases:
             raise DataError(
                 f"{data.dataset.name}: the validation split has no cases of tasks.{family}, which train.judge needs; "
@@ -343,8 +346,8 @@ class CheckpointEvaluator:
             batch=section.batch,
         )
         name = self.study.section(self.family).strategies[0]
-        options = options_of(name, section) | dict(self.task.strategy_options)
-        return self.figure(strategy_of(name, asker, **options))
+        options = strategy_eval_options(name, section) | dict(self.task.strategy_options)
+        return self.figure(create_strategy(name, asker, **options))
 
     def figure(self, predictor: Predictor) -> float:
         """Compute NDCG@10 of a predictor."""
@@ -360,24 +363,24 @@ class CheckpointEvaluator:
         data, result, parts = self.study.task_data(self.family), {}, []
         for section in self.study.baselines(self.family):
             used = weighing.choosing(section.name, data)
-            predictor = fitted(section.name, section.parameters, used, seed=self.study.recipe.seed)
+            predictor = fit_baseline(section.name, section.parameters, used, seed=self.study.recipe.seed)
             result[section.label] = self.figure(predictor)
             if section.name != RANDOM_BASELINE:
                 requests = [case.request for case in (*weighers, *self.cases)]
                 answers = dict(zip([request.id for request in requests], predictor.answer(requests), strict=True))
-                reads = reads_of(section.name, section.parameters)
+                reads = baseline_reads(section.name, section.parameters)
                 seen = frozenset(getattr(predictor, "looked_at", ()))
-                parts.append(PrecomputedMember(section.label, reads, kind_of(section.name), answers, seen))
+                parts.append(PrecomputedMember(section.label, reads, baseline_score_scale(section.name), answers, seen))
         for kind in ensemble_kinds(self.study, self.family) if weighers else ():
             able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
             base_ensembles = fit_base_ensembles(self.study, self.family, able, weighers)
-            joined = join(
+            joined = fit_ensemble(
                 ENSEMBLE_NAMES[kind],
                 able,
                 weighers,
                 Ranking,
                 base_ensembles=base_ensembles,
-                context=Context(self.study.data),
+                context=ContextFeatures(self.study.data),
             )
             result[ENSEMBLE_NAMES[kind]] = self.figure(joined)
         return result

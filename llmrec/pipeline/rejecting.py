@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrec.baselines.retrieve import HARD, RetrievedCandidates, SingleRetriever, check_retriever
+from llmrec.baselines.retrieve import HARD_NEGATIVE_POOL, RetrievedCandidates, SingleRetriever, check_retriever
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection, ModelSection, Recipe
@@ -19,11 +19,11 @@ from llmrec.types import Ranking, Request
 if TYPE_CHECKING:
     from llmrec.types import Backend
 
-_DRAWN = ("uniform", "popularity", "ratings")
+_RANDOM_KINDS = ("uniform", "popularity", "ratings")
 BEAM = "beam"
 """The value of ``train.preference.rejected`` for items found by the model itself."""
 # Number of training interactions per user for which the model is queried.
-_EVENTS = 4
+_EVENTS_PER_USER = 4
 
 
 def hard_negative_source(
@@ -39,13 +39,15 @@ def hard_negative_source(
         plain: Builds the family's task without preference optimisation.
     """
     section = recipe.train.preference
-    if section is None or section.rejected in _DRAWN or not family_of(family).ranks_for_users:
+    if section is None or section.rejected in _RANDOM_KINDS or not family_of(family).ranks_for_users:
         return None
     if section.rejected == BEAM:
         return BeamSearchNegatives(recipe, data, seed, plain)
     key = "train.preference.rejected"
-    check_retriever(section.rejected, key, *_DRAWN, BEAM)
-    best = CandidateSection(kind="retrieved", retriever=section.rejected, count=max(HARD, section.negatives))
+    check_retriever(section.rejected, key, *_RANDOM_KINDS, BEAM)
+    best = CandidateSection(
+        kind="retrieved", retriever=section.rejected, count=max(HARD_NEGATIVE_POOL, section.negatives)
+    )
     return RetrievedCandidates(
         data, best, seed, SingleRetriever(section.rejected, seed, key), others=True, least=section.negatives
     )
@@ -81,10 +83,12 @@ class BeamSearchNegatives:
             str(Path(recipe.train.start).expanduser() / "merged"), recipe.model, recipe.eval.batch_tokens
         )
         asker = Prompting(backend=backend, task=self._task, template=self._task.eval_templates[0])
-        had, most = frozenset(event.item_id for event in events), max(HARD, section.negatives)
+        had, most = frozenset(event.item_id for event in events), max(HARD_NEGATIVE_POOL, section.negatives)
         ranker = CatalogueRanker(asker, beams=most, exact=recipe.eval.exact, apart=lambda request: had)
         positions = range(1, len(events))
-        drawn = sorted(seeded_random("beam events", self._seed, user).sample(positions, min(_EVENTS, len(positions))))
+        drawn = sorted(
+            seeded_random("beam events", self._seed, user).sample(positions, min(_EVENTS_PER_USER, len(positions)))
+        )
         requests = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
         results = []
         for at, answer in zip(drawn, ranker.answer(requests), strict=True):
@@ -102,19 +106,19 @@ class BeamSearchNegatives:
 
 @lru_cache(maxsize=1)
 def load_backend(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
-    """Load a model and keep it until `close` is called."""
+    """Load a model and keep it until `release_backend` is called."""
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend
     from llmrec.models.load import device, load_model, load_tokenizer
-    from llmrec.models.memory import LOADING, reporting_full_memory
+    from llmrec.models.memory import LOADING_ADVICE, convert_memory_errors
 
     encoder = Encoder(load_tokenizer(folder, model), max_length=model.max_length)
-    with reporting_full_memory(f"loading {model.name}", LOADING, "model.name"):
+    with convert_memory_errors(f"loading {model.name}", LOADING_ADVICE, "model.name"):
         weights = load_model(folder, model).to(device(model))
     return HFBackend(weights, encoder, batch_tokens=batch_tokens)
 
 
-def close() -> None:
+def release_backend() -> None:
     """Release the model, because training needs its memory."""
     if load_backend.cache_info().currsize:
         from llmrec.models.load import release_memory

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from llmrec import __version__
 from llmrec.baselines.retrieve import candidate_recall
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import baskets, wide_cutoffs
-from llmrec.durable import checked, loads, replacing, sha256_of, write_checked
-from llmrec.evaluate.slices import item_of, slice_figures
-from llmrec.machine import command_line, machine, versions
+from llmrec.data.stats import basket_warning, wide_cutoff_warning
+from llmrec.durable import parse_checked_json, parse_json, replace_atomically, sha256_of, write_checked_json
+from llmrec.evaluate.slices import case_item, slice_figures
+from llmrec.machine import command_line, machine_facts, package_versions
 from llmrec.metrics import ranking
-from llmrec.metrics.significance import holm
+from llmrec.metrics.significance import holm_p_values
 from llmrec.metrics.stats import mean_ranks
 from llmrec.pipeline.comparing import compare_rows
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.examples import example_user, newcomers, text_feature_examples, text_samples
+from llmrec.pipeline.examples import cold_start_examples, example_user, text_feature_examples, text_samples
 from llmrec.pipeline.resume import StageTimer
-from llmrec.pipeline.row_specs import asks, protocol_of
+from llmrec.pipeline.row_specs import is_arm_evaluated, protocol_of
 from llmrec.pipeline.study import Study, leak_warning, leaking_users
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, ExcludedUsers, Stage, Training
@@ -63,7 +63,7 @@ def write_results(
     stage that this invocation reused keeps its cost.
     """
     recipe = study.recipe
-    spent = {**_spent_before(folder / "results.json", recipe_hash(recipe)), **budget.stages}
+    spent = {**_earlier_stage_seconds(folder / "results.json", recipe_hash(recipe)), **budget.stages}
     headlines = {
         name: family.headline_at(recipe.eval.cutoffs) for name, family in families().items() if name in study.tasks
     }
@@ -79,12 +79,12 @@ def write_results(
         recipe=recipe.model_dump(mode="json"),
         recipe_hash=recipe_hash(recipe),
         seed=recipe.seed,
-        versions=versions(),
-        machine=machine(),
+        versions=package_versions(),
+        machine=machine_facts(),
         model=dict(model),
-        data={"main": describe(study.data), "reviews": describe(study.reviews) if study.reviews else None},
+        data={"main": data_info(study.data), "reviews": data_info(study.reviews) if study.reviews else None},
         tables={family: study.table_name(family) for family in study.tasks},
-        candidates=_candidates(study),
+        candidates=_candidate_records(study),
         training=Training.model_validate(record) if record else None,
         rows=tuple(rows_with_breakdowns(study, rows, headlines)),
         **({"unevaluated": tuple(missing)} if missing else {}),
@@ -97,7 +97,7 @@ def write_results(
         examples=tuple(example for row in rows for example in row.examples),
         texts=tuple(text_samples(study, rows)),
         gallery=tuple(text_feature_examples(study, rows)),
-        newcomers=tuple(newcomers(study, rows)),
+        newcomers=tuple(cold_start_examples(study, rows)),
         **({"example": shown} if (shown := example_user(study, rows, headlines)) else {}),
         set_aside=tuple(
             ExcludedUsers(
@@ -106,10 +106,10 @@ def write_results(
             for table in study.tables
             if (result := study.leaks(table))
         ),
-        notes=(*unevaluated(missing), *notes(study)),
+        notes=(*unevaluated_notes(missing), *result_notes(study)),
         files={file.name: sha256_of(file) for file in files},
     ).as_json()
-    return WrittenResults(results, write_checked(folder / "results.json", results), predictions, rows)
+    return WrittenResults(results, write_checked_json(folder / "results.json", results), predictions, rows)
 
 
 def cutoff_warning(study: Study) -> str:
@@ -117,7 +117,7 @@ def cutoff_warning(study: Study) -> str:
     section, drawn = study.recipe.eval, study.candidates
     if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
         return ""
-    return wide_cutoffs(section.cutoffs, drawn.count)
+    return wide_cutoff_warning(section.cutoffs, drawn.count)
 
 
 def overwrite_warning(file: Path, key: str, hashed: str) -> str:
@@ -126,7 +126,7 @@ def overwrite_warning(file: Path, key: str, hashed: str) -> str:
     ``key`` is the key of the recipe's hash in the file, and ``hashed`` its current value.
     """
     try:
-        earlier = loads(file.read_bytes()).get(key)
+        earlier = parse_json(file.read_bytes()).get(key)
     except (OSError, ValueError, AttributeError):
         return ""
     if earlier in (None, hashed):
@@ -134,16 +134,16 @@ def overwrite_warning(file: Path, key: str, hashed: str) -> str:
     return f"{file} contains results of other settings and will be overwritten; rename this run to keep both"
 
 
-def _spent_before(path: Path, hashed: str) -> dict[str, float]:
+def _earlier_stage_seconds(path: Path, hashed: str) -> dict[str, float]:
     """Return the seconds per stage of an earlier run of the same recipe, if there is one."""
     try:
-        earlier = checked(path.read_bytes())
+        earlier = parse_checked_json(path.read_bytes())
         return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def describe(data: SplitDataset) -> DataInfo:
+def data_info(data: SplitDataset) -> DataInfo:
     """Return the counts and hashes of a dataset."""
     rows = data.dataset.interactions
     users, items = rows["user_id"].n_unique(), len(data.dataset.items)
@@ -165,14 +165,14 @@ def describe(data: SplitDataset) -> DataInfo:
     )
 
 
-def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
+def unevaluated_notes(missing: Sequence[Unevaluated]) -> Iterator[str]:
     """Yield notes on models that were not evaluated, grouped by reason."""
     for reason, count in Counter(row.reason for row in missing).items():
         what = "1 model was" if count == 1 else f"{count} models were"
         yield f"{what} not evaluated: {reason}. Run the same command again to evaluate the missing models."
 
 
-def notes(study: Study) -> list[str]:
+def result_notes(study: Study) -> list[str]:
     """Return notes for readers of the result tables."""
     results = []
     for data in filter(None, (study.data, study.reviews)):
@@ -198,7 +198,7 @@ def notes(study: Study) -> list[str]:
         results += [
             f"Ranking metrics of {family} are over the {study.candidates.count} items retrieved by {name}. These "
             f"contain {share:.1%} of the targets, which is the maximum of HR."
-            for family, share in _ceilings(study).items()
+            for family, share in _candidate_recalls(study).items()
         ]
     elif study.candidates:
         results.append(
@@ -213,7 +213,7 @@ def notes(study: Study) -> list[str]:
             "one item per beam, a baseline 100 items; a target that is not returned is a miss. This lowers MRR, but "
             "not metrics with a cut-off of at most the number of beams."
         )
-    results += [f"{cut}." for table in study.tables if (cut := baskets(table))]
+    results += [f"{cut}." for table in study.tables if (cut := basket_warning(table))]
     if study.aligned is not None:
         results.append(
             f"Alignment metrics are over {study.aligned.count} candidates per prompt, all of them held-out items, "
@@ -242,7 +242,7 @@ def notes(study: Study) -> list[str]:
 def _training_notes(study: Study) -> list[str]:
     """Return notes on the training data of the tuned model."""
     results = []
-    weighted = [family for family in study.tasks if asks(study.recipe, family, "tuned")]
+    weighted = [family for family in study.tasks if is_arm_evaluated(study.recipe, family, "tuned")]
     untaught = [family for family in weighted if family not in study.shares]
     if untaught:
         results.append(
@@ -259,7 +259,7 @@ def _training_notes(study: Study) -> list[str]:
     return results
 
 
-def _ceilings(study: Study) -> dict[str, float]:
+def _candidate_recalls(study: Study) -> dict[str, float]:
     """Return the share of requests whose retrieved candidates include the target, by task."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
@@ -270,10 +270,10 @@ def _ceilings(study: Study) -> dict[str, float]:
     }
 
 
-def _candidates(study: Study) -> dict[str, Candidates | None]:
+def _candidate_records(study: Study) -> dict[str, Candidates | None]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
     # Tasks may have different users: the highest share is an upper bound for all.
-    most = max(_ceilings(study).values(), default=None)
+    most = max(_candidate_recalls(study).values(), default=None)
     return {
         name: Candidates(digest=sets.digest, count=sets.count, kind=sets.kind, ceiling=most if name == "main" else None)
         for name, sets in drawn.items()
@@ -284,7 +284,7 @@ def _candidates(study: Study) -> dict[str, Candidates | None]:
 # --------------------------------------------------------------------------- predictions
 
 
-ROW: Mapping[str, Any] = {
+ROW_COLUMNS: Mapping[str, Any] = {
     "row_id": pl.String,
     "task": pl.String,
     "arm": pl.String,
@@ -292,7 +292,7 @@ ROW: Mapping[str, Any] = {
     "template": pl.String,
 }
 """Columns that identify the row of results.json to which a line belongs."""
-REQUEST: Mapping[str, Any] = {
+REQUEST_COLUMNS: Mapping[str, Any] = {
     "item_id": pl.String,
     "position": pl.Int32,
     "history": pl.Int32,
@@ -300,7 +300,7 @@ REQUEST: Mapping[str, Any] = {
     "item_training": pl.Int32,
 }
 """Columns of a request, equal in all rows."""
-ANSWER: Mapping[str, Any] = {
+ANSWER_COLUMNS: Mapping[str, Any] = {
     "request_id": pl.String,
     "user_id": pl.String,
     "truth": pl.String,
@@ -326,8 +326,8 @@ ANSWER: Mapping[str, Any] = {
     "forwards": pl.Int64,
 }
 """The fields of `llmrec.results.Prediction`."""
-SCHEMA: Mapping[str, Any] = {**ROW, **ANSWER, **REQUEST}
-ITEMS: Mapping[str, Any] = {"table": pl.String, "item_id": pl.String, "training": pl.Int64, "users": pl.Int64}
+PREDICTION_SCHEMA: Mapping[str, Any] = {**ROW_COLUMNS, **ANSWER_COLUMNS, **REQUEST_COLUMNS}
+ITEM_COLUMNS: Mapping[str, Any] = {"table": pl.String, "item_id": pl.String, "training": pl.Int64, "users": pl.Int64}
 """Columns of items.parquet."""
 
 
@@ -336,24 +336,24 @@ def write_predictions(study: Study, rows: Sequence[ResultRow], path: Path) -> pl
 
     The cases of the study are those of the rows, in order.
     """
-    requests = {family: list(_requests(study.task_data(family), study.cases(family))) for family in study.tasks}
+    requests = {family: list(_request_fields(study.task_data(family), study.cases(family))) for family in study.tasks}
     lines = [
-        {**{key: getattr(row.figures, key) for key in ROW if key != "row_id"}, "row_id": row.figures.id}
+        {**{key: getattr(row.figures, key) for key in ROW_COLUMNS if key != "row_id"}, "row_id": row.figures.id}
         | dict(record)
         | about
         for row in rows
         for record, about in zip(row.records, requests[row.figures.task], strict=True)
     ]
-    frame = pl.DataFrame(lines, schema=dict(SCHEMA))
-    with replacing(path) as draft:
+    frame = pl.DataFrame(lines, schema=dict(PREDICTION_SCHEMA))
+    with replace_atomically(path) as draft:
         frame.write_parquet(draft)
     return frame
 
 
-def _requests(data: SplitDataset, cases: Sequence[Case]) -> Iterator[dict[str, object]]:
+def _request_fields(data: SplitDataset, cases: Sequence[Case]) -> Iterator[dict[str, object]]:
     users, items = (dict(data.train.group_by(column).len().iter_rows()) for column in ("user_id", "item_id"))
     for case in cases:
-        request, item, target = case.request, item_of(case, data), str(case.truth)
+        request, item, target = case.request, case_item(case, data), str(case.truth)
         listed = request.candidates is not None and target in request.candidates
         yield {
             "item_id": item,
@@ -376,15 +376,15 @@ def write_items(study: Study, path: Path) -> None:
         counted = counted.with_columns(pl.col("item_id").cast(pl.String))
         items = pl.DataFrame({"item_id": sorted(data.dataset.items)}).join(counted, on="item_id", how="left")
         frames.append(items.with_columns(pl.lit(name).alias("table"), pl.col("training", "users").fill_null(0)))
-    frame = pl.concat([item.select(pl.col(name).cast(kind) for name, kind in ITEMS.items()) for item in frames])
-    with replacing(path) as draft:
+    frame = pl.concat([item.select(pl.col(name).cast(kind) for name, kind in ITEM_COLUMNS.items()) for item in frames])
+    with replace_atomically(path) as draft:
         frame.write_parquet(draft)
 
 
 # --------------------------------------------------------------------------- details of a model
 
 
-_FOR_EACH_ROW = 100
+_RESAMPLES_PER_ROW = 100
 # Permutations drawn at a time (4 MB).
 _CHUNK = 1 << 19
 
@@ -415,18 +415,18 @@ def rows_with_breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapp
         headline: The metric for the slices of a family.
     """
     placed = [target_positions(row, study.cases(row.figures.task)) for row in rows]
-    biases = _biases(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
+    biases = _position_biases(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
     for row, at, bias in zip(rows, placed, biases, strict=True):
         users = len({record.user_id for record in row.records})
-        more: dict[str, object] = {"users": users, "slices": _slices(study, row, headline[row.figures.task])}
+        more: dict[str, object] = {"users": users, "slices": _row_slices(study, row, headline[row.figures.task])}
         if at is not None:
-            more["by_position"] = by_position(at)
+            more["by_position"] = results_by_position(at)
         if bias is not None:
             more["position_bias"] = bias
         yield row.figures.model_copy(update=more)
 
 
-def _slices(study: Study, row: ResultRow, headline: str) -> tuple[SliceOfRow, ...]:
+def _row_slices(study: Study, row: ResultRow, headline: str) -> tuple[SliceOfRow, ...]:
     family = row.figures.task
     # A metric that is not a mean over requests, such as AUC, has no value per group; log loss is used instead.
     metric = mean_metric(headline)
@@ -463,7 +463,7 @@ def target_positions(row: ResultRow, cases: Sequence[Case]) -> TargetPositions |
     )
 
 
-def by_position(placed: TargetPositions) -> tuple[PositionResult, ...]:
+def results_by_position(placed: TargetPositions) -> tuple[PositionResult, ...]:
     """Return HR@1 and the mean predicted rank for each candidate position with requests."""
     results = []
     for position in np.unique(placed.position):
@@ -481,18 +481,18 @@ def by_position(placed: TargetPositions) -> tuple[PositionResult, ...]:
     return tuple(results)
 
 
-def _biases(
+def _position_biases(
     rows: Sequence[ResultRow], placed: Sequence[TargetPositions | None], *, resamples: int, seed: int
 ) -> list[PositionBias | None]:
     """Test language models for position bias; p-values are Holm-adjusted over all of them."""
     tested = [row.figures.arm != "baseline" and at is not None for row, at in zip(rows, placed, strict=True)]
     # As for comparisons, with enough permutations for the smallest p-value to stay small after Holm's adjustment.
-    resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
+    resamples = max(resamples, _RESAMPLES_PER_ROW * sum(tested))
     results = [
         position_bias(at.position, at.rank, resamples=resamples, seed=seed) if at is not None and chosen else None
         for at, chosen in zip(placed, tested, strict=True)
     ]
-    adjusted = iter(holm([float(item.p or 0.0) for item in results if item is not None]))
+    adjusted = iter(holm_p_values([float(item.p or 0.0) for item in results if item is not None]))
     return [None if item is None else item.model_copy(update={"p": next(adjusted)}) for item in results]
 
 

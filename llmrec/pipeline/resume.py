@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llmrec.durable import checked, refuse_link, writing_to
+from llmrec.durable import check_not_link, note_written_path, parse_checked_json
 from llmrec.errors import LlmrecError
-from llmrec.machine import NO_LINK, lock
+from llmrec.machine import NO_LINK_FLAGS, try_lock
 from llmrec.progress import Progress
-from llmrec.terminal import LOG
+from llmrec.terminal import LOG_FILE
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
     if not path.is_file():
         return None
     try:
-        stored = checked(path.read_bytes())
+        stored = parse_checked_json(path.read_bytes())
     except (OSError, ValueError) as error:
         log.warning("%s is damaged (%s) and is computed again", path, error)
         return None
@@ -76,12 +76,12 @@ class StageTimer:
 
 
 @contextmanager
-def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
+def lock_folder(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
     """Hold the lock of a folder, which is created if missing, against other processes.
 
-    ``names`` are the files to write; see `refuse_foreign`. By default none.
+    ``names`` are the files to write; see `check_foreign_files`. By default none.
     """
-    refuse_foreign(folder, names)
+    check_foreign_files(folder, names)
     try:
         # Results are as confidential as their data.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,36 +91,36 @@ def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> I
             kind="unreadable",
             at=folder,
         ) from None
-    with open_lock(folder) as file:
-        if not lock(file):
+    with open_lock_file(folder) as file:
+        if not try_lock(file):
             raise LlmrecError(
                 f"another run is writing to {folder}; wait until it has finished, or choose another folder with --out",
                 kind="busy",
                 at=folder,
             )
         if names:
-            mark(file)
-        with writing_to(folder):
+            mark_lock_file(file)
+        with note_written_path(folder):
             yield
 
 
 # --------------------------------------------------------------------------- protecting folders
 
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 _MARK = "This is a folder of llmrec, which writes, replaces and removes files here\n"
-RUN = (
+RUN_FILES = (
     *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "best", "adapter", "merged"),
     *("train.json", "train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
     *("data", "results.json", "report", "audit.json", "audit-baselines.json", "trackers.json", "tensorboard"),
-    LOG,
+    LOG_FILE,
 )
 """Files and folders that a run writes into its folder."""
-SUITE = ("rows", "models", LOG)
+SUITE_FILES = ("rows", "models", LOG_FILE)
 """Files and folders that a suite writes into its folder."""
 
 
-def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -> None:
+def check_foreign_files(folder: Path, names: Iterable[str] | Callable[[str], bool]) -> None:
     """Reject a folder whose files were not written by llmrec and could be overwritten.
 
     Args:
@@ -128,15 +128,15 @@ def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -
         names: Names of the files to write or, if llmrec owns the folder, a test for their names.
     """
     if callable(names):
-        refuse_link(folder)
+        check_not_link(folder)
         foreign = sorted(entry.name for entry in folder.iterdir() if not names(entry.name)) if folder.is_dir() else []
     else:
         foreign = [name for name in names if os.path.lexists(folder / name)]
         for name in foreign:
-            refuse_link(folder / name)
-    begun, lock = _marked(folder), folder / LOCK
-    if names and lock.is_file() and lock.stat().st_size > 0 and not _marked(folder):
-        foreign, begun = [LOCK], False
+            check_not_link(folder / name)
+    begun, lock = _is_marked(folder), folder / LOCK_FILE
+    if names and lock.is_file() and lock.stat().st_size > 0 and not _is_marked(folder):
+        foreign, begun = [LOCK_FILE], False
     if foreign and not begun:
         raise LlmrecError(
             f"{folder} contains files that llmrec did not write and could overwrite: "
@@ -147,27 +147,27 @@ def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -
         )
 
 
-def open_lock(folder: Path) -> IO[str]:
+def open_lock_file(folder: Path) -> IO[str]:
     """Open the ``.lock`` file of a folder without following links or changing its content."""
-    path = folder / LOCK
-    refuse_link(path)
+    path = folder / LOCK_FILE
+    check_not_link(path)
     if path.exists() and not path.is_file():
         raise LlmrecError(
             f"{path} is not a file, so the folder cannot be locked; move it away", kind="unreadable", at=path
         )
-    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
+    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK_FLAGS, 0o666)
     return os.fdopen(opened, "a", encoding="utf-8")
 
 
-def mark(lock: IO[str]) -> None:
+def mark_lock_file(lock: IO[str]) -> None:
     """Mark a new lock file as created by llmrec."""
     if os.fstat(lock.fileno()).st_size == 0:
         lock.write(_MARK)
         lock.flush()
 
 
-def _marked(folder: Path) -> bool:
+def _is_marked(folder: Path) -> bool:
     try:
-        return (folder / LOCK).read_text(encoding="utf-8") == _MARK
+        return (folder / LOCK_FILE).read_text(encoding="utf-8") == _MARK
     except (OSError, ValueError):
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmrec.baselines.parameters import Hashes, hashes_of
+from llmrec.baselines.parameters import InputHashes, input_hashes
 from llmrec.durable import Json
 from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.evaluate.figures import EvalProtocol
@@ -15,13 +15,21 @@ from llmrec.pipeline.study import Study
 from llmrec.pipeline.weighing import ensemble_includes_model, ensemble_kinds
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
-from llmrec.registry import BASELINES, STRATEGIES, TASKS, Table, is_positional, options_of, written
+from llmrec.registry import (
+    BASELINES,
+    STRATEGIES,
+    TASKS,
+    Table,
+    is_positional,
+    strategy_eval_options,
+    task_name_in_recipes,
+)
 from llmrec.results import Arm
 from llmrec.tasks.family import family_of
-from llmrec.tasks.fewshot import BY_TEXT
-from llmrec.tasks.held_items import KIND as HELD_ITEMS
+from llmrec.tasks.fewshot import TEXT_CHOICES
+from llmrec.tasks.held_items import CANDIDATE_KIND as HELD_ITEMS
 
-DEBIAS = ("debias", "debias_questions")
+DEBIAS_SETTINGS = ("debias", "debias_questions")
 """Settings that positional strategies read in addition to those of their registry entries."""
 
 
@@ -60,7 +68,7 @@ class RowSpec:
         }
 
 
-def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
+def is_arm_evaluated(recipe: Recipe, family: str, arm: Arm) -> bool:
     """Whether a task is evaluated in a setting (zero-shot, few-shot or tuned)."""
     section = recipe.tasks.present()[family]
     if arm == "tuned" and section.weight == 0:
@@ -68,7 +76,7 @@ def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
     return arm in recipe.eval.arms and (section.arms is None or arm in section.arms)
 
 
-def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
+def specs_for_arm(study: Study, arm: Arm) -> Iterator[RowSpec]:
     """Yield the models to evaluate in a setting (zero-shot, few-shot, tuned or baseline)."""
     for family, task in study.tasks.items():
         section = study.section(family)
@@ -76,7 +84,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
             yield from (RowSpec(task.family, arm, baseline.label) for baseline in study.baselines(family))
             yield from (RowSpec(task.family, arm, ENSEMBLE_NAMES[kind]) for kind in ensemble_kinds(study, family))
             continue
-        if not asks(study.recipe, family, arm):
+        if not is_arm_evaluated(study.recipe, family, arm):
             continue
         for template in study.templates_for(family, arm):
             for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
@@ -86,15 +94,15 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
                     yield RowSpec(task.family, arm, ENSEMBLE_NAMES["language model"], template, shots)
 
 
-def files_of(spec: RowSpec, study: Study) -> Hashes:
+def baseline_file_hashes(spec: RowSpec, study: Study) -> InputHashes:
     """Return hashes of files that a model reads in addition to the data; usually none."""
     known = study.baselines(spec.family) if spec.arm == "baseline" else ()
-    return next((hashes_of(item.name, item.parameters) for item in known if item.label == spec.predictor), {})
+    return next((input_hashes(item.name, item.parameters) for item in known if item.label == spec.predictor), {})
 
 
-def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
+def registry_entries(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
     """Return the registry entries whose code affects a model's answers."""
-    family = TASKS, written(spec.family)
+    family = TASKS, task_name_in_recipes(spec.family)
     if spec.template is not None:
         return [family, (STRATEGIES, spec.predictor)]
     known = study.baselines(spec.family)
@@ -105,7 +113,9 @@ def unused_settings(spec: RowSpec, study: Study) -> set[str]:
     """Return the evaluation settings that do not affect a model, except the settings of its strategy."""
     family, model = family_of(spec.family), spec.template is not None
     named = {f"tasks.{task}" for task in study.tasks if task != spec.family}
-    named |= {f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS) for key in keys}
+    named |= {
+        f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS_SETTINGS) for key in keys
+    }
     return (
         named
         | ({"model", "index"} if not model else set())
@@ -116,7 +126,7 @@ def unused_settings(spec: RowSpec, study: Study) -> set[str]:
 
 def encoder_stamp(spec: RowSpec, study: Study) -> str | None:
     """Return the identity of the text encoder if prompts show similar items."""
-    near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
+    near = spec.shots and study.recipe.eval.shots.choice in TEXT_CHOICES
     relevant = spec.template is not None and study.section(spec.family).past == "relevant"
     return text_embedder(study.recipe.encoder).stamp if near or relevant else None
 
@@ -124,7 +134,9 @@ def encoder_stamp(spec: RowSpec, study: Study) -> str | None:
 def strategy_settings(strategy: str, section: EvalSection) -> dict[str, Json]:
     """Return the evaluation settings that a strategy reads."""
     measured = is_positional(strategy) and section.debias != "none"
-    return options_of(strategy, section) | ({key: getattr(section, key) for key in DEBIAS} if measured else {})
+    return strategy_eval_options(strategy, section) | (
+        {key: getattr(section, key) for key in DEBIAS_SETTINGS} if measured else {}
+    )
 
 
 def protocol_of(study: Study, family: str) -> EvalProtocol:
@@ -132,7 +144,7 @@ def protocol_of(study: Study, family: str) -> EvalProtocol:
     recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
     return EvalProtocol(
         split=f"{data.kind}/{recipe.eval.split}",
-        candidates=_candidates(recipe.eval.candidates, family),
+        candidates=_describe_candidates(recipe.eval.candidates, family),
         cutoffs=recipe.eval.cutoffs,
         resamples=recipe.eval.bootstrap,
         seed=recipe.seed,
@@ -142,14 +154,14 @@ def protocol_of(study: Study, family: str) -> EvalProtocol:
     )
 
 
-def _candidates(sets: CandidateSection, family: str) -> str:
+def _describe_candidates(sets: CandidateSection, family: str) -> str:
     if family_of(family).candidates == "items":
         return f"{HELD_ITEMS}-{sets.count}"
     kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
     return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
 
 
-def inputs_of(spec: RowSpec, study: Study) -> str:
+def describe_inputs(spec: RowSpec, study: Study) -> str:
     """Describe the input of a model, and whether its task was not trained."""
     task = study.tasks[spec.family]
     notes = "; calibrated on the validation split" if task.calibrates else ""

@@ -12,37 +12,44 @@ from typing import Any
 from llmrec import processes
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
-from llmrec.backends.vllm.adapters import live_adapters
+from llmrec.backends.vllm.adapters import loadable_adapters
 from llmrec.backends.vllm.backend import prepare_environment
-from llmrec.data.frames import only_for_a_moment, with_frames
+from llmrec.data.frames import temporary_frame_folder, with_frames
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import baskets, statistics
-from llmrec.display import Displayed, Summary, listed
-from llmrec.durable import replacing, write_text
+from llmrec.data.stats import basket_warning, statistics
+from llmrec.display import Displayed, Summary, format_name_list
+from llmrec.durable import replace_atomically, write_text
 from llmrec.ensembles import stored
 from llmrec.errors import EngineFailure, RecipeError
-from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, source_of, weights_stamp
+from llmrec.models.load import (
+    describe_source,
+    device,
+    load_tokenizer,
+    model_folder_hash,
+    resolve_model_folder,
+    silence_libraries,
+)
 from llmrec.pipeline import audit, index_report
-from llmrec.pipeline.augmenting import FEATURES, augment, refuse_other_store
-from llmrec.pipeline.comparing import refuse_unknown
-from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
-from llmrec.pipeline.evaluation import Evaluation, ResultRow, Weights
+from llmrec.pipeline.augmenting import FEATURES, augment, check_text_store
+from llmrec.pipeline.comparing import check_planned_models
+from llmrec.pipeline.engines import Engines, check_encoder_decoder_engine, dtype_name
+from llmrec.pipeline.evaluation import Evaluation, ResultRow, WeightsByArm
 from llmrec.pipeline.fusing import fuse_runs
-from llmrec.pipeline.indexing import with_tokens
-from llmrec.pipeline.preflight import checked_study, refuse
+from llmrec.pipeline.indexing import extend_base_model
+from llmrec.pipeline.preflight import build_checked_study, check_recipe
 from llmrec.pipeline.results import WrittenResults, cutoff_warning, overwrite_warning, write_results
-from llmrec.pipeline.resume import RUN, StageTimer, locked
-from llmrec.pipeline.runs import start_of, teacher_of
-from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
+from llmrec.pipeline.resume import RUN_FILES, StageTimer, lock_folder
+from llmrec.pipeline.runs import start_model_folder, teacher_model_folder
+from llmrec.pipeline.study import Study, build_study, leak_warning, resolve_run_folder
 from llmrec.pipeline.training import reusable_training, train_stage
 from llmrec.pipeline.weighing import stored_ranking_ensembles
-from llmrec.progress import Progress, note
-from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
-from llmrec.recipe.paths import naming_both_folders
+from llmrec.progress import Progress, log_line
+from llmrec.recipe.load import Overrides, as_recipe, dump_recipe, import_stored_plugins, recipe_hash
+from llmrec.recipe.paths import add_searched_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.results import Arm, Choice, Results, StoredResults, Unevaluated
-from llmrec.terminal import works_in
+from llmrec.terminal import set_command_folder
 from llmrec.train import trackers
 
 log = logging.getLogger(__name__)
@@ -50,7 +57,7 @@ log = logging.getLogger(__name__)
 ANSWERS = "answers.sqlite"
 """The answer cache in a run folder."""
 
-Trained = dict[str, Any]
+StoredTraining = dict[str, Any]
 """A training record, the content of ``train.json``."""
 
 
@@ -113,16 +120,16 @@ def run(
     """
     if isinstance(out, Mapping):
         overrides, out = out, None
-    processes.alone("llmrec run")
+    processes.check_single_process("llmrec run")
     recipe = as_recipe(recipe, overrides)
-    folder = folder_of(recipe, Path(out) if out is not None else None)
-    with locked(folder, RUN):
-        works_in(folder)
+    folder = resolve_run_folder(recipe, Path(out) if out is not None else None)
+    with lock_folder(folder, RUN_FILES):
+        set_command_folder(folder)
         recipe = with_frames(recipe, folder, data, items)
         if warning := overwrite_warning(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
             log.warning("%s", warning)
         if recipe.augment is not None and may_train:
-            refuse_other_store(recipe, folder / FEATURES)
+            check_text_store(recipe, folder / FEATURES)
             augment(recipe, folder / FEATURES, quiet=quiet)
         session = open_session(recipe, folder, quiet=quiet)
         if before is not None:
@@ -140,13 +147,13 @@ def run(
         with Progress("audit", None, quiet=quiet):
             session.audit(written)
         with Progress("report", None, quiet=quiet):
-            done = Run(folder, StoredResults(written.results), rows, page.write(folder)["html"])
+            done = Run(folder, StoredResults(written.results), rows, page.write_report(folder)["html"])
     if evaluation.failures:
-        raise _incomplete(done, evaluation.failures)
+        raise _incomplete_run_error(done, evaluation.failures)
     return done
 
 
-def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
+def _incomplete_run_error(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
     missing, first = len(done.results["unevaluated"]), failures[0]
     return EngineFailure(
         f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} models were not evaluated, as "
@@ -172,7 +179,7 @@ class Checked(Displayed):
     warnings: tuple[str, ...]
 
     def _summary(self) -> Summary:
-        cases = listed(f"{family} {count:,}" for family, count in self.cases.items())
+        cases = format_name_list(f"{family} {count:,}" for family, count in self.cases.items())
         facts = {"held-out cases": cases, "warnings": str(len(self.warnings))}
         statistics = [(name, str(value)) for name, value in self.statistics.items()]
         return Summary("The recipe can be run", facts, ("data", "value"), statistics)
@@ -195,39 +202,41 @@ def check(
         RecipeError: If the recipe cannot be used.
         MissingExtra: If a package that it needs is not installed.
     """
-    with only_for_a_moment() as (folder, _):
-        study = checked_study(with_frames(as_recipe(recipe, overrides), folder, data, items))
+    with temporary_frame_folder() as (folder, _):
+        study = build_checked_study(with_frames(as_recipe(recipe, overrides), folder, data, items))
     warnings = [leak_warning(table, result) for table in study.tables if (result := study.leaks(table))]
-    warnings += [cut for table in study.tables if (cut := baskets(table))]
+    warnings += [cut for table in study.tables if (cut := basket_warning(table))]
     warnings += [wide] if (wide := cutoff_warning(study)) else []
     cases = {family: len(study.cases(family)) for family in study.tasks}
     return Checked(cases, statistics(study.data), tuple(warnings))
 
 
-def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
+def train(
+    recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None
+) -> StoredTraining:
     """Train the model of a recipe, and return the training record.
 
     In several processes (torchrun), the first one writes the folder and the others read its results. ``data`` are the
     data if already loaded.
     """
-    folder = folder_of(recipe, out)
-    if processes.size() > 1:
+    folder = resolve_run_folder(recipe, out)
+    if processes.process_count() > 1:
         return _train_together(recipe, folder, quiet=quiet, data=data)
-    with locked(folder, RUN):
-        works_in(folder)
+    with lock_folder(folder, RUN_FILES):
+        set_command_folder(folder)
         return open_session(recipe, folder, quiet=quiet, data=data, trains=True).train()
 
 
-def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDataset | None) -> Trained:
-    refuse(recipe, asks=True)
-    from llmrec.train.world import joined
+def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDataset | None) -> StoredTraining:
+    check_recipe(recipe, asks=True)
+    from llmrec.train.world import connect_processes
 
-    with joined(device(recipe.model)) as world:
+    with connect_processes(device(recipe.model)) as world:
         if not world.first:
             world.wait()
             return _read_only_session(recipe, folder, data).train()
-        with locked(folder, RUN):
-            works_in(folder)
+        with lock_folder(folder, RUN_FILES):
+            set_command_folder(folder)
             session = open_session(recipe, folder, quiet=quiet, data=data, trains=True)
             world.wait()
             return session.train()
@@ -250,7 +259,7 @@ def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
     """
     folder = Path(out)
     written = fuse_runs([as_folder(run) for run in runs], folder)
-    return Run(folder, StoredResults(written.results), written.rows, page.write(folder)["html"])
+    return Run(folder, StoredResults(written.results), written.rows, page.write_report(folder)["html"])
 
 
 def report(folder: Path) -> Path:
@@ -259,10 +268,10 @@ def report(folder: Path) -> Path:
     It shows stored results, so plug-ins that cannot be imported are not an error.
     """
     try:
-        import_stored(folder)
+        import_stored_plugins(folder)
     except RecipeError as error:
         log.warning("%s", error)
-    return page.write(folder)["html"]
+    return page.write_report(folder)["html"]
 
 
 @dataclass(frozen=True)
@@ -313,11 +322,11 @@ class Session:
         assert self.model is not None, "the recipe does not use a language model"
         return self.model
 
-    def trained(self) -> Trained | None:
+    def trained(self) -> StoredTraining | None:
         """Return the training record of this recipe in the folder; None if there is none."""
         return reusable_training(self.study, self.model.start, self.folder) if self.model else None
 
-    def tuned(self, home: Path) -> Trained | None:
+    def tuned(self, home: Path) -> StoredTraining | None:
         """Return the training record of this recipe in a run folder; None if no tuned model is evaluated."""
         if "tuned" not in self.study.recipe.eval.arms:
             return None
@@ -332,7 +341,7 @@ class Session:
             )
         return result
 
-    def train(self) -> Trained:
+    def train(self) -> StoredTraining:
         """Train the model, or reuse the stored adapter."""
         teacher = self._required_model.teacher
         return train_stage(
@@ -347,25 +356,27 @@ class Session:
     def write(
         self,
         rows: Sequence[ResultRow],
-        training: Trained | None,
+        training: StoredTraining | None,
         missing: tuple[Unevaluated, ...],
         choice: Choice | None,
     ) -> WrittenResults:
         """Write models, comparisons and ``results.json``, and send metrics to experiment trackers; see `run`."""
         fusions = stored_ranking_ensembles(self.study, [row.figures for row in rows])
-        stored.save(self.folder, stored.Stored(fusions, choice))
+        stored.write_ensembles(self.folder, stored.StoredEnsembles(fusions, choice))
         with Progress("comparisons", None, quiet=self.quiet):
             written = write_results(
                 self.study, rows, training, self._model_info(), self.budget, self.folder, missing, choice
             )
         steps = int(training["steps"]) if training is not None else 0
-        trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
+        trackers.log_evaluation_metrics(
+            trackers.selected_trackers(self.study.recipe.train), _metric_values(rows), self.folder, step=steps
+        )
         return written
 
     @contextmanager
     def asking(
-        self, training: Trained | None, home: Path, *, remembers: bool = True
-    ) -> Iterator[tuple[Weights, Engines]]:
+        self, training: StoredTraining | None, home: Path, *, remembers: bool = True
+    ) -> Iterator[tuple[WeightsByArm, Engines]]:
         """Open the base and the tuned model, and engines with the answer cache of the folder.
 
         ``home`` is the run folder with the training; a shard takes answers that are stored there. ``remembers`` opens
@@ -375,14 +386,16 @@ class Session:
         further = home / ANSWERS if home != self.folder else None
         store = AnswerStore(self.folder / ANSWERS, further) if remembers else None
         weights: dict[Arm, tuple[str, str]] = {}
-        for arm in _by_model(recipe.eval.arms):
+        for arm in _sort_arms_by_model(recipe.eval.arms):
             if arm != "tuned" or training is None:
-                weights[arm] = model.base, weights_stamp(model.base)
+                weights[arm] = model.base, model_folder_hash(model.base)
             else:
                 weights[arm] = str(home / "merged"), training["merged_sha256"]
         adapters = []
         if training is not None and len(set(weights.values())) > 1 and recipe.train.start is None:
-            adapters = live_adapters(*weights[_by_model(recipe.eval.arms)[0]], home / "adapter", *weights["tuned"][1:])
+            adapters = loadable_adapters(
+                *weights[_sort_arms_by_model(recipe.eval.arms)[0]], home / "adapter", *weights["tuned"][1:]
+            )
         engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store, adapters=adapters)
         try:
             yield weights, engines
@@ -404,7 +417,7 @@ class Session:
     def audit(self, written: WrittenResults) -> None:
         """Check the run for test leakage; a run with a leak gets no report."""
         kept = self.folder / "audit-baselines.json"
-        checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
+        checks = list(audit.run_checks(self.study, written.results, written.predictions, kept=kept))
         audit.write(self.folder, checks, of=written.sha256)
         for check in checks:
             if check.verdict == "leak":
@@ -424,61 +437,61 @@ def open_session(
         trains: Whether the model is trained, regardless of the evaluated settings.
     """
     asks = bool(recipe.eval.arms) or trains
-    refuse(recipe, asks=asks)
+    check_recipe(recipe, asks=asks)
     prepare_environment()
     if asks:
-        quiet_libraries()
+        silence_libraries()
     budget = StageTimer(quiet=quiet)
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
         study = build_study(recipe, data)
-        refuse_unknown(study)
-        write_text(folder / "recipe.yaml", dump(recipe))
+        check_planned_models(study)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
         if study.candidates is not None:
-            with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
+            with replace_atomically(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
                 study.candidates.save(draft)
         if study.aligned is not None:
-            with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
+            with replace_atomically(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
                 study.aligned.save(draft)
-        index_report.write_run(study, folder)
-    return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet)
+        index_report.write_run_index(study, folder)
+    return Session(study, _open_model(study, folder, budget) if asks else None, folder, budget, quiet)
 
 
 def _read_only_session(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
     """Open a session in a folder that another process uses, without writing to it."""
-    quiet_libraries()
+    silence_libraries()
     budget, study = StageTimer(quiet=True), build_study(recipe, data)
-    return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
+    return Session(study, _open_model(study, folder, budget), folder, budget, quiet=True)
 
 
-def _opened(study: Study, folder: Path, budget: StageTimer) -> OpenedModel:
+def _open_model(study: Study, folder: Path, budget: StageTimer) -> OpenedModel:
     recipe = study.recipe
     with budget.stage("model"):
-        with naming_both_folders(recipe):
-            base = resolve(recipe.model, seed=recipe.seed)
+        with add_searched_folders(recipe):
+            base = resolve_model_folder(recipe.model, seed=recipe.seed)
         if recipe.eval.server is None:
-            name, source = recipe.model.name, source_of(recipe.model, base)
-            note(f"model: {name}, weights: {source}, precision: {dtype_name(recipe.model)}")
-        refuse_paired(base, recipe.model, recipe.eval)
-        start = with_tokens(
+            name, source = recipe.model.name, describe_source(recipe.model, base)
+            log_line(f"model: {name}, weights: {source}, precision: {dtype_name(recipe.model)}")
+        check_encoder_decoder_engine(base, recipe.model, recipe.eval)
+        start = extend_base_model(
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
         # Untrained item tokens would take probability from words of titles.
         base = base if study.untuned_without_codes() else start
         encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
-        with naming_both_folders(recipe):
+        with add_searched_folders(recipe):
             # Report a missing teacher before looking for a stored training, which depends on the teacher.
-            teacher = teacher_of(study, encoder, folder)
-            return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)
+            teacher = teacher_model_folder(study, encoder, folder)
+            return OpenedModel(encoder, base, start_model_folder(study, encoder, start, folder), teacher)
 
 
-def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
+def _metric_values(rows: Sequence[ResultRow]) -> dict[str, float]:
     """Return all metrics of the finished models, by name."""
     metrics = {f"{row.figures.id}/{name}": metric for row in rows for name, metric in row.figures.metrics.items()}
     return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
 
 
-def _by_model(arms: Sequence[str]) -> list[Arm]:
+def _sort_arms_by_model(arms: Sequence[str]) -> list[Arm]:
     """Sort settings so that the engine of the base model starts only once."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.sets.table import located
-from llmrec.durable import checked, loads
+from llmrec.data.sets.table import resolve_data_paths
+from llmrec.durable import parse_checked_json, parse_json
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.models.load import load_tokenizer, weights_sha256, weights_stamp
-from llmrec.pipeline.evaluation import ResultRow, row_of
-from llmrec.pipeline.indexing import stored_index
+from llmrec.models.load import load_tokenizer, model_folder_hash, weights_sha256
+from llmrec.pipeline.evaluation import ResultRow, restore_row
+from llmrec.pipeline.indexing import load_stored_index
 from llmrec.pipeline.study import Study
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import load_stored_recipe
 from llmrec.recipe.schema import DataSection, Recipe
-from llmrec.report.results import content_of, fix_for, results_of
+from llmrec.report.results import parse_results, read_results_json, rewrite_advice
 from llmrec.results import Results, Row
 
 # Keys of a data section that name files.
@@ -25,7 +25,7 @@ _PATH_KEYS = ("path", "items", "users", "files", "facts", "texts")
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedRun:
     """A run folder with a verified adapter; ``merged`` is the dtype of its merged model, if there is one."""
 
     folder: Path
@@ -34,7 +34,7 @@ class Source:
     merged: str | None
 
 
-def open_run(run: Path) -> Source:
+def open_run(run: Path) -> TrainedRun:
     """Open a run folder and verify that its adapter matches its training record."""
     if not (run / "recipe.yaml").is_file():
         raise LlmrecError(
@@ -42,10 +42,10 @@ def open_run(run: Path) -> Source:
             kind="missing-file",
             at=run,
         )
-    recipe = load_stored(run)
+    recipe = load_stored_recipe(run)
     path = run / "train.json"
     try:
-        record = checked(path.read_bytes())
+        record = parse_checked_json(path.read_bytes())
         recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
     except FileNotFoundError:
         raise LlmrecError(
@@ -77,45 +77,53 @@ def open_run(run: Path) -> Source:
             kind="damaged",
             at=run / "adapter",
         )
-    return Source(run, recipe, record, _sound(run / "merged", record))
+    return TrainedRun(run, recipe, record, _unchanged_merged_dtype(run / "merged", record))
 
 
-def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
+def _unchanged_merged_dtype(merged: Path, record: Mapping[str, Any]) -> str | None:
     """Return the dtype of a merged model if it has not changed since training; otherwise None."""
-    if not (merged / "config.json").is_file() or record.get("merged_sha256") != weights_stamp(str(merged)):
+    if not (merged / "config.json").is_file() or record.get("merged_sha256") != model_folder_hash(str(merged)):
         return None
-    config = loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = parse_json((merged / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype"))
 
 
 # Model settings that must be equal in consecutive training runs.
-_MODEL = ("name", "shape", "revision", "whole_words")
+_MODEL_KEYS = ("name", "shape", "revision", "whole_words")
 
 
-def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
+def start_model_folder(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
     """Return the folder of the model from which training starts: ``base``, or the merged model of ``train.start``.
 
     ``encoder`` is the tokenizer of the base model, with the tokens of its index.
     """
     start = study.recipe.train.start
-    return base if start is None else _merged(study, encoder, Path(start), folder, "train.start", _MODEL)
+    return (
+        base if start is None else _merged_model_folder(study, encoder, Path(start), folder, "train.start", _MODEL_KEYS)
+    )
 
 
-def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
+def teacher_model_folder(study: Study, encoder: Encoder, folder: Path) -> str | None:
     """Return the merged model of ``train.teacher``; None if it is not set."""
     teacher = study.recipe.train.teacher
-    return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
+    return (
+        None
+        if teacher is None
+        else _merged_model_folder(study, encoder, Path(teacher.run), folder, "train.teacher", ())
+    )
 
 
-def refuse_runs(recipe: Recipe) -> None:
+def check_earlier_runs(recipe: Recipe) -> None:
     """Reject earlier runs that are missing or may have been trained on interactions that this recipe holds out."""
     teacher = recipe.train.teacher
     for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
         if run is not None and "tuned" in recipe.eval.arms:
-            _nothing_seen(open_earlier_run(Path(run).expanduser(), key).recipe, recipe, Path(run), key)
+            _check_same_holdouts(open_earlier_run(Path(run).expanduser(), key).recipe, recipe, Path(run), key)
 
 
-def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
+def _merged_model_folder(
+    study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]
+) -> str:
     """Return the merged model of an earlier run, after checking that its model settings match."""
     run = run.expanduser()
     if run.resolve() == folder.resolve():
@@ -126,8 +134,8 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
             column=key,
         )
     source = open_earlier_run(run, key)
-    _same_model(source.recipe, study.recipe, run, key, alike)
-    _nothing_seen(source.recipe, study.recipe, run, key)
+    _check_same_model(source.recipe, study.recipe, run, key, alike)
+    _check_same_holdouts(source.recipe, study.recipe, run, key)
     merged = run / "merged"
     if Encoder(load_tokenizer(str(merged), study.recipe.model), max_length=1).digest != encoder.digest:
         raise RecipeError(
@@ -137,11 +145,11 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
             at=merged,
             column=key,
         )
-    _same_index(source, study, run, key)
+    _check_same_index(source, study, run, key)
     return str(merged)
 
 
-def open_earlier_run(run: Path, key: str = "train.start") -> Source:
+def open_earlier_run(run: Path, key: str = "train.start") -> TrainedRun:
     """Open the earlier run that a recipe names in ``key``."""
     try:
         source = open_run(run)
@@ -158,7 +166,7 @@ def open_earlier_run(run: Path, key: str = "train.start") -> Source:
     return source
 
 
-def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Sequence[str]) -> None:
+def _check_same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Sequence[str]) -> None:
     for name in alike:
         ours, theirs = (getattr(recipe.model, name) for recipe in (second, first))
         if ours != theirs:
@@ -171,7 +179,7 @@ def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Seque
             )
 
 
-def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
+def _check_same_index(source: TrainedRun, study: Study, run: Path, key: str) -> None:
     """Reject an earlier run whose item codes differ."""
     theirs, ours = source.recipe.index, study.recipe.index
     if (theirs and theirs.scheme) != (ours and ours.scheme):
@@ -184,7 +192,7 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
         )
     if theirs is None or study.index is None or (theirs.scheme == "title" and theirs.ids == "text"):
         return
-    known = stored_index(run / "merged", theirs.scheme)
+    known = load_stored_index(run / "merged", theirs.scheme)
     if known is None or known.digest != study.index.digest:
         raise RecipeError(
             f"{key}: in {run}, item codes stand for other items than in this recipe; write items as titles "
@@ -195,11 +203,11 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
         )
 
 
-def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
+def _check_same_holdouts(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
     """Reject an earlier run on the same data with other held-out interactions or items."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
-            one, other = _held(theirs), _held(ours)
+            one, other = _holdout_settings(theirs), _holdout_settings(ours)
             same = (one["source"], one["path"]) == (other["source"], other["path"])
             if same and (one, first.seed) != (other, second.seed):
                 raise RecipeError(
@@ -222,15 +230,15 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
             )
 
 
-def _held(section: DataSection) -> Mapping[str, object]:
+def _holdout_settings(section: DataSection) -> Mapping[str, object]:
     """Return the settings that determine the held-out interactions, with resolved paths."""
-    settings = located(section).model_dump(exclude={"noun", "rating_scale"})
-    return settings | {key: _one_name(settings[key]) for key in _PATH_KEYS}
+    settings = resolve_data_paths(section).model_dump(exclude={"noun", "rating_scale"})
+    return settings | {key: _resolve_paths(settings[key]) for key in _PATH_KEYS}
 
 
-def _one_name(value: Any) -> Any:
+def _resolve_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _one_name(item) for key, item in value.items()}
+        return {key: _resolve_paths(item) for key, item in value.items()}
     path = Path(value).expanduser() if isinstance(value, str) else None
     return str(path.resolve()) if path is not None and path.exists() else value
 
@@ -238,7 +246,7 @@ def _one_name(value: Any) -> Any:
 # --------------------------------------------------------------------------- stored results
 
 
-def finished(run: Path) -> Results:
+def read_finished_results(run: Path) -> Results:
     """Return the results of a run folder, after checking that its stored answers exist."""
     path = run / "results.json"
     if not path.is_file() or not (run / "rows").is_dir():
@@ -247,16 +255,16 @@ def finished(run: Path) -> Results:
             kind="missing-file",
             at=run,
         )
-    return results_of(content_of(run), source=str(path), fix=fix_for(run))
+    return parse_results(read_results_json(run), source=str(path), fix=rewrite_advice(run))
 
 
-def stored_row(run: Path, figures: Row) -> ResultRow:
+def read_stored_row(run: Path, figures: Row) -> ResultRow:
     """Return the stored result of a model in a run folder, by its entry in the results."""
     path = run / "rows" / (figures.id.replace("/", ".") + ".json")
     if not path.is_file():
         raise DataError(f"{path} is missing; run the recipe of {run} again", kind="missing-file", at=path)
     try:
-        return row_of(checked(path.read_bytes()))
+        return restore_row(parse_checked_json(path.read_bytes()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read ({type(error).__name__}); run the recipe of {run} again", kind="damaged", at=path

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from llmrec import __version__
-from llmrec.durable import read_json, sha256_of, write_checked
+from llmrec.durable import read_json, sha256_of, write_checked_json
 from llmrec.errors import LlmrecError
 from llmrec.records import Shard
 
 log = logging.getLogger(__name__)
 
-SHARD = "shard.json"
+SHARD_FILE = "shard.json"
 """The record in the folder of a finished shard."""
 
 Command = Literal["rank", "eval", "augment"]
 
-_AGAIN = "run the command of this shard again"
+_RERUN_HINT = "run the command of this shard again"
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedShard:
     """A finished shard.
 
     Attributes:
@@ -70,7 +70,7 @@ class Finished:
             )
 
 
-def shards_of(target: Path) -> Path:
+def job_folder(target: Path) -> Path:
     """Return the folder with the shards of a job."""
     folder = target if target.name not in ("", "..") else target.resolve()
     return folder.with_name(f"{folder.name}.shards")
@@ -78,46 +78,48 @@ def shards_of(target: Path) -> Path:
 
 def shard_folder(target: Path, shard: Shard) -> Path:
     """Return the folder of one shard."""
-    return shards_of(target) / shard.name
+    return job_folder(target) / shard.name
 
 
-def finish(
+def finish_shard(
     folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], facts: Mapping[str, Any]
-) -> Finished:
+) -> FinishedShard:
     """Mark a shard as finished by writing its record atomically."""
     result = {name: sha256_of(folder / name) for name in files}
     values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
-    write_checked(folder / SHARD, {**values, "files": result, "told": facts})
-    return Finished(folder, command, shard, key, result, facts)
+    write_checked_json(folder / SHARD_FILE, {**values, "files": result, "told": facts})
+    return FinishedShard(folder, command, shard, key, result, facts)
 
 
-def read(folder: Path) -> Finished:
+def read_shard(folder: Path) -> FinishedShard:
     """Read the record of a finished shard."""
-    path = folder / SHARD
+    path = folder / SHARD_FILE
     if not path.is_file():
         raise LlmrecError(
-            f"{folder} does not contain a finished shard ({SHARD} is missing); {_AGAIN}", kind="missing-file", at=folder
+            f"{folder} does not contain a finished shard ({SHARD_FILE} is missing); {_RERUN_HINT}",
+            kind="missing-file",
+            at=folder,
         )
-    result = read_json(path, _AGAIN)
+    result = read_json(path, _RERUN_HINT)
     try:
         command, shard = result["command"], Shard(int(result["shard"]), int(result["of"]))
         if command not in get_args(Command) or not 1 <= shard.index <= shard.count:
             raise ValueError(f"{command} {shard}")
         if any(Path(name).name != name for name in result["files"]):
             raise ValueError("a file is outside the folder of the shard")
-        return Finished(
+        return FinishedShard(
             folder, cast("Command", command), shard, str(result["key"]), dict(result["files"]), dict(result["told"])
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LlmrecError(
-            f"{path} is not a valid record of a shard ({error!r}); {_AGAIN}", kind="damaged", at=path
+            f"{path} is not a valid record of a shard ({error!r}); {_RERUN_HINT}", kind="damaged", at=path
         ) from None
 
 
-def reusable_shard(folder: Path, key: str) -> Finished | None:
+def reusable_shard(folder: Path, key: str) -> FinishedShard | None:
     """Return the finished shard if its inputs and files are unchanged; otherwise None."""
     try:
-        result = read(folder)
+        result = read_shard(folder)
     except LlmrecError as error:
         if error.kind != "missing-file":
             log.warning("%s", error)
@@ -130,9 +132,9 @@ def reusable_shard(folder: Path, key: str) -> Finished | None:
     return result
 
 
-def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
-    """Return the folders of a job's shards: the given folders, or all folders in `shards_of`."""
-    shards = shards_of(target)
+def find_shard_folders(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
+    """Return the folders of a job's shards: the given folders, or all folders in `job_folder`."""
+    shards = job_folder(target)
     if not folders and shards.is_dir():
         folders = sorted(path for path in shards.iterdir() if path.is_dir())
     if not folders:
@@ -144,12 +146,12 @@ def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
     return folders
 
 
-def verify_shards(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
-    """Verify all shards of a job, by default those in `shards_of`, and return them in order."""
-    results = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
+def verify_shards(target: Path, folders: Sequence[Path] = ()) -> list[FinishedShard]:
+    """Verify all shards of a job, by default those in `job_folder`, and return them in order."""
+    results = sorted(map(read_shard, find_shard_folders(target, folders)), key=attrgetter("shard.index"))
     first = results[0]
     for item in results:
-        _same_job(first, item)
+        _check_same_job(first, item)
     for one, other in pairwise(results):
         if one.shard == other.shard:
             raise LlmrecError(
@@ -164,12 +166,13 @@ def verify_shards(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
             f"{len(missing)} of {first.shard.count} shards of {target} are missing: "
             f"{names}{' and more' if len(missing) > 8 else ''}; run these shards, or give their folders",
             kind="missing-file",
-            at=shards_of(target),
+            at=job_folder(target),
         )
     for item in results:
         if (name := item.damaged()) is not None:
             raise LlmrecError(
-                f"{item.folder / name} was changed after shard {item.shard} wrote it; {_AGAIN}, or copy the folder "
+                f"{item.folder / name} was changed after shard {item.shard} wrote it; {_RERUN_HINT}, or copy the "
+                "folder "
                 "again",
                 kind="damaged",
                 at=item.folder / name,
@@ -177,7 +180,7 @@ def verify_shards(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
     return results
 
 
-def _same_job(first: Finished, other: Finished) -> None:
+def _check_same_job(first: FinishedShard, other: FinishedShard) -> None:
     """Reject shards of different jobs."""
     for what, one, two in (
         ("command", f"llmrec {first.command}", f"llmrec {other.command}"),

@@ -12,41 +12,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
-from llmrec.baselines.parameters import config_of
-from llmrec.baselines.retrieve import FUSED, RetrievedCandidates, retrieve
-from llmrec.data.candidates import CandidateSets, draw
-from llmrec.data.described import held_titles, names, with_stored_texts
-from llmrec.data.read.limits import shown
-from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, split, split_validation_users, with_review_part, without_test
+from llmrec.baselines.parameters import baseline_config
+from llmrec.baselines.retrieve import ENSEMBLE_RETRIEVER_NAME, RetrievedCandidates, retrieve_candidates
+from llmrec.data.candidates import CandidateSets, sample_candidates
+from llmrec.data.described import held_out_titles, mentions_title, with_stored_texts
+from llmrec.data.read.limits import format_value
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import SplitDataset, split_dataset, split_validation_users, split_without_test, with_review_part
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.evaluate.slices import attributes_of
+from llmrec.evaluate.slices import user_attributes
 from llmrec.index.semantic import item_vectors
 from llmrec.index.table import ItemIndex
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
-from llmrec.models.text_encoder import fitting
+from llmrec.models.text_encoder import text_embedder_for_split
 from llmrec.pipeline.indexing import build_index
 from llmrec.pipeline.rejecting import hard_negative_source
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.paths import naming_both_folders
-from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
-from llmrec.registry import BASELINES, lookup
+from llmrec.recipe.paths import add_searched_folders
+from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, default_baselines
+from llmrec.registry import BASELINES, import_component
 from llmrec.results import Arm
-from llmrec.tasks.cases import Cases, of_first_users
-from llmrec.tasks.family import check_names, family_of
-from llmrec.tasks.held_items import HeldItems, draw_held, hold_out, refuse_pairs
+from llmrec.tasks.cases import Cases, cases_of_first_users
+from llmrec.tasks.family import check_task_components, family_of
+from llmrec.tasks.held_items import HeldItems, check_codes_without_titles, sample_held_candidates, select_held_items
 from llmrec.tasks.history import ItemVectors
-from llmrec.tasks.mixture import shares
+from llmrec.tasks.mixture import training_shares
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, TaskInputs
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import select_task_templates
 from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 
 if TYPE_CHECKING:
     from llmrec.ensembles.retrieving import EnsembleRetriever
 
-BY_TEXT = "content"
+TEXT_BASELINE = "content"
 """A baseline that ranks by item texts only, in seconds and without a download."""
 
 
@@ -168,7 +168,7 @@ class Study:
         but = self.set_aside(family)
         if split == "valid":
             but |= ensemble_weight_users(self.recipe, family, self.task_data(family))
-        return of_first_users(cases, count, but=but)
+        return cases_of_first_users(cases, count, but=but)
 
     def set_aside(self, family: str) -> frozenset[str]:
         """Return the users excluded from evaluation because their profile mentions one of their held-out items."""
@@ -185,7 +185,7 @@ class Study:
     @cached_property
     def shares(self) -> Mapping[str, float]:
         """Relative shares of training tokens by trained task."""
-        return shares(self.recipe.trained(), self.training_size, self.recipe.train)
+        return training_shares(self.recipe.trained(), self.training_size, self.recipe.train)
 
     def training_size(self, family: str) -> int:
         """Return the number of training interactions, or items, from which a task can draw examples.
@@ -235,13 +235,13 @@ def with_text_baseline(known: tuple[BaselineSection, ...], items: Mapping[str, I
     """
     if not any(item.fields or item.title != item.item_id for item in items.values()):
         return known
-    reads = any(lookup(BASELINES, entry.name, "baseline").READS == "texts" for entry in known)
-    return known if reads else (*known, *named(BY_TEXT))
+    reads = any(import_component(BASELINES, entry.name, "baseline").READS == "texts" for entry in known)
+    return known if reads else (*known, *default_baselines(TEXT_BASELINE))
 
 
 def _check_parameters(family: str, baseline: BaselineSection) -> None:
     key = f"tasks.{family}.baselines"
-    config_of(baseline.name, baseline.parameters, key)
+    baseline_config(baseline.name, baseline.parameters, key)
     if "liked" in baseline.parameters:
         raise RecipeError(
             f"{key}: liked applies to all models of a task; set tasks.{family}.liked instead of liked of "
@@ -255,24 +255,24 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     """Load, split and check all data of a recipe; ``data`` are the main data if already loaded."""
     families = recipe.tasks.present()
     for family, section in families.items():
-        check_names(family, section.strategies, [baseline.name for baseline in section.baselines])
+        check_task_components(family, section.strategies, [baseline.name for baseline in section.baselines])
         for baseline in section.baselines:
             _check_parameters(family, baseline)
     data, reviews = load_tables(recipe, data)
     templates = {family: load_templates(family, family_of(family).prompts, *recipe.prompts) for family in families}
     candidates = None
     if any(family_of(family).ranks_for_users for family in families):
-        candidates = draw_sets(recipe, data, recipe.eval.split, _asked_users(recipe, data))
-    held, aligned = _aligned(recipe, data)
-    with naming_both_folders(recipe):
+        candidates = draw_candidate_sets(recipe, data, recipe.eval.split, _evaluated_users(recipe, data))
+    held, aligned = _alignment_items(recipe, data)
+    with add_searched_folders(recipe):
         index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
     _check_slices(study)
     for family in families:
         _check_data(family, study.task_data(family), recipe)
-    study = replace(study, tasks=_tasks(study, recipe.seed))
+    study = replace(study, tasks=_build_tasks(study, recipe.seed))
     if study.training_seed != recipe.seed:
-        study = replace(study, trained=_tasks(study, study.training_seed))
+        study = replace(study, trained=_build_tasks(study, study.training_seed))
     for family in families if data.measures else ():
         if not study.cases(family):
             name = study.task_data(family).dataset.name
@@ -303,12 +303,15 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
 
 
 def _check_slices(study: Study) -> None:
-    known = sorted({name for table in study.tables for name in attributes_of(table.dataset)})
+    known = sorted({name for table in study.tables for name in user_attributes(table.dataset)})
     for name in study.recipe.eval.slices:
         if name not in known:
-            there = f"the attributes are {', '.join(map(shown, known))}" if known else "the data has no attributes"
+            there = (
+                f"the attributes are {', '.join(map(format_value, known))}" if known else "the data has no attributes"
+            )
             raise RecipeError(
-                f"eval.slices: no user has an attribute {shown(name)}{did_you_mean(name, known)}; {there}. For your "
+                f"eval.slices: no user has an attribute {format_value(name)}{did_you_mean(name, known)}; {there}. "
+                "For your "
                 "own table, set data.columns.user_fields",
                 kind="unknown-name",
                 column="eval.slices",
@@ -323,7 +326,7 @@ def ensemble_weight_users(recipe: Recipe, family: str, data: SplitDataset) -> fr
     return frozenset(split_validation_users(data, section.reserved)[1].valid["user_id"].unique().to_list())
 
 
-def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
+def _evaluated_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
     """Return the users that are evaluated with candidate sets; None for all.
 
     A run may evaluate hundreds of users out of millions, and only their sets are drawn.
@@ -335,7 +338,7 @@ def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
     return None if len(result) <= most else frozenset(result[:most])
 
 
-def draw_sets(
+def draw_candidate_sets(
     recipe: Recipe, data: SplitDataset, split: SplitName, users: frozenset[str] | None = None
 ) -> CandidateSets | None:
     """Draw or retrieve the candidate sets of some or all users of a split; None if the whole catalogue is ranked."""
@@ -343,13 +346,15 @@ def draw_sets(
     if section.kind == "catalogue":
         return None
     if section.kind == "retrieved":
-        return retrieve(data, split, section, seed=recipe.seed, finder=ensemble_retriever(recipe), users=users)
-    return draw(data, split, section, seed=recipe.seed, users=users)
+        return retrieve_candidates(
+            data, split, section, seed=recipe.seed, finder=ensemble_retriever(recipe), users=users
+        )
+    return sample_candidates(data, split, section, seed=recipe.seed, users=users)
 
 
 def ensemble_retriever(recipe: Recipe) -> EnsembleRetriever | None:
     """Return the ensemble of baselines that retrieves candidates; None if a single baseline does."""
-    if recipe.eval.candidates.retriever != FUSED:
+    if recipe.eval.candidates.retriever != ENSEMBLE_RETRIEVER_NAME:
         return None
     from llmrec.ensembles.retrieving import EnsembleRetriever
 
@@ -358,7 +363,7 @@ def ensemble_retriever(recipe: Recipe) -> EnsembleRetriever | None:
     return EnsembleRetriever(baselines, recipe.eval.fusion.reserved, recipe.seed)
 
 
-def _tasks(study: Study, seed: int) -> dict[str, Task]:
+def _build_tasks(study: Study, seed: int) -> dict[str, Task]:
     return {
         family: build_task(study, family, section, study.templates[family], seed)
         for family, section in study.recipe.tasks.present().items()
@@ -375,12 +380,14 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         candidates=study.sets(family),
         shot_choice=study.recipe.eval.shots.choice,
         index=study.codes(family),
-        vectors=vectors_of(used.dataset.items, study.recipe.encoder, used),
-        lists=_lists(study.recipe, family, used, seed),
+        vectors=lazy_item_vectors(used.dataset.items, study.recipe.encoder, used),
+        lists=_retrieved_candidates(study.recipe, family, used, seed),
         held=study.held,
     )
     if study.held is not None and family_of(family).candidates != "items" and family in study.recipe.trained():
-        refuse_pairs(family, choose(family, section, templates, study.codes(family), reviews=True).train)
+        check_codes_without_titles(
+            family, select_task_templates(family, section, templates, study.codes(family), reviews=True).train
+        )
     kind, preference = family_of(family).task, study.recipe.train.preference
     if preference is None or family not in study.recipe.trained():
         return kind(section, inputs)
@@ -388,7 +395,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
     return kind(section, replace(inputs, preference=preference, hard=hard))
 
 
-def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> RetrievedCandidates | None:
+def _retrieved_candidates(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> RetrievedCandidates | None:
     """Return the retrieved candidates of a task's training examples; None if candidates are drawn at random."""
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
@@ -396,12 +403,12 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Retrie
     return RetrievedCandidates(data, section, seed, ensemble_retriever(recipe))
 
 
-def vectors_of(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:
+def lazy_item_vectors(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:
     """Return the text vectors of items; the text encoder is loaded on first use, after `refuse_other_split`."""
 
     def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
         fields = dict.fromkeys(name for item in entries for name in item.fields)
-        return item_vectors(entries, tuple(fields), fitting(encoder, data))
+        return item_vectors(entries, tuple(fields), text_embedder_for_split(encoder, data))
 
     return ItemVectors(items, embed)
 
@@ -413,10 +420,10 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
     the main data if already loaded; if they hold nothing out, the reviews hold nothing out either.
     """
     texts = recipe.data.texts if data is None else None  # data passed by the caller already has its texts
-    with naming_both_folders(recipe):
-        data, reviews = data or _split(recipe.data, recipe.seed), None
+    with add_searched_folders(recipe):
+        data, reviews = data or _load_without_texts(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
-            reviews = _split(recipe.reviews, recipe.seed, holds_out=data.measures)
+            reviews = _load_without_texts(recipe.reviews, recipe.seed, holds_out=data.measures)
             data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
             reviews = with_stored_texts(reviews, recipe.reviews.texts, data.held_out)
         return with_stored_texts(data, texts, reviews.held_out if reviews is not None else frozenset()), reviews
@@ -424,24 +431,24 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
 
 def load_split(section: DataSection, seed: int) -> SplitDataset:
     """Load and split the data of a recipe section."""
-    return with_stored_texts(_split(section, seed), section.texts)
+    return with_stored_texts(_load_without_texts(section, seed), section.texts)
 
 
-def _split(section: DataSection, seed: int, *, holds_out: bool = True) -> SplitDataset:
-    loaded = load(section, seed=seed)
+def _load_without_texts(section: DataSection, seed: int, *, holds_out: bool = True) -> SplitDataset:
+    loaded = load_data(section, seed=seed)
     return (
-        split(loaded, section.split, seed=seed)
+        split_dataset(loaded, section.split, seed=seed)
         if holds_out
-        else without_test(loaded, seed=seed, ties=section.split.ties)
+        else split_without_test(loaded, seed=seed, ties=section.split.ties)
     )
 
 
-def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:
+def _alignment_items(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:
     section = recipe.tasks.alignment
     if section is None:
         return None, None
-    held = hold_out(data.dataset.items, section.held_out, seed=recipe.seed)
-    return held, draw_held(held, recipe.eval.split, count=recipe.eval.candidates.count, seed=recipe.seed)
+    held = select_held_items(data.dataset.items, section.held_out, seed=recipe.seed)
+    return held, sample_held_candidates(held, recipe.eval.split, count=recipe.eval.candidates.count, seed=recipe.seed)
 
 
 def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
@@ -474,7 +481,7 @@ def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
     return Encoder(tokenizer, max_length=section.max_length)
 
 
-def folder_of(recipe: Recipe, out: Path | None) -> Path:
+def resolve_run_folder(recipe: Recipe, out: Path | None) -> Path:
     """Return the run folder: ``out``, or ``runs/<name>`` under the working folder."""
     return out if out is not None else Path("runs") / recipe.name
 
@@ -494,13 +501,13 @@ class ProfileLeak:
 def profile_leaks(data: SplitDataset) -> tuple[ProfileLeak, ...]:
     """Return the profile fields shown in prompts that mention a held-out item of their user."""
     profiles = data.dataset.users
-    held = held_titles(data, profiles)
+    held = held_out_titles(data, profiles)
     return tuple(
         ProfileLeak(user, name, item)
         for user, titles in held.items()
         for name, text in profiles[user].items()
         for title, item in titles.items()
-        if names(text, title)
+        if mentions_title(text, title)
     )
 
 

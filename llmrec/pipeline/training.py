@@ -11,57 +11,57 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec import processes
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.baselines.parameters import hashes_of
-from llmrec.durable import replacing, write_checked, write_text
+from llmrec.baselines.parameters import input_hashes
+from llmrec.durable import replace_atomically, write_checked_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
-from llmrec.fingerprint import code_digest, fingerprint, modules_of
-from llmrec.models.load import device, load_config, release_memory, weights_sha256, weights_stamp
-from llmrec.models.memory import TRAINING, check_memory, reporting_full_memory
-from llmrec.models.rating_head import RatingHead, copy_head
-from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
+from llmrec.fingerprint import code_digest, component_modules, fingerprint
+from llmrec.models.load import device, load_config, model_folder_hash, release_memory, weights_sha256
+from llmrec.models.memory import TRAINING_ADVICE, check_memory, convert_memory_errors
+from llmrec.models.rating_head import RatingHead, copy_rating_head
+from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS, TIED_METHODS, copy_soft_prompt_files
 from llmrec.models.text_encoder import text_embedder
-from llmrec.models.traits import is_paired
-from llmrec.models.whole_words import copy_words, refuse_words
+from llmrec.models.traits import is_encoder_decoder
+from llmrec.models.whole_words import copy_whole_words, raise_missing_encoder
 from llmrec.pipeline import bundle, indexing
 from llmrec.pipeline.objectives import (
     CheckpointEvaluator,
+    answer_labels,
+    build_soft_prompt,
     check_truncated_examples,
-    classes_of,
-    labels_of,
-    listwise_of,
-    objective_of,
-    plan_questions,
+    listwise_settings,
+    plan_reward_training,
+    rating_head_classes,
     reward_family,
-    soft_prompt_of,
+    reward_objective,
     trained_ranking_families,
 )
-from llmrec.pipeline.rejecting import BEAM, close
+from llmrec.pipeline.rejecting import BEAM, release_backend
 from llmrec.pipeline.resume import StageTimer, read_stage
 from llmrec.pipeline.row_specs import strategy_settings
 from llmrec.pipeline.study import Study, ensemble_retriever
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Training as TrainingRecord
-from llmrec.registry import BASELINES, TASKS, Table, stamps, written
+from llmrec.registry import BASELINES, TASKS, Table, plugin_digests, task_name_in_recipes
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
-from llmrec.train.batches import plan
-from llmrec.train.rows import Sources, streams, tokenise_validation_rows
-from llmrec.train.steps import Plan, weighted
-from llmrec.train.trackers import forget
+from llmrec.train.batches import plan_steps
+from llmrec.train.rows import ExampleSources, row_streams, tokenise_validation_rows
+from llmrec.train.steps import TrainingPlan, balance_task_losses
+from llmrec.train.trackers import remove_tracker_runs
 
 if TYPE_CHECKING:
     import torch
 
-    from llmrec.train.sft import Training
+    from llmrec.train.sft import TrainingResult
 
 log = logging.getLogger(__name__)
 
 
-def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
+def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> TrainingPlan:
     """Draw training examples by task weight to fill the steps of the recipe."""
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
-        refuse_words(study.recipe.model.name)
+        raise_missing_encoder(study.recipe.model.name)
     if section.softmax == "items" and (paired or study.index is None or not study.index.vocabulary):
         raise RecipeError(
             "train.softmax: 'items' needs a decoder and an index with item tokens, such as index: {scheme: token}; set "
@@ -71,16 +71,16 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         )
     if section.reward is not None:
         family = reward_family(study, paired=paired)
-        return plan_questions(study, encoder, {family: _valid_rows(study, family, encoder, paired=paired)})
+        return plan_reward_training(study, encoder, {family: _validation_rows(study, family, encoder, paired=paired)})
     shares = study.shares
     dropped = dict.fromkeys(shares, 0)
-    listwise, labels = listwise_of(study, paired=paired), labels_of(study, encoder, paired=paired)
-    classes = classes_of(study, encoder, paired=paired) or labels
+    listwise, labels = listwise_settings(study, paired=paired), answer_labels(study, encoder, paired=paired)
+    classes = rating_head_classes(study, encoder, paired=paired) or labels
     families: list[str] = []
 
     def rows() -> Iterator[TokenRow]:
         since = 0
-        for family, drawn in drawn_rows(study, encoder, paired=paired):
+        for family, drawn in iterate_training_rows(study, encoder, paired=paired):
             row = classes.row(drawn) if classes is not None and drawn is not None else drawn
             if row is None:
                 if section.examples is not None:
@@ -100,7 +100,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
             yield row
 
     width = section.max_row_tokens if section.packing == "tree" else None
-    steps = plan(
+    steps = plan_steps(
         rows(),
         steps=section.steps,
         batch_tokens=section.batch_tokens,
@@ -116,15 +116,17 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         for n in numbers:
             counts[families[n]] += 1
     # This must precede validation examples, whose labels must not initialise soft prompts.
-    soft = soft_prompt_of(study, labels) if labels is not None else None
-    valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
+    soft = build_soft_prompt(study, labels) if labels is not None else None
+    valid = {
+        family: _validation_rows(study, family, encoder, paired=paired) for family in _families_with_validation(study)
+    }
     if classes is not None:
         valid = {f: [labelled for item in items if (labelled := classes.row(item))] for f, items in valid.items()}
-    balanced = weighted(steps, families)
-    return Plan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
+    balanced = balance_task_losses(steps, families)
+    return TrainingPlan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
 
 
-def drawn_rows(
+def iterate_training_rows(
     study: Study, encoder: Encoder, *, paired: bool = False, texts: bool = False
 ) -> Iterator[tuple[str, TokenRow | None]]:
     """Yield tasks and training examples endlessly, in the order in which steps use them.
@@ -132,28 +134,28 @@ def drawn_rows(
     With ``texts``, rows are `llmrec.train.rows.TextRow`.
     """
     tasks, users, seed = study.training_tasks, study.data.users(), study.training_seed
-    sources = Sources(tasks, study.training_examples, users, study.recipe.train, seed, paired)
-    result, weights = streams(sources, study.shares, encoder, texts=texts)
-    for _, drawn in interleave(result, weights, seed, size=lambda drawn: _size(drawn[1])):
+    sources = ExampleSources(tasks, study.training_examples, users, study.recipe.train, seed, paired)
+    result, weights = row_streams(sources, study.shares, encoder, texts=texts)
+    for _, drawn in interleave(result, weights, seed, size=lambda drawn: _token_count(drawn[1])):
         yield drawn
 
 
-def _followed(study: Study) -> list[str]:
+def _families_with_validation(study: Study) -> list[str]:
     """Return the tasks with a validation loss, including untrained ones that measure transfer.
 
     A rating head or tied soft prompts have their own loss; then no other family has a validation loss.
     """
     rating = study.recipe.tasks.rating
-    if study.recipe.train.method in TIED or (rating is not None and rating.head is not None):
+    if study.recipe.train.method in TIED_METHODS or (rating is not None and rating.head is not None):
         return list(study.shares)
     return [family for family in study.tasks if study.section(family).weight > 0]
 
 
-def _size(row: TokenRow | None) -> int:
+def _token_count(row: TokenRow | None) -> int:
     return 0 if row is None else len(row.ids)
 
 
-def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:
+def _validation_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:
     section, limit = study.recipe.train, study.recipe.model.max_length
     examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
     return tokenise_validation_rows(examples, encoder, limit, paired=paired)
@@ -162,7 +164,7 @@ def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) ->
 def training_key(study: Study, folder: str) -> str:
     """Return the fingerprint of the adapter.
 
-    It does not include code, so that an edit does not discard a long training; see `_code`.
+    It does not include code, so that an edit does not discard a long training; see `_training_code_digest`.
     """
     recipe = study.recipe
     lists = any(family_of(family).lists for family in study.tasks)
@@ -170,36 +172,38 @@ def training_key(study: Study, folder: str) -> str:
         "train",
         recipe,
         unused=() if lists else ("eval.candidates",),
-        weights=weights_stamp(folder),
+        weights=model_folder_hash(folder),
         data=study.data.fingerprint,
         reviews=study.reviews.fingerprint if study.reviews else None,
         index=study.index.digest if study.index else None,
         noun=[data.dataset.noun for data in study.tables],
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
-        plugins=stamps([*((TASKS, written(family)) for family in study.tasks), *_scorers(recipe)]),
+        plugins=plugin_digests(
+            [*((TASKS, task_name_in_recipes(family)) for family in study.tasks), *_scoring_baselines(recipe)]
+        ),
         encoder=_encoder_stamp(study),
-        finder=_finding(recipe) if lists or recipe.train.preference is not None else None,
-        beam=_beam(study),
-        judge=_judging(study),
-        teacher=_teaching(recipe),
+        finder=_retriever_settings(recipe) if lists or recipe.train.preference is not None else None,
+        beam=_beam_search_settings(study),
+        judge=_checkpoint_selection_settings(study),
+        teacher=_teacher_stamp(recipe),
     )
 
 
-def _code(study: Study) -> str:
+def _training_code_digest(study: Study) -> str:
     """Return a hash of the code of the tasks, the training examples and the training loop."""
-    families = modules_of((TASKS, written(family)) for family in study.tasks)
+    families = component_modules((TASKS, task_name_in_recipes(family)) for family in study.tasks)
     return code_digest("llmrec.train.lora", "llmrec.train.rows", "llmrec.train.sft", *sorted(families))
 
 
-def _teaching(recipe: Recipe) -> str | None:
+def _teacher_stamp(recipe: Recipe) -> str | None:
     """Return the hash of the teacher's weights, if the recipe has a teacher."""
     if recipe.train.teacher is None:
         return None
     merged = Path(recipe.train.teacher.run).expanduser() / "merged"
-    return weights_stamp(str(merged)) if merged.is_dir() else ""
+    return model_folder_hash(str(merged)) if merged.is_dir() else ""
 
 
-def _scorers(recipe: Recipe) -> list[tuple[Table, str]]:
+def _scoring_baselines(recipe: Recipe) -> list[tuple[Table, str]]:
     """Return the baselines that give rewards or hard negatives, if any."""
     reward, preference = recipe.train.reward, recipe.train.preference
     named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]
@@ -212,7 +216,7 @@ def _encoder_stamp(study: Study) -> str | None:
     return text_embedder(study.recipe.encoder).stamp if "relevant" in rules else None
 
 
-def _judging(study: Study) -> dict[str, object] | None:
+def _checkpoint_selection_settings(study: Study) -> dict[str, object] | None:
     """Return the evaluation settings that affect the selection of the checkpoint."""
     recipe = study.recipe
     if recipe.train.judge is None:
@@ -231,7 +235,7 @@ def _judging(study: Study) -> dict[str, object] | None:
     }
 
 
-def _beam(study: Study) -> list[object] | None:
+def _beam_search_settings(study: Study) -> list[object] | None:
     """Return the settings of the beam search that finds hard negatives, if there is one."""
     preference = study.recipe.train.preference
     if preference is None or preference.rejected != BEAM:
@@ -239,13 +243,13 @@ def _beam(study: Study) -> list[object] | None:
     return [{family: study.tasks[family].eval_templates[0] for family in study.shares}, study.recipe.eval.exact]
 
 
-def _finding(recipe: Recipe) -> dict[str, object] | None:
+def _retriever_settings(recipe: Recipe) -> dict[str, object] | None:
     """Return the inputs of the ensemble that retrieves candidates, if there is one."""
     finder = ensemble_retriever(recipe)
     if finder is None:
         return None
     baselines = [
-        [baseline.model_dump(mode="json"), hashes_of(baseline.name, baseline.parameters)]
+        [baseline.model_dump(mode="json"), input_hashes(baseline.name, baseline.parameters)]
         for baseline in finder.baselines
     ]
     return {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}
@@ -253,12 +257,12 @@ def _finding(recipe: Recipe) -> dict[str, object] | None:
 
 def reusable_training(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
     """Return the record of a finished training with unchanged inputs and an intact merged model."""
-    done = read_stage(folder / "train.json", training_key(study, base), _record_of)
+    done = read_stage(folder / "train.json", training_key(study, base), _parse_training_record)
     if done is None:
         return None
     merged = folder / "merged"
-    if (merged / "config.json").is_file() and weights_stamp(str(merged)) == done["merged_sha256"]:
-        if done.get("code") != _code(study):
+    if (merged / "config.json").is_file() and model_folder_hash(str(merged)) == done["merged_sha256"]:
+        if done.get("code") != _training_code_digest(study):
             log.warning("training: llmrec has changed since %s was trained; remove %s to train again", merged, folder)
         return done
     if done["merged_sha256"] is not None:
@@ -266,9 +270,9 @@ def reusable_training(study: Study, base: str, folder: Path) -> dict[str, Any] |
     return None
 
 
-def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
+def _unmerged_training(folder: Path, key: str) -> dict[str, Any] | None:
     """Return the record of a finished training whose adapter is not merged yet."""
-    done = read_stage(folder / "train.json", key, _record_of)
+    done = read_stage(folder / "train.json", key, _parse_training_record)
     adapter = folder / "adapter"
     if done is None or not adapter.is_dir() or weights_sha256(adapter) != done["adapter_sha256"]:
         return None
@@ -276,7 +280,7 @@ def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
     return done
 
 
-def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
+def _parse_training_record(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
     """Return a stored training record and the hash of its weights."""
     return TrainingRecord.model_validate(stored), str(stored["merged_sha256"])
 
@@ -295,33 +299,33 @@ def train_stage(
     done = reusable_training(study, base, folder) if not processes.rank() else None
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
-        if processes.size() == 1:
+        if processes.process_count() == 1:
             return done
-    from llmrec.train.world import current_world, refuse_different
+    from llmrec.train.world import check_same_inputs, current_world
 
     world, key = current_world(), training_key(study, base)
-    refuse_different(world, key, "training data, model or recipe")
+    check_same_inputs(world, key, "training data, model or recipe")
     if world.agree(done is not None):
-        return done or _stored(folder, key)
-    if study.recipe.train.method in METHODS:
-        from llmrec.train.heads import soft_encoder
+        return done or _read_shared_record(folder, key)
+    if study.recipe.train.method in SOFT_PROMPT_METHODS:
+        from llmrec.train.heads import soft_prompt_encoder
 
-        encoder = soft_encoder(encoder, study.recipe.train)
-    record = _unmerged(folder, key) if world.first else None
+        encoder = soft_prompt_encoder(encoder, study.recipe.train)
+    record = _unmerged_training(folder, key) if world.first else None
     if world.agree(record is not None):
         budget.add("train", record["seconds"] if record is not None else 0.0)
     else:
-        record = _adapted(study, encoder, base, folder, budget, key, teacher=teacher, quiet=quiet)
+        record = _train_adapter(study, encoder, base, folder, budget, key, teacher=teacher, quiet=quiet)
     if record is not None:
         with budget.stage("merge"):
             _merge(study, encoder, base, folder)
-        record["merged_sha256"] = weights_stamp(str(folder / "merged"))
-        write_checked(folder / "train.json", record)
+        record["merged_sha256"] = model_folder_hash(str(folder / "merged"))
+        write_checked_json(folder / "train.json", record)
     world.wait()
-    return record or _stored(folder, key)
+    return record or _read_shared_record(folder, key)
 
 
-def _adapted(
+def _train_adapter(
     study: Study,
     encoder: Encoder,
     base: str,
@@ -337,7 +341,7 @@ def _adapted(
     Returns:
         The record; None in processes other than the first.
     """
-    from llmrec.train.world import current_world, refuse_different
+    from llmrec.train.world import check_same_inputs, current_world
 
     world = current_world()
     if world.first:
@@ -347,14 +351,14 @@ def _adapted(
         config = load_config(base, study.recipe.model)
         if world.first:
             check_memory(base, config, study.recipe.model, study.recipe.train)
-        paired = is_paired(config)
+        paired = is_encoder_decoder(config)
         planned = plan_training(study, encoder, paired=paired)
-        close()
-        refuse_different(world, planned.steps.digest(), "training rows")
-    with budget.stage("train"), reporting_full_memory("training", TRAINING, "train.batch_tokens"):
+        release_backend()
+        check_same_inputs(world, planned.steps.digest(), "training rows")
+    with budget.stage("train"), convert_memory_errors("training", TRAINING_ADVICE, "train.batch_tokens"):
         judge = CheckpointEvaluator.of(study, encoder) if world.first else None
         if world.first:
-            clear_foreign(folder, key)
+            remove_foreign_checkpoints(folder, key)
         training = _train(study, encoder, base, folder, planned, teacher=teacher, judge=judge, quiet=quiet)
         release_memory()
     budget.add("train", training.seconds_before)
@@ -370,7 +374,7 @@ def _adapted(
             facts["judged"]["controls"] = judge.controls()
     record = {
         "key": key,
-        "code": _code(study),
+        "code": _training_code_digest(study),
         "rows": dict(planned.rows),
         "shares": dict(study.shares),
         "loss_shares": dict(planned.loss_shares),
@@ -378,13 +382,13 @@ def _adapted(
         **facts,
         "merged_sha256": None,
     }
-    write_checked(folder / "train.json", record)
+    write_checked_json(folder / "train.json", record)
     return record
 
 
-def _stored(folder: Path, key: str) -> dict[str, Any]:
+def _read_shared_record(folder: Path, key: str) -> dict[str, Any]:
     """Return the training record written by the first process."""
-    result = read_stage(folder / "train.json", key, _record_of)
+    result = read_stage(folder / "train.json", key, _parse_training_record)
     if result is None:
         raise LlmrecError(
             f"{folder / 'train.json'} was written by the first process, but another process does not see it; put the "
@@ -400,14 +404,14 @@ def _train(
     encoder: Encoder,
     base: str,
     folder: Path,
-    planned: Plan,
+    planned: TrainingPlan,
     *,
     teacher: str | None,
     judge: CheckpointEvaluator | None,
     quiet: bool,
-) -> Training:
+) -> TrainingResult:
     from llmrec.train import lora, sft
-    from llmrec.train.heads import load_soft, open_teacher, tokens_of
+    from llmrec.train.heads import head_vocabulary_size, load_soft_prompt_model, load_teacher
 
     section = study.recipe.train
     names = study.index.vocabulary if study.index is not None else ()
@@ -415,17 +419,17 @@ def _train(
     # seeds the random initial weights of adapters and heads
     require("torch", "train").manual_seed(study.training_seed)
     if planned.soft is not None:
-        model = load_soft(base, study.recipe.model, section, encoder, planned.soft)
+        model = load_soft_prompt_model(base, study.recipe.model, section, encoder, planned.soft)
     else:
         model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     if study.recipe.model.whole_words:
-        from llmrec.train.whole_words import put_on
+        from llmrec.train.whole_words import add_whole_words
 
-        put_on(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
-    head = _head(study, encoder, model, planned)
+        add_whole_words(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
+    head = _attach_rating_head(study, encoder, model, planned)
     taught = None
     if teacher is not None and section.teacher is not None:
-        taught = open_teacher(teacher, study.recipe.model, section.teacher, tokens_of(model))
+        taught = load_teacher(teacher, study.recipe.model, section.teacher, head_vocabulary_size(model))
     return sft.train(
         model,
         encoder,
@@ -438,8 +442,8 @@ def _train(
         loss=sft.LossInputs(
             head=head,
             soft=planned.soft,
-            listwise=listwise_of(study),
-            objective=objective_of(study, encoder, planned) if section.reward is not None else None,
+            listwise=listwise_settings(study),
+            objective=reward_objective(study, encoder, planned) if section.reward is not None else None,
             taught=taught,
             items=tokens,
         ),
@@ -448,44 +452,46 @@ def _train(
     )
 
 
-def _head(study: Study, encoder: Encoder, model: torch.nn.Module, planned: Plan) -> RatingHead | None:
+def _attach_rating_head(
+    study: Study, encoder: Encoder, model: torch.nn.Module, planned: TrainingPlan
+) -> RatingHead | None:
     """Attach the recipe's rating head to the model, initialised from the ratings of the planned examples."""
-    classes = classes_of(study, encoder)
+    classes = rating_head_classes(study, encoder)
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:
         return None
-    from llmrec.train.heads import attach
+    from llmrec.train.heads import attach_rating_head
 
     counts = classes.counts(row for step in planned.steps for row in step.rows)
-    return attach(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)
+    return attach_rating_head(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)
 
 
 def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
     from llmrec.train import lora
 
-    with replacing(folder / "merged") as draft:
+    with replace_atomically(folder / "merged") as draft:
         if study.recipe.train.method == "full":
-            lora.save_full(folder / "adapter", study.recipe.model, draft)
+            lora.save_full_model(folder / "adapter", study.recipe.model, draft)
         else:
-            lora.merge(base, study.recipe.model, folder / "adapter", draft)
-        copy_head(folder / "adapter", draft)
-        copy_words(folder / "adapter", draft)
-        copy_soft(folder / "adapter", draft)
+            lora.merge_adapter(base, study.recipe.model, folder / "adapter", draft)
+        copy_rating_head(folder / "adapter", draft)
+        copy_whole_words(folder / "adapter", draft)
+        copy_soft_prompt_files(folder / "adapter", draft)
         encoder.tokenizer.save_pretrained(draft)
         bundle.write(study, draft)
         if study.index is not None:
             study.index.save(draft / indexing.FOLDER)
 
 
-def clear_foreign(folder: Path, key: str) -> None:
+def remove_foreign_checkpoints(folder: Path, key: str) -> None:
     """Remove the checkpoints of other recipes from a run folder."""
-    from llmrec.train.checkpoint import checkpoints
+    from llmrec.train.checkpoint import checkpoint_folders
 
     mark = folder / "checkpoints" / "key"
-    result = checkpoints(folder / "checkpoints")
+    result = checkpoint_folders(folder / "checkpoints")
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
     for checkpoint in result:
         shutil.rmtree(checkpoint)
-    forget(folder)
+    remove_tracker_runs(folder)
     write_text(mark, key)

@@ -9,24 +9,24 @@ from typing import get_args
 
 from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.ensembles.blend import PredictionEnsemble
-from llmrec.ensembles.context import Context
+from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
     RANDOM_BASELINE,
     PrecomputedMember,
-    choosing,
+    baseline_reads,
     combined_reads,
-    join,
-    reads_of,
+    fit_ensemble,
+    member_training_data,
 )
 from llmrec.ensembles.rankers import ListEnsemble
-from llmrec.ensembles.retrieving import MOST
+from llmrec.ensembles.retrieving import MAX_WEIGHT_USERS
 from llmrec.ensembles.stored import StoredEnsemble, stored_ensemble_of
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError
-from llmrec.pipeline.study import Study, build_task, draw_sets
+from llmrec.pipeline.study import Study, build_task, draw_candidate_sets
 from llmrec.results import Reads, Row
-from llmrec.tasks.cases import of_first_users
+from llmrec.tasks.cases import cases_of_first_users
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Probability, Rating
 
@@ -43,7 +43,7 @@ def ensemble_kinds(study: Study, family: str) -> tuple[Reads, ...]:
     if not able or not section.fusion.controls or section.split != "test":
         return ()
     reads = [
-        reads_of(baseline.name, baseline.parameters)
+        baseline_reads(baseline.name, baseline.parameters)
         for baseline in study.baselines(family)
         if baseline.name != RANDOM_BASELINE
     ]
@@ -82,15 +82,15 @@ class EnsembleUsers:
         if family not in self._cases:
             self._cases[family] = self._drawn(family)
         most = self._study.recipe.eval.fusion.model_users if model else None
-        return of_first_users(self._cases[family], most)
+        return cases_of_first_users(self._cases[family], most)
 
     def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
-        """Return the data on which a baseline is fitted; see `choosing`."""
+        """Return the data on which a baseline is fitted; see `member_training_data`."""
         section = self._study.recipe.eval.fusion
         if not section.controls:
             return data
         if (id(data), name) not in self._choosing:
-            self._choosing[id(data), name] = choosing(name, data, section.reserved)
+            self._choosing[id(data), name] = member_training_data(name, data, section.reserved)
         return self._choosing[id(data), name]
 
     def _drawn(self, family: str) -> list[Case]:
@@ -102,15 +102,15 @@ class EnsembleUsers:
         weighers = split_validation_users(data, section.reserved)[1].holdouts("valid")
         aside = study.set_aside(family)
         if kind.ranks_for_users and study.candidates is not None:
-            users = frozenset(weighers.first_users(MOST, but=aside))
-            valid_study = replace(study, candidates=draw_sets(study.recipe, study.data, "valid", users))
+            users = frozenset(weighers.first_users(MAX_WEIGHT_USERS, but=aside))
+            valid_study = replace(study, candidates=draw_candidate_sets(study.recipe, study.data, "valid", users))
             task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
         try:
             able = task.cases("valid")
         except DataError as error:
             log.warning("%s: no ensemble of the baselines: %s", family, error)
             return []
-        cases = of_first_users(able, MOST, among=set(weighers.frame["user_id"].to_list()), but=aside)
+        cases = cases_of_first_users(able, MAX_WEIGHT_USERS, among=set(weighers.frame["user_id"].to_list()), but=aside)
         result = len({case.request.user_id for case in cases})
         if result < 2 * FOLDS:
             log.warning(
@@ -129,12 +129,14 @@ def fit_base_ensembles(
     ``parts`` are baselines with answers to all cases, followed by other members.
     """
     results: list[ListEnsemble | PredictionEnsemble] = []
-    answer, context = family_of(family).answer, Context(study.data)
+    answer, context = family_of(family).answer, ContextFeatures(study.data)
     for kind in ensemble_kinds(study, family) if cases else ():
         able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
         if len(able) < len(parts):
             results.append(
-                join(ENSEMBLE_NAMES[kind], able, cases, answer, base_ensembles=results, ablate=False, context=context)
+                fit_ensemble(
+                    ENSEMBLE_NAMES[kind], able, cases, answer, base_ensembles=results, ablate=False, context=context
+                )
             )
     return results
 

@@ -23,8 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llmrec.errors import ErrorKind, Location, RecipeError, did_you_mean
 from llmrec.guard import clean, neutralise
 from llmrec.prompts.values import Fields, Placeholders, Record
-from llmrec.prompts.words import ENGLISH, FOLDER, Words, english, words_of
-from llmrec.recipe.pages import read_page
+from llmrec.prompts.words import ENGLISH, LANGUAGES_FOLDER, Words, english_words, read_language_words
+from llmrec.recipe.pages import read_yaml_page
 from llmrec.resources import resource
 from llmrec.types import Message, Role, Segment
 
@@ -39,7 +39,7 @@ FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\uf8ff\U
 """Characters forbidden in templates: control and line separators, surrogates, private use."""
 
 _DEPTH_LIMIT = 24
-_LOOP = ("first", "last", "index")
+_LOOP_ATTRIBUTES = ("first", "last", "index")
 _STATEMENTS = (nodes.Output, nodes.TemplateData, nodes.If, nodes.For)
 _EXPRESSIONS = (nodes.Name, nodes.Getattr, nodes.Const, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not)
 
@@ -54,7 +54,7 @@ class ForbiddenConstruct(Exception):
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledTemplate:
     """A checked template text, with the variables that it uses."""
 
     names: frozenset[str]
@@ -122,7 +122,7 @@ _ENVIRONMENT.tests.clear()
 
 
 @lru_cache(maxsize=1024)
-def compiled(source: str) -> Compiled:
+def compile_template(source: str) -> CompiledTemplate:
     """Check a template text, and return it with its variables.
 
     Raises:
@@ -131,15 +131,15 @@ def compiled(source: str) -> Compiled:
     names: set[str] = set()
     try:
         for node in _ENVIRONMENT.parse(source).body:
-            _walk(node, 0, None, names)
-        return Compiled(frozenset(names), source)
+            _check_node(node, 0, None, names)
+        return CompiledTemplate(frozenset(names), source)
     except TemplateError as error:
         raise ForbiddenConstruct(getattr(error, "lineno", None) or 1, str(error.message)) from None
     except (RecursionError, ValueError, MemoryError, OverflowError, SyntaxError):
         raise ForbiddenConstruct(1, "an expression that is nested too deeply, or a number that is too long") from None
 
 
-def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
+def _check_node(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
     """Reject syntax that is not allowed, and collect free variables; ``bound`` is the loop variable."""
     if depth > _DEPTH_LIMIT:
         raise ForbiddenConstruct(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
@@ -148,7 +148,7 @@ def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> N
     if isinstance(node, nodes.Const) and isinstance(node.value, str) and FORBIDDEN.search(node.value):
         raise ForbiddenConstruct(node.lineno, "a control or private-use character")
     if isinstance(node, nodes.Getattr):
-        _walk_attribute(node, bound, names)
+        _check_attribute(node, bound, names)
     elif isinstance(node, nodes.Name):
         if node.name == "loop":
             raise ForbiddenConstruct(
@@ -157,20 +157,20 @@ def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> N
         if node.name != bound:
             names.add(node.name)
     elif isinstance(node, nodes.For):
-        _walk_for(node, depth, bound, names)
+        _check_loop(node, depth, bound, names)
     else:
         for child in node.iter_child_nodes():
-            _walk(child, depth + 1, bound, names)
+            _check_node(child, depth + 1, bound, names)
 
 
-def _walk_attribute(node: nodes.Getattr, bound: str | None, names: set[str]) -> None:
+def _check_attribute(node: nodes.Getattr, bound: str | None, names: set[str]) -> None:
     owner = node.node
     if not isinstance(owner, nodes.Name):
         raise ForbiddenConstruct(node.lineno, f"attribute {node.attr!r} of an expression that is not a plain variable")
     if node.attr.startswith("_"):
         raise ForbiddenConstruct(node.lineno, f"attribute {node.attr!r} starts with an underscore")
     if owner.name == "loop":
-        if bound is None or node.attr not in _LOOP:
+        if bound is None or node.attr not in _LOOP_ATTRIBUTES:
             raise ForbiddenConstruct(
                 node.lineno, f"loop.{node.attr}; inside a for there are loop.first, loop.last and loop.index"
             )
@@ -178,7 +178,7 @@ def _walk_attribute(node: nodes.Getattr, bound: str | None, names: set[str]) -> 
         names.add(owner.name)
 
 
-def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -> None:
+def _check_loop(node: nodes.For, depth: int, bound: str | None, names: set[str]) -> None:
     if bound is not None:
         raise ForbiddenConstruct(node.lineno, "a for inside a for")
     if node.recursive or node.test is not None:
@@ -188,23 +188,23 @@ def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -
     if node.target.name == "loop":
         # Jinja rejects this only when the template is first rendered.
         raise ForbiddenConstruct(node.lineno, "a loop variable called loop")
-    _walk(node.iter, depth + 1, None, names)
+    _check_node(node.iter, depth + 1, None, names)
     for child in node.body:
-        _walk(child, depth + 1, node.target.name, names)
+        _check_node(child, depth + 1, node.target.name, names)
     for child in node.else_:
-        _walk(child, depth + 1, None, names)
+        _check_node(child, depth + 1, None, names)
 
 
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
-_KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
+_HASHED_KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
 # Metadata of a template, which do not change prompts and are not hashed; words of a language do and are.
-_NOTES = ("set", "number", "also", "leak", "needs", "language")
-_ALL_KEYS = (*_KEYS, *_NOTES)
+_METADATA_KEYS = ("set", "number", "also", "leak", "needs", "language")
+_ALL_KEYS = (*_HASHED_KEYS, *_METADATA_KEYS)
 _USES = ("seen", "named", "unseen")
-_NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
+_REQUIRED_KEYS = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _ALSO = re.compile(rf"{_NAME.pattern} \S+")
 _CODE = re.compile(r"\.code\b")
@@ -258,7 +258,7 @@ class Template:
     leak: str = ""
     needs: Literal["", "reviews"] = ""
     language: str = ENGLISH
-    words: Words = field(default_factory=english, compare=False)
+    words: Words = field(default_factory=english_words, compare=False)
     sha: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -271,8 +271,8 @@ class Template:
         for part in _PARTS:
             _check_source(part, getattr(self, part))
         if self.words.language != self.language:
-            object.__setattr__(self, "words", words_of(self.language))
-        hashed: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+            object.__setattr__(self, "words", read_language_words(self.language))
+        hashed: dict[str, Any] = {key: getattr(self, key) for key in _HASHED_KEYS}
         if self.language != ENGLISH:
             hashed["words"] = self.words.model_dump(mode="json")
         content = json.dumps(hashed, sort_keys=True)
@@ -290,7 +290,7 @@ class Template:
             RecipeError: As `Template`.
         """
         words = entry.get("words")
-        return Template(**{**entry, "words": Words.model_validate(words) if words else english()})
+        return Template(**{**entry, "words": Words.model_validate(words) if words else english_words()})
 
     @property
     def id(self) -> str:
@@ -337,7 +337,7 @@ class Template:
 
     def names(self, *parts: str) -> frozenset[str]:
         """Return the variables used in the given parts (``system``, ``user``, ``lead`` and ``target``)."""
-        return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))
+        return frozenset().union(*(compile_template(getattr(self, part)).names for part in parts))
 
     def check(self, *, turns: Collection[str], lead: Collection[str], target: Collection[str]) -> None:
         """Reject variables that must not be used in a part, so that no prompt shows the answer.
@@ -347,7 +347,7 @@ class Template:
         """
         for part, known in (("system", turns), ("user", turns), ("lead", lead), ("target", target)):
             for name in sorted(self.names(part)):
-                self._require(part, name, known)
+                self._check_variable(part, name, known)
 
     def turns(self, values: Mapping[str, object]) -> tuple[Message, ...]:
         """Render the system message, if there is one, and the user message.
@@ -356,7 +356,7 @@ class Template:
             RecipeError: If a variable is unknown or the text exceeds its limit.
         """
         roles: tuple[tuple[Role, str], ...] = (("system", "system"), ("user", "user"))
-        rendered = ((role, self._render(part, values)) for role, part in roles)
+        rendered = ((role, self._render_part(part, values)) for role, part in roles)
         return tuple(Message(role, segments) for role, segments in rendered if segments)
 
     @property
@@ -368,7 +368,7 @@ class Template:
 
     def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
         """Render the fixed text at the start of the answer, after which the model generates."""
-        return self._render("lead", values)
+        return self._render_part("lead", values)
 
     def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """Render the text before the target, and the target as one segment of kind ``target``."""
@@ -376,9 +376,9 @@ class Template:
 
     def answer(self, values: Mapping[str, object]) -> str:
         """Render the target as the text whose likelihood is scored."""
-        return "".join(segment.text for segment in self._render("target", values))
+        return "".join(segment.text for segment in self._render_part("target", values))
 
-    def _require(self, part: str, name: str, known: Collection[str]) -> None:
+    def _check_variable(self, part: str, name: str, known: Collection[str]) -> None:
         if name not in known:
             names = ", ".join(sorted(known)) or "none"
             problem = f"unknown variable {name!r}{did_you_mean(name, known)}; known there: {names}"
@@ -386,16 +386,16 @@ class Template:
                 f"template {self.id}, key {part}: {problem}", kind="unknown-name", at=self.id, column=part
             )
 
-    def _render(self, part: str, values: Mapping[str, object]) -> tuple[Segment, ...]:
+    def _render_part(self, part: str, values: Mapping[str, object]) -> tuple[Segment, ...]:
         source: str = getattr(self, part)
         if "{" not in source:
             return (Segment("text", source),) if source else ()
-        parsed = compiled(source)
+        parsed = compile_template(source)
         item = values.get("item") if parsed.names == _ITEM else None
         if isinstance(item, Fields) and source in item.rendered:
             return item.rendered[source]
         for name in parsed.names:
-            self._require(part, name, values)
+            self._check_variable(part, name, values)
         ledger = Placeholders()
         chunks: list[str] = []
         try:
@@ -442,7 +442,7 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
             mixed += [item] if item.is_file() else sorted(item.glob("*.yaml"))
     result: dict[str, tuple[Template, Path]] = {}
     for file in (*files, *mixed):
-        template = _read(file)
+        template = _read_template(file)
         if template.family != family:
             if file in mixed:
                 continue
@@ -467,25 +467,25 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
 # --------------------------------------------------------------------------- files
 
 
-def _fault(key: str, kind: ErrorKind, problem: str) -> RecipeError:
+def _template_error(key: str, kind: ErrorKind, problem: str) -> RecipeError:
     """Return the error about a key; the loader adds the file and the line."""
     return RecipeError(problem, kind=kind, column=key)
 
 
 def _check_source(part: str, source: str) -> None:
     if len(source) > SOURCE_LIMIT:
-        raise _fault(part, "too-large", f"key {part} is longer than {SOURCE_LIMIT} characters; shorten it")
+        raise _template_error(part, "too-large", f"key {part} is longer than {SOURCE_LIMIT} characters; shorten it")
     bad = FORBIDDEN.search(source)
     if bad:
-        raise _fault(
+        raise _template_error(
             part,
             "encoding",
             f"key {part} contains the control or private-use character U+{ord(bad.group()):04X}; remove it",
         )
     try:
-        compiled(source)
+        compile_template(source)
     except ForbiddenConstruct as refusal:
-        raise _fault(
+        raise _template_error(
             part,
             "syntax",
             f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may contain variables such "
@@ -498,29 +498,31 @@ def _check_fields(template: Template) -> None:
         value = getattr(template, key)
         if key == "version":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _fault(key, "bad-value", "version must be a whole number of at least 1")
+                raise _template_error(key, "bad-value", "version must be a whole number of at least 1")
         elif not isinstance(value, str):
             kind = type(value).__name__
-            raise _fault(
+            raise _template_error(
                 key,
                 "bad-value",
                 f"{key} is a {kind}, not a text; write a text, in quotes if necessary",
             )
     for key in ("family", "name"):
         if not _NAME.fullmatch(getattr(template, key)):
-            raise _fault(
+            raise _template_error(
                 key, "bad-value", f"{key} is {getattr(template, key)!r}; use lower-case letters, digits and hyphens"
             )
     for key, known in (("use", _USES), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
         value = getattr(template, key)
         if value not in known:
             choices = " or ".join(name or "drop it" for name in known)
-            raise _fault(key, "unknown-name", f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}")
+            raise _template_error(
+                key, "unknown-name", f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}"
+            )
     for key in ("user", "target"):
         if not getattr(template, key).strip():
-            raise _fault(key, "missing-value", f"{key} is empty; add its value")
+            raise _template_error(key, "missing-value", f"{key} is empty; add its value")
     if template.shape == "list" and not template.tail.startswith("\n") and not template.bare:
-        raise _fault(
+        raise _template_error(
             "tail",
             "contradiction",
             f"tail is {template.tail!r}; list steps end with a newline, which titles cannot have. Only a list of "
@@ -528,33 +530,35 @@ def _check_fields(template: Template) -> None:
         )
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):
-            raise _fault(key, "contradiction", f"a chat has no {key}; remove the key or use shape: list")
+            raise _template_error(key, "contradiction", f"a chat has no {key}; remove the key or use shape: list")
     if template.set and not _NAME.fullmatch(template.set):
-        raise _fault("set", "bad-value", f"set is {template.set!r}; use lower-case letters, digits and hyphens")
+        raise _template_error(
+            "set", "bad-value", f"set is {template.set!r}; use lower-case letters, digits and hyphens"
+        )
     if template.also and not _ALSO.fullmatch(template.also):
-        raise _fault(
+        raise _template_error(
             "also",
             "bad-value",
             f"also is {template.also!r}; write a set and the template's number in this set, such as 'p5-yelp 3-2'",
         )
     for key in ("number", "also", "leak"):
         if FORBIDDEN.search(getattr(template, key)):
-            raise _fault(key, "encoding", f"{key} contains a control or private-use character; remove it")
+            raise _template_error(key, "encoding", f"{key} contains a control or private-use character; remove it")
     if "{" in template.tail or FORBIDDEN.search(template.tail):
-        raise _fault("tail", "bad-value", "tail must be literal text without variables or control characters")
+        raise _template_error("tail", "bad-value", "tail must be literal text without variables or control characters")
 
 
-def _read(file: Path) -> Template:
+def _read_template(file: Path) -> Template:
     if file.stat().st_size > 4 * SOURCE_LIMIT:
         raise RecipeError.at(file, "too-large", f": longer than {4 * SOURCE_LIMIT} bytes; a template is a short file")
-    page, locations = read_page(file)
+    page, locations = read_yaml_page(file)
     values: Mapping[str, Any] = page
     for key in values:
         if key not in _ALL_KEYS:
             location, known = locations.get((str(key),), Location(str(file), line=1)), ", ".join(_ALL_KEYS)
             rest = f": unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}"
             raise RecipeError.at(location, "unknown-key", rest, str(key))
-    for key in _NEEDED:
+    for key in _REQUIRED_KEYS:
         if key not in values:
             raise RecipeError.at(file, "missing-key", f": key {key!r} is missing; add it", key)
     if values["name"] != file.stem:
@@ -563,7 +567,9 @@ def _read(file: Path) -> Template:
     try:
         language = values.get("language", ENGLISH)
         words = (
-            words_of(language, *(at / FOLDER for at in file.parents[:2])) if isinstance(language, str) else english()
+            read_language_words(language, *(at / LANGUAGES_FOLDER for at in file.parents[:2]))
+            if isinstance(language, str)
+            else english_words()
         )
         return Template(**values, words=words)
     except RecipeError as fault:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.guard import TEXT_LIMIT, clean, without_item_tokens
+from llmrec.guard import TEXT_LIMIT, break_item_tokens, clean
 from llmrec.types import Code, CodedId, Segment
 
 OUTPUT_LIMIT = 256 * 1024
 LOOKUP_LIMIT = 256 * 1024
 """Maximum values that one rendering may look up or compare; a loop can run without writing anything."""
-_MARK = re.compile("\ue000([0-9]+)\ue001")
+_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
 class Fields(dict[str, object]):
@@ -54,7 +54,7 @@ class Placeholders:
         if isinstance(value, CodedId):
             return self.wrap(value.code)
         if isinstance(value, str):
-            return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
+            return _Datum(self, break_item_tokens(clean(value, TEXT_LIMIT)))
         if isinstance(value, Mapping):
             return Record(self, value)
         if isinstance(value, Sequence):
@@ -95,7 +95,7 @@ class Placeholders:
 
     def segments(self, rendered: str) -> tuple[Segment, ...]:
         """Return the segments of a rendered text, with values in place of their placeholders."""
-        pieces = _MARK.split(rendered)
+        pieces = _PLACEHOLDER.split(rendered)
         both = [
             Segment("item", self.texts[int(piece)]) if index % 2 else Segment("text", piece)
             for index, piece in enumerate(pieces)

@@ -14,20 +14,20 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.recipe.load import load_page
+from llmrec.recipe.load import load_yaml_model
 from llmrec.recipe.schema import Section
 from llmrec.resources import resource
 
-FOLDER = "languages"
+LANGUAGES_FOLDER = "languages"
 ENGLISH = "en"
-_NUMBERS = 11
-_CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
+_NUMBER_WORDS = 11
+_LANGUAGE_CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
 
 
 class Words(Section):
     """The words of a language, selected by the template key ``language``; the default is English."""
 
-    language: str = Field(pattern=rf"^{_CODE}$", description="language code (BCP 47), lower case")
+    language: str = Field(pattern=rf"^{_LANGUAGE_CODE}$", description="language code (BCP 47), lower case")
     says_yes: str = Field(min_length=1, description="value of `{{ answer }}` for a yes")
     says_no: str = Field(min_length=1, description="value of `{{ answer }}` for a no")
     numbers: tuple[str, ...] = Field((), description="words for zero to ten, lower case")
@@ -49,22 +49,22 @@ class Words(Section):
     def _usable(self) -> Words:
         if self.says_yes.casefold() == self.says_no.casefold():
             raise ValueError("says_no: the value equals says_yes; use different words")
-        if self.numbers and len(self.numbers) != _NUMBERS:
-            raise ValueError(f"numbers: write {_NUMBERS} words, from zero to ten, or none")
+        if self.numbers and len(self.numbers) != _NUMBER_WORDS:
+            raise ValueError(f"numbers: write {_NUMBER_WORDS} words, from zero to ten, or none")
         return self
 
     @cached_property
     def scale(self) -> re.Pattern[str]:
         """Pattern of the suffix that names the scale of a rating: ``/5``, ``out of 5``."""
-        return re.compile(rf"\s*(?:{_any('/', *self.out_of)})\s*(\d+)", re.IGNORECASE)
+        return re.compile(rf"\s*(?:{_alternation_pattern('/', *self.out_of)})\s*(\d+)", re.IGNORECASE)
 
     @cached_property
     def lead(self) -> re.Pattern[str]:
         """Pattern of lower-case text before an answer: ``the answer is``."""
         if not self.answer:
             return re.compile("(?!)")
-        before = rf"(?:(?:{_any(*self.before_answer)})\s+)*" if self.before_answer else ""
-        after = rf"(?:\s+(?:{_any(*self.after_answer)}))?" if self.after_answer else ""
+        before = rf"(?:(?:{_alternation_pattern(*self.before_answer)})\s+)*" if self.before_answer else ""
+        after = rf"(?:\s+(?:{_alternation_pattern(*self.after_answer)}))?" if self.after_answer else ""
         return re.compile(rf"{before}{re.escape(self.answer)}{after}\b[\s:]*")
 
     def answer_word(self, *, yes: bool) -> str:
@@ -73,10 +73,10 @@ class Words(Section):
 
     def spellings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the spellings of yes and of no; none is a prefix of another, so that probabilities can be added."""
-        return _cases(self.says_yes), _cases(self.says_no)
+        return _word_spellings(self.says_yes), _word_spellings(self.says_no)
 
 
-def words_of(language: str, *folders: Path) -> Words:
+def read_language_words(language: str, *folders: Path) -> Words:
     """Return the words of a language.
 
     Args:
@@ -86,21 +86,21 @@ def words_of(language: str, *folders: Path) -> Words:
     Raises:
         RecipeError: If its file is missing, or a file is invalid.
     """
-    for folder in (*folders, resource("prompts", FOLDER)) if re.fullmatch(_CODE, language) else ():
+    for folder in (*folders, resource("prompts", LANGUAGES_FOLDER)) if re.fullmatch(_LANGUAGE_CODE, language) else ():
         if (page := folder / f"{language}.yaml").is_file():
-            return _read(page)
-    known = sorted(page.stem for page in resource("prompts", FOLDER).glob("*.yaml"))
+            return _read_word_file(page)
+    known = sorted(page.stem for page in resource("prompts", LANGUAGES_FOLDER).glob("*.yaml"))
     raise RecipeError(
         f"language is {language!r}, which has no word file{did_you_mean(language, known)}; known: {', '.join(known)}. "
-        f"Write {FOLDER}/{language}.yaml next to the family's folder",
+        f"Write {LANGUAGES_FOLDER}/{language}.yaml next to the family's folder",
         kind="unknown-name",
         column="language",
     )
 
 
 @lru_cache(maxsize=64)
-def _read(page: Path) -> Words:
-    words = load_page(Words, page, {}, {})
+def _read_word_file(page: Path) -> Words:
+    words = load_yaml_model(Words, page, {}, {})
     if words.language != page.stem:
         rest = f": language is {words.language!r}, but the file is {page.stem!r}; use the same name"
         raise RecipeError.at(page, "contradiction", rest, "language")
@@ -108,15 +108,15 @@ def _read(page: Path) -> Words:
 
 
 @lru_cache(maxsize=1)
-def english() -> Words:
+def english_words() -> Words:
     """Return the English words."""
-    return words_of(ENGLISH)
+    return read_language_words(ENGLISH)
 
 
-def _any(*words: str) -> str:
+def _alternation_pattern(*words: str) -> str:
     return "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in words)
 
 
-def _cases(word: str) -> tuple[str, ...]:
+def _word_spellings(word: str) -> tuple[str, ...]:
     spelt: Sequence[str] = (word, word.lower(), word.upper(), f" {word}", f" {word.lower()}")
     return tuple(dict.fromkeys(spelt))

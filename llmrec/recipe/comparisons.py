@@ -169,7 +169,7 @@ class Suite(Section):
         if len(self.skipped) == len(self.rows):
             raise ValueError("skip: all models are skipped; skip fewer")
         for entry in (*self.pairs, *self.explored):
-            pair = names_of(entry)
+            pair = compared_names(entry)
             if pair is not entry and self.task != "ranking":
                 raise ValueError(
                     f"pairs: the key items requires task: ranking, not {self.task}; write only the two names"
@@ -179,7 +179,7 @@ class Suite(Section):
         return self
 
 
-def names_of(pair: AnyPair) -> tuple[str, str]:
+def compared_names(pair: AnyPair) -> tuple[str, str]:
     """Return the names of the two models of a comparison."""
     return pair.rows if isinstance(pair, PartialPair) else pair
 

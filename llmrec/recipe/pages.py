@@ -21,16 +21,16 @@ from llmrec.errors import Location, RecipeError
 
 KeyPath = tuple[str | int, ...]
 
-MOST_CHARACTERS = 1_000_000
+MAX_CHARACTERS = 1_000_000
 """The maximum size of a file, in characters."""
-MOST_VALUES = 20_000
+MAX_VALUES = 20_000
 """The maximum number of values in a file, with those repeated by aliases."""
-MOST_NESTED = 50
-_MOST_DIGITS = 18
+MAX_NESTING = 50
+_MAX_DIGITS = 18
 
 
 # PyYAML's patterns without numbers in base 60 (1:20) and octal numbers (010), which YAML 1.2 dropped.
-_NUMBERS = {
+_NUMBER_PATTERNS = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
     "tag:yaml.org,2002:float": re.compile(
         r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
@@ -38,7 +38,7 @@ _NUMBERS = {
     ),
 }
 _RESOLVERS = {
-    first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+    first: [(tag, _NUMBER_PATTERNS.get(tag, pattern)) for tag, pattern in resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -47,7 +47,7 @@ class YamlLimitExceeded(yaml.MarkedYAMLError):
     """Raised for YAML that exceeds the limits."""
 
 
-class _Loader(yaml.SafeLoader):
+class _LimitedLoader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.yaml_implicit_resolvers = _RESOLVERS
@@ -58,8 +58,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark: Any = event.start_mark
-        if self._depth >= MOST_NESTED:
-            raise YamlLimitExceeded(problem=f"nested more than {MOST_NESTED} levels deep", problem_mark=mark)
+        if self._depth >= MAX_NESTING:
+            raise YamlLimitExceeded(problem=f"nested more than {MAX_NESTING} levels deep", problem_mark=mark)
         before = self._values
         self._depth += 1
         node = super().compose_node(parent, index)
@@ -71,20 +71,20 @@ class _Loader(yaml.SafeLoader):
         else:
             self._values += 1
             self._sizes[id(node)] = self._values - before
-        if self._values > MOST_VALUES:
-            raise YamlLimitExceeded(problem=f"it expands to more than {MOST_VALUES:,} values", problem_mark=mark)
+        if self._values > MAX_VALUES:
+            raise YamlLimitExceeded(problem=f"it expands to more than {MAX_VALUES:,} values", problem_mark=mark)
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
             result = super().construct_object(node, deep)
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
-            raise self._unfit(node) from None
-        if isinstance(result, int) and abs(result) >= 10**_MOST_DIGITS:
-            raise self._unfit(node)
+            raise self._invalid_value_error(node) from None
+        if isinstance(result, int) and abs(result) >= 10**_MAX_DIGITS:
+            raise self._invalid_value_error(node)
         return result
 
-    def _unfit(self, node: Any) -> yaml.MarkedYAMLError:
+    def _invalid_value_error(self, node: Any) -> yaml.MarkedYAMLError:
         kind = str(node.tag).rpartition(":")[2]
         result = str(node.value) if isinstance(node, yaml.ScalarNode) else "this"
         result = result if len(result) <= 40 else result[:39] + "…"
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
         )
 
 
-def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Location]]:
+def read_yaml_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Location]]:
     """Return the values of a file, and the line of each key."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Location]]:
         ) from None
     except OSError as error:
         raise RecipeError.at(file, "unreadable", f" cannot be read: {error.strerror}") from None
-    values, locations = _parsed_once(text, file)
+    values, locations = _parse_yaml_cached(text, file)
     if not isinstance(values, dict):
         raise RecipeError.at(
             file,
@@ -114,18 +114,18 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Location]]:
 
 
 @lru_cache(maxsize=256)
-def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
+def _parse_yaml_cached(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
     # Cached, because a run reads its templates again for every task and study, which would take long.
-    return parsed(text, file)
+    return parse_yaml(text, file)
 
 
-def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
+def parse_yaml(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
     """Return the values of a YAML text, and the line of each key; errors name the file."""
-    if len(text) > MOST_CHARACTERS:
-        raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; shorten it")
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError.at(file, "too-large", f": longer than {MAX_CHARACTERS:,} characters; shorten it")
     try:
         locations: dict[KeyPath, Location] = {}
-        return _loaded(text, lambda node: _mark(node, (), locations, file)), locations
+        return _load_yaml(text, lambda node: _record_locations(node, (), locations, file)), locations
     except yaml.MarkedYAMLError as error:
         line = Location(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
         if isinstance(error, YamlLimitExceeded):
@@ -137,27 +137,27 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
         raise RecipeError.at(file, "syntax", f": not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def value_of(text: str, key: str) -> Any:
+def parse_yaml_value(text: str, key: str) -> Any:
     """Return the value of an option such as ``eval.users=20``; invalid YAML is taken as text."""
-    if len(text) > MOST_CHARACTERS:
-        raise RecipeError(f"{key}: longer than {MOST_CHARACTERS:,} characters", kind="too-large", column=key)
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(f"{key}: longer than {MAX_CHARACTERS:,} characters", kind="too-large", column=key)
     try:
-        return _loaded(text, lambda _: None) if text else None
+        return _load_yaml(text, lambda _: None) if text else None
     except YamlLimitExceeded as error:
         raise RecipeError(f"{key}: {error.problem}; simplify it", kind="too-large", column=key) from None
     except yaml.YAMLError:
         return text
 
 
-def flow(value: Json) -> str:
-    """Return a value on one line, in the format that `value_of` reads."""
+def format_yaml_value(value: Json) -> str:
+    """Return a value on one line, in the format that `parse_yaml_value` reads."""
     # The YAML writer ends a bare value with a line of dots.
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
-def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
+def _load_yaml(text: str, look: Callable[[yaml.Node], None]) -> Any:
     """Load the values of a text, after checking its nodes and before resolving merge keys (``<<``)."""
-    loader = _Loader(text)
+    loader = _LimitedLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -168,7 +168,7 @@ def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
         loader.dispose()
 
 
-def _mark(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Location], file: Path) -> None:
+def _record_locations(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Location], file: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
@@ -177,8 +177,8 @@ def _mark(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Location], fi
                 name = ".".join(map(str, here))
                 raise RecipeError.at(location, "duplicate", f": key {name!r} is repeated; keep one", name)
             locations[here] = location
-            _mark(value, here, locations, file)
+            _record_locations(value, here, locations, file)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             locations[(*path, index)] = Location(str(file), line=value.start_mark.line + 1)
-            _mark(value, (*path, index), locations, file)
+            _record_locations(value, (*path, index), locations, file)

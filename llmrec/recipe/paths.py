@@ -13,7 +13,7 @@ from llmrec.durable import Json
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import Recipe
 
-_DATA = (
+_DATA_KEYS = (
     ("source",),
     ("path",),
     ("items",),
@@ -22,8 +22,8 @@ _DATA = (
     ("texts", "path"),
     *(("files", part) for part in ("train", "valid", "test")),
 )
-_KEYS = (
-    *((table, *key) for table in ("data", "reviews") for key in _DATA),
+_PATH_KEYS = (
+    *((table, *key) for table in ("data", "reviews") for key in _DATA_KEYS),
     ("index", "path"),
     ("train", "start"),
     ("train", "teacher", "run"),
@@ -33,9 +33,9 @@ _KEYS = (
     ("augment", "encoder"),
 )
 # Keys whose values may be names on the hub or of data sets: paths must begin with a dot or be recipe files.
-_NAMES = ("source", "name", "encoder")
+_NAME_KEYS = ("source", "name", "encoder")
 # A database path follows one of these prefixes; with a fourth slash, the path is absolute.
-_DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
+_DATABASE_PREFIX = re.compile(r"(?:sqlite|duckdb):///(?!/)")
 
 
 def resolve_paths(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
@@ -46,28 +46,28 @@ def resolve_paths(values: dict[str, Json], folder: Path, sought: dict[str, Path]
         folder: Its folder.
         sought: Receives the paths that exist in neither folder, with that folder.
     """
-    for *parents, last in _KEYS:
+    for *parents, last in _PATH_KEYS:
         section: Any = values
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         named = section.get(last) if isinstance(section, dict) else None
         if not isinstance(section, dict) or not isinstance(named, str) or not named:
             continue
-        head = result.group() if (result := _DATABASE.match(named)) else ""
+        head = result.group() if (result := _DATABASE_PREFIX.match(named)) else ""
         path = named.removeprefix(head)
-        if "://" in path or path.startswith("~") or Path(path).is_absolute() or _is_there(path):
+        if "://" in path or path.startswith("~") or Path(path).is_absolute() or _path_exists(path):
             continue
-        if last in _NAMES and not path.startswith(".") and not path.endswith(".yaml"):
+        if last in _NAME_KEYS and not path.startswith(".") and not path.endswith(".yaml"):
             continue
         candidate = str(folder / path)
-        if _is_there(candidate):
+        if _path_exists(candidate):
             section[last] = head + candidate
         else:
             sought[path] = folder
 
 
 @contextmanager
-def naming_both_folders(recipe: Recipe) -> Iterator[None]:
+def add_searched_folders(recipe: Recipe) -> Iterator[None]:
     """Add both searched folders to the error about a missing path."""
     try:
         yield
@@ -81,7 +81,7 @@ def naming_both_folders(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def _is_there(path: str) -> bool:
+def _path_exists(path: str) -> bool:
     """Whether a path, a spreadsheet with sheet name, or a file pattern exists."""
     start = Path(Path(path).anchor)
     try:

@@ -31,13 +31,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from llmrec.display import Displayed, Summary, listed
+from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.durable import Json
 from llmrec.errors import did_you_mean
 from llmrec.fingerprint import Affects
-from llmrec.fingerprint import settings as settings_of
+from llmrec.fingerprint import stage_settings as settings_of
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
-from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
+from llmrec.registry import BACKENDS, INDEXES, TASKS, import_family, is_family, is_plugin, task_name_in_recipes
 
 # Limits far above any experiment, which prevent a typo from filling the memory.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
@@ -71,7 +71,7 @@ def _short_enough(name: str) -> str:
     return name
 
 
-def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
+def _known_name_validator(table: Mapping[str, str], *but: str) -> AfterValidator:
     """Return a validator for names in a registry table, and for plug-ins of its kind."""
 
     def check(name: str) -> str:
@@ -401,7 +401,7 @@ class CategoryIndex(Section):
 class IndexSection(Section):
     """Item IDs: how an item is written where a template has ``item.code``. See docs/generative-and-semantic-ids.md."""
 
-    scheme: Annotated[str, _known(INDEXES)] = Field(
+    scheme: Annotated[str, _known_name_validator(INDEXES)] = Field(
         "title",
         description="Type of item IDs: `title`, `random`, `sequential`, `token`, `collaborative`, `semantic`, "
         "`category` or `external`, see docs/generative-and-semantic-ids.md.",
@@ -490,11 +490,11 @@ class BaselineSection(Section):
     @property
     def label(self) -> str:
         """The label in tables: its name, and the parameters that the recipe sets."""
-        chosen = ", ".join(f"{key}={value}" for key, value in sorted(settings(self.parameters)))
+        chosen = ", ".join(f"{key}={value}" for key, value in sorted(flat_parameters(self.parameters)))
         return f"{self.name}({chosen})" if chosen else self.name
 
 
-def settings(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat_parameters(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield parameters by name, nested ones as ``name.part``."""
     for name, value in parameters.items():
         if isinstance(value, dict):
@@ -503,7 +503,7 @@ def settings(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def named(*names: str) -> tuple[BaselineSection, ...]:
+def default_baselines(*names: str) -> tuple[BaselineSection, ...]:
     """Return a default list of baselines without parameters."""
     return tuple(BaselineSection(name=name) for name in names)
 
@@ -564,7 +564,9 @@ class RatingSection(TaskSection):
     """Predict a rating."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
+    baselines: tuple[BaselineSection, ...] = default_baselines(
+        "global-mean", "user-mean", "item-mean", "user-item-bias", "svd"
+    )
     window: Positive = Field(
         30, description="List templates: number of rated items per training example. Each item is a target."
     )
@@ -594,7 +596,7 @@ class SequentialSection(TaskSection):
     """Predict the next item from the history."""
 
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
+    baselines: tuple[BaselineSection, ...] = default_baselines("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 20
     window: Positive = Field(30, description="Number of items per training example. Each item is a target.")
     warm_up: int = Field(
@@ -614,7 +616,7 @@ class DirectSection(TaskSection):
     """Rank a set of candidates that the prompt shows."""
 
     strategies: tuple[str, ...] = ("label", "list")
-    baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
+    baselines: tuple[BaselineSection, ...] = default_baselines("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
     profile: Annotated[ProfileSection, Affects("evaluate")] = Field(
         ProfileSection(), description="Settings of the method `two-step`: generate a user profile, then rank."
@@ -636,7 +638,7 @@ class ExplanationSection(TaskSection):
     """Generate an explanation of why an item suits a user."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
+    baselines: tuple[BaselineSection, ...] = default_baselines("frequent-text", "nearest-text")
     history: Positive = 3
     max_tokens: Annotated[Positive, Affects("evaluate")] = Field(
         48, description="Maximum length of the explanation, in tokens."
@@ -648,7 +650,7 @@ class AlignmentSection(TaskSection):
 
     eval_templates: tuple[str, ...] = ("code-to-title", "text-to-code")
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[BaselineSection, ...] = named("random")
+    baselines: tuple[BaselineSection, ...] = default_baselines("random")
     held_out: Fraction = Field(
         0.1,
         description="Share of items whose IDs and texts are held out, half for validation, half for test.",
@@ -659,7 +661,7 @@ class CtrSection(TaskSection):
     """Predict whether a user will like an item, yes or no (TALLRec, RecSys 2023)."""
 
     strategies: tuple[str, ...] = ("yes-no",)
-    baselines: tuple[BaselineSection, ...] = named("like-ratio", "logistic")
+    baselines: tuple[BaselineSection, ...] = default_baselines("like-ratio", "logistic")
     window: Positive = Field(
         30, description="List templates: number of rated items per training example. Each item is a target."
     )
@@ -685,7 +687,7 @@ class ReviewSection(TaskSection):
     """Generate the headline of a review."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text", "first-sentence")
+    baselines: tuple[BaselineSection, ...] = default_baselines("frequent-text", "nearest-text", "first-sentence")
     shown: Positive = Field(800, description="Number of characters of the review to show in a prompt.")
     max_tokens: Annotated[Positive, Affects("evaluate")] = Field(
         16, description="Maximum length of the headline, in tokens."
@@ -696,13 +698,13 @@ class StarsSection(TaskSection):
     """Predict a rating from the text of a review."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[BaselineSection, ...] = named(
+    baselines: tuple[BaselineSection, ...] = default_baselines(
         "global-mean", "user-mean", "item-mean", "user-item-bias", "svd", "text-ridge"
     )
     shown: Positive = Field(800, description="Number of characters of the review to show in a prompt.")
 
 
-def _is_further(name: str) -> bool:
+def _is_known_task(name: str) -> bool:
     return name in TASKS or is_family(name) or is_plugin(TASKS, name)
 
 
@@ -728,8 +730,10 @@ class TasksSection(Section):
     def _parse_plugin_families(cls, tasks: Any) -> Any:
         if not isinstance(tasks, dict):
             return tasks
-        known = {name: section for name, section in tasks.items() if name in cls.model_fields or not _is_further(name)}
-        further = [(open_family(name), section) for name, section in tasks.items() if name not in known]
+        known = {
+            name: section for name, section in tasks.items() if name in cls.model_fields or not _is_known_task(name)
+        }
+        further = [(import_family(name), section) for name, section in tasks.items() if name not in known]
         return known | {family.name: family.section.model_validate(section or {}) for family, section in further}
 
     @model_validator(mode="after")
@@ -746,7 +750,7 @@ class TasksSection(Section):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        return {written(name): section for name, section in handler(self).items()}
+        return {task_name_in_recipes(name): section for name, section in handler(self).items()}
 
 
 # --------------------------------------------------------------------------- model and training
@@ -813,9 +817,9 @@ class ModelSection(Section):
         return self
 
 
-ADAPTED = ("lora", "qlora", "lora8")
+ADAPTER_METHODS = ("lora", "qlora", "lora8")
 """Training methods with LoRA adapters."""
-SOFT = ("prompt", "option", "option-adapter")
+SOFT_PROMPT_METHODS = ("prompt", "option", "option-adapter")
 """Training methods with soft prompts."""
 
 
@@ -1132,7 +1136,11 @@ class TrainSection(Section):
 
         Each has the key that the message begins with, whether the recipe sets it, and the message.
         """
-        soft, preference, reward = self.method in SOFT, self.preference is not None, self.reward is not None
+        soft, preference, reward = (
+            self.method in SOFT_PROMPT_METHODS,
+            self.preference is not None,
+            self.reward is not None,
+        )
         if self.softmax == "items":
             present = {"exits": self.exits, "teacher": self.teacher, "preference": preference, "reward": reward}
             for name, given in {**present, "method": soft}.items():
@@ -1158,7 +1166,10 @@ class TrainSection(Section):
             for wrong, fault in (
                 (self.start is None, "it continues from a fine-tuned model; set train.start to the folder of its run"),
                 (self.judge is None, "validation NDCG selects the adapter to keep; set train.judge"),
-                (self.method not in ADAPTED, "its reference is the model without the adapter; set train.method=lora"),
+                (
+                    self.method not in ADAPTER_METHODS,
+                    "its reference is the model without the adapter; set train.method=lora",
+                ),
                 (preference, "train.preference is a separate stage; use two runs, with train.start"),
                 (
                     self.gradient_checkpointing,
@@ -1265,7 +1276,7 @@ class ServerSection(Section):
     @model_validator(mode="after")
     def _check_urls(self) -> ServerSection:
         # Messages never contain a value, which may be an API key.
-        if not self.urls or not all(map(_is_address, self.urls)):
+        if not self.urls or not all(map(_is_server_url, self.urls)):
             raise ValueError(
                 "eval.server.url: write http://host:port/v1 or https://host/v1, without user, password or parameters; "
                 "set the key in the environment variable of eval.server.key_env"
@@ -1278,7 +1289,9 @@ class ServerSection(Section):
                 "OPENAI_API_KEY, not the key itself"
             )
         secret = re.compile(r"key|secret|password|authorization", re.IGNORECASE)
-        refused = [name for name in _names(self.extra) if secret.search(name)] + sorted(_SET_HERE & self.extra.keys())
+        refused = [name for name in _nested_keys(self.extra) if secret.search(name)] + sorted(
+            _RESERVED_REQUEST_KEYS & self.extra.keys()
+        )
         if refused:
             raise ValueError(f"eval.server.extra: {refused[0]!r} cannot be set in a recipe; drop the field")
         if self.max_cost is not None and not (self.price_in or self.price_out):
@@ -1304,20 +1317,20 @@ class ServerSection(Section):
         return named + (f" and {more} more" if more > 0 else "")
 
 
-_ADDRESS = re.compile(
+_URL = re.compile(
     r"https?://(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{1,5}))?(?:/[A-Za-z0-9._~%/-]*)?"
 )
-_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_HOST_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
-def _is_address(url: str) -> bool:
+def _is_server_url(url: str) -> bool:
     """Whether a text has the form http(s)://host[:port][/path] with a name or an IP address as host."""
-    form = _ADDRESS.fullmatch(url)
+    form = _URL.fullmatch(url)
     if form is None or not 0 < int(form["port"] or 80) < 2**16:
         return False
     if form["six"] is None:
         labels = form["name"].removesuffix(".").split(".")
-        return len(form["name"]) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
+        return len(form["name"]) <= 253 and all(_HOST_LABEL.fullmatch(label) for label in labels)
     try:
         return bool(IPv6Address(form["six"]))
     except ValueError:
@@ -1325,16 +1338,18 @@ def _is_address(url: str) -> bool:
 
 
 # Request keys that llmrec sets, which users therefore cannot set.
-_SET_HERE = frozenset(
+_RESERVED_REQUEST_KEYS = frozenset(
     ("model", "messages", "prompt", "stream", "n", "best_of", "echo", "stop", "logprobs", "top_logprobs", "suffix")
 )
 
 
-def _names(value: Any) -> list[str]:
+def _nested_keys(value: Any) -> list[str]:
     """Return the keys of a value, including nested ones."""
     if isinstance(value, list):
-        return [name for item in value for name in _names(item)]
-    return [name for key, item in value.items() for name in (key, *_names(item))] if isinstance(value, dict) else []
+        return [name for item in value for name in _nested_keys(item)]
+    return (
+        [name for key, item in value.items() for name in (key, *_nested_keys(item))] if isinstance(value, dict) else []
+    )
 
 
 BEST_BASELINE = "best-baseline"
@@ -1375,7 +1390,7 @@ class EvalSection(Section):
         "test", description="Evaluated split. Choose settings on `valid`, report on `test`."
     )
     users: Positive = Field(200, description="Number of evaluated users per task.")
-    backend: Annotated[str, _known({AUTO: "", **BACKENDS}), Affects("engine")] = Field(
+    backend: Annotated[str, _known_name_validator({AUTO: "", **BACKENDS}), Affects("engine")] = Field(
         AUTO,
         description="Inference engine: `vllm`, `hf` (transformers), `openai` (a server), `fake` (for tests) or a "
         "plug-in. `auto`: vLLM if it is installed and starts, otherwise `hf`.",
@@ -1383,7 +1398,7 @@ class EvalSection(Section):
     server: Annotated[ServerSection | None, Affects("engine")] = Field(
         None, description="With `backend: openai`: the server."
     )
-    scorer: Annotated[str, _known({AUTO: "", **BACKENDS}, "openai"), Affects("engine")] = Field(
+    scorer: Annotated[str, _known_name_validator({AUTO: "", **BACKENDS}, "openai"), Affects("engine")] = Field(
         AUTO, description="Inference engine for title likelihoods. `auto`: the faster engine on this machine."
     )
     candidates: Annotated[CandidateSection, Affects("train", "evaluate")] = Field(
@@ -1577,9 +1592,9 @@ class Recipe(Displayed, Section):
         # the address may contain a password
         if self.data.path and "://" not in self.data.path:
             data += f", {self.data.path}"
-        facts = {"data": data, "tasks": listed(self.tasks.present())}
+        facts = {"data": data, "tasks": format_name_list(self.tasks.present())}
         if self.eval.arms:
-            facts |= {"model": self.model.name, "settings": listed(self.eval.arms)}
+            facts |= {"model": self.model.name, "settings": format_name_list(self.eval.arms)}
             if "tuned" in self.eval.arms:
                 facts["training"] = f"{self.train.method}, {self.train.steps:,} steps"
         facts["evaluation"] = f"{self.eval.users:,} users of the {self.eval.split} split"
@@ -1628,7 +1643,7 @@ class Recipe(Displayed, Section):
             )
         if self.reviews is not None and self.tasks.explanation is None:
             raise ValueError("reviews: only tasks.explanation uses a second table; add that task or drop the section")
-        if self.train.method not in ADAPTED and self.train.lora != LoraSection():
+        if self.train.method not in ADAPTER_METHODS and self.train.lora != LoraSection():
             raise ValueError(
                 f"train.lora: method {self.train.method!r} has no LoRA; drop the lora section or use method 'lora'"
             )
@@ -1637,7 +1652,7 @@ class Recipe(Displayed, Section):
 
     def _check_soft(self) -> None:
         """Reject settings that are incompatible with soft prompts."""
-        soft, head = self.train.method in SOFT, self.tasks.rating
+        soft, head = self.train.method in SOFT_PROMPT_METHODS, self.tasks.rating
         if not soft and self.train.soft != SoftSection():
             raise ValueError(
                 "train.soft: only train.method=prompt, option and option-adapter have soft prompts; set one of them, "
@@ -1715,7 +1730,7 @@ class Recipe(Displayed, Section):
                 "train.preference.rejected: beam requires the fine-tuned model in train.start and the catalogue of "
                 "tasks.sequential; set both, or use other negatives"
             )
-        if section.refers and self.train.method not in ADAPTED:
+        if section.refers and self.train.method not in ADAPTER_METHODS:
             raise ValueError(
                 "train.method: the reference of train.preference is the model with its adapter disabled, and "
                 f"{self.train.method} has no adapter; set train.method=lora"

@@ -10,16 +10,16 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from llmrec.display import flat
-from llmrec.durable import checked, sha256_of
+from llmrec.display import single_line
+from llmrec.durable import parse_checked_json, sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.records import Record
 from llmrec.report.escape import without_surrogates
 
-AUDIT = "audit.json"
-VERDICT = "This run leaks held-out data, so its report has no results."
+AUDIT_FILE = "audit.json"
+LEAK_VERDICT = "This run leaks held-out data, so its report has no results."
 # the most serious findings first
-_ORDER = ("leak", "notice", "clean")
+_VERDICT_ORDER = ("leak", "notice", "clean")
 
 
 class LeakError(LlmrecError):
@@ -35,7 +35,7 @@ class AuditLine(Record):
     examples: tuple[str, ...] = ()
 
 
-def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
+def read_audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
     """Return the checks of a run: leaks first, then notices, then the rest; None if the run was not audited.
 
     A stale audit of earlier results, left by a run that was killed between results and audit, counts as no audit.
@@ -43,25 +43,25 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
     Raises:
         DataError: If ``audit.json`` exists and cannot be read.
     """
-    path = run_dir / AUDIT
+    path = run_dir / AUDIT_FILE
     if not path.is_file():
         return None
     try:
-        content = checked(path.read_bytes(), json.loads)
+        content = parse_checked_json(path.read_bytes(), json.loads)
         checks = [AuditLine(**check) for check in without_surrogates(content["checks"])]
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(
-            f"{path}: cannot be read ({flat(str(error))}); write it again with: {how_to_audit(run_dir)}",
+            f"{path}: cannot be read ({single_line(str(error))}); write it again with: {audit_command(run_dir)}",
             kind="damaged",
             at=path,
         ) from error
     if of != sha256_of(run_dir / "results.json"):
         return None
-    return tuple(sorted(checks, key=lambda line: _ORDER.index(line.verdict)))
+    return tuple(sorted(checks, key=lambda line: _VERDICT_ORDER.index(line.verdict)))
 
 
-def how_to_audit(run_dir: Path) -> str:
+def audit_command(run_dir: Path) -> str:
     """Return the command that audits a run."""
     return f"llmrec audit {shlex.quote(str(run_dir))}"
 
@@ -77,19 +77,21 @@ def audit_sentence(lines: Sequence[AuditLine]) -> str:
     return f"{counts}. The audit searches training data and prompts for held-out data."
 
 
-def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
+def check_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
     """Reject a run whose audit found a leak.
 
     Raises:
         LeakError: If there is a leak.
     """
-    if reason := refusal(lines):
+    if reason := describe_leaks(lines):
         raise LeakError(
-            f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {reason}", kind="leak", at=run_dir / AUDIT
+            f"{run_dir / AUDIT_FILE}: {LEAK_VERDICT[0].lower()}{LEAK_VERDICT[1:]} {reason}",
+            kind="leak",
+            at=run_dir / AUDIT_FILE,
         )
 
 
-def refusal(lines: Sequence[AuditLine]) -> str:
+def describe_leaks(lines: Sequence[AuditLine]) -> str:
     """Return what leaks and how to fix it; empty if nothing leaks."""
     leaks = [line for line in lines if line.verdict == "leak"]
     if not leaks:
@@ -97,4 +99,4 @@ def refusal(lines: Sequence[AuditLine]) -> str:
     first = f"{leaks[0].name}: {leaks[0].found}"
     where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
     more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-    return f"{flat(first + where + more)}; fix the data or the recipe, and run the recipe again"
+    return f"{single_line(first + where + more)}; fix the data or the recipe, and run the recipe again"

@@ -18,13 +18,13 @@ from urllib.parse import unquote
 from scipy.special import stdtrit
 
 from llmrec.guard import clean
-from llmrec.metrics.stats import wilson
-from llmrec.registry import lower
+from llmrec.metrics.stats import wilson_interval
+from llmrec.registry import is_lower_better
 from llmrec.report.marks import best_baseline
-from llmrec.report.wording import DASH, arm_label, label, listed, p_value
+from llmrec.report.wording import DASH, arm_label, format_p_value, join_words, label
 from llmrec.results import Metric, PositionBias, PositionResult, Results, Row, SliceOfRow
 
-_NAMES = (
+_SLICE_TITLES = (
     (r"item:cold-below-(\d+)", "Rare items: fewer than {0} training interactions"),
     (r"item:warm-from-(\d+)", "Warm items: {0} training interactions or more"),
     (r"item:head-(0?\.\d+)", "Head items: the most popular, with {share} of training interactions"),
@@ -85,9 +85,9 @@ class SliceTable:
     empty: tuple[str, ...]
 
 
-def in_words(name: str) -> str:
+def slice_title(name: str) -> str:
     """Return the readable name of a subset; unknown names are returned unchanged."""
-    for pattern, words in _NAMES:
+    for pattern, words in _SLICE_TITLES:
         match = re.fullmatch(pattern, name)
         if match:
             share = f"{100 * float(match[1]):g} %" if "{share}" in words else ""
@@ -98,58 +98,58 @@ def in_words(name: str) -> str:
 
 def slice_table(results: Results, task: str) -> SliceTable | None:
     """Return the table of results on subsets for a task, or None if there are none."""
-    rows = [row for row in _columns(results, task) if row.slices]
+    rows = [row for row in _best_rows(results, task) if row.slices]
     if not rows:
         return None
-    metric = _metric(results, task, rows)
+    metric = _slice_metric(results, task, rows)
     names = dict.fromkeys(part.name for row in rows for part in row.slices)
     lines, empty = [], []
     for name in names:
         parts = [next((part for part in row.slices if part.name == name), None) for row in rows]
         first = next(part for part in parts if part is not None)
         if first.n:
-            lines.append(_line(first, [part.metrics.get(metric) if part else None for part in parts], metric))
+            lines.append(_slice_line(first, [part.metrics.get(metric) if part else None for part in parts], metric))
         else:
-            empty.append(in_words(name))
+            empty.append(slice_title(name))
     return SliceTable(metric=metric, rows=tuple(rows), lines=tuple(lines), empty=tuple(empty))
 
 
-def _columns(results: Results, task: str) -> list[Row]:
+def _best_rows(results: Results, task: str) -> list[Row]:
     standings = results.standings(task)
     arms = ("zero-shot", "few-shot", "tuned")
     matches = [next((row for row in standings if row.arm == arm and row.fusion is None), None) for arm in arms]
     return [row for row in (*matches, best_baseline(results, task)) if row is not None]
 
 
-def _metric(results: Results, task: str, rows: list[Row]) -> str:
+def _slice_metric(results: Results, task: str, rows: list[Row]) -> str:
     """Return the metric that is shown for subsets: the main metric, if it is available."""
     carried = dict.fromkeys(name for row in rows for part in row.slices for name in part.metrics)
     headline = results.headline[task]
     return headline if headline in carried else next(iter(carried), headline)
 
 
-def _line(part: SliceOfRow, figures: list[Metric | None], metric: str) -> SliceLine:
+def _slice_line(part: SliceOfRow, figures: list[Metric | None], metric: str) -> SliceLine:
     values = [figure.value for figure in figures if figure is not None and figure.value is not None]
     chosen = len(set(values)) > 1 and not part.small
     return SliceLine(
-        title=in_words(part.name),
+        title=slice_title(part.name),
         n=part.n,
         users=part.users,
         small=part.small,
         # A single case has no variance, so there is no interval.
-        figures=tuple(figures if part.n > 1 else map(_bare, figures)),
-        best=(min(values) if lower(metric) else max(values)) if chosen else None,
+        figures=tuple(figures if part.n > 1 else map(_without_interval, figures)),
+        best=(min(values) if is_lower_better(metric) else max(values)) if chosen else None,
     )
 
 
-def _bare(figure: Metric | None) -> Metric | None:
+def _without_interval(figure: Metric | None) -> Metric | None:
     return figure and figure.model_copy(update={"low": None, "high": None})
 
 
 # --------------------------------------------------------------------------- position bias
 
 
-_A_BAND = 20  # number of requests
+_REQUESTS_PER_BAND = 20  # number of requests
 _ALPHA = 0.05
 
 
@@ -189,37 +189,37 @@ class Band:
         return "" if low is None or high is None else f"[{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
-def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
+def rows_with_positions(results: Results, task: str) -> tuple[Row, ...]:
     """Return the language models with results by position, and the best baseline for comparison.
 
     Classic recommenders do not see the order of their candidates, so a run of these alone has no such rows.
     """
-    rows = [row for row in results.rows if row.task == task and row.arm != "baseline" and bands(row)]
+    rows = [row for row in results.rows if row.task == task and row.arm != "baseline" and position_bands(row)]
     control = best_baseline(results, task)
-    return (*rows, *([control] if rows and control is not None and bands(control) else []))
+    return (*rows, *([control] if rows and control is not None and position_bands(control) else []))
 
 
-def bands(row: Row) -> tuple[Band, ...]:
+def position_bands(row: Row) -> tuple[Band, ...]:
     """Combine neighbouring positions into groups of about equal width."""
-    entries = sorted((entry for entry in row.by_position if _usable(entry)), key=lambda entry: entry.position)
+    entries = sorted((entry for entry in row.by_position if _is_complete(entry)), key=lambda entry: entry.position)
     if not entries:
         return ()
     last = entries[-1].position
-    count = min(len(entries), max(2, sum(entry.n for entry in entries) // _A_BAND))
+    count = min(len(entries), max(2, sum(entry.n for entry in entries) // _REQUESTS_PER_BAND))
     edges = [round(index * last / count) for index in range(count + 1)]
     results = []
     for low, high in itertools.pairwise(edges):
         group = [entry for entry in entries if low < entry.position <= high]
         if group:
-            results.append(_band(low + 1, high, group))
+            results.append(_pool_positions(low + 1, high, group))
     return tuple(results)
 
 
-def _usable(entry: PositionResult) -> bool:
+def _is_complete(entry: PositionResult) -> bool:
     return entry.n > 0 and entry.position > 0 and entry.hit is not None and entry.rank is not None
 
 
-def _band(first: int, last: int, entries: Sequence[PositionResult]) -> Band:
+def _pool_positions(first: int, last: int, entries: Sequence[PositionResult]) -> Band:
     n = sum(entry.n for entry in entries)
     hit = sum(entry.n * (entry.hit or 0.0) for entry in entries) / n
     rank = sum(entry.n * (entry.rank or 0.0) for entry in entries) / n
@@ -228,7 +228,7 @@ def _band(first: int, last: int, entries: Sequence[PositionResult]) -> Band:
         (entry.n - 1) * (entry.rank_sd or 0.0) ** 2 + entry.n * ((entry.rank or 0.0) - rank) ** 2 for entry in entries
     )
     half = float(stdtrit(n - 1, 0.975)) * math.sqrt(squares / (n - 1) / n) if n > 1 else None
-    low, high = wilson(hit, n)
+    low, high = wilson_interval(hit, n)
     return Band(
         first=first,
         last=last,
@@ -242,7 +242,7 @@ def _band(first: int, last: int, entries: Sequence[PositionResult]) -> Band:
     )
 
 
-def sentences(results: Results, task: str) -> tuple[str, ...]:
+def position_bias_sentences(results: Results, task: str) -> tuple[str, ...]:
     """Return sentences that name the language models with and without significant position bias.
 
     Rows that differ only in their template are named together.
@@ -255,21 +255,21 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
         return ("No language model has a significant position bias.",)
     result = (
         "Significant position bias (the rank of the target depends on its position among the candidates): "
-        f"{_named(biased, tested)}."
+        f"{_format_model_names(biased, tested)}."
     )
-    return (result, *([f"No significant position bias: {_named(others, tested)}."] if others else []))
+    return (result, *([f"No significant position bias: {_format_model_names(others, tested)}."] if others else []))
 
 
-def bias_words(bias: PositionBias) -> str:
+def describe_bias(bias: PositionBias) -> str:
     """Describe how much of the variance of ranks the position explains, with the corrected p-value."""
-    return _explained([bias])
+    return _describe_biases([bias])
 
 
 def _is_biased(row: Row) -> bool:
     return row.position_bias is not None and row.position_bias.p is not None and row.position_bias.p <= _ALPHA
 
 
-def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
+def _format_model_names(rows: Sequence[Row], tested: Sequence[Row]) -> str:
     """Return the names of models, with the size of the position bias if it is significant."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -279,32 +279,33 @@ def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
         of = sum((row.arm, row.predictor) == (arm, predictor) for row in tested)
         share = ("both" if of == 2 else f"all {of}") if len(group) == of else f"{len(group)} of {of}"
         name = label(group[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
-        explained = _explained([row.position_bias for row in group if row.position_bias])
+        explained = _describe_biases([row.position_bias for row in group if row.position_bias])
         results.append(f"{name} ({explained})" if _is_biased(group[0]) else name)
-    return listed(results)
+    return join_words(results)
 
 
-def _explained(biases: Sequence[PositionBias]) -> str:
+def _describe_biases(biases: Sequence[PositionBias]) -> str:
     shares, expected, rhos = ([getattr(bias, name) for bias in biases] for name in ("share", "chance", "rho"))
     known = [bias.p for bias in biases if bias.p is not None]
-    p = p_value(max(known, default=None))
+    p = format_p_value(max(known, default=None))
     is_p = p if p[0] in f"<{DASH}" else f"= {p}" if len(known) == 1 else f"at most {p}"
     return (
-        f"{_ends(shares, _percent)} of the variance of the rank, {_ends(expected, _percent)} expected by "
-        f"chance; rank correlation {_ends(rhos, _signed)}; corrected p {is_p}"
+        f"{_format_range(shares, _format_percent)} of the variance of the rank, "
+        f"{_format_range(expected, _format_percent)} expected by "
+        f"chance; rank correlation {_format_range(rhos, _format_signed)}; corrected p {is_p}"
     )
 
 
-def _ends(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+def _format_range(values: Sequence[float | None], text: Callable[[float], str]) -> str:
     """Return the smallest and the largest value as text."""
     known = sorted(value for value in values if value is not None)
     ends = list(dict.fromkeys(text(value) for value in known[:1] + known[-1:]))
     return " to ".join(ends) or DASH
 
 
-def _percent(value: float) -> str:
+def _format_percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _signed(value: float) -> str:
+def _format_signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmrec.display import flat
+from llmrec.display import single_line
 
 # --------------------------------------------------------------------------- scales
 
 
-_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-_WIDE = 4.0  # the smallest ratio of largest to smallest value for which an axis is logarithmic
+_TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+_LOG_RATIO = 4.0  # the smallest ratio of largest to smallest value for which an axis is logarithmic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +51,25 @@ class Scale:
     def ticks(self, count: int) -> tuple[float, ...]:
         """Return about ``count`` round values within the scale."""
         if not self.log:
-            return _linear(self.low, self.high, count)
+            return _linear_ticks(self.low, self.high, count)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
             results = [part * 10.0**power for power in decades for part in parts]
             inside = tuple(value for value in results if self.low <= value <= self.high)
             if len(inside) <= count or parts == (1,):
-                return inside if len(inside) > 1 else _linear(self.low, self.high, count)
+                return inside if len(inside) > 1 else _linear_ticks(self.low, self.high, count)
         return ()
 
 
-def _linear(low: float, high: float, count: int) -> tuple[float, ...]:
+def _linear_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(part * power for part in _STEPS if part * power >= rough * (1 - 1e-9))
+    step = next(part * power for part in _TICK_STEPS if part * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return tuple(round(index * step, 12) for index in range(first, last + 1))
 
 
-def fitted(values: Iterable[float | None], start: float, end: float, *, holds: Sequence[float] = ()) -> Scale:
+def linear_scale(values: Iterable[float | None], start: float, end: float, *, holds: Sequence[float] = ()) -> Scale:
     """Return a linear scale with some space around the values, within the limits ``holds``."""
     known = [value for value in values if value is not None]
     every = [*known, *holds]
@@ -83,21 +83,21 @@ def fitted(values: Iterable[float | None], start: float, end: float, *, holds: S
     )
 
 
-def spanning(values: Sequence[float], start: float, end: float) -> Scale:
+def linear_or_log_scale(values: Sequence[float], start: float, end: float) -> Scale:
     """Return a scale that is logarithmic if positive values span a factor of four or more."""
     low, high = min(values), max(values)
-    if low > 0 and high / low >= _WIDE:
+    if low > 0 and high / low >= _LOG_RATIO:
         return Scale(low=low / 1.1, high=high * 1.1, start=start, end=end, log=True)
-    return fitted(values, start, end)
+    return linear_scale(values, start, end)
 
 
-def tick_text(value: float) -> str:
+def format_tick(value: float) -> str:
     """Return a tick label without trailing zeros."""
     text = f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.6g}"
     return text.replace("-", "−").replace(",", "\u2009")
 
 
-def apart(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def spread_positions(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Move positions on a line so that neighbours are at least ``gap`` apart."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     gap = min(gap, (high - low) / max(1, len(positions) - 1))
@@ -118,7 +118,7 @@ WIDE, NARROW, HALF = 960, 350, 540
 """Widths in pixels: of a full-width plot, of one on a phone, and of one of two side by side."""
 SMALL, NORMAL = 12, 13
 """Sizes of text in pixels."""
-MARKS = {"zero-shot": "circle", "few-shot": "diamond", "tuned": "triangle", "baseline": "square"}
+ARM_MARKERS = {"zero-shot": "circle", "few-shot": "diamond", "tuned": "triangle", "baseline": "square"}
 """The form of a mark by setting, so that settings are distinguishable without colour."""
 
 
@@ -151,20 +151,20 @@ class Canvas:
 
     def path(self, points: Sequence[tuple[float, float]], look: str) -> None:
         """Add a line through points."""
-        steps = " ".join(f"{_figure(x)},{_figure(y)}" for x, y in points)
+        steps = " ".join(f"{_format_coordinate(x)},{_format_coordinate(y)}" for x, y in points)
         self.shapes.append(Shape(tag="path", look=look, at=(("d", f"M{steps}"),)))
 
     def mark(self, form: str, x: float, y: float, look: str, *, size: float = 5, title: str = "") -> None:
         """Add a marker of the given form, ``2 * size`` pixels wide, centred at a point."""
-        self.shapes.append(Shape(tag="path", look=look, at=(("d", _outline(form, x, y, size)),), title=title))
+        self.shapes.append(Shape(tag="path", look=look, at=(("d", _marker_path(form, x, y, size)),), title=title))
 
     def text(
         self, x: float, y: float, text: str, look: str = "", *, anchor: Anchor = "start", width: float | None = None
     ) -> None:
         """Add a line of text, cut to ``width`` pixels."""
-        line = flat(text)
-        shown = line if width is None else cut(line, width)
-        at = (("x", _figure(x)), ("y", _figure(y)), ("text-anchor", anchor))
+        line = single_line(text)
+        shown = line if width is None else truncate_to_width(line, width)
+        at = (("x", _format_coordinate(x)), ("y", _format_coordinate(y)), ("text-anchor", anchor))
         self.shapes.append(Shape(tag="text", look=look, at=at, text=shown, title="" if width is None else line))
 
     def whisker(self, scale: Scale, low: float | None, high: float | None, across: float, look: str) -> None:
@@ -190,7 +190,7 @@ class Canvas:
         for value in scale.ticks(ticks):
             x = scale(value)
             self.line(x, top, x, bottom, "grid")
-            self.text(x, bottom + 16, tick_text(value), "tick", anchor="middle")
+            self.text(x, bottom + 16, format_tick(value), "tick", anchor="middle")
         self.line(scale.start, bottom, scale.end, bottom, "axis")
         if title:
             middle = (scale.start + scale.end) / 2
@@ -206,25 +206,25 @@ class Canvas:
             y = scale(value)
             self.line(left, y, right, y, "grid")
             if named:
-                self.text(left - 6, y + 4, tick_text(value), "tick", anchor="end")
+                self.text(left - 6, y + 4, format_tick(value), "tick", anchor="end")
         if title:
-            self.text(2, scale.end - 12, cut(title, self.width - 4), "axis-title")
+            self.text(2, scale.end - 12, truncate_to_width(title, self.width - 4), "axis-title")
 
     def _add(self, tag: Tag, look: str, *, title: str = "", **at: float) -> None:
-        coordinates = tuple((name, _figure(value)) for name, value in at.items())
+        coordinates = tuple((name, _format_coordinate(value)) for name, value in at.items())
         self.shapes.append(Shape(tag=tag, look=look, at=coordinates, title=title))
 
 
-def _figure(value: float) -> str:
+def _format_coordinate(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _outline(form: str, x: float, y: float, size: float) -> str:
+def _marker_path(form: str, x: float, y: float, size: float) -> str:
     """Return the SVG path of a marker."""
     if form == "circle":
-        return f"M{_figure(x - size)},{_figure(y)}a{_figure(size)},{_figure(size)} 0 1 0 {_figure(2 * size)},0" + (
-            f"a{_figure(size)},{_figure(size)} 0 1 0 {_figure(-2 * size)},0z"
-        )
+        start, radius = f"{_format_coordinate(x - size)},{_format_coordinate(y)}", _format_coordinate(size)
+        there, back = _format_coordinate(2 * size), _format_coordinate(-2 * size)
+        return f"M{start}a{radius},{radius} 0 1 0 {there},0a{radius},{radius} 0 1 0 {back},0z"
     corners = {
         "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
         "diamond": ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
@@ -232,7 +232,11 @@ def _outline(form: str, x: float, y: float, size: float) -> str:
         "right": ((1.3, 0), (-0.9, -1.15), (-0.9, 1.15)),
         "left": ((-1.3, 0), (0.9, -1.15), (0.9, 1.15)),
     }[form]
-    return "M" + " ".join(f"{_figure(x + size * dx)},{_figure(y + size * dy)}" for dx, dy in corners) + "z"
+    return (
+        "M"
+        + " ".join(f"{_format_coordinate(x + size * dx)},{_format_coordinate(y + size * dy)}" for dx, dy in corners)
+        + "z"
+    )
 
 
 def text_width(text: str, size: float = NORMAL) -> float:
@@ -241,7 +245,7 @@ def text_width(text: str, size: float = NORMAL) -> float:
     return size * wide
 
 
-def cut(text: str, width: float, size: float = NORMAL) -> str:
+def truncate_to_width(text: str, width: float, size: float = NORMAL) -> str:
     """Return text cut to a width, with an ellipsis if it was cut."""
     if text_width(text, size) <= width:
         return text

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmrec.report.charts import draw
-from llmrec.report.plots import Bar, Plot, plots
-from llmrec.report.render import picture
-from llmrec.report.wording import with_interval
+from llmrec.report.charts import draw_plot
+from llmrec.report.plots import Bar, Plot, report_plots
+from llmrec.report.render import render_svg
+from llmrec.report.wording import format_with_interval
 from llmrec.results import Metric, Results
 
 # pixels
@@ -19,7 +19,7 @@ class Chart:
     """A plot with a name, which notebooks show as SVG."""
 
     def __init__(self, plot: Plot, name: str) -> None:
-        self._name, self._svg = name, picture(draw(plot, _WIDTH), name)
+        self._name, self._svg = name, render_svg(draw_plot(plot, _WIDTH), name)
 
     def __repr__(self) -> str:
         return f"Chart of {self._name}"
@@ -45,9 +45,9 @@ def of_run(results: Mapping[str, Any], plot: str) -> Chart:
         results: `llmrec.pipeline.run.Run.results`.
         plot: The id of the plot in the page of the report.
     """
-    return Chart(plots(Results.model_validate(results))[plot], plot)
+    return Chart(report_plots(Results.model_validate(results))[plot], plot)
 
 
 def _bar(name: str, metric: Metric) -> Bar:
-    text = with_interval(metric.value, metric.low, metric.high)
+    text = format_with_interval(metric.value, metric.low, metric.high)
     return {"label": name, "value": metric.value or 0.0, "low": metric.low, "high": metric.high, "text": text}

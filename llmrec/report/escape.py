@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llmrec.display import flat, visible
+from llmrec.display import escape_hidden, single_line
 
 # Characters that start code, emphasis, strike-through, maths or a table cell; a bracket only where it may close a link.
 # The text that follows is unknown here.
 _MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:]|$)")
 # Characters that start a list, rule, underlined heading or definition at the beginning of a line.
-_BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=:]))")
-_CODE = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
-_MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_BLOCK_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=:]))")
+_CODE_SPAN = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
+_HTML_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -45,36 +45,36 @@ def without_surrogates(value: Any) -> Any:
     return [without_surrogates(entry) for entry in value] if isinstance(value, list) else value
 
 
-def cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Return untrusted text as a Markdown table cell without markup, HTML and line breaks."""
-    line = "".join(_MARKED_UP.get(character, character) for character in flat(text))
+    line = "".join(_HTML_ENTITIES.get(character, character) for character in single_line(text))
     line = _MARKDOWN.sub(lambda match: f"\\{match[0]}", line)
-    return _BLOCK.sub(r"\1\\", line)
+    return _BLOCK_START.sub(r"\1\\", line)
 
 
-def code(text: str) -> str:
+def code_span(text: str) -> str:
     """Return untrusted text as a Markdown code span, or as a table cell if a code span cannot contain it."""
-    line = flat(text)
-    return f"`{line}`" if _CODE.fullmatch(line) else cell(line)
+    line = single_line(text)
+    return f"`{line}`" if _CODE_SPAN.fullmatch(line) else escape_cell(line)
 
 
-def fenced(text: str) -> str:
+def fenced_yaml(text: str) -> str:
     """Return untrusted YAML as a fenced Markdown block, with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}yaml\n{visible(text.rstrip())}\n{fence}"
+    return f"{fence}yaml\n{escape_hidden(text.rstrip())}\n{fence}"
 
 
-def tex(text: str) -> str:
+def escape_tex(text: str) -> str:
     """Return untrusted text as one line of LaTeX without commands, comments, maths or column separators.
 
     Letters beyond ASCII and Latin-1, which some engines and fonts lack, are written as ``[U+1F3AC]``.
     """
     # Two hyphens, quotation marks or commas would form a ligature.
-    line = re.sub(r"(?<=-)(?=-)|(?<=')(?=')|(?<=,)(?=,)", "\x00", flat(text))
-    return "".join("{}" if character == "\x00" else _tex_of(character) for character in line)
+    line = re.sub(r"(?<=-)(?=-)|(?<=')(?=')|(?<=,)(?=,)", "\x00", single_line(text))
+    return "".join("{}" if character == "\x00" else _escape_tex_character(character) for character in line)
 
 
-def _tex_of(character: str) -> str:
+def _escape_tex_character(character: str) -> str:
     if character in _TEX:
         return _TEX[character]
     if character.isascii() or character in _TEX_LETTERS:

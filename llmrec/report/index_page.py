@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from llmrec.durable import refuse_link, replacing
-from llmrec.index.diagnostics import Diagnostics, Entry, Group
+from llmrec.durable import check_not_link, replace_atomically
+from llmrec.index.diagnostics import CodedItem, CodeGroup, Diagnostics
 from llmrec.report import index_plots, index_summary
-from llmrec.report.render import environment, style
+from llmrec.report.render import html_environment, read_style_sheet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,29 +37,29 @@ class IndexPage:
     digest: str
     seconds: float | None
     found: Diagnostics
-    groups: Sequence[Group]
-    examples: Sequence[Entry]
+    groups: Sequence[CodeGroup]
+    examples: Sequence[CodedItem]
     version: str
     run: bool = False
 
 
-def write(content: IndexPage, path: Path) -> Path:
+def write_index_page(content: IndexPage, path: Path) -> Path:
     """Write the page and return its path."""
-    refuse_link(path.parent)
+    check_not_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = html_page(content)
-    with replacing(path) as draft:
+    text = render_index_page(content)
+    with replace_atomically(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
 
 
-def html_page(content: IndexPage) -> str:
+def render_index_page(content: IndexPage) -> str:
     """Render the page as HTML."""
     result = content.found
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
-    return environment().get_template("index.html.j2").render(
-        page=content, found=result, nonce=nonce, plotted=index_plots.pictures(result), style=style(),
-        sentence=index_summary.sentence(result), figures=index_summary.key_figures(result),
+    return html_environment().get_template("index.html.j2").render(
+        page=content, found=result, nonce=nonce, plotted=index_plots.draw_index_plots(result), style=read_style_sheet(),
+        sentence=index_summary.scheme_sentence(result), figures=index_summary.key_figures(result),
         level_title=index_summary.level_title,
         groups={length: tuple(entry) for length, entry in groupby(content.groups, key=lambda group: group.length)},
     )  # fmt: skip

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 
 from llmrec.index.diagnostics import Depth, Diagnostics, Level
 from llmrec.report import index_summary
-from llmrec.report.canvas import NARROW, SMALL, WIDE, Canvas, Scale, spanning, text_width
+from llmrec.report.canvas import NARROW, SMALL, WIDE, Canvas, Scale, linear_or_log_scale, text_width
 
 _LEFT, _RIGHT = 48, 12
 
 
-def pictures(diagnostics: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
+def draw_index_plots(diagnostics: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
     """Return all plots, wide and narrow, by the id of their HTML element."""
     levels, plots = shared_levels(diagnostics), {}
     if levels:
-        plots["usage"] = (usage(levels, diagnostics.items, WIDE), usage(levels, diagnostics.items, NARROW))
+        plots["usage"] = (
+            draw_token_usage(levels, diagnostics.items, WIDE),
+            draw_token_usage(levels, diagnostics.items, NARROW),
+        )
     if len(diagnostics.depths) > 1:
-        plots["branching"] = (branching(diagnostics.depths, WIDE), branching(diagnostics.depths, NARROW))
+        plots["branching"] = (draw_branching(diagnostics.depths, WIDE), draw_branching(diagnostics.depths, NARROW))
     return plots
 
 
@@ -27,7 +30,7 @@ def shared_levels(diagnostics: Diagnostics) -> list[Level]:
     return [level for level in diagnostics.levels if level.counts and level.counts[0] > 1]
 
 
-def usage(levels: Sequence[Level], items: int, width: float) -> Canvas:
+def draw_token_usage(levels: Sequence[Level], items: int, width: float) -> Canvas:
     """Draw the number of items per token, most used first, with one panel per level."""
     gap, head, body, foot = 44, 30, 132, 34
     across = width - _LEFT - _RIGHT
@@ -46,14 +49,14 @@ def usage(levels: Sequence[Level], items: int, width: float) -> Canvas:
         canvas.below(along, upper + body, upper + body, ticks=4)
         title = f"items per {index_summary.level_title(level)}"
         canvas.text(left, upper - 8, title, "tick", width=one)
-        _steps(canvas, level.counts, items, along, rise)
+        _draw_usage_boxes(canvas, level.counts, items, along, rise)
         even = rise(sum(level.counts) / level.available)
         canvas.line(left, even, along.end, even, "reference")
     canvas.text(width / 2, canvas.height - 4, "token, by rank", "axis-title", anchor="middle")
     return canvas
 
 
-def _steps(canvas: Canvas, counts: Sequence[int], items: int, along: Scale, rise: Scale) -> None:
+def _draw_usage_boxes(canvas: Canvas, counts: Sequence[int], items: int, along: Scale, rise: Scale) -> None:
     """Draw tokens with equal counts as one box."""
     start = 0
     for index, count in enumerate(counts, 1):
@@ -65,7 +68,7 @@ def _steps(canvas: Canvas, counts: Sequence[int], items: int, along: Scale, rise
             start = index
 
 
-def branching(depths: Sequence[Depth], width: float) -> Canvas:
+def draw_branching(depths: Sequence[Depth], width: float) -> Canvas:
     """Draw mean and maximum by prefix length in two panels, side by side if there is room."""
     gap, head, body, foot = 64, 50, 180, 46
     panels = (("items with the prefix", "items"), ("possible next tokens", "fan_out"))
@@ -78,7 +81,7 @@ def branching(depths: Sequence[Depth], width: float) -> Canvas:
         left = _LEFT + (index % columns) * (one + gap)
         upper = (index // columns) * (head + body + foot) + head
         along = Scale(low=-0.25, high=depths[-1].length + 0.25, start=left, end=left + one)
-        rise = spanning([*mean, *most], upper + body, upper)
+        rise = linear_or_log_scale([*mean, *most], upper + body, upper)
         canvas.left(rise, left, along.end, ticks=5)
         canvas.below(along, upper + body, upper + body, "length of the prefix, tokens", ticks=min(8, len(depths)))
         scale = " (log scale)" if rise.log else ""

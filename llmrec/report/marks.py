@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.wording import arm_label, facing, label
+from llmrec.report.wording import arm_label, label, orient_comparison
 from llmrec.results import Comparison, Results, Row, Verdict
 
-SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
+VERDICT_SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
 """Signs shown next to the verdict in words."""
 
 
@@ -32,7 +32,7 @@ def best_baseline(results: Results, task: str) -> Row | None:
     return next((row for row in rows if row.metrics[metric].value is not None), None)
 
 
-def marks(results: Results, task: str) -> dict[str, Mark]:
+def comparison_marks(results: Results, task: str) -> dict[str, Mark]:
     """Return the comparison marks of a task's language models."""
     control = best_baseline(results, task)
     rows = [row for row in results.rows if row.task == task]
@@ -41,7 +41,7 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
     for entry in results.comparisons:
         if entry.task == task and entry.metric == results.headline[task] and entry.verdict is not None:
             result[entry.a, entry.b] = entry
-            result[entry.b, entry.a] = facing(entry, entry.b)
+            result[entry.b, entry.a] = orient_comparison(entry, entry.b)
     return {
         row.id: Mark(
             zero_shot=result.get((row.id, zero.get((row.predictor, row.template), ""))),
@@ -54,10 +54,10 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
 
 def has_marks(results: Results, task: str) -> bool:
     """Whether any model of a task has a comparison mark."""
-    return any(mark.zero_shot or mark.baseline for mark in marks(results, task).values())
+    return any(mark.zero_shot or mark.baseline for mark in comparison_marks(results, task).values())
 
 
-def legend(results: Results, task: str) -> str:
+def marks_legend(results: Results, task: str) -> str:
     """Return a sentence that explains the marks of a table; empty if it has none."""
     if not has_marks(results, task):
         return ""
@@ -69,19 +69,19 @@ def legend(results: Results, task: str) -> str:
     )
 
 
-def planned(results: Results, task: str | None = None) -> list[Comparison]:
+def planned_comparisons(results: Results, task: str | None = None) -> list[Comparison]:
     """Return the planned comparisons (which have a verdict) of one task, or of all tasks."""
     return [entry for entry in results.comparisons if entry.verdict is not None and task in (None, entry.task)]
 
 
-def exploratory(results: Results, task: str | None = None) -> list[Comparison]:
+def exploratory_comparisons(results: Results, task: str | None = None) -> list[Comparison]:
     """Return the exploratory comparisons (which have no verdict) of one task, or of all tasks."""
     return [entry for entry in results.comparisons if entry.verdict is None and task in (None, entry.task)]
 
 
-def rule(results: Results) -> str:
+def significance_rule(results: Results) -> str:
     """Return a sentence on when a difference is called significant; empty without planned comparisons."""
-    result = planned(results)
+    result = planned_comparisons(results)
     if not result:
         return ""
     pairs = "the only planned comparison" if len(result) == 1 else f"all {len(result)} planned comparisons"
@@ -92,7 +92,7 @@ def rule(results: Results) -> str:
     )
 
 
-SINGLE = "single template"
+SINGLE_TEMPLATE = "single template"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ class TemplateSpread:
         return arm_label(self.arm, self.predictor)
 
 
-def spreads(results: Results, task: str) -> tuple[TemplateSpread, ...]:
+def template_spreads(results: Results, task: str) -> tuple[TemplateSpread, ...]:
     """Return how the results of a task vary over prompt templates, for each strategy."""
     metric = results.headline[task]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -136,22 +136,22 @@ def spreads(results: Results, task: str) -> tuple[TemplateSpread, ...]:
         TemplateSpread(
             arm=arm,
             predictor=predictor,
-            seen=_over([row for row in rows if row.template_use != "unseen"], metric),
-            unseen=_over([row for row in rows if row.template_use == "unseen"], metric),
+            seen=_template_range([row for row in rows if row.template_use != "unseen"], metric),
+            unseen=_template_range([row for row in rows if row.template_use == "unseen"], metric),
         )
         for (arm, predictor), rows in groups.items()
     )
 
 
-def singles(results: Results, task: str) -> frozenset[str]:
+def single_template_ids(results: Results, task: str) -> frozenset[str]:
     """Return the ids of models that were evaluated with only one template."""
-    alone = {(spread.arm, spread.predictor) for spread in spreads(results, task) if spread.single}
+    alone = {(spread.arm, spread.predictor) for spread in template_spreads(results, task) if spread.single}
     return frozenset(
         row.id for row in results.rows if row.task == task and row.template and (row.arm, row.predictor) in alone
     )
 
 
-def _over(rows: Sequence[Row], metric: str) -> TemplateRange | None:
+def _template_range(rows: Sequence[Row], metric: str) -> TemplateRange | None:
     values = [value for row in rows if (value := row.metrics[metric].value) is not None]
     if not values:
         return None

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-from llmrec.display import flat
-from llmrec.entries import Better
-from llmrec.records import Judged, Training
-from llmrec.registry import better, lower
+from llmrec.display import single_line
+from llmrec.entries import MetricDirection
+from llmrec.records import CheckpointSelection, Training
+from llmrec.registry import is_lower_better, metric_direction
 from llmrec.report import summary
-from llmrec.report.breakdowns import shown_rows
+from llmrec.report.breakdowns import rows_with_positions
 from llmrec.report.costs import cost_by_row
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import (
-    duration,
-    interval,
+    format_duration,
+    format_interval,
+    format_mean_count,
+    format_metric_difference,
+    format_number,
+    format_verdict,
+    format_with_interval,
+    join_words,
     label,
-    listed,
-    number,
-    outcome,
-    rough,
-    stated,
     title,
-    with_interval,
 )
 from llmrec.results import Results, Row, Verdict
 
@@ -51,7 +51,7 @@ class Forest(TypedDict):
 
     kind: Literal["forest"]
     metric: str
-    better: Better
+    better: MetricDirection
     rows: list[RowBar]
     reference: float | None
 
@@ -118,7 +118,7 @@ class CostPlot(TypedDict):
 
     kind: Literal["cost"]
     metric: str
-    better: Better
+    better: MetricDirection
     points: list[CostPoint]
     levels: dict[str, float]
 
@@ -126,36 +126,36 @@ class CostPlot(TypedDict):
 Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 
-def plots(results: Results) -> dict[str, Plot]:
+def report_plots(results: Results) -> dict[str, Plot]:
     """Return the data of all plots by the id of their HTML element, without plots of a single bar."""
     result: dict[str, Plot] = {}
-    gains = differences(results)
+    gains = differences_plot(results)
     if gains["rows"]:
         result["differences"] = gains
     for index, task in enumerate(results.tasks, 1):
-        result[f"forest-{index}"] = forest(results, task)
+        result[f"forest-{index}"] = forest_plot(results, task)
         for number_of, row in enumerate((row for row in results.standings(task) if row.fusion), 1):
-            result[f"weights-{index}-{number_of}"] = weights(row)
-        positions, cost = by_position(results, task), quality_by_tokens(results, task)
+            result[f"weights-{index}-{number_of}"] = weights_plot(row)
+        positions, cost = positions_plot(results, task), cost_plot(results, task)
         if positions["rows"]:
             result[f"positions-{index}"] = positions
         if cost:
             result[f"cost-{index}"] = cost
     if results.training and results.training.log:
-        result["training-loss"] = losses(results)
-        result |= {f"training/{name}": figured(results.training, name) for name in results.training.figured}
+        result["training-loss"] = loss_plot(results)
+        result |= {f"training/{name}": logged_value_plot(results.training, name) for name in results.training.figured}
         if results.training.judged is not None:
-            result["training-ndcg"] = judged(results.training, results.training.judged)
+            result["training-ndcg"] = validation_ndcg_plot(results.training, results.training.judged)
         if any(line.reward is not None for line in results.training.log):
-            result["training-reward"] = rewards(results.training)
+            result["training-reward"] = reward_plot(results.training)
         if any(line.tokens_per_second is not None for line in results.training.log):
-            result["training-speed"] = speed(results)
+            result["training-speed"] = speed_plot(results)
     if results.budget:
-        result["budget"] = budget(results)
+        result["budget"] = stage_seconds_plot(results)
     return {name: plot for name, plot in result.items() if plot["kind"] != "bars" or len(plot["bars"]) > 1}
 
 
-def forest(results: Results, task: str) -> Forest:
+def forest_plot(results: Results, task: str) -> Forest:
     """Return the models of a task with intervals, best first, and the best baseline as reference."""
     metric = results.headline[task]
     rows: list[RowBar] = []
@@ -163,10 +163,10 @@ def forest(results: Results, task: str) -> Forest:
         score = row.metrics.get(metric)
         if score is None or score.value is None:
             continue
-        text = f"{number(score.value)} {interval(score.low, score.high)}".rstrip()
+        text = f"{format_number(score.value)} {format_interval(score.low, score.high)}".rstrip()
         rows.append(
             {
-                "label": flat(label(row)),
+                "label": single_line(label(row)),
                 "arm": row.arm,
                 "value": score.value,
                 "low": score.low,
@@ -177,14 +177,14 @@ def forest(results: Results, task: str) -> Forest:
     control = next((row for row in rows if row["arm"] == "baseline"), None)
     return {
         "kind": "forest",
-        "metric": flat(metric),
-        "better": better(metric),
+        "metric": single_line(metric),
+        "better": metric_direction(metric),
         "rows": rows,
         "reference": control and control["value"],
     }
 
 
-def differences(results: Results) -> Differences:
+def differences_plot(results: Results) -> Differences:
     """Return the gain over the baseline for each task.
 
     If all families have the same metric, the unit is that metric; otherwise, the percentage of the control's figure.
@@ -192,14 +192,14 @@ def differences(results: Results) -> Differences:
     matches = [summary.headline(results, task) for task in results.tasks]
     matches = [entry for entry in matches if entry.difference is not None and entry.difference.value is not None]
     metrics = {entry.metric for entry in matches}
-    unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the baseline"
-    rows = [_difference(entry, share=len(metrics) > 1) for entry in matches]
-    turned = sorted(flat(metric) for metric in metrics if lower(metric))
-    sides = f"better → ({listed(turned)}: sign reversed, lower is better)" if turned else "better →"
+    unit = f"difference in {single_line(*metrics)}" if len(metrics) == 1 else "difference, % of the baseline"
+    rows = [_difference_bar(entry, share=len(metrics) > 1) for entry in matches]
+    turned = sorted(single_line(metric) for metric in metrics if is_lower_better(metric))
+    sides = f"better → ({join_words(turned)}: sign reversed, lower is better)" if turned else "better →"
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
 
 
-def _difference(headline: summary.Headline, *, share: bool) -> Difference | None:
+def _difference_bar(headline: summary.Headline, *, share: bool) -> Difference | None:
     """Return the gain of a task over its baseline; None if undefined."""
     entry, model, control = headline.difference, headline.model, headline.control
     if entry is None or entry.value is None or model is None or control is None:
@@ -211,26 +211,26 @@ def _difference(headline: summary.Headline, *, share: bool) -> Difference | None
     ends = [end for end in (entry.low, entry.high) if end is not None]
     bounds = sorted(summary.gain(headline.metric, end) * scale for end in ends)
     return {
-        "label": flat(title(headline.task)),
-        "beside": flat(" − ".join(headline.names)),
+        "label": single_line(title(headline.task)),
+        "beside": single_line(" − ".join(headline.names)),
         "value": summary.gain(headline.metric, entry.value) * scale,
         "low": bounds[0] if len(bounds) == 2 else None,
         "high": bounds[1] if len(bounds) == 2 else None,
         "detectable": None if entry.detectable is None else entry.detectable * scale,
         "verdict": entry.verdict,
-        "text": flat(f"{stated(entry)}, {outcome(entry.verdict)}"),
+        "text": single_line(f"{format_metric_difference(entry)}, {format_verdict(entry.verdict)}"),
     }
 
 
-def weights(row: Row) -> Bars:
+def weights_plot(row: Row) -> Bars:
     """Return the ensemble weights as a bar chart, largest first."""
     bars: list[Bar] = [
         {
-            "label": flat(part.name),
+            "label": single_line(part.name),
             "value": part.weight or 0.0,
             "low": part.low,
             "high": part.high,
-            "text": with_interval(part.weight or 0.0, part.low, part.high),
+            "text": format_with_interval(part.weight or 0.0, part.low, part.high),
         }
         for part in (row.fusion.parts if row.fusion else ())
     ]
@@ -238,26 +238,26 @@ def weights(row: Row) -> Bars:
     return {"kind": "bars", "unit": "weight", "bars": bars}
 
 
-def losses(results: Results) -> Lines:
+def loss_plot(results: Results) -> Lines:
     """Return the training loss and the validation loss of each task by optimiser step."""
     log = results.training.log if results.training else ()
     names = dict.fromkeys(name for line in log for name in (line.valid_loss or {}))
-    series = [_series("training", "train", [(line.step, line.loss) for line in log])]
+    series = [_line_series("training", "train", [(line.step, line.loss) for line in log])]
     for name in names:
         points = [(line.step, (line.valid_loss or {}).get(name)) for line in log]
-        series.append(_series(f"valid: {title(name)}", "valid", points))
+        series.append(_line_series(f"valid: {title(name)}", "valid", points))
     # A preference loss is a mean over lists, and the loss with rewards is that of a policy gradient.
     other = results.training is not None and (results.training.figured or any(line.reward for line in log))
     return {"kind": "lines", "unit": "loss" if other else "loss, nats per token", "series": series}
 
 
-def figured(training: Training, name: str) -> Lines:
+def logged_value_plot(training: Training, name: str) -> Lines:
     """Return a logged value by optimiser step."""
     points = [(line.step, (line.figures or {}).get(name)) for line in training.log]
-    return {"kind": "lines", "unit": name, "series": [_series(name, "train", points)]}
+    return {"kind": "lines", "unit": name, "series": [_line_series(name, "train", points)]}
 
 
-def judged(training: Training, judge: Judged) -> Lines:
+def validation_ndcg_plot(training: Training, judge: CheckpointSelection) -> Lines:
     """Return the validation NDCG@10 of the model by optimiser step, and of the baselines.
 
     Of these, popularity, the best single one and their ensembles are drawn.
@@ -268,13 +268,13 @@ def judged(training: Training, judge: Judged) -> Lines:
     best = max(single, key=lambda name: judge.controls[name], default="popularity")
     steps = [step for step, value in points if value is not None]
     ends = (min(steps, default=0), max(steps, default=0))
-    series = [_series("this model", "train", points)]
+    series = [_line_series("this model", "train", points)]
     for name in [name for name in judge.controls if name in (*shown, best)]:
-        series.append(_series(name, "valid", [(step, judge.controls[name]) for step in ends]))
+        series.append(_line_series(name, "valid", [(step, judge.controls[name]) for step in ends]))
     return {"kind": "lines", "unit": "validation NDCG@10", "series": series}
 
 
-def rewards(training: Training) -> Lines:
+def reward_plot(training: Training) -> Lines:
     """Return the rewards of rollouts by optimiser step, with diagnostics of the learning signal."""
     names = {
         "mean reward": "reward",
@@ -284,43 +284,50 @@ def rewards(training: Training) -> Lines:
     }
     log = [(line.step, line.reward) for line in training.log if line.reward is not None]
     series = [
-        _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in log])
+        _line_series(
+            label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in log]
+        )
         for label, name in names.items()
     ]
     return {"kind": "lines", "unit": "rollouts per step", "series": series}
 
 
-def speed(results: Results) -> Lines:
+def speed_plot(results: Results) -> Lines:
     """Return training tokens per second by optimiser step."""
     log = results.training.log if results.training else ()
     # no tokens were read before the first step
     points = [(line.step, line.tokens_per_second or None) for line in log]
-    return {"kind": "lines", "unit": "tokens/s", "series": [_series("tokens/s", "speed", points)]}
+    return {"kind": "lines", "unit": "tokens/s", "series": [_line_series("tokens/s", "speed", points)]}
 
 
-def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Series:
+def _line_series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Series:
     defined = [(step, value) for step, value in points if value is not None]
-    return {"name": flat(name), "kind": kind, "x": [step for step, _ in defined], "y": [value for _, value in defined]}
+    return {
+        "name": single_line(name),
+        "kind": kind,
+        "x": [step for step, _ in defined],
+        "y": [value for _, value in defined],
+    }
 
 
-def budget(results: Results) -> Bars:
+def stage_seconds_plot(results: Results) -> Bars:
     """Return the seconds of each stage, in the order of execution."""
     bars: list[Bar] = [
         {
-            "label": flat(entry.stage),
+            "label": single_line(entry.stage),
             "value": entry.seconds,
             "low": None,
             "high": None,
-            "text": duration(entry.seconds),
+            "text": format_duration(entry.seconds),
         }
         for entry in results.budget
     ]
     return {"kind": "bars", "unit": "seconds", "bars": bars}
 
 
-def by_position(results: Results, task: str) -> Positions:
+def positions_plot(results: Results, task: str) -> Positions:
     """Return HR@1 and mean rank by target position, for language models and the best baseline."""
-    rows = shown_rows(results, task)
+    rows = rows_with_positions(results, task)
     return {
         "kind": "positions",
         "rows": [row for row in rows if row.arm != "baseline"],
@@ -328,7 +335,7 @@ def by_position(results: Results, task: str) -> Positions:
     }
 
 
-def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
+def cost_plot(results: Results, task: str) -> CostPlot | None:
     """Return the main metric of language models and their tokens per user; None if no model used tokens."""
     metric = results.headline[task]
     points: list[CostPoint] = []
@@ -338,14 +345,15 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
             continue
         points.append(
             {
-                "label": flat(label(cost.row)),
+                "label": single_line(label(cost.row)),
                 "arm": cost.row.arm,
                 "tokens": cost.tokens_per_user,
-                "short": f"{number(score.value)}, {rough(cost.tokens_per_user)} tokens",
+                "short": f"{format_number(score.value)}, {format_mean_count(cost.tokens_per_user)} tokens",
                 "value": score.value,
                 "low": score.low,
                 "high": score.high,
-                "text": f"{with_interval(score.value, score.low, score.high)}, {rough(cost.tokens_per_user)} tokens",
+                "text": f"{format_with_interval(score.value, score.low, score.high)}, "
+                f"{format_mean_count(cost.tokens_per_user)} tokens",
             }
         )
     if not points:
@@ -354,11 +362,11 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
     levels = [row for row in (best_baseline(results, task), *random_rows) if row is not None]
     return {
         "kind": "cost",
-        "metric": flat(metric),
-        "better": better(metric),
+        "metric": single_line(metric),
+        "better": metric_direction(metric),
         "points": points,
         "levels": {
-            flat(label(row)): score.value
+            single_line(label(row)): score.value
             for row in levels
             if (score := row.metrics.get(metric)) is not None and score.value is not None
         },

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 
 from llmrec.durable import read_json, sha256_of
 from llmrec.errors import DataError, ErrorKind, LlmrecError
-from llmrec.guard import cut
+from llmrec.guard import shorten_at_grapheme
 from llmrec.registry import is_family
-from llmrec.report.audit import audit_lines, refuse_leaks
+from llmrec.report.audit import check_leaks, read_audit_lines
 from llmrec.report.escape import without_surrogates
-from llmrec.report.wording import count
+from llmrec.report.wording import format_count
 from llmrec.results import Results, Row
 from llmrec.tasks.family import missing_controls
 
@@ -30,11 +30,11 @@ from llmrec.tasks.family import missing_controls
 
 
 # Signature fields that may differ between the metrics of one model.
-_OF_A_METRIC = frozenset({"gain", "ties", "text", "how"})
+_METRIC_FIELDS = frozenset({"gain", "ties", "text", "how"})
 _MISSING = "(missing)"
 
 
-def check(results: Results, *, source: str = "results.json") -> None:
+def check_results(results: Results, *, source: str = "results.json") -> None:
     """Reject results from which no valid table can be made.
 
     Raises:
@@ -90,22 +90,22 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
 
 def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:
     """Reject models that were measured on different candidates or under incompatible protocols."""
-    _same_candidates(task, rows, source)
+    _check_same_candidates(task, rows, source)
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for row in rows:
-        for name, signature in _signatures(row):
+        for name, signature in _row_signatures(row):
             other, first = seen.setdefault(name, (row.id, signature))
             if signature != first:
                 raise LlmrecError(
-                    _mixed(task, f"{other!r} ({first})", f"{row.id!r} ({signature})", source),
+                    _mixed_protocols_message(task, f"{other!r} ({first})", f"{row.id!r} ({signature})", source),
                     kind="mismatch",
                     at=source,
                 )
-    _same_fields(task, rows, source)
-    _same_slices(task, rows, source)
+    _check_same_fields(task, rows, source)
+    _check_same_slices(task, rows, source)
 
 
-def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
+def _row_signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield the signatures of all values of a model, each with its subset and metric."""
     for name, metric in row.metrics.items():
         yield ("", name), metric.signature
@@ -114,13 +114,13 @@ def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
             yield (part.name, name), metric.signature
 
 
-def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
+def _check_same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
     """Reject models with different or missing candidate sets."""
     digests: dict[str | None, str] = {}
     for row in rows:
         digests.setdefault(row.candidates, row.id)
     if len(digests) > 1:
-        one, two = (f"{row_id!r} ({_digest(digest)})" for digest, row_id in list(digests.items())[:2])
+        one, two = (f"{row_id!r} ({_format_digest(digest)})" for digest, row_id in list(digests.items())[:2])
         raise LlmrecError(
             f"{source}: models of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot "
             "share a table; evaluate both again in one run",
@@ -136,7 +136,8 @@ def _check_candidates(results: Results, source: str) -> None:
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
             raise LlmrecError(
-                f"{source}: model {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that are missing in the "
+                f"{source}: model {row.id!r} ranked candidate sets ({_format_digest(row.candidates)}) that are "
+                "missing in the "
                 "key 'candidates'; evaluate this model again in this run",
                 kind="mismatch",
                 at=source,
@@ -144,17 +145,19 @@ def _check_candidates(results: Results, source: str) -> None:
             )
 
 
-def _digest(digest: str | None) -> str:
+def _format_digest(digest: str | None) -> str:
     return "no digest" if digest is None else f"digest {digest[:12]}"
 
 
-def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
+def _check_same_fields(task: str, rows: Sequence[Row], source: str) -> None:
     """Reject pairs of models that were not measured under the same protocols.
 
     Rows may have a metric under several protocols, such as seen items filtered and not filtered; then one row
     may lack one of them. A field missing in a signature, such as ``users`` or ``slice``, counts as one value.
     """
-    parts = {row.id: [_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics}
+    parts = {
+        row.id: [_signature_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics
+    }
     names = sorted({key for fields in parts.values() for entry in fields for key in entry})
     for key in names:
         values = {row_id: {entry.get(key, _MISSING) for entry in fields} for row_id, fields in parts.items()}
@@ -164,20 +167,22 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
                 if not (protocols <= other or other <= protocols):
                     one = f"{first!r} ({key}:{','.join(sorted(other))})"
                     raise LlmrecError(
-                        _mixed(task, one, f"{row_id!r} ({key}:{','.join(sorted(protocols))})", source),
+                        _mixed_protocols_message(
+                            task, one, f"{row_id!r} ({key}:{','.join(sorted(protocols))})", source
+                        ),
                         kind="mismatch",
                         at=source,
                     )
             kinds.setdefault(frozenset(protocols), row_id)
 
 
-def _fields(signature: str) -> dict[str, str]:
+def _signature_fields(signature: str) -> dict[str, str]:
     """Return the fields of a signature ``metric|field:value|...`` that apply to all metrics of a table."""
     parts = (part.partition(":") for part in signature.split("|")[1:])
-    return {key: value for key, _, value in parts if key not in _OF_A_METRIC}
+    return {key: value for key, _, value in parts if key not in _METRIC_FIELDS}
 
 
-def _same_slices(task: str, rows: Sequence[Row], source: str) -> None:
+def _check_same_slices(task: str, rows: Sequence[Row], source: str) -> None:
     """Reject models whose equally named subsets have different numbers of cases."""
     sizes: dict[str, tuple[str, int]] = {}
     for row in rows:
@@ -185,10 +190,10 @@ def _same_slices(task: str, rows: Sequence[Row], source: str) -> None:
             other, n = sizes.setdefault(part.name, (row.id, part.n))
             if n != part.n:
                 one, two = f"{other!r} (slice {part.name!r}, n = {n})", f"{row.id!r} (n = {part.n})"
-                raise LlmrecError(_mixed(task, one, two, source), kind="mismatch", at=source)
+                raise LlmrecError(_mixed_protocols_message(task, one, two, source), kind="mismatch", at=source)
 
 
-def _mixed(task: str, one: str, two: str, source: str) -> str:
+def _mixed_protocols_message(task: str, one: str, two: str, source: str) -> str:
     return (
         f"{source}: models of task {task!r} were measured under different protocols, {one} and {two}, so they cannot "
         f"share a table; evaluate both on the same split and candidate file, or report them as separate runs"
@@ -210,7 +215,7 @@ def _check_comparisons(results: Results, source: str) -> None:
                 )
 
 
-def results_of(content: Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
+def parse_results(content: Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
     """Parse and validate the content of results.json.
 
     Args:
@@ -225,12 +230,12 @@ def results_of(content: Mapping[str, Any], *, source: str = "results.json", fix:
     try:
         results = Results.model_validate(without_surrogates(dict(content)))
     except (ValidationError, RecursionError) as error:
-        raise _unfit(error, source, fix) from error
-    check(results, source=source)
+        raise _invalid_key_error(error, source, fix) from error
+    check_results(results, source=source)
     return results
 
 
-def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
+def _invalid_key_error(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
     """Return an error that names the first invalid key."""
     if isinstance(error, RecursionError):
         deep = "it is nested too deeply for a results file"
@@ -250,12 +255,12 @@ def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> Da
 # --------------------------------------------------------------------------- files
 
 
-def fix_for(run_dir: Path) -> str:
+def rewrite_advice(run_dir: Path) -> str:
     """Return a sentence on how to write the files of a run again."""
     return f"Write it again with: llmrec eval RECIPE --out {shlex.quote(str(run_dir))}"
 
 
-def read(run_dir: Path) -> Results:
+def read_results(run_dir: Path) -> Results:
     """Read and validate ``run_dir/results.json``.
 
     Raises:
@@ -263,23 +268,23 @@ def read(run_dir: Path) -> Results:
         LeakError: If the run's audit found a leak.
         LlmrecError: If its rows must not be reported together.
     """
-    content = content_of(run_dir)
-    refuse_leaks(run_dir, audit_lines(run_dir) or ())
-    return results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
+    content = read_results_json(run_dir)
+    check_leaks(run_dir, read_audit_lines(run_dir) or ())
+    return parse_results(content, source=str(run_dir / "results.json"), fix=rewrite_advice(run_dir))
 
 
-def content_of(run_dir: Path) -> Mapping[str, Any]:
+def read_results_json(run_dir: Path) -> Mapping[str, Any]:
     """Read ``run_dir/results.json`` without validation.
 
     Raises:
         DataError: If the file is missing, does not match its checksum, or is not a JSON object.
     """
-    fix = fix_for(run_dir)
+    fix = rewrite_advice(run_dir)
     # A lone surrogate in a server's answer must not prevent a report; it is escaped when it is shown.
     return read_json(run_dir / "results.json", fix[0].lower() + fix[1:], json.loads)
 
 
-def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
+def check_predictions_file(run_dir: Path, files: Mapping[str, str]) -> None:
     """Reject a file of answers that does not belong to the results.
 
     Args:
@@ -289,7 +294,7 @@ def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
     Raises:
         DataError: If the file is missing, cannot be read or was changed.
     """
-    path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
+    path, fix = run_dir / "predictions.parquet", rewrite_advice(run_dir)
     try:
         result = sha256_of(path)
     except OSError as error:
@@ -316,8 +321,8 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
     Raises:
         DataError: If the file is missing, unreadable, or differs from results.json in rows or row counts.
     """
-    path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
-    refuse_other_answers(run_dir, results.files)
+    path, fix = run_dir / "predictions.parquet", rewrite_advice(run_dir)
+    check_predictions_file(run_dir, results.files)
     try:
         predictions = pl.read_parquet(path, columns=["row_id", "error"])
         # Sorted so that the page is reproducible: its nonce is a hash that includes these counts.
@@ -346,10 +351,10 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
     }
 
 
-_LONGEST = 20_000  # maximum number of characters of a prompt or raw answer on the page
+_MAX_TEXT_LENGTH = 20_000  # maximum number of characters of a prompt or raw answer on the page
 
 
-def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
+def protocols_by_task(results: Results) -> dict[str, dict[str, list[str]]]:
     """Return the evaluation protocols of each task, with the metrics measured under each."""
     result: dict[str, dict[str, list[str]]] = {}
     for task in results.tasks:
@@ -362,22 +367,22 @@ def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
     return result
 
 
-def made_data(results: Results) -> list[str]:
+def synthetic_data_names(results: Results) -> list[str]:
     """Return the names of synthetic data sets."""
     return list(dict.fromkeys(data.name for data in results.data.values() if data and data.made))
 
 
-def clip(text: str) -> str:
+def truncate_long_text(text: str) -> str:
     """Return text, truncated with a note if it is too long for the page."""
-    kept = cut(text, _LONGEST)
-    return text if kept == text else f"{kept}\n[… {count(len(text) - len(kept))} more characters]"
+    kept = shorten_at_grapheme(text, _MAX_TEXT_LENGTH)
+    return text if kept == text else f"{kept}\n[… {format_count(len(text) - len(kept))} more characters]"
 
 
-def answer(value: object) -> str:
+def format_answer(value: object) -> str:
     """Return a parsed or true answer as text: strings unchanged, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def dump(value: object) -> str:
+def format_yaml(value: object) -> str:
     """Return a recipe as YAML."""
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88)

@@ -10,29 +10,29 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrec.data.cells import write_rows
-from llmrec.display import flat
+from llmrec.display import single_line
 from llmrec.report.costs import cost_of
 from llmrec.report.marks import (
     Mark,
     best_baseline,
-    marks,
-    planned,
-    rule,
-    singles,
+    comparison_marks,
+    planned_comparisons,
+    significance_rule,
+    single_template_ids,
 )
 from llmrec.report.wording import (
-    KINDS,
+    INPUT_KINDS,
     NOT_EVALUATED,
     UNDEFINED,
-    figure,
-    interval,
+    describe_undefined,
+    format_figure,
+    format_interval,
+    format_p_value,
+    format_percentage,
+    format_verdict,
+    format_with_interval,
     label,
-    outcome,
-    p_value,
-    share,
     title,
-    undefined,
-    with_interval,
 )
 from llmrec.results import Metric, Results, Row
 
@@ -48,7 +48,7 @@ CSV_COLUMNS = (
 # --------------------------------------------------------------------------- Markdown
 
 
-def grid(
+def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1, numeric_to: int | None = None
 ) -> str:
     """Return escaped cells as a Markdown table.
@@ -75,7 +75,11 @@ def csv_text(results: Results) -> str:
 def _csv_lines(found: Results) -> Iterator[dict[str, object]]:
     """Yield the values of each line by column; a column that is not in a line is empty."""
     for task in found.tasks:
-        marked, alone, control = marks(found, task), singles(found, task), best_baseline(found, task)
+        marked, alone, control = (
+            comparison_marks(found, task),
+            single_template_ids(found, task),
+            best_baseline(found, task),
+        )
         for row in found.standings(task):
             cost = cost_of(row, found.members(row))
             same = ("task", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n")
@@ -106,9 +110,9 @@ def _csv_metric(name: str, metric: Metric) -> dict[str, object]:
 def _csv_marks(mark: Mark | None, control: Row | None) -> dict[str, object]:
     line: dict[str, object] = {}
     if mark and mark.zero_shot:
-        line |= {"beats_zero_shot": outcome(mark.zero_shot.verdict), "beats_zero_shot_p": mark.zero_shot.p}
+        line |= {"beats_zero_shot": format_verdict(mark.zero_shot.verdict), "beats_zero_shot_p": mark.zero_shot.p}
     if mark and mark.baseline and control:
-        line |= {"best_baseline": control.id, "beats_best_baseline": outcome(mark.baseline.verdict)}
+        line |= {"best_baseline": control.id, "beats_best_baseline": format_verdict(mark.baseline.verdict)}
         line["beats_best_baseline_p"] = mark.baseline.p
     return line
 
@@ -119,22 +123,22 @@ def _csv_marks(mark: Mark | None, control: Row | None) -> dict[str, object]:
 def console_tables(results: Results) -> list[Table]:
     """Return a terminal table for each task and for planned comparisons, at most 80 columns wide."""
     tables = [_task_table(results, task) for task in results.tasks]
-    return [*tables, _comparison_table(results)] if planned(results) else tables
+    return [*tables, _comparison_table(results)] if planned_comparisons(results) else tables
 
 
-def plain(text: str, style: str = "") -> Text:
+def plain_text(text: str, style: str = "") -> Text:
     """Return text that rich prints literally, without markup and escape sequences."""
-    return Text(flat(text), style=style)
+    return Text(single_line(text), style=style)
 
 
 def _task_table(results: Results, task: str) -> Table:
     names = results.metrics(task)[:2]
     # A value that all models share, without failures, needs no column.
     parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
-    table = table_of(title(task), undefined(results, task))
+    table = console_table(title(task), describe_undefined(results, task))
     table.add_column("Model", overflow="fold")
     for index, name in enumerate(names):
-        table.add_column(plain(name), justify="right", no_wrap=True)
+        table.add_column(plain_text(name), justify="right", no_wrap=True)
         if index == 0:
             table.add_column("95 %", justify="right", no_wrap=True)
     if parsed:
@@ -143,43 +147,45 @@ def _task_table(results: Results, task: str) -> Table:
     for kind, row in [(kind, row) for kind, group in results.kinds(task) for row in (None, *group)]:
         if row is None:
             if kind:
-                table.add_row(plain(KINDS[kind], "italic"))
+                table.add_row(plain_text(INPUT_KINDS[kind], "italic"))
             continue
-        cells = [plain(label(row), "dim" if row.arm == "baseline" else "")]
+        cells = [plain_text(label(row), "dim" if row.arm == "baseline" else "")]
         for index, name in enumerate(names):
             metric = row.metrics.get(name)
             value = metric.value if metric else None
-            cells.append(Text(figure(metric), style="bold green" if value is not None and value == best[name] else ""))
+            cells.append(
+                Text(format_figure(metric), style="bold green" if value is not None and value == best[name] else "")
+            )
             if index == 0:
-                cells.append(Text(interval(metric.low, metric.high) if metric else ""))
-        table.add_row(*cells, *([Text(share(row.parse_rate))] if parsed else []))
+                cells.append(Text(format_interval(metric.low, metric.high) if metric else ""))
+        table.add_row(*cells, *([Text(format_percentage(row.parse_rate))] if parsed else []))
     for missing in results.missing(task):
-        table.add_row(plain(label(missing)), Text(NOT_EVALUATED, style="red"))
+        table.add_row(plain_text(label(missing)), Text(NOT_EVALUATED, style="red"))
     return table
 
 
 def _comparison_table(results: Results) -> Table:
     styles = {"shown": "green", "not shown": "yellow", "contradicted": "red"}
-    table = table_of("Planned comparisons", [rule(results)])
+    table = console_table("Planned comparisons", [significance_rule(results)])
     table.add_column("a − b", overflow="fold")
     for head in ("Difference", "p"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("a is")
-    for entry in planned(results):
+    for entry in planned_comparisons(results):
         one, other = (label(results.row(side)) for side in (entry.a, entry.b))
         table.add_row(
-            plain(f"{one} − {other} ({entry.metric})"),
-            Text(with_interval(entry.value, entry.low, entry.high, sign=True)),
-            Text(p_value(entry.p)),
-            Text(outcome(entry.verdict), style=styles.get(entry.verdict or "", "")),
+            plain_text(f"{one} − {other} ({entry.metric})"),
+            Text(format_with_interval(entry.value, entry.low, entry.high, sign=True)),
+            Text(format_p_value(entry.p)),
+            Text(format_verdict(entry.verdict), style=styles.get(entry.verdict or "", "")),
         )
     return table
 
 
-def table_of(head: str, notes: Sequence[str]) -> Table:
+def console_table(head: str, notes: Sequence[str]) -> Table:
     """Return a table of 80 columns without vertical lines, with notes below it."""
-    caption = plain("\n".join(notes)) if notes else None
+    caption = plain_text("\n".join(notes)) if notes else None
     return Table(
-        title=plain(head, "bold"), title_justify="left", header_style="bold", caption=caption, caption_justify="left",
-        box=SIMPLE_HEAD, pad_edge=False, show_edge=False,
+        title=plain_text(head, "bold"), title_justify="left", header_style="bold",
+        caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False,
     )  # fmt: skip

@@ -5,39 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmrec.records import ExampleUser, GeneratedText, PromptContents, Sample
-from llmrec.report.wording import count, listed, rough
+from llmrec.report.wording import format_count, format_mean_count, join_words
 from llmrec.results import Results, Row
 
-OPEN = 5
+EXPANDED_REQUESTS = 5
 """Number of requests per task that are expanded on the page and included in the Markdown page."""
 
 
-def text_tasks(results: Results) -> list[str]:
+def tasks_with_texts(results: Results) -> list[str]:
     """Return the tasks with example texts, in the order of the tables."""
-    return [task for task in results.tasks if samples(results, task)]
+    return [task for task in results.tasks if text_samples(results, task)]
 
 
-def samples(results: Results, task: str) -> list[Sample]:
+def text_samples(results: Results, task: str) -> list[Sample]:
     """Return the example requests of a task."""
     return [sample for sample in results.texts if sample.task == task]
 
 
-def answered(results: Results, sample: Sample) -> list[tuple[Row, GeneratedText]]:
+def models_with_texts(results: Results, sample: Sample) -> list[tuple[Row, GeneratedText]]:
     """Return the models with their texts for a request, in the order of the result table."""
     rows = results.standings(sample.task)
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]
 
 
-def shown_in(results: Results, sample: Sample, fact: PromptContents) -> str:
+def prompts_showing_fact(results: Results, sample: Sample, fact: PromptContents) -> str:
     """Return which prompts show the additional information; empty if all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:
         return "in no prompt"
     names = [name.rpartition("/")[2] for name in fact.by]
-    return "" if set(templates) <= set(fact.by) else f"in the prompts of {listed(names)}"
+    return "" if set(templates) <= set(fact.by) else f"in the prompts of {join_words(names)}"
 
 
-def about_choice(results: Results, shown: Sequence[Sample]) -> str:
+def describe_sampling(results: Results, shown: Sequence[Sample]) -> str:
     """Return a sentence on the number of example requests and how they were selected."""
     total = max((row.n for row in results.rows if row.task == shown[0].task), default=len(shown))
     if len(shown) >= total:
@@ -45,13 +45,13 @@ def about_choice(results: Results, shown: Sequence[Sample]) -> str:
     return f"{len(shown)} of {total} requests, a random sample."
 
 
-def who(sample: Sample) -> str:
+def format_user(sample: Sample) -> str:
     """Return the name of a user with the id, or the id alone."""
     return f"{sample.user.name} ({sample.user.id})" if sample.user.name else sample.user.id
 
 
-def rank_words(shown: ExampleUser) -> str:
+def format_rank(shown: ExampleUser) -> str:
     """Return the rank of the held-out item in an example, as text."""
     if shown.rank is None:
         return "not in the list"
-    return f"rank {rough(shown.rank)}{f' of {count(shown.pool)}' if shown.pool else ''}"
+    return f"rank {format_mean_count(shown.rank)}{f' of {format_count(shown.pool)}' if shown.pool else ''}"

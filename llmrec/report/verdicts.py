@@ -9,34 +9,34 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 from rich.text import Text
 
-from llmrec.display import flat
-from llmrec.registry import lower
-from llmrec.report.marks import SIGNS
-from llmrec.report.summary import Headline, caution, first_sentence, headline, tuning_tally
-from llmrec.report.table import table_of
+from llmrec.display import single_line
+from llmrec.registry import is_lower_better
+from llmrec.report.marks import VERDICT_SIGNS
+from llmrec.report.summary import Headline, exploratory_reason, headline, main_finding, tuning_tally
+from llmrec.report.table import console_table
 from llmrec.report.wording import (
     DASH,
-    alone,
-    duration,
-    figure,
-    interval,
-    number,
-    outcome,
+    describe_undefined,
+    format_duration,
+    format_figure,
+    format_interval,
+    format_number,
+    format_verdict,
+    is_single_language_model,
+    rows_with_value,
     title,
-    undefined,
     verdict,
-    with_figures,
 )
 from llmrec.results import Results, Row, Verdict, arm_name
 
 WIDTH = 80
-STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
+VERDICT_STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
 """Colours of verdicts on a terminal, in addition to the words."""
-_ARMS = ("zero-shot", "few-shot", "tuned")
+_MODEL_ARMS = ("zero-shot", "few-shot", "tuned")
 # the sign for comparisons that were not planned
-_OPEN = "◇"
+_EXPLORATORY_SIGN = "◇"
 # number of stages to name with their duration
-_LONGEST = 3
+_MAX_NAMED_STAGES = 3
 
 
 def metrics_table(results: Results) -> Table:
@@ -47,8 +47,8 @@ def metrics_table(results: Results) -> Table:
     """
     firsts = {task: headline(results, task) for task in results.tasks}
     asks = any(row.arm != "baseline" for row in results.rows)
-    arms = [arm for arm in _ARMS if any(row.arm == arm and alone(row) for row in results.rows)]
-    table = table_of("", [_legend(result.verdict for result in firsts.values() if result.difference)])
+    arms = [arm for arm in _MODEL_ARMS if any(row.arm == arm and is_single_language_model(row) for row in results.rows)]
+    table = console_table("", [_verdict_legend(result.verdict for result in firsts.values() if result.difference)])
     table.title = None
     table.add_column("Task and metric", overflow="fold")
     for arm in arms or ["ensemble"]:
@@ -57,69 +57,78 @@ def metrics_table(results: Results) -> Table:
     table.add_column("difference", justify="right", no_wrap=True)
     for task, result in firsts.items():
         metric = result.metric
-        rows = [_best(results, task, arm) for arm in arms] if asks else [result.model]
-        cells = [DASH if row is None else figure(row.metrics.get(metric)) for row in rows]
-        control = result.control and f"{number(result.control.metrics[metric].value)}\n{flat(result.names[1])}"
+        rows = [_best_model(results, task, arm) for arm in arms] if asks else [result.model]
+        cells = [DASH if row is None else format_figure(row.metrics.get(metric)) for row in rows]
+        control = (
+            result.control and f"{format_number(result.control.metrics[metric].value)}\n{single_line(result.names[1])}"
+        )
+        direction = ", lower is better" if is_lower_better(metric) else ""
         table.add_row(
-            Text(f"{flat(title(task))}\n{flat(metric)}{', lower is better' if lower(metric) else ''}"),
+            Text(f"{single_line(title(task))}\n{single_line(metric)}{direction}"),
             *map(Text, cells),
             Text(control or DASH),
-            _difference(result),
+            _difference_cell(result),
         )
     return table
 
 
-def _best(results: Results, task: str, arm: str) -> Row | None:
+def _best_model(results: Results, task: str, arm: str) -> Row | None:
     """Return the best zero-shot, few-shot or tuned model of a task; None if no model has a value."""
-    return next((row for row in with_figures(results, task) if row.arm == arm and alone(row)), None)
+    return next(
+        (row for row in rows_with_value(results, task) if row.arm == arm and is_single_language_model(row)), None
+    )
 
 
-def _difference(found: Headline) -> Text:
+def _difference_cell(found: Headline) -> Text:
     """Return the difference between model and baseline with a sign for the verdict, above its interval."""
     entry = found.difference
     if entry is None:
         return Text(DASH)
-    sign = SIGNS[entry.verdict] if entry.verdict else _OPEN
-    message = f"{sign} {number(entry.value, sign=True)}\n{interval(entry.low, entry.high, sign=True)}"
-    return Text(message, style=STYLES[outcome(entry.verdict)] if entry.verdict else "")
+    sign = VERDICT_SIGNS[entry.verdict] if entry.verdict else _EXPLORATORY_SIGN
+    message = f"{sign} {format_number(entry.value, sign=True)}\n{format_interval(entry.low, entry.high, sign=True)}"
+    return Text(message, style=VERDICT_STYLES[format_verdict(entry.verdict)] if entry.verdict else "")
 
 
-def _legend(verdicts: Iterable[Verdict | None]) -> str:
-    signs = {SIGNS[verdict] if verdict else _OPEN: outcome(verdict) for verdict in verdicts}
+def _verdict_legend(verdicts: Iterable[Verdict | None]) -> str:
+    signs = {VERDICT_SIGNS[verdict] if verdict else _EXPLORATORY_SIGN: format_verdict(verdict) for verdict in verdicts}
     return "   ".join(f"{sign} {words}" for sign, words in signs.items())
 
 
-def screen(results: Results) -> list[str]:
+def closing_lines(results: Results) -> list[str]:
     """Return the text below the final table, as lines of at most `WIDTH` columns.
 
     It names the reasons of missing figures, the contributions to an ensemble, the effect of tuning, and why the run
     is exploratory.
     """
     matches = [verdict(results, task) for task in results.tasks]
-    lines = [line for task in results.tasks for text in undefined(results, task) for line in wrapped(text)]
-    if text := first_sentence(results):
-        lines += wrapped(text)
+    lines = [
+        line for task in results.tasks for text in describe_undefined(results, task) for line in wrap_paragraph(text)
+    ]
+    if text := main_finding(results):
+        lines += wrap_paragraph(text)
     if any(entry.tuned for entry in matches):
-        lines += wrapped(tuning_tally(matches))
-    if warning := caution(results):
-        lines += wrapped(warning)
+        lines += wrap_paragraph(tuning_tally(matches))
+    if warning := exploratory_reason(results):
+        lines += wrap_paragraph(warning)
     return lines
 
 
-def coloured() -> Iterator[tuple[re.Pattern[str], str]]:
+def verdict_patterns() -> Iterator[tuple[re.Pattern[str], str]]:
     """Yield a pattern for each verdict, with its style."""
-    for words, style in STYLES.items():
+    for words, style in VERDICT_STYLES.items():
         yield re.compile(r"\s+".join(words.split())), style
 
 
-def spent(results: Results) -> str:
+def describe_run_time(results: Results) -> str:
     """Return the duration of a run and its longest stages."""
     longest = sorted((stage for stage in results.budget if stage.seconds), key=lambda stage: -(stage.seconds or 0))
-    named = ", ".join(f"{flat(stage.stage)} {duration(stage.seconds)}" for stage in longest[:_LONGEST])
-    return f"{duration(results.seconds)}{f' ({named})' if named else ''}"
+    named = ", ".join(
+        f"{single_line(stage.stage)} {format_duration(stage.seconds)}" for stage in longest[:_MAX_NAMED_STAGES]
+    )
+    return f"{format_duration(results.seconds)}{f' ({named})' if named else ''}"
 
 
-def wrapped(text: str, *, hang: int = 2) -> list[str]:
+def wrap_paragraph(text: str, *, hang: int = 2) -> list[str]:
     """Wrap a paragraph at `WIDTH` columns, with all lines after the first indented by ``hang``.
 
     A longer name is not broken.

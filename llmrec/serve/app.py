@@ -17,55 +17,55 @@ from fastapi.security import HTTPBearer
 from llmrec import __version__
 from llmrec.data.read.limits import ID_LIMIT
 from llmrec.errors import DataError, LlmrecError
-from llmrec.metrics.stats import wilson
+from llmrec.metrics.stats import wilson_interval
 from llmrec.serve import schema
-from llmrec.serve.failures import answer_failures, failure, failures
+from llmrec.serve.failures import error_status_and_body, openapi_error_responses, register_error_handlers
 from llmrec.serve.gates import (
     Auth,
-    Authenticated,
-    BodyLimit,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    HeadAndUrlMiddleware,
     Metrics,
     MetricsMiddleware,
-    Plain,
-    SameOrigin,
+    SameOriginMiddleware,
     StrictRoute,
 )
 from llmrec.serve.service import Service
-from llmrec.serve.verbs import VERBS, Verb, answers_of, batch_of, card_of
+from llmrec.serve.verbs import VERBS, Verb, batch_answer, batch_body, model_card
 from llmrec.types import Event, Item
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-_OWN, _SWAGGER = "llmrec.serve", "fastapi_offline"
+_PAGE_PACKAGE, _SWAGGER_PACKAGE = "llmrec.serve", "fastapi_offline"
 # Static files: their package and folder, and their media type.
-_PAGE = {
-    "page.js": (_OWN, "page", "text/javascript"),
-    "chat.js": (_OWN, "page", "text/javascript"),
-    "docs.js": (_OWN, "page", "text/javascript"),
-    "page.css": (_OWN, "page", "text/css"),
-    "swagger-ui-bundle.js": (_SWAGGER, "static", "text/javascript"),
-    "swagger-ui.css": (_SWAGGER, "static", "text/css"),
+_STATIC_FILES = {
+    "page.js": (_PAGE_PACKAGE, "page", "text/javascript"),
+    "chat.js": (_PAGE_PACKAGE, "page", "text/javascript"),
+    "docs.js": (_PAGE_PACKAGE, "page", "text/javascript"),
+    "page.css": (_PAGE_PACKAGE, "page", "text/css"),
+    "swagger-ui-bundle.js": (_SWAGGER_PACKAGE, "static", "text/javascript"),
+    "swagger-ui.css": (_SWAGGER_PACKAGE, "static", "text/css"),
 }
-_POLICY = (
+_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": _SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_MOST_VOTES = 1_000_000
-_Id = Annotated[str, Path(min_length=1, max_length=ID_LIMIT, pattern=schema.NAME)]
+_MAX_VOTES = 1_000_000
+_Id = Annotated[str, Path(min_length=1, max_length=ID_LIMIT, pattern=schema.NAME_PATTERN)]
 
 
-_ALWAYS = (401, 403, 422, 429, 500, 503)
-_NOT_NOW = (429, 503, 504)
-_POSTED = (*_ALWAYS, 400, 413, 415)
-_VERB_STATUSES = (*_POSTED, 404, 504)
+_COMMON_STATUSES = (401, 403, 422, 429, 500, 503)
+_RETRY_STATUSES = (429, 503, 504)
+_POST_STATUSES = (*_COMMON_STATUSES, 400, 413, 415)
+_VERB_STATUSES = (*_POST_STATUSES, 404, 504)
 
 
 def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> FastAPI:
@@ -95,18 +95,18 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
         redirect_slashes=False,
     )
     metrics = Metrics(service)
-    answer_failures(app)
-    app.include_router(_open_routes(service, metrics))
-    # `Authenticated` checks the key; this only documents it.
+    register_error_handlers(app)
+    app.include_router(_public_routes(service, metrics))
+    # `AuthMiddleware` checks the key; this only documents it.
     bearer = HTTPBearer(auto_error=False, description="API key, created with `llmrec serve-key`.")
     needed = [Depends(bearer)] if auth.keyed else []
-    app.include_router(_questions(service), dependencies=needed)
-    app.include_router(_knowledge(service, auth), dependencies=needed)
+    app.include_router(_question_routes(service), dependencies=needed)
+    app.include_router(_data_routes(service, auth), dependencies=needed)
     # requests pass the middleware in reverse order
-    app.add_middleware(BodyLimit, most=body_limit)
-    app.add_middleware(Authenticated, auth=auth)
-    app.add_middleware(SameOrigin, keyed=auth.keyed)
-    app.add_middleware(Plain)
+    app.add_middleware(BodyLimitMiddleware, most=body_limit)
+    app.add_middleware(AuthMiddleware, auth=auth)
+    app.add_middleware(SameOriginMiddleware, keyed=auth.keyed)
+    app.add_middleware(HeadAndUrlMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     return app
 
@@ -114,7 +114,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
 # --------------------------------------------------------------------------- timeouts
 
 
-async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:
+async def _await_while_connected(service: Service, request: Request, work: Awaitable[_T]) -> _T:
     """Await a result; cancel it if the client disconnects or the timeout is reached."""
 
     async def disconnected() -> None:
@@ -138,33 +138,33 @@ async def _while_there(service: Service, request: Request, work: Awaitable[_T]) 
 # --------------------------------------------------------------------------- routes
 
 
-def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
+def _public_routes(service: Service, metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        answer = _asset(_OWN, "page", "index.html", "text/html")
+        answer = _static_file_response(_PAGE_PACKAGE, "page", "index.html", "text/html")
         allowed = await asyncio.to_thread(service.image_origins)
-        answer.headers["Content-Security-Policy"] = _POLICY.replace("data:", " ".join(("data:", *allowed)))
+        answer.headers["Content-Security-Policy"] = _SECURITY_POLICY.replace("data:", " ".join(("data:", *allowed)))
         return answer
 
     @router.get("/chat", include_in_schema=False)
     async def chat_page() -> Response:
-        return _asset(_OWN, "page", "chat.html", "text/html")
+        return _static_file_response(_PAGE_PACKAGE, "page", "chat.html", "text/html")
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        answer = _asset(_OWN, "page", "docs.html", "text/html")
+        answer = _static_file_response(_PAGE_PACKAGE, "page", "docs.html", "text/html")
         # Swagger UI sets style attributes
-        answer.headers["Content-Security-Policy"] = _POLICY.replace("style-src", "style-src 'unsafe-inline'")
+        answer.headers["Content-Security-Policy"] = _SECURITY_POLICY.replace("style-src", "style-src 'unsafe-inline'")
         return answer
 
     @router.get("/page/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
-        if name not in _PAGE:
+        if name not in _STATIC_FILES:
             raise HTTPException(404, "file not found")
-        package, folder, kind = _PAGE[name]
-        return _asset(package, folder, name, kind)
+        package, folder, kind = _STATIC_FILES[name]
+        return _static_file_response(package, folder, name, kind)
 
     @router.get("/health", tags=["state"])
     async def health() -> schema.Health:
@@ -187,12 +187,12 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _asset(package: str, folder: str, name: str, kind: str) -> Response:
+def _static_file_response(package: str, folder: str, name: str, kind: str) -> Response:
     result = files(package).joinpath(folder, name).read_bytes()
     return Response(result, media_type=f"{kind}; charset=utf-8", headers=_HEADERS)
 
 
-def _questions(service: Service) -> APIRouter:
+def _question_routes(service: Service) -> APIRouter:
     class Queued(StrictRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
@@ -214,97 +214,101 @@ def _questions(service: Service) -> APIRouter:
         for version in verb.versions:
             router.add_api_route(
                 f"/{version}/{verb.name}",
-                _route(service, verb),
+                _verb_handler(service, verb),
                 methods=["POST"],
                 name=verb.name,
                 operation_id=f"{verb.name}_{version}" if len(verb.versions) > 1 else None,
                 description=verb.about,
                 response_model=verb.answer,
-                responses=failures(*_VERB_STATUSES, body=verb.failed) | (stream if verb.event else {}),
+                responses=openapi_error_responses(*_VERB_STATUSES, body=verb.failed) | (stream if verb.event else {}),
             )
         if verb.batch:
             router.add_api_route(
                 f"/v1/{verb.name}/batch",
-                _batch_route(service, verb),
+                _batch_handler(service, verb),
                 methods=["POST"],
                 name=f"{verb.name}_batch",
                 description=verb.batch,
-                response_model=answers_of(verb.answer),
-                responses=failures(*_VERB_STATUSES),
+                response_model=batch_answer(verb.answer),
+                responses=openapi_error_responses(*_VERB_STATUSES),
             )
     return router
 
 
-def _route(service: Service, verb: Verb) -> Callable[..., Any]:
+def _verb_handler(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
         if verb.event and "text/event-stream" in request.headers.get("accept", ""):
             events = verb.stream(service, body)
             # Before the first event, an error can still have an HTTP status.
-            first = await _while_there(service, request, anext(events))
-            return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
-        return await _while_there(service, request, verb.ask(service, body))
+            first = await _await_while_connected(service, request, anext(events))
+            return StreamingResponse(_iterate_event_texts(first, events), media_type="text/event-stream")
+        return await _await_while_connected(service, request, verb.ask(service, body))
 
     answer.__annotations__ = {"request": Request, "body": verb.body}
     return answer
 
 
-def _batch_route(service: Service, verb: Verb) -> Callable[..., Any]:
+def _batch_handler(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
         asking = asyncio.gather(*(verb.ask(service, item) for item in body.requests), return_exceptions=True)
-        return answers_of(verb.answer)(answers=_answers(await _while_there(service, request, asking)))
+        return batch_answer(verb.answer)(answers=_batch_answers(await _await_while_connected(service, request, asking)))
 
-    answer.__annotations__ = {"request": Request, "body": batch_of(verb.body)}
+    answer.__annotations__ = {"request": Request, "body": batch_body(verb.body)}
     return answer
 
 
-def _knowledge(service: Service, auth: Auth) -> APIRouter:
-    router = APIRouter(tags=["knowledge"], route_class=StrictRoute, responses=failures(*_ALWAYS))
+def _data_routes(service: Service, auth: Auth) -> APIRouter:
+    router = APIRouter(
+        tags=["knowledge"], route_class=StrictRoute, responses=openapi_error_responses(*_COMMON_STATUSES)
+    )
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
         """List the models, the default model first."""
-        return schema.Models(models=[card_of(card) for card in service.engine.cards])
+        return schema.Models(models=[model_card(card) for card in service.engine.cards])
 
     @router.get("/v1/preference")
     async def preference(
-        first: Annotated[int, Query(ge=0, le=_MOST_VOTES, description="Votes for the first of two models.")],
-        second: Annotated[int, Query(ge=0, le=_MOST_VOTES, description="Votes for the second.")],
+        first: Annotated[int, Query(ge=0, le=_MAX_VOTES, description="Votes for the first of two models.")],
+        second: Annotated[int, Query(ge=0, le=_MAX_VOTES, description="Votes for the second.")],
     ) -> schema.Preference:
         """Return the share of votes for the first of two models, with its 95 % interval; ties do not count."""
         votes = first + second
         if not votes:
             raise DataError("first and second: there are no votes", kind="empty", column="first")
-        low, high = wilson(first / votes, votes)
+        low, high = wilson_interval(first / votes, votes)
         return schema.Preference(share=first / votes, low=low, high=high)
 
     @router.get("/v1/items")
     async def items(
         q: Annotated[str, Query(max_length=200, description="Text to search for in titles and ids.")] = "",
-        limit: Annotated[int, Query(ge=1, le=schema.MOST_ITEMS)] = 20,
+        limit: Annotated[int, Query(ge=1, le=schema.MAX_ITEMS)] = 20,
         offset: Annotated[int, Query(ge=0, le=1 << 31)] = 0,
     ) -> schema.FoundItems:
         """Search items by title or ID."""
         results, total = service.catalogue.search(q, limit=limit, offset=offset)
-        return schema.FoundItems(items=[_item(item) for item in results], total=total)
+        return schema.FoundItems(items=[_catalogue_item(item) for item in results], total=total)
 
-    @router.get("/v1/items/{item_id:path}", responses=failures(404))
+    @router.get("/v1/items/{item_id:path}", responses=openapi_error_responses(404))
     async def item(item_id: _Id) -> schema.CatalogueItem:
         """Return an item of the catalogue."""
-        return _item(service.catalogue.get(item_id))
+        return _catalogue_item(service.catalogue.get(item_id))
 
-    @router.put("/v1/items", responses=failures(*_POSTED), dependencies=[Depends(auth.admin)])
+    @router.put("/v1/items", responses=openapi_error_responses(*_POST_STATUSES), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
         """Add or replace items."""
         results = [Item(item_id=entry.item_id, title=entry.title, fields=dict(entry.fields)) for entry in body.items]
         return schema.Stored(stored=await service.put_items(results))
 
-    @router.delete("/v1/items/{item_id:path}", responses=failures(404), dependencies=[Depends(auth.admin)])
+    @router.delete(
+        "/v1/items/{item_id:path}", responses=openapi_error_responses(404), dependencies=[Depends(auth.admin)]
+    )
     async def remove_item(item_id: _Id) -> schema.Removed:
         """Remove an item from the catalogue."""
         await service.remove_item(item_id)
         return schema.Removed(removed=1)
 
-    @router.get("/v1/users/{user_id:path}", responses=failures(404))
+    @router.get("/v1/users/{user_id:path}", responses=openapi_error_responses(404))
     async def user(user_id: _Id) -> schema.KnownUser:
         """Return the history of a user, oldest first."""
         return _known_user(user_id, await service.user(user_id), service.catalogue.items)
@@ -314,7 +318,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
         """Delete the stored interactions and generated texts of a user."""
         return await service.erase(user_id)
 
-    @router.post("/v1/events", responses=failures(*_POSTED, 404))
+    @router.post("/v1/events", responses=openapi_error_responses(*_POST_STATUSES, 404))
     async def events(body: schema.EventsBody) -> schema.Stored:
         """Add interactions to the histories of users; they are stored before the response is sent."""
         return schema.Stored(stored=await service.add_events(body))
@@ -323,19 +327,21 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
     async def reload() -> schema.Models:
         """Reload the model folder; the old models answer until the new ones are ready."""
         await service.reload()
-        return schema.Models(models=[card_of(card) for card in service.engine.cards])
+        return schema.Models(models=[model_card(card) for card in service.engine.cards])
 
     return router
 
 
-def _answers(results: Sequence[Any]) -> list[Any]:
+def _batch_answers(results: Sequence[Any]) -> list[Any]:
     """Return the answers to several questions, with an error for each failed one."""
-    if all(isinstance(result, LlmrecError) and failure(result)[0] in _NOT_NOW for result in results):
+    if all(
+        isinstance(result, LlmrecError) and error_status_and_body(result)[0] in _RETRY_STATUSES for result in results
+    ):
         raise results[0]
     answers: list[Any] = []
     for result in results:
         if isinstance(result, LlmrecError):
-            answers.append(schema.Failed(error=failure(result)[1]))
+            answers.append(schema.Failed(error=error_status_and_body(result)[1]))
         elif isinstance(result, Exception):
             log.error("unexpected error in a request of a batch", exc_info=result)
             defect = schema.Failure(kind="defect", message="internal error; see the log of the service")
@@ -345,16 +351,16 @@ def _answers(results: Sequence[Any]) -> list[Any]:
     return answers
 
 
-async def _streamed(first: tuple[str, Any], events: AsyncIterator[tuple[str, Any]]) -> AsyncIterator[str]:
-    yield _event(*first)
+async def _iterate_event_texts(first: tuple[str, Any], events: AsyncIterator[tuple[str, Any]]) -> AsyncIterator[str]:
+    yield _format_event(*first)
     try:
         async for event in events:
-            yield _event(*event)
+            yield _format_event(*event)
     except LlmrecError as error:
-        yield _event("error", schema.Failed(error=failure(error)[1]).model_dump())
+        yield _format_event("error", schema.Failed(error=error_status_and_body(error)[1]).model_dump())
 
 
-def _event(name: str, data: Any) -> str:
+def _format_event(name: str, data: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
@@ -372,5 +378,5 @@ def _known_user(user_id: str, events: Sequence[Event], items: Mapping[str, Item]
     return schema.KnownUser(user_id=user_id, history=history)
 
 
-def _item(item: Item) -> schema.CatalogueItem:
+def _catalogue_item(item: Item) -> schema.CatalogueItem:
     return schema.CatalogueItem(item_id=item.item_id, title=item.title, fields=dict(item.fields))

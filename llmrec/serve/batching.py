@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from llmrec.answer.recommender import Answered, Question
+from llmrec.answer.recommender import AnnotatedAnswer, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
 from llmrec.serve.engine import EngineLost, Reply
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 # A call counts as hanging if it takes longer than this multiple of the request timeout.
-_HANGS = 5.0
+_HANG_FACTOR = 5.0
 
 
 class QueueFull(LlmrecError):
@@ -46,14 +46,14 @@ class AnswerTimeout(LlmrecError):
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _QueuedQuestion:
     request: RankRequest
-    future: asyncio.Future[Answered]
+    future: asyncio.Future[AnnotatedAnswer]
     ends: float
 
 
 @dataclass
-class Load:
+class QueueState:
     """The state of a queue, for metrics.
 
     Attributes:
@@ -95,9 +95,9 @@ class Batcher:
     ) -> None:
         self._engine, self._window, self._most, self._room, self._patience = engine, window, most, room, patience
         self._hangs = hangs
-        self._queues: dict[Question, deque[_Waiting]] = {}
+        self._queues: dict[Question, deque[_QueuedQuestion]] = {}
         # The questions in the current batch.
-        self._batch: list[_Waiting] = []
+        self._batch: list[_QueuedQuestion] = []
         self._others = 0
         self._some, self._turn = asyncio.Event(), asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrec-engine")
@@ -105,7 +105,7 @@ class Batcher:
         self._closed = False
         # Moving average of the engine's seconds per question.
         self._seconds_each = 0.25
-        self.load = Load()
+        self.load = QueueState()
 
     def start(self) -> None:
         """Start processing; must be called in the event loop."""
@@ -115,19 +115,19 @@ class Batcher:
         """Reject new questions, and return when the pending ones are answered or have timed out."""
         self._closed = True
         ends = time.monotonic() + self._patience
-        while self._busy() and time.monotonic() < ends:
+        while self._has_pending() and time.monotonic() < ends:
             await asyncio.sleep(0.01)
         pending = self._batch
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         for item in pending:
-            _settle(item.future, _stopping())
-        self._fail(_stopping())
+            _set_result(item.future, _stopping_error())
+        self._fail_queued(_stopping_error())
         # the result of a running call is no longer needed
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def ask(self, question: Question, request: RankRequest) -> Answered:
+    async def ask(self, question: Question, request: RankRequest) -> AnnotatedAnswer:
         """Answer a request; cancelling the caller removes it from the queue.
 
         Raises:
@@ -137,7 +137,9 @@ class Batcher:
             LlmrecError: If the question is invalid.
         """
         self.admit()
-        waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
+        waiting = _QueuedQuestion(
+            request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience
+        )
         self._queues.setdefault(question, deque()).append(waiting)
         self.load.waiting += 1
         self._some.set()
@@ -146,7 +148,7 @@ class Batcher:
         except TimeoutError:
             raise self.late() from None
         finally:
-            self._drop(question, waiting)
+            self._remove_from_queue(question, waiting)
 
     async def between(self, call: Callable[[], _T]) -> _T:
         """Run an engine call between two batches; it is queued and rejected like a question.
@@ -156,7 +158,7 @@ class Batcher:
             TooLate: If it was not answered in time.
             EngineLost: If the engine ended, or the service is stopping.
         """
-        self._admit(self._others)
+        self._check_queue_length(self._others)
         self._others += 1
         try:
             return await asyncio.wait_for(self._alone(call), self._patience)
@@ -172,7 +174,7 @@ class Batcher:
             EngineLost: If the engine ended, or the service is stopping.
         """
         if self._closed:
-            raise _stopping()
+            raise _stopping_error()
         self._others += 1
         try:
             # Stored changes must reach the engine even if the caller is cancelled.
@@ -182,11 +184,11 @@ class Batcher:
 
     def admit(self) -> None:
         """Raise an error if the queue does not accept another question; see `ask`."""
-        self._admit(self.load.waiting)
+        self._check_queue_length(self.load.waiting)
 
-    def _admit(self, waiting: int) -> None:
+    def _check_queue_length(self, waiting: int) -> None:
         if self._closed:
-            raise _stopping()
+            raise _stopping_error()
         ahead = waiting * self._seconds_each
         if waiting >= self._room or ahead > self._patience:
             self.load.refused += 1
@@ -199,10 +201,10 @@ class Batcher:
             f"not answered within {self._patience:.0f} s; send fewer items, or raise --timeout", kind="exhausted"
         )
 
-    def _busy(self) -> bool:
+    def _has_pending(self) -> bool:
         return bool(self.load.waiting or self._others or any(not item.future.done() for item in self._batch))
 
-    def _drop(self, question: Question, waiting: _Waiting) -> None:
+    def _remove_from_queue(self, question: Question, waiting: _QueuedQuestion) -> None:
         queue = self._queues.get(question)
         if queue is not None and waiting in queue:
             queue.remove(waiting)
@@ -234,24 +236,24 @@ class Batcher:
             finally:
                 self._batch = []
 
-    async def _answer(self, question: Question, batch: Sequence[_Waiting]) -> None:
+    async def _answer(self, question: Question, batch: Sequence[_QueuedQuestion]) -> None:
         begun = time.monotonic()
         requests = [waiting.request for waiting in batch]
         try:
-            answers = await self._called(lambda: self._engine(question, requests))
+            answers = await self._call_engine(lambda: self._engine(question, requests))
             for item, answer in zip(batch, answers, strict=True):
-                _settle(item.future, answer)
+                _set_result(item.future, answer)
         except LlmrecError as error:
             for item in batch:
-                _settle(item.future, error)
+                _set_result(item.future, error)
             if isinstance(error, EngineLost):
-                self._fail(error)
+                self._fail_queued(error)
             return
         except Exception:
             # An exception here would stop the queue for good.
             log.exception("unexpected error in a batch")
             for item in batch:
-                _settle(item.future, LlmrecError("internal error; see the log of the service", kind="defect"))
+                _set_result(item.future, LlmrecError("internal error; see the log of the service", kind="defect"))
             return
         took = time.monotonic() - begun
         self._seconds_each = 0.8 * self._seconds_each + 0.2 * took / len(batch)
@@ -260,35 +262,35 @@ class Batcher:
 
     async def _alone(self, call: Callable[[], _T]) -> _T:
         async with self._turn:
-            return await self._called(call)
+            return await self._call_engine(call)
 
-    async def _called(self, call: Callable[[], _T]) -> _T:
+    async def _call_engine(self, call: Callable[[], _T]) -> _T:
         """Run a call in the thread of the engine, and report a call that hangs."""
         running = asyncio.get_running_loop().run_in_executor(self._thread, call)
         try:
-            done, _ = await asyncio.wait({running}, timeout=_HANGS * self._patience)
+            done, _ = await asyncio.wait({running}, timeout=_HANG_FACTOR * self._patience)
             if not done:
-                log.error("the engine hangs: a call has taken %.0f s", _HANGS * self._patience)
+                log.error("the engine hangs: a call has taken %.0f s", _HANG_FACTOR * self._patience)
                 await asyncio.to_thread(self._hangs)
             return await running
         finally:
             # A call that has not started when the caller is cancelled is dropped.
             running.cancel()
 
-    def _fail(self, error: EngineLost) -> None:
+    def _fail_queued(self, error: EngineLost) -> None:
         """Fail all waiting questions, because the engine is not available."""
         for queue in self._queues.values():
             for waiting in queue:
-                _settle(waiting.future, error)
+                _set_result(waiting.future, error)
         self._queues.clear()
         self.load.waiting = 0
 
 
-def _stopping() -> EngineLost:
+def _stopping_error() -> EngineLost:
     return EngineLost("the service is stopping; try again in a moment", kind="failed")
 
 
-def _settle(future: asyncio.Future[Answered], reply: Reply) -> None:
+def _set_result(future: asyncio.Future[AnnotatedAnswer], reply: Reply) -> None:
     # the caller may have been cancelled in the meantime
     if future.done():
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import say, short, show, store_facts
+from llmrec.cli.console import format_number, say, show_values, store_facts
 from llmrec.serve.options import RefreshOptions, ServeOptions
 
 
@@ -36,7 +36,7 @@ def refresh(options: RefreshOptions) -> None:
     """
     from llmrec.serve.refresh import refresh
 
-    show("refreshed", refresh(options), short)
+    show_values("refreshed", refresh(options), format_number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,10 @@ def serve_key(options: KeyOptions) -> None:
     from llmrec.serve import keys
 
     if options.revoke:
-        keys.revoke(options.file, options.name)
+        keys.revoke_key(options.file, options.name)
         store_facts(name=options.name, revoked=True)
         say(f"{options.name}: revoked")
         return
-    key = keys.new_key(options.file, options.name, admin=options.admin)
+    key = keys.create_key(options.file, options.name, admin=options.admin)
     store_facts(name=options.name, key=key)
     say(key)

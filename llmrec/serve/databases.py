@@ -21,23 +21,23 @@ from threading import Lock
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote, urlsplit
 
-from llmrec.data.read.databases import without_secrets
-from llmrec.data.read.limits import no_file, reason, shown
+from llmrec.data.read.databases import mask_passwords
+from llmrec.data.read.limits import describe_file_problem, format_error, format_value
 from llmrec.errors import DataError, ErrorKind, LlmrecError, require
 from llmrec.machine import flush_folder
 
-VERSION = 1
+TABLES_VERSION = 1
 """Version of the tables."""
-MOVE = "restore a backup, or move the file and its log away. The file was not changed"
+DAMAGE_ADVICE = "restore a backup, or move the file and its log away. The file was not changed"
 """Advice for a damaged database."""
 
-_APPLICATION = 0x6C6C6D72
+_APPLICATION_ID = 0x6C6C6D72
 """Application id in the header of an SQLite file, which identifies it as llmrec's."""
-WAIT = 30.0
+LOCK_TIMEOUT = 30.0
 """Default number of seconds that a call waits for a lock of another process."""
-_READ_THROUGH = 256 * 2**20
+_MAX_CHECKED_BYTES = 256 * 2**20
 """Maximum size in bytes of an SQLite file that is checked completely when it is opened."""
-_TABLES = (
+_TABLE_STATEMENTS = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     # Each interaction is one JSON text, which can be overwritten in place.
     "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
@@ -49,7 +49,7 @@ _TABLES = (
 )
 ERASED_KEY = "0" * 32
 """Replaces the user key of an erased interaction."""
-_Mend: TypeAlias = tuple[ErrorKind, str]
+_KindAndFix: TypeAlias = tuple[ErrorKind, str]
 
 
 class StoreError(LlmrecError):
@@ -118,14 +118,16 @@ class Database(Protocol):
 
 # --------------------------------------------------------------------------- SQLite
 
-_LEAVE = "give the service permission to write there, or choose another path"
-_ROOM = "free disk space and send the request again; nothing was stored"
-_OTHER = "choose another file; this file was not changed"
-_SQLITE_MENDS: dict[int, _Mend] = {
-    **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), ("damaged", MOVE)),
-    **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), ("unreadable", _LEAVE)),
+_PERMISSION_ADVICE = "give the service permission to write there, or choose another path"
+_DISK_SPACE_ADVICE = "free disk space and send the request again; nothing was stored"
+_OTHER_FILE_ADVICE = "choose another file; this file was not changed"
+_SQLITE_FIXES: dict[int, _KindAndFix] = {
+    **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), ("damaged", DAMAGE_ADVICE)),
+    **dict.fromkeys(
+        (sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), ("unreadable", _PERMISSION_ADVICE)
+    ),
     **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), ("busy", "stop the other program that uses it")),
-    sqlite3.SQLITE_FULL: ("exhausted", _ROOM),
+    sqlite3.SQLITE_FULL: ("exhausted", _DISK_SPACE_ADVICE),
     sqlite3.SQLITE_IOERR: ("failed", "check the disk, its free space and its file system"),
 }
 
@@ -144,7 +146,7 @@ class SQLite:
     errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
     keeps: str | None = None
 
-    def __init__(self, path: Path, wait: float = WAIT) -> None:
+    def __init__(self, path: Path, wait: float = LOCK_TIMEOUT) -> None:
         self._path, self._wait = path, wait
         self._writing = Lock()
         try:
@@ -176,19 +178,19 @@ class SQLite:
             code = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_CANTOPEN
         elif code == sqlite3.SQLITE_ERROR and "no such" in str(error):
             code = sqlite3.SQLITE_CORRUPT  # a table or column is missing
-        kind, fix = _SQLITE_MENDS.get(code, ("failed", MOVE))
-        return self.error(kind, f" cannot be used ({reason(error)}); {fix}")
+        kind, fix = _SQLITE_FIXES.get(code, ("failed", DAMAGE_ADVICE))
+        return self.error(kind, f" cannot be used ({format_error(error)}); {fix}")
 
     def connect(self) -> sqlite3.Connection:
         """See `Database.connect`."""
-        return _connect(self._path, self._wait)
+        return _connect_sqlite(self._path, self._wait)
 
     def prepare(self, raw: sqlite3.Connection) -> None:
         """Reject a damaged file; the tables were created with the file."""
-        if self._path.stat().st_size <= _READ_THROUGH:
+        if self._path.stat().st_size <= _MAX_CHECKED_BYTES:
             result = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
             if result != "ok":
-                raise self.error("damaged", f" is damaged ({shown(result)}); {MOVE}")
+                raise self.error("damaged", f" is damaged ({format_value(result)}); {DAMAGE_ADVICE}")
 
     def check(self) -> None:
         """See `Database.check`: a moved file is still writable, but would not be found after a restart."""
@@ -240,7 +242,7 @@ class SQLite:
 
     def _check(self) -> None:
         """Reject a file of another type, because opening it could change it."""
-        problem = no_file(self._path)
+        problem = describe_file_problem(self._path)
         if problem:
             raise self.error("unreadable", f" {problem}; choose a file that the service may write to")
         with self._path.open("rb") as file:
@@ -248,9 +250,11 @@ class SQLite:
         if not head:
             raise self.error("empty", " is an empty file; remove it, or choose another file")
         if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
-            raise self.error("wrong-format", f" is not an SQLite database, or its beginning is damaged; {_OTHER}")
-        if int.from_bytes(head[68:72], "big") != _APPLICATION:
-            raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
+            raise self.error(
+                "wrong-format", f" is not an SQLite database, or its beginning is damaged; {_OTHER_FILE_ADVICE}"
+            )
+        if int.from_bytes(head[68:72], "big") != _APPLICATION_ID:
+            raise self.error("wrong-format", f" is a database of another program; {_OTHER_FILE_ADVICE}")
 
     def _make(self) -> None:
         """Create the file under a temporary name and link it, so that other processes see only a complete file."""
@@ -261,7 +265,7 @@ class SQLite:
         os.close(handle)
         draft = Path(name)
         try:
-            _fill(draft)
+            _create_tables(draft)
             try:
                 self._path.hardlink_to(draft)
             except FileExistsError:
@@ -274,7 +278,7 @@ class SQLite:
         flush_folder(folder)
 
 
-def _connect(path: Path, wait: float = WAIT) -> sqlite3.Connection:
+def _connect_sqlite(path: Path, wait: float = LOCK_TIMEOUT) -> sqlite3.Connection:
     # This mode does not create a file. Connections may change threads, but are used by one thread at a time.
     uri = f"file:{quote(str(path.resolve()))}?mode=rw"
     raw = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
@@ -301,15 +305,15 @@ def _transaction(raw: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _fill(draft: Path) -> None:
-    raw = _connect(draft)
+def _create_tables(draft: Path) -> None:
+    raw = _connect_sqlite(draft)
     try:
         with _transaction(raw):
-            for table in _TABLES:
+            for table in _TABLE_STATEMENTS:
                 raw.execute(table.format(serial="INTEGER PRIMARY KEY"))
-            rows = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
+            rows = [("version", str(TABLES_VERSION)), ("salt", secrets.token_hex(16))]
             raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", rows)
-            raw.execute(f"PRAGMA application_id={_APPLICATION}")
+            raw.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         # Closing does this too, but reports no error if the disk is full.
         raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
@@ -318,10 +322,10 @@ def _fill(draft: Path) -> None:
 
 # --------------------------------------------------------------------------- PostgreSQL
 
-_REACH = "check the address, the user, PGPASSWORD or ~/.pgpass, and that the server runs"
+_CONNECTION_ADVICE = "check the address, the user, PGPASSWORD or ~/.pgpass, and that the server runs"
 # By SQLSTATE prefix; without a SQLSTATE, the server was not reached or disconnected.
-_POSTGRES_MENDS: dict[str, _Mend] = {
-    **dict.fromkeys(("08", "28", "3D", "57P"), ("unreachable", _REACH)),
+_POSTGRES_FIXES: dict[str, _KindAndFix] = {
+    **dict.fromkeys(("08", "28", "3D", "57P"), ("unreachable", _CONNECTION_ADVICE)),
     **dict.fromkeys(
         ("42501", "25006", "3F"), ("unreadable", "grant the user permission to create and write tables there")
     ),
@@ -333,8 +337,8 @@ _POSTGRES_MENDS: dict[str, _Mend] = {
     "53": ("exhausted", "free resources on the server"),
     "XX": ("damaged", "restore a copy of the database"),
 }
-_UNKNOWN: _Mend = ("failed", "see the server's log")
-_HOST = r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?"
+_UNKNOWN_FIX: _KindAndFix = ("failed", "see the server's log")
+_HOST_PATTERN = r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?"
 
 
 class Postgres:
@@ -351,19 +355,23 @@ class Postgres:
 
     keeps: str | None = "PostgreSQL keeps erased interactions until its next vacuum, and in its log and backups"
 
-    def __init__(self, url: str, wait: float = WAIT) -> None:
+    def __init__(self, url: str, wait: float = LOCK_TIMEOUT) -> None:
         self._wait = wait
         self._dbapi = require("adbc_driver_postgresql.dbapi", "tables")
         self.errors: tuple[type[Exception], ...] = (self._dbapi.Error,)
         try:
             parts = urlsplit(url)
         except ValueError:
-            raise _no_url() from None
+            raise _invalid_url_error() from None
         host = parts.netloc.rpartition("@")[2]
         # Such a URL is not passed to libpq, whose messages quote parts that it cannot parse, perhaps of a password.
         strays = url.count("@") - ("@" in parts.netloc) + url.count("#")
-        if strays or re.search("%(?![0-9A-Fa-f]{2})", url) or not re.fullmatch(f"{_HOST}(,{_HOST})*", host):
-            raise _no_url()
+        if (
+            strays
+            or re.search("%(?![0-9A-Fa-f]{2})", url)
+            or not re.fullmatch(f"{_HOST_PATTERN}(,{_HOST_PATTERN})*", host)
+        ):
+            raise _invalid_url_error()
         self._shown = f"{parts.scheme}://{host}{parts.path}"
         # Without a timeout, a server that drops all packets would block forever.
         mark = "&" if parts.query else "?"
@@ -376,12 +384,12 @@ class Postgres:
     def failure(self, error: BaseException) -> LlmrecError:
         """See `Database.failure`."""
         state = getattr(error, "sqlstate", None) or "08"
-        kind, fix = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
+        kind, fix = next((_POSTGRES_FIXES[n] for n in _POSTGRES_FIXES if state.startswith(n)), _UNKNOWN_FIX)
         # Only one line, since the others repeat the query or values.
         message = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
         message = re.split(r"(?:ERROR|FATAL): +", message, maxsplit=1)[-1].partition("\n")[0]
-        message = without_secrets(message, self._url)
-        return self.error(kind, f" cannot be used ({reason(ValueError(message))}); {fix}")
+        message = mask_passwords(message, self._url)
+        return self.error(kind, f" cannot be used ({format_error(ValueError(message))}); {fix}")
 
     def connect(self) -> Any:
         """See `Database.connect`; each statement is a transaction."""
@@ -405,17 +413,17 @@ class Postgres:
             raise self.error("unsupported", f" stores text as {letters}; create a database with ENCODING 'UTF8'")
         if not there:
             serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
-            make = "; ".join(table.format(serial=serial) for table in _TABLES)
+            make = "; ".join(table.format(serial=serial) for table in _TABLE_STATEMENTS)
             # One of several processes creates the tables. The lock is a separate statement: only a later statement is
             # certain to see tables created during the wait. It is released with the connection.
-            self.read(raw, "SELECT pg_advisory_lock(?1) IS NULL", _APPLICATION)
+            self.read(raw, "SELECT pg_advisory_lock(?1) IS NULL", _APPLICATION_ID)
             with raw.cursor() as cursor:
                 # one statement, so one transaction
                 cursor.execute(
                     f"DO $$ BEGIN IF to_regclass('llmrec_service') IS NULL THEN {make}; INSERT INTO llmrec_service "
-                    f"VALUES ('version', '{VERSION}'), ('salt', gen_random_uuid()::text); END IF; END $$"
+                    f"VALUES ('version', '{TABLES_VERSION}'), ('salt', gen_random_uuid()::text); END IF; END $$"
                 )
-            self.read(raw, "SELECT pg_advisory_unlock(?1)", _APPLICATION)
+            self.read(raw, "SELECT pg_advisory_unlock(?1)", _APPLICATION_ID)
 
     def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
         """See `Database.read`."""
@@ -449,7 +457,7 @@ class Postgres:
         return True
 
 
-def _no_url() -> DataError:
+def _invalid_url_error() -> DataError:
     # The URL is not shown, because it may contain a password anywhere.
     return DataError(
         "the address of the store is not a valid URL; use postgresql://USER:PASSWORD@HOST:PORT/NAME, and write @ : / "

@@ -21,28 +21,28 @@ from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.opening import Models, open_models
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Answered, Card, Question
+from llmrec.answer.recommender import AnnotatedAnswer, Card, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
-from llmrec.machine import step_back
-from llmrec.models.memory import free_bytes
+from llmrec.machine import lower_priority
+from llmrec.models.memory import free_gpu_bytes
 from llmrec.types import Item
 
 log = logging.getLogger(__name__)
 
 # Seconds that an engine may take to stop before it is killed.
-_PATIENCE = 10.0
+_STOP_TIMEOUT = 10.0
 # Minimum and maximum seconds between restarts of a failing engine.
-_SHORTEST, _LONGEST = 0.5, 60.0
+_MIN_RESTART_DELAY, _MAX_RESTART_DELAY = 0.5, 60.0
 # Niceness (scheduling priority) of the engine.
-_NICE = 5
+_NICENESS = 5
 
-Reply = Answered | LlmrecError
+Reply = AnnotatedAnswer | LlmrecError
 """The answer to one request with the model that gave it, or the error if the model could not be queried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class EngineReady:
     """The message that an engine sends when it is ready.
 
     Attributes:
@@ -71,8 +71,8 @@ class Engine:
     def __init__(self, options: RecommenderOptions, names: Sequence[str]) -> None:
         spawning = multiprocessing.get_context("spawn")
         self._line, child_end = spawning.Pipe()
-        arguments = (child_end, options, tuple(names), terminal.noted())
-        self._process = spawning.Process(target=_work, args=arguments, name="llmrec-engine")
+        arguments = (child_end, options, tuple(names), terminal.logged_warnings())
+        self._process = spawning.Process(target=_run_engine, args=arguments, name="llmrec-engine")
         self._process.start()
         # After closing this end, a read ends as soon as the engine ends.
         child_end.close()
@@ -95,17 +95,17 @@ class Engine:
         if isinstance(result, LlmrecError):
             raise result
 
-    def started(self) -> Started:
+    def started(self) -> EngineReady:
         """Let the engine load its weights, and wait until it is ready; raises the errors of `opened`."""
         with self._lock:
             try:
                 self._line.send(None)
             except OSError as error:
-                raise _lost() from error
+                raise _engine_lost_error() from error
             result = self._receive()
         if isinstance(result, LlmrecError):
             raise result
-        assert isinstance(result, Started)
+        assert isinstance(result, EngineReady)
         return result
 
     def call(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
@@ -125,7 +125,7 @@ class Engine:
             try:
                 self._line.send((name, arguments, listener is not None))
             except OSError as error:
-                raise _lost() from error
+                raise _engine_lost_error() from error
             while (message := self._receive())[0] == "piece":
                 try:
                     if listener is not None:
@@ -139,14 +139,14 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine after its current call; kill it if it does not stop in time."""
-        if self._lock.acquire(timeout=_PATIENCE):
+        if self._lock.acquire(timeout=_STOP_TIMEOUT):
             try:
                 with suppress(OSError):
                     self._line.send(None)
                 self._line.close()
             finally:
                 self._lock.release()
-            self._process.join(_PATIENCE)
+            self._process.join(_STOP_TIMEOUT)
         self.kill()
 
     def wait(self) -> None:
@@ -167,10 +167,10 @@ class Engine:
                 raise EOFError
             return self._line.recv()
         except (EOFError, OSError) as error:
-            raise _lost() from error
+            raise _engine_lost_error() from error
 
 
-def _lost() -> EngineLost:
+def _engine_lost_error() -> EngineLost:
     return EngineLost("the engine ended and is being restarted; try again in a moment", kind="failed")
 
 
@@ -303,7 +303,7 @@ class Supervisor:
         if engine is not None:
             engine.close()
 
-    def _follow(self, engine: Engine) -> None:
+    def _start_watching(self, engine: Engine) -> None:
         threading.Thread(target=self._watch, args=(engine,), name="llmrec-watching", daemon=True).start()
 
     def _watch(self, engine: Engine) -> None:
@@ -324,7 +324,7 @@ class Supervisor:
 
     def _begin(self) -> None:
         """Start engines until one runs."""
-        wait = _SHORTEST
+        wait = _MIN_RESTART_DELAY
         while not self._closed.is_set():
             try:
                 old = self._put()
@@ -338,7 +338,7 @@ class Supervisor:
                     return
                 log.error("the engine does not start: %s", error)
                 self._closed.wait(wait)
-                wait = min(2 * wait, _LONGEST)
+                wait = min(2 * wait, _MAX_RESTART_DELAY)
                 continue
             if old is not None:
                 old.close()
@@ -346,7 +346,7 @@ class Supervisor:
 
     def _put(self) -> Engine | None:
         """Start an engine, make it the current one, and return the previous one."""
-        engine, started = self._opened()
+        engine, started = self._open_engine()
         try:
             with self._changing:
                 # Changes stored after this read are sent to this engine, which is current by then.
@@ -363,10 +363,10 @@ class Supervisor:
         except BaseException:
             engine.kill()
             raise
-        self._follow(engine)
+        self._start_watching(engine)
         return old
 
-    def _opened(self) -> tuple[Engine, Started]:
+    def _open_engine(self) -> tuple[Engine, EngineReady]:
         self.starts += 1
         engine = Engine(self._options, self._names)
         with self._lock:
@@ -377,7 +377,7 @@ class Supervisor:
                 raise EngineLost("the service is stopping", kind="failed")
             engine.opened()
             if self._alone:
-                self._make_room()
+                self._close_current_engine()
             return engine, engine.started()
         except BaseException:
             engine.kill()
@@ -386,7 +386,7 @@ class Supervisor:
             with self._lock:
                 self._opening.discard(engine)
 
-    def _make_room(self) -> None:
+    def _close_current_engine(self) -> None:
         """Close the engine after its current call."""
         with self._lock:
             old, self._engine = self._engine, None
@@ -398,35 +398,37 @@ class Supervisor:
 # --------------------------------------------------------------------------- inside the engine process
 
 
-def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: terminal.Noted) -> None:
+def _run_engine(
+    line: Connection, options: RecommenderOptions, names: Sequence[str], noted: terminal.WarningKeys
+) -> None:
     """Open the models, and answer calls until the serving process ends."""
-    with terminal.once(noted):
-        _answer(line, options, names)
+    with terminal.log_warnings_once(noted):
+        _serve_calls(line, options, names)
 
 
-def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
+def _serve_calls(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
     # Interrupts in a terminal and the final signal of systemd reach all processes, but the serving process decides
     # when this one ends. Child processes still get the latter, because handlers are not inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
     # A lower priority leaves CPU time for rejections and health checks while a model computes.
-    step_back(_NICE)
+    lower_priority(_NICENESS)
     try:
         models = open_models(with_resolved_engine(options), names)
         line.send(None)
         line.recv()
-        alone = warm(models)
+        alone = load_language_models(models)
     except LlmrecError as error:
         line.send(error)
         return
     except (EOFError, OSError):
         return
-    line.send(Started(cards=models.cards(), scale=models.scale, alone=alone))
+    line.send(EngineReady(cards=models.cards(), scale=models.scale, alone=alone))
     try:
         while (message := line.recv()) is not None:
             name, arguments, streams = message
             listener = (lambda piece: line.send(("piece", piece))) if streams else None
-            line.send(("result", _called(models, name, arguments, listener)))
+            line.send(("result", _call_models(models, name, arguments, listener)))
     except (EOFError, OSError):
         # the serving process has ended
         pass
@@ -434,23 +436,23 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
         models.close()
 
 
-def warm(models: Models) -> bool:
+def load_language_models(models: Models) -> bool:
     """Load the weights of language models, and return whether the GPU lacks memory for a second copy."""
     languages = [model for model in models.opened.values() if isinstance(model, LanguageModel)]
     on_gpu = any(model.on_gpu for model in languages)
-    before = free_bytes() if on_gpu else 0
+    before = free_gpu_bytes() if on_gpu else 0
     for model in languages:
         model.warm()
-    after = free_bytes() if on_gpu else 0
+    after = free_gpu_bytes() if on_gpu else 0
     return before - after > after
 
 
-def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Callable[[str], None] | None) -> Any:
+def _call_models(models: Models, name: str, arguments: tuple[Any, ...], listener: Callable[[str], None] | None) -> Any:
     """Return the result of a call; unexpected errors are returned too, since a crash would lose other calls."""
     try:
         if name == "answer":
             question, requests = arguments
-            return _answered(models, question, requests, listener)
+            return _answer_requests(models, question, requests, listener)
         return getattr(models, name)(*arguments)
     except LlmrecError as error:
         return error
@@ -459,7 +461,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
         return LlmrecError("internal error in the engine; see its log", kind="defect")
 
 
-def _answered(
+def _answer_requests(
     models: Models, question: Question, requests: Sequence[RankRequest], listener: Callable[[str], None] | None
 ) -> list[Reply]:
     """Answer all requests in one batch or, if that fails, one at a time."""
@@ -473,4 +475,4 @@ def _answered(
         error = LlmrecError("internal error in the engine; see its log", kind="defect")
     if len(requests) == 1:
         return [error]
-    return [_answered(models, question, [request], listener)[0] for request in requests]
+    return [_answer_requests(models, question, [request], listener)[0] for request in requests]

@@ -22,9 +22,9 @@ from llmrec.serve.engine import EngineLost
 
 log = logging.getLogger("llmrec.serve")
 
-OPENAI = "/v1/chat/completions"
+OPENAI_PATH = "/v1/chat/completions"
 """The path whose failures have OpenAI's format; see `llmrec.serve.verbs`."""
-_WORDS = {
+_STATUS_DESCRIPTIONS = {
     400: "The body is not JSON.",
     401: "The API key is missing or unknown.",
     403: "The key lacks permission, or the request comes from another site.",
@@ -37,10 +37,10 @@ _WORDS = {
     503: "The engine is starting, or the store is unavailable; retry after the time in Retry-After.",
     504: "Timeout.",
 }
-_STATUS = {"busy": 429, "exhausted": 503, "defect": 500}
+_STATUS_BY_KIND = {"busy": 429, "exhausted": 503, "defect": 500}
 # Fields whose unknown names give status 404; in other fields, unknown names are invalid values.
-_THINGS = frozenset({"model", "item_id", "user", "candidates"})
-_KINDS = {
+_NOT_FOUND_FIELDS = frozenset({"model", "item_id", "user", "candidates"})
+_KIND_BY_STATUS = {
     400: "syntax",
     401: "missing-key",
     403: "unsafe",
@@ -52,14 +52,14 @@ _KINDS = {
     503: "unreadable",
 }
 # Seconds until a retry after an internal failure.
-_RETRY = 5.0
+_RETRY_SECONDS = 5.0
 # Maximum number of characters of a client's text that a response repeats.
-_REPEATED = 200
+_MAX_REPEATED_CHARACTERS = 200
 # Type names and tags that pydantic adds to error locations, besides keys and numbers.
-_FORMS = {"constrained-str", "str", "float", "datetime", "user"} | {
+_TYPE_NAMES = {"constrained-str", "str", "float", "datetime", "user"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }
-_OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
+_WRONG_TYPE_ERRORS = {"string_type", "model_type", "model_attributes_type", "dict_type"}
 # Messages that replace pydantic's.
 _MESSAGES = {
     "string_pattern_mismatch": "Input should be text without control characters that is not blank",
@@ -67,24 +67,26 @@ _MESSAGES = {
 }
 
 
-def failures(*statuses: int, body: type[BaseModel] = schema.Failed) -> dict[int | str, dict[str, Any]]:
+def openapi_error_responses(*statuses: int, body: type[BaseModel] = schema.Failed) -> dict[int | str, dict[str, Any]]:
     """Return the error responses of an endpoint for OpenAPI."""
-    return {status: {"model": body, "description": _WORDS[status]} for status in statuses}
+    return {status: {"model": body, "description": _STATUS_DESCRIPTIONS[status]} for status in statuses}
 
 
-def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
+def describe_validation_error(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
     """Return the location of a validation error, separated by dots, and its message without the value.
 
     Args:
         error: The validation error.
         forms: Further models that a value may have, in addition to those of `llmrec.serve.schema`.
     """
-    worst = _closest(error.errors())
+    worst = _most_informative_error(error.errors())
     names = {form.__name__ for form in forms}
-    return ".".join(part for part in _parts(worst) if part not in names)[:_REPEATED], _message(worst)
+    return ".".join(part for part in _location_parts(worst) if part not in names)[
+        :_MAX_REPEATED_CHARACTERS
+    ], _error_message(worst)
 
 
-class _Failed(JSONResponse):
+class _ErrorResponse(JSONResponse):
     """An error response; OpenAI's endpoint has its own format, and uses status 400 instead of 422."""
 
     def __init__(self, error: schema.Failure, status: int, headers: Mapping[str, str]) -> None:
@@ -92,7 +94,7 @@ class _Failed(JSONResponse):
         super().__init__(schema.Failed(error=error).model_dump(), status_code=status, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == OPENAI:
+        if scope["path"] == OPENAI_PATH:
             kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
             error = self._error
             body = schema.OpenAIFailure(message=error.message, type=kind, param=error.at, code=error.kind)
@@ -102,13 +104,15 @@ class _Failed(JSONResponse):
         await super().__call__(scope, receive, send)
 
 
-def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
+def error_response(
+    status: int, kind: str, message: str, at: str | None = None, after: float | None = None
+) -> JSONResponse:
     """Return an error response; ``after`` is the number of seconds until a retry."""
     headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
-    return _Failed(schema.Failure(kind=kind, message=message, at=at), status, headers)
+    return _ErrorResponse(schema.Failure(kind=kind, message=message, at=at), status, headers)
 
 
-def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
+def error_status_and_body(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
     """Return the status, the body and the seconds until a retry for an error."""
     kind, message = error.kind or "failed", str(error)
     if isinstance(error, StoreError):
@@ -120,51 +124,51 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
     elif isinstance(error, AnswerTimeout):
         status = 504
     elif kind == "unknown-name":
-        status = 404 if error.column in _THINGS else 422
+        status = 404 if error.column in _NOT_FOUND_FIELDS else 422
     else:
-        status = _STATUS.get(kind, 422)
-    after = error.after if isinstance(error, QueueFull) else _RETRY if status in (429, 503) else None
+        status = _STATUS_BY_KIND.get(kind, 422)
+    after = error.after if isinstance(error, QueueFull) else _RETRY_SECONDS if status in (429, 503) else None
     return status, schema.Failure(kind=kind, message=message, at=error.column), after
 
 
-def answer_failures(app: FastAPI) -> None:
+def register_error_handlers(app: FastAPI) -> None:
     """Register handlers that give all errors of an application the same format."""
 
     @app.exception_handler(LlmrecError)
     async def _(_: Request, error: LlmrecError) -> JSONResponse:
-        status, body, after = failure(error)
-        return failed(status, body.kind, body.message, body.at, after)
+        status, body, after = error_status_and_body(error)
+        return error_response(status, body.kind, body.message, body.at, after)
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        worst = _closest(error.errors())
+        worst = _most_informative_error(error.errors())
         if worst["type"] == "json_invalid":
-            return failed(400, "syntax", "the body is not JSON")
+            return error_response(400, "syntax", "the body is not JSON")
         # The first element is the source: the body, or a URL parameter.
-        parts = _parts(worst)[1:]
-        where = ".".join(parts)[:_REPEATED]
-        message = _message(worst)
+        parts = _location_parts(worst)[1:]
+        where = ".".join(parts)[:_MAX_REPEATED_CHARACTERS]
+        message = _error_message(worst)
         if worst["type"] == "extra_forbidden":
-            message += did_you_mean(parts[-1], _keys(request))
-        return failed(422, "bad-value", f"{where or 'the body'}: {message}", where or None)
+            message += did_you_mean(parts[-1], _body_keys(request))
+        return error_response(422, "bad-value", f"{where or 'the body'}: {message}", where or None)
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         status = error.status_code
         message = "the body is not JSON" if status == 400 else str(error.detail)
-        response = failed(status, _KINDS.get(status, "unsupported"), message)
+        response = error_response(status, _KIND_BY_STATUS.get(status, "unsupported"), message)
         response.headers.update(error.headers or {})
         if status == 405:
-            response.headers["Allow"] = ", ".join(sorted(_allowed(request)))
+            response.headers["Allow"] = ", ".join(sorted(_allowed_methods(request)))
         return response
 
     @app.exception_handler(Exception)
     async def _(_: Request, __: Exception) -> JSONResponse:
         # the server logs the exception
-        return failed(500, "defect", "internal error; see the log of the service")
+        return error_response(500, "defect", "internal error; see the log of the service")
 
 
-def _keys(request: Request) -> list[str]:
+def _body_keys(request: Request) -> list[str]:
     """Return all keys that the body of a route may have, at any depth."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
@@ -172,29 +176,31 @@ def _keys(request: Request) -> list[str]:
     return [key for item in (full, *full.get("$defs", {}).values()) for key in item.get("properties", ())]
 
 
-def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _most_informative_error(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the most informative error of a union type."""
-    return max(errors, key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM))
+    return max(errors, key=lambda error: (len(error["loc"]), error["type"] not in _WRONG_TYPE_ERRORS))
 
 
-def _parts(fault: Mapping[str, Any]) -> list[str]:
+def _location_parts(fault: Mapping[str, Any]) -> list[str]:
     """Return the keys and positions in an error location, without names of types and tags."""
     location: Sequence[int | str] = fault["loc"]
     # An unknown key ends the location; it may equal the name of a type or tag.
     key = len(location) - 1 if fault["type"] == "extra_forbidden" else None
-    return [str(part) for n, part in enumerate(location) if n == key or not (isinstance(part, str) and _is_form(part))]
+    return [
+        str(part) for n, part in enumerate(location) if n == key or not (isinstance(part, str) and _is_type_name(part))
+    ]
 
 
-def _message(fault: Mapping[str, Any]) -> str:
+def _error_message(fault: Mapping[str, Any]) -> str:
     # The value may be secret or malicious, so it is not repeated.
-    return _MESSAGES.get(fault["type"]) or str(fault["msg"])[:_REPEATED]
+    return _MESSAGES.get(fault["type"]) or str(fault["msg"])[:_MAX_REPEATED_CHARACTERS]
 
 
-def _is_form(part: str) -> bool:
-    return part in _FORMS or part.startswith(("dict[", "list[", "function-", "json-or-python["))
+def _is_type_name(part: str) -> bool:
+    return part in _TYPE_NAMES or part.startswith(("dict[", "list[", "function-", "json-or-python["))
 
 
-def _allowed(request: Request) -> set[str]:
+def _allowed_methods(request: Request) -> set[str]:
     """Return the methods of a URL, which may have several routes."""
     results: set[str] = set()
     for route in request.app.routes:

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmrec.data.read.limits import shown
+from llmrec.data.read.limits import format_value
 from llmrec.errors import DataError, LlmrecError, did_you_mean
-from llmrec.serve.failures import failed
+from llmrec.serve.failures import error_response
 from llmrec.serve.keys import Key, Keys, RateLimit
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmrec.serve")
 
-OPEN = frozenset({"/", "/chat", "/docs", "/health", "/ready", "/metrics", "/openapi.json"})
-"""Paths that need no key and have no rate limit, like those that begin with `PAGE`."""
-PAGE = "/page/"
-_LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
-_THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+PUBLIC_PATHS = frozenset({"/", "/chat", "/docs", "/health", "/ready", "/metrics", "/openapi.json"})
+"""Paths that need no key and have no rate limit, like those that begin with `STATIC_PREFIX`."""
+STATIC_PREFIX = "/page/"
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_LOCAL_HOST_PATTERN = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
+_CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")
 # Maximum number of digits of Content-Length, because int() rejects huge numbers.
-_DIGITS = 18
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_MAX_LENGTH_DIGITS = 18
+_LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 # Seconds until a retry if the API keys cannot be read.
-_RETRY = 5.0
-_SHOWN = 60
+_RETRY_SECONDS = 5.0
+_MAX_SHOWN_CHARACTERS = 60
 
 
 class Auth:
@@ -63,21 +63,23 @@ class Auth:
         """Return the response for a request without a valid key or over the rate limit; None if it is accepted."""
         key = None
         if self._keys is not None:
-            scheme, _, word = (_header(scope, b"authorization") or "").partition(" ")
+            scheme, _, word = (_header_value(scope, b"authorization") or "").partition(" ")
             try:
                 key = self._keys.find(word) if scheme.lower() == "bearer" else None
             except LlmrecError as error:
                 # If the key file is unreadable, every request is rejected; the log has the reason.
                 log.error("%s", error)
-                return failed(503, "unreadable", "the keys of this service cannot be read", after=_RETRY)
+                return error_response(
+                    503, "unreadable", "the keys of this service cannot be read", after=_RETRY_SECONDS
+                )
             if key is None:
-                answer = failed(401, "missing-key", "give an API key: 'Authorization: Bearer llmrec_...'")
+                answer = error_response(401, "missing-key", "give an API key: 'Authorization: Bearer llmrec_...'")
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 return answer
         if self._limit is not None:
             wait = self._limit.take(key.name if key else (scope.get("client") or ("",))[0])
             if wait > 0:
-                return failed(429, "busy", f"too many requests; try again in {wait:.0f} s", after=wait)
+                return error_response(429, "busy", f"too many requests; try again in {wait:.0f} s", after=wait)
         scope.setdefault("state", {})["key"] = key
         return None
 
@@ -88,7 +90,7 @@ class Auth:
             raise HTTPException(403, "this requires a key created with --admin")
 
 
-class Authenticated:
+class AuthMiddleware:
     """Middleware that checks API key and rate limit before the body is read."""
 
     def __init__(self, app: ASGIApp, auth: Auth) -> None:
@@ -96,7 +98,9 @@ class Authenticated:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond with 401, 429 or 503, or pass the request on."""
-        closed = scope["type"] == "http" and not (scope["path"] in OPEN or scope["path"].startswith(PAGE))
+        closed = scope["type"] == "http" and not (
+            scope["path"] in PUBLIC_PATHS or scope["path"].startswith(STATIC_PREFIX)
+        )
         answer = (self._auth.refusal(scope) if closed else None) or self._app
         await answer(scope, receive, send)
 
@@ -113,9 +117,9 @@ class StrictRoute(APIRoute):
                 if name not in known:
                     takes = f"it takes {', '.join(known)}" if known else "it takes none"
                     raise DataError(
-                        f"{shown(name)} is not a parameter of this endpoint{did_you_mean(name, known)}; {takes}",
+                        f"{format_value(name)} is not a parameter of this endpoint{did_you_mean(name, known)}; {takes}",
                         kind="unknown-key",
-                        column=name[:_SHOWN],
+                        column=name[:_MAX_SHOWN_CHARACTERS],
                     )
             if self.body_field:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -129,19 +133,19 @@ class StrictRoute(APIRoute):
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        return json.loads(await self.body(), object_pairs_hook=_unrepeated)
+        return json.loads(await self.body(), object_pairs_hook=_object_without_duplicates)
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, value in pairs:
         if name in results:
-            raise HTTPException(422, f"an object has the key {shown(name)} twice; remove one of them")
+            raise HTTPException(422, f"an object has the key {format_value(name)} twice; remove one of them")
         results[name] = value
     return results
 
 
-class Plain:
+class HeadAndUrlMiddleware:
     """Middleware that answers HEAD like GET, and rejects URLs with control characters."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -150,8 +154,8 @@ class Plain:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond with 422, or pass the request on."""
         if scope["type"] == "http":
-            if _CONTROL.search(scope["path"]):
-                refused = failed(422, "bad-value", "the URL contains a control character; remove it")
+            if _CONTROL_CHARACTERS.search(scope["path"]):
+                refused = error_response(422, "bad-value", "the URL contains a control character; remove it")
                 await refused(scope, receive, send)
                 return
             if scope["method"] == "HEAD":
@@ -163,7 +167,7 @@ class Plain:
         await self._app(scope, receive, send)
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Middleware that rejects bodies over the size limit, before they are read."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
@@ -174,9 +178,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = _header(scope, b"content-length")
-        if length is not None and (not length.isdecimal() or len(length) > _DIGITS or int(length) > self._most):
-            await self._refused()(scope, receive, send)
+        length = _header_value(scope, b"content-length")
+        if length is not None and (
+            not length.isdecimal() or len(length) > _MAX_LENGTH_DIGITS or int(length) > self._most
+        ):
+            await self._too_large_response()(scope, receive, send)
             return
         body, more = bytearray(), True
         # A body of unknown length is read here, so that later readers get at most the limit.
@@ -187,7 +193,7 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._most:
-                await self._refused()(scope, receive, send)
+                await self._too_large_response()(scope, receive, send)
                 return
         messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
@@ -196,11 +202,11 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    def _refused(self) -> ASGIApp:
-        return failed(413, "too-large", f"the body is larger than {self._most} bytes")
+    def _too_large_response(self) -> ASGIApp:
+        return error_response(413, "too-large", f"the body is larger than {self._most} bytes")
 
 
-class SameOrigin:
+class SameOriginMiddleware:
     """Middleware that rejects cross-origin requests of browsers and spoofed host names (DNS rebinding).
 
     Without it any web page could send requests to a service on the user's machine.
@@ -216,19 +222,19 @@ class SameOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond with 403, or pass the request on."""
-        wrong = self._wrong(scope) if scope["type"] == "http" else None
-        await (failed(403, "unsafe", wrong) if wrong else self._app)(scope, receive, send)
+        wrong = self._find_violation(scope) if scope["type"] == "http" else None
+        await (error_response(403, "unsafe", wrong) if wrong else self._app)(scope, receive, send)
 
-    def _wrong(self, scope: Scope) -> str | None:
-        host = (_header(scope, b"host") or "").lower()
-        origin = _header(scope, b"origin")
+    def _find_violation(self, scope: Scope) -> str | None:
+        host = (_header_value(scope, b"host") or "").lower()
+        origin = _header_value(scope, b"origin")
         if origin is not None:
             scheme, _, name = origin.lower().partition("://")
             # With keys, a proxy may use https towards the browser and http towards this service.
             if name != host or scheme not in (("http", "https") if self._keyed else (scope["scheme"],)):
                 return "the request comes from another site"
-        local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
-        if local and host and not _THIS.fullmatch(host):
+        local = str((scope.get("server") or ("", 0))[0]) in _LOCAL_HOSTS and not self._keyed
+        if local and host and not _LOCAL_HOST_PATTERN.fullmatch(host):
             return "this service accepts requests to localhost only; start it with --host"
         return None
 
@@ -249,10 +255,10 @@ class Metrics:
             "llmrec_request_seconds",
             "Request latency in seconds",
             ("endpoint",),
-            buckets=_SECONDS,
+            buckets=_LATENCY_BUCKETS,
             registry=self._registry,
         )
-        self._registry.register(_Load(service))
+        self._registry.register(_ServiceCollector(service))
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """Count a request; ``endpoint`` is the path of a route, never a path that the client chose."""
@@ -264,7 +270,7 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Load:
+class _ServiceCollector:
     """Collects the state of the queue and the engine."""
 
     def __init__(self, service: Service) -> None:
@@ -316,5 +322,5 @@ class MetricsMiddleware:
             log.info("%s %s %d %.1f ms key=%s", scope["method"], endpoint, status, 1000 * seconds, key)
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
+def _header_value(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)

@@ -23,23 +23,23 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from llmrec.data.read.limits import reason, require_file, shown
-from llmrec.durable import refuse_link, replacing
+from llmrec.data.read.limits import check_regular_file, format_error, format_value
+from llmrec.durable import check_not_link, replace_atomically
 from llmrec.errors import DataError, LlmrecError, did_you_mean
-from llmrec.machine import NO_LINK, lock
+from llmrec.machine import NO_LINK_FLAGS, try_lock
 
-PREFIX = "llmrec_"
+KEY_PREFIX = "llmrec_"
 """Prefix of every key, which helps to detect leaked keys in logs and repositories."""
-FORMAT = 1
+FORMAT_VERSION = 1
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
-_LARGEST = 16 * 2**20
+_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
+_MAX_FILE_BYTES = 16 * 2**20
 """Maximum size of a key file in bytes."""
-_LOOK = 1.0
+_RELOAD_SECONDS = 1.0
 """Seconds after which the file is checked again for changes."""
-_NAMES = 65_536
+_MAX_BUCKETS = 65_536
 """Maximum number of names whose requests are counted at a time."""
-_HAIR = 1e-6
+_TOKEN_TOLERANCE = 1e-6
 """Rounding tolerance in tokens, so that a client that waits as requested is admitted."""
 
 
@@ -55,13 +55,13 @@ class Key(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: Annotated[str, StringConstraints(pattern=_NAME)]
+    name: Annotated[str, StringConstraints(pattern=_NAME_PATTERN)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     admin: bool
     created: str
 
 
-class _File(BaseModel):
+class _KeyFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal[1]
@@ -69,13 +69,13 @@ class _File(BaseModel):
 
 
 # Properties that change with a file: time, size, inode and permissions.
-_Stamp: TypeAlias = tuple[int, int, int, int]
+_FileStamp: TypeAlias = tuple[int, int, int, int]
 
 
 # --------------------------------------------------------------------------- the file
 
 
-def new_key(file: Path, name: str, *, admin: bool = False) -> str:
+def create_key(file: Path, name: str, *, admin: bool = False) -> str:
     """Create an API key and add it to a key file, which is created if missing.
 
     Args:
@@ -86,14 +86,15 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
     Returns:
         The key. It is not stored, and cannot be shown again.
     """
-    if not re.fullmatch(_NAME, name):
+    if not re.fullmatch(_NAME_PATTERN, name):
         raise DataError(
-            f"{shown(name)} is not a valid name for a key; use 1 to 64 letters, digits and . _ @ -, starting with a "
+            f"{format_value(name)} is not a valid name for a key; use 1 to 64 letters, digits and . _ @ -, starting "
+            "with a "
             "letter or digit",
             kind="bad-value",
             column="name",
         )
-    with _writing(file, make=True) as known:
+    with _lock_key_file(file, make=True) as known:
         if any(key.name == name for key in known):
             raise LlmrecError(
                 f"{file} already contains a key named {name!r}; revoke it first, or choose another name",
@@ -101,57 +102,57 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
                 at=file,
                 column="name",
             )
-        secret = PREFIX + secrets.token_urlsafe(32)
+        secret = KEY_PREFIX + secrets.token_urlsafe(32)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        _write(file, [*known, Key(name=name, sha256=_digest(secret), admin=admin, created=created)])
+        _write_keys(file, [*known, Key(name=name, sha256=_key_digest(secret), admin=admin, created=created)])
     return secret
 
 
-def revoke(file: Path, name: str) -> None:
+def revoke_key(file: Path, name: str) -> None:
     """Remove an API key from a file; a running service rejects it within a second."""
-    with _writing(file, make=False) as known:
+    with _lock_key_file(file, make=False) as known:
         kept = [key for key in known if key.name != name]
         if len(kept) == len(known):
             guess = did_you_mean(name, [key.name for key in known])
             raise LlmrecError(
-                f"{file} contains no key named {shown(name)}{guess}",
+                f"{file} contains no key named {format_value(name)}{guess}",
                 kind="unknown-name",
                 at=file,
                 column="name",
             )
-        _write(file, kept)
+        _write_keys(file, kept)
 
 
 @contextmanager
-def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
+def _lock_key_file(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
     """Lock a key file, and yield its keys; with ``make``, a missing file has no keys."""
-    refuse_link(file)
+    check_not_link(file)
     if not make:
-        _read(file)
+        _read_keys(file)
     guard = file.with_name(f".{file.name}.lock")
-    refuse_link(guard)
+    check_not_link(guard)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(guard, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
+        handle = os.open(guard, os.O_RDWR | os.O_CREAT | NO_LINK_FLAGS, 0o600)
         try:
-            if not lock(handle):
+            if not try_lock(handle):
                 raise LlmrecError(
                     f"another process is writing to {file}; wait until it has finished", kind="busy", at=file
                 )
-            yield _read(file)[1] if file.exists() else ()
+            yield _read_keys(file)[1] if file.exists() else ()
         finally:
             os.close(handle)
     except OSError as error:
         raise LlmrecError(
-            f"cannot write the key file {file} ({reason(error)}); make it writable, or choose another file",
+            f"cannot write the key file {file} ({format_error(error)}); make it writable, or choose another file",
             kind="unreadable",
             at=file,
         ) from error
 
 
-def _write(file: Path, keys: Sequence[Key]) -> None:
-    text = json.dumps({"format": FORMAT, "keys": [key.model_dump() for key in keys]}, indent=1) + "\n"
-    with replacing(file) as draft:
+def _write_keys(file: Path, keys: Sequence[Key]) -> None:
+    text = json.dumps({"format": FORMAT_VERSION, "keys": [key.model_dump() for key in keys]}, indent=1) + "\n"
+    with replace_atomically(file) as draft:
         # Other users must not be able to read the file at any time.
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -160,16 +161,17 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
             os.fsync(stream.fileno())
 
 
-def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
+def _read_keys(file: Path) -> tuple[_FileStamp, tuple[Key, ...]]:
     """Read a key file, and return its properties and keys."""
-    require_file(file, "create it with llmrec serve-key, or choose another file", "the key file")
+    check_regular_file(file, "create it with llmrec serve-key, or choose another file", "the key file")
     try:
         with file.open("rb") as stream:
             status = os.fstat(stream.fileno())
-            raw = stream.read(_LARGEST + 1)
+            raw = stream.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         raise LlmrecError(
-            f"cannot read the key file {file} ({reason(error)}); make it readable for the service, such as with chmod "
+            f"cannot read the key file {file} ({format_error(error)}); make it readable for the service, such as "
+            "with chmod "
             "u+r",
             kind="unreadable",
             at=file,
@@ -180,23 +182,24 @@ def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
             kind="unsafe",
             at=file,
         )
-    return _stamp(status), _parsed(file, raw)
+    return _file_stamp(status), _parse_keys(file, raw)
 
 
-def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
-    if len(raw) > _LARGEST:
+def _parse_keys(file: Path, raw: bytes) -> tuple[Key, ...]:
+    if len(raw) > _MAX_FILE_BYTES:
         raise LlmrecError(f"{file} is too large for a key file; use another file", kind="too-large", at=file)
     fix = "restore a copy, or move it away and create new keys"
     try:
         result = json.loads(raw)
-        if isinstance(result, dict) and type(result.get("format")) is int and result["format"] > FORMAT:
+        if isinstance(result, dict) and type(result.get("format")) is int and result["format"] > FORMAT_VERSION:
             raise LlmrecError(
-                f"{file} was written by a newer llmrec (format {result['format']}, this version supports {FORMAT}); "
+                f"{file} was written by a newer llmrec (format {result['format']}, this version supports "
+                f"{FORMAT_VERSION}); "
                 "upgrade: pip install -U llmrec",
                 kind="unsupported",
                 at=file,
             )
-        keys = tuple(_File.model_validate(result).keys)
+        keys = tuple(_KeyFile.model_validate(result).keys)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -207,7 +210,7 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
             column=where or None,
         ) from None
     except (ValueError, RecursionError) as error:
-        raise LlmrecError(f"{file} is not JSON ({reason(error)}); {fix}", kind="damaged", at=file) from None
+        raise LlmrecError(f"{file} is not JSON ({format_error(error)}); {fix}", kind="damaged", at=file) from None
     duplicate = len({key.name for key in keys}) < len(keys)
     if duplicate:
         raise LlmrecError(
@@ -216,11 +219,11 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
     return keys
 
 
-def _stamp(status: os.stat_result) -> _Stamp:
+def _file_stamp(status: os.stat_result) -> _FileStamp:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
 
 
-def _digest(secret: str) -> str:
+def _key_digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -230,7 +233,7 @@ def _digest(secret: str) -> str:
 class Keys:
     """The keys of a file, which is reloaded after changes; thread-safe."""
 
-    def __init__(self, file: Path, stamp: _Stamp, keys: tuple[Key, ...]) -> None:
+    def __init__(self, file: Path, stamp: _FileStamp, keys: tuple[Key, ...]) -> None:
         self._file, self._stamp, self._keys = file, stamp, keys
         self._lock = Lock()
         self._looked = time.monotonic()
@@ -242,7 +245,7 @@ class Keys:
         Raises:
             LlmrecError: If the file is invalid, or others than its owner may read or write it.
         """
-        return cls(file, *_read(file))
+        return cls(file, *_read_keys(file))
 
     def __len__(self) -> int:
         """The number of keys at the last read."""
@@ -259,23 +262,23 @@ class Keys:
             LlmrecError: If the file has changed and is invalid now. Revoked keys must not be accepted, so all keys are
                 rejected until it is fixed.
         """
-        digest = _digest(presented)
+        digest = _key_digest(presented)
         result = None
         # All keys are compared in constant time, to prevent timing attacks.
-        for key in self._current(time.monotonic() if now is None else now):
+        for key in self._current_keys(time.monotonic() if now is None else now):
             if hmac.compare_digest(key.sha256, digest):
                 result = key
         return result
 
-    def _current(self, now: float) -> tuple[Key, ...]:
+    def _current_keys(self, now: float) -> tuple[Key, ...]:
         with self._lock:
-            if now - self._looked >= _LOOK:
+            if now - self._looked >= _RELOAD_SECONDS:
                 try:
-                    seen = _stamp(self._file.stat())
+                    seen = _file_stamp(self._file.stat())
                 except OSError:
                     seen = None  # reading the file reports the reason
                 if seen != self._stamp:
-                    self._stamp, self._keys = _read(self._file)
+                    self._stamp, self._keys = _read_keys(self._file)
                 # Set only after success, so that each request checks an invalid file again.
                 self._looked = now
             return self._keys
@@ -316,10 +319,10 @@ class RateLimit:
             left, since = self._left.get(name, (self._burst, now))
             left = min(self._burst, left + max(0.0, now - since) * self._rate)
             lacking = 1.0 - left
-            allowed = lacking <= _HAIR
+            allowed = lacking <= _TOKEN_TOLERANCE
             # A clock that was set back must not add tokens twice.
             self._left[name] = (left - 1.0 if allowed else left, max(now, since))
             self._left.move_to_end(name)
-            if len(self._left) > _NAMES:
+            if len(self._left) > _MAX_BUCKETS:
                 self._left.popitem(last=False)
             return 0.0 if allowed else lacking / self._rate

@@ -19,27 +19,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmrec import __version__
 from llmrec.errors import LlmrecError
 from llmrec.guard import clean
-from llmrec.serve.failures import fault
+from llmrec.serve.failures import describe_validation_error
 from llmrec.serve.service import Service
-from llmrec.serve.tools import DATA, TOOLS, Past, Tool, check_items, offered, one_line
+from llmrec.serve.tools import TOOLS, UNTRUSTED_DATA_WARNING, Past, Tool, check_items, one_line, supported_tools
 
 log = logging.getLogger(__name__)
 
-PATH = "/mcp"
-_ABOUT = (
+MCP_PATH = "/mcp"
+_INSTRUCTIONS = (
     "A recommender over a closed catalogue. Items are named by their ids: find them with search_items. Identify the "
-    f"user by a user id or a history of item ids. {DATA}"
+    f"user by a user id or a history of item ids. {UNTRUSTED_DATA_WARNING}"
 )
 
 
-def mount(app: FastAPI, service: Service) -> None:
+def mount_mcp(app: FastAPI, service: Service) -> None:
     """Add the MCP endpoint ``/mcp`` to an application.
 
     Args:
         app: The application, from `llmrec.serve.app.make_app`.
         service: The service.
     """
-    server, within = _server(service), app.router.lifespan_context
+    server, within = _make_mcp_server(service), app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
@@ -54,7 +54,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     app.router.lifespan_context = lifespan
     # A GET would open a stream without messages; the protocol allows rejecting it.
-    app.add_api_route(PATH, mcp, methods=["POST"], include_in_schema=False, response_model=None)
+    app.add_api_route(MCP_PATH, mcp, methods=["POST"], include_in_schema=False, response_model=None)
 
 
 class _ForwardedResponse(Response):
@@ -68,46 +68,46 @@ class _ForwardedResponse(Response):
         await self._app(scope, receive, send)
 
 
-def _server(service: Service) -> Server[Any]:
+def _make_mcp_server(service: Service) -> Server[Any]:
     async def tools(_: Any, __: protocol.PaginatedRequestParams | None) -> protocol.ListToolsResult:
-        return protocol.ListToolsResult(tools=[_described(tool) for tool in offered(service)])
+        return protocol.ListToolsResult(tools=[_describe_tool(tool) for tool in supported_tools(service)])
 
     async def call(_: Any, params: protocol.CallToolRequestParams) -> protocol.CallToolResult:
         if params.name not in TOOLS:
             raise MCPError(protocol.INVALID_PARAMS, f"unknown tool {clean(params.name, 60)!r}")
-        return await called(service, TOOLS[params.name], params.arguments or {})
+        return await run_tool(service, TOOLS[params.name], params.arguments or {})
 
-    return Server("llmrec", version=__version__, instructions=_ABOUT, on_list_tools=tools, on_call_tool=call)
+    return Server("llmrec", version=__version__, instructions=_INSTRUCTIONS, on_list_tools=tools, on_call_tool=call)
 
 
-def _described(tool: Tool) -> protocol.Tool:
+def _describe_tool(tool: Tool) -> protocol.Tool:
     """Return the description of a tool."""
     return protocol.Tool(
         name=tool.name,
-        description=f"{tool.about} {DATA}",
+        description=f"{tool.about} {UNTRUSTED_DATA_WARNING}",
         input_schema=tool.arguments.model_json_schema(),
         output_schema=tool.answer.model_json_schema(mode="serialization"),
         annotations=protocol.ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False),
     )
 
 
-async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
+async def run_tool(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
     """Call a tool; errors that an agent can fix are returned as results, so that it can retry."""
     try:
         request = tool.arguments.model_validate(arguments)
         check_items(service, request)
         result = (await tool.call(service, request)).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
-        where, message = fault(error, Past)
-        return _refused(f"{where or 'the arguments'}: {message}")
+        where, message = describe_validation_error(error, Past)
+        return _error_result(f"{where or 'the arguments'}: {message}")
     except LlmrecError as error:
-        return _refused(str(error))
+        return _error_result(str(error))
     except Exception:
         log.exception("unexpected error in a tool")
-        return _refused("internal error; see the log of the service")
+        return _error_result("internal error; see the log of the service")
     text = json.dumps(result, ensure_ascii=False)
     return protocol.CallToolResult(content=[protocol.TextContent(text=text)], structured_content=result)
 
 
-def _refused(why: str) -> protocol.CallToolResult:
+def _error_result(why: str) -> protocol.CallToolResult:
     return protocol.CallToolResult(content=[protocol.TextContent(text=one_line(why, 1000))], is_error=True)

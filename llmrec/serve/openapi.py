@@ -13,7 +13,7 @@ from llmrec.serve.keys import Keys
 from llmrec.serve.service import Service
 
 
-def openapi() -> str:
+def openapi_document() -> str:
     """Return the OpenAPI document of the application as JSON."""
     # There are no requests, so no service is needed. Keys are set, so that the document describes authentication.
     keys = Keys(Path("keys.json"), (0, 0, 0, 0), ())
@@ -22,4 +22,4 @@ def openapi() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(openapi(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(openapi_document(), encoding="utf-8")

@@ -14,28 +14,36 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.answer.saving import KEPT, MARK, drafted, link, publish, refuse_other_files, write
+from llmrec.answer.saving import (
+    INTERACTION_COLUMNS,
+    MARK_FILE,
+    check_other_files,
+    draft_folder,
+    link_model_files,
+    publish_folder,
+    write_model_data,
+)
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.assemble import read_items
-from llmrec.data.dataset import SCHEMA, Dataset, conform
-from llmrec.data.described import described_items
+from llmrec.data.dataset import SCHEMA, Dataset, conform_to_schema
+from llmrec.data.described import items_with_stored_texts
 from llmrec.data.read.table import read_table
-from llmrec.data.read.typed import ids, numbers, per_second, since_1970, times
-from llmrec.data.sets.table import load
-from llmrec.data.split import split, split_validation_users, time_order, without_test
+from llmrec.data.read.typed import id_column, is_epoch_time, number_column, time_column, time_units_per_second
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset, split_validation_users, split_without_test, time_order
 from llmrec.ensembles import stored
-from llmrec.ensembles.carried import carried
+from llmrec.ensembles.carried import read_training_data
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
-from llmrec.recipe.load import STORED, load_stored
+from llmrec.recipe.load import STORED_RECIPE_FILE, load_stored_recipe
 from llmrec.serve.options import RefreshOptions
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
 
 
 @dataclass(frozen=True)
-class _State:
+class _ModelData:
     """Interactions with their part of the split, the catalogue, and user data."""
 
     rows: pl.DataFrame
@@ -56,25 +64,25 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
             column="--events",
         )
     bundle = bundles.read(options.model)
-    out = _target(options, bundle)
-    measured = stored.read(bundle.run or Path(bundle.folder))
-    before = _before(bundle, measured.fusions[0].reserved if _choose(measured.fusions) else None)
-    after, added = _joined(before, options, bundle.seed)
+    out = _output_folder(options, bundle)
+    measured = stored.read_ensembles(bundle.run or Path(bundle.folder))
+    before = _read_model_data(bundle, measured.fusions[0].reserved if _uses_early_stopping(measured.fusions) else None)
+    after, added = _add_new_data(before, options, bundle.seed)
     model = Path(bundle.folder)
-    with drafted(out) as draft:
+    with draft_folder(out) as draft:
         if options.train is not None:
-            model = _trained(bundle, after, options, draft / "training")
+            model = _continue_training(bundle, after, options, draft / "training")
         if not bundle.weights:
             # this file lists the recommenders
-            shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
+            shutil.copyfile((bundle.run or model) / STORED_RECIPE_FILE, draft / STORED_RECIPE_FILE)
         elif model != out:
-            link(model, draft)
-        rows = after.rows if _choose(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
-        write(draft, str(options.model), after.items, rows, stored.settled(measured))
+            link_model_files(model, draft)
+        rows = after.rows if _uses_early_stopping(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
+        write_model_data(draft, str(options.model), after.items, rows, stored.without_reserved_users(measured))
         shutil.rmtree(draft / "training", ignore_errors=True)
-        publish(draft, out)
+        publish_folder(draft, out)
     if options.server is not None:
-        _reload(options.server, options.key_env)
+        _reload_service(options.server, options.key_env)
     return {
         "new interactions": added,
         "interactions": after.rows.height,
@@ -86,9 +94,9 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     }
 
 
-def _target(options: RefreshOptions, bundle: Bundle) -> Path:
+def _output_folder(options: RefreshOptions, bundle: Bundle) -> Path:
     """Return the output folder."""
-    refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
+    refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK_FILE).is_file()
     if options.out is None and not refreshed:
         raise DataError(
             f"{options.model} is a run folder, which is never changed; give an output folder with --out",
@@ -96,7 +104,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
             column="--out",
         )
     out = options.out or Path(bundle.folder)
-    refuse_other_files(out, "--out")
+    check_other_files(out, "--out")
     if options.train is not None and bundle.run is None:
         raise DataError(
             f"--train needs a run folder, and {options.model} is not one; give the run folder, with --out {out}",
@@ -106,7 +114,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
     return out
 
 
-def _before(bundle: Bundle, reserved: float | None) -> _State:
+def _read_model_data(bundle: Bundle, reserved: float | None) -> _ModelData:
     """Read the interactions and items of a run or of an earlier refresh.
 
     Args:
@@ -115,15 +123,17 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
             remain validation data. None: there is no early stopping.
     """
     if bundle.run is not None:
-        recipe = load_stored(bundle.run)
-        data = load(recipe.data, seed=recipe.seed)
+        recipe = load_stored_recipe(bundle.run)
+        data = load_data(recipe.data, seed=recipe.seed)
         rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
         if reserved is not None:
-            cut = split(data, recipe.data.split, seed=recipe.seed)
+            cut = split_dataset(data, recipe.data.split, seed=recipe.seed)
             order = time_order(data, recipe.seed, ties=recipe.data.split.ties)
-            rows = _choosing(rows[order], split_validation_users(cut, reserved)[0].valid)
-        return _State(rows.select(KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
-    result = carried(Path(bundle.folder), seed=bundle.seed)
+            rows = _mark_validation_rows(rows[order], split_validation_users(cut, reserved)[0].valid)
+        return _ModelData(
+            rows.select(INTERACTION_COLUMNS), dict(items_with_stored_texts(data.items, recipe.data.texts)), data.users
+        )
+    result = read_training_data(Path(bundle.folder), seed=bundle.seed)
     if result is None:
         raise DataError(
             f"{bundle.folder} contains no interactions; give the run folder",
@@ -132,10 +142,10 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
         )
     parts = (("train", result.train), ("valid", result.valid), ("train", result.test))
     rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts if frame.height])
-    return _State(rows.select(KEPT), dict(result.dataset.items))
+    return _ModelData(rows.select(INTERACTION_COLUMNS), dict(result.dataset.items))
 
 
-def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
+def _mark_validation_rows(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
     """Return rows in time order with validation interactions marked and earlier duplicates removed."""
     pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
     result = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
@@ -146,7 +156,7 @@ def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
+def _add_new_data(before: _ModelData, options: RefreshOptions, seed: int) -> tuple[_ModelData, int]:
     """Add new interactions and items, without duplicates."""
     rows, items = before.rows, dict(before.items)
     if options.items is not None:
@@ -167,7 +177,7 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
         schema = {name: SCHEMA[name] for name in ("user_id", "item_id", "rating", "timestamp")}
         new = pl.DataFrame(events, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
     else:
-        new = _later(_events(options.events), rows)
+        new = _align_times(_read_events(options.events), rows)
     strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
     if strange:
         raise DataError(
@@ -181,13 +191,13 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
     # Validation pairs are excluded from training, including their repetitions.
     held = rows.filter(pl.col("part") == "valid")
     fresh = fresh.join(held, on=["user_id", "item_id"], how="anti")
-    both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(KEPT)])
+    both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(INTERACTION_COLUMNS)])
     # Readers of a split rely on the order of each user's interactions; its seed orders ties.
-    data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
-    return _State(both[time_order(data, seed)], items, before.users), fresh.height
+    data = Dataset(name="refreshed", noun="items", interactions=conform_to_schema(both), items=items)
+    return _ModelData(both[time_order(data, seed)], items, before.users), fresh.height
 
 
-def _events(path: str) -> pl.DataFrame:
+def _read_events(path: str) -> pl.DataFrame:
     """Read a table of interactions: user_id, item_id and optionally rating and timestamp."""
     read = read_table(Path(path))
     for name in ("user_id", "item_id"):
@@ -199,15 +209,15 @@ def _events(path: str) -> pl.DataFrame:
                 "column names user_id, item_id, rating, timestamp",
                 name,
             )
-    columns = {name: ids(read, name).cast(pl.String) for name in ("user_id", "item_id")}
+    columns = {name: id_column(read, name).cast(pl.String) for name in ("user_id", "item_id")}
     nothing = pl.repeat(None, read.frame.height, dtype=pl.Float64, eager=True)
     has = read.frame.columns
-    columns["rating"] = numbers(read, "rating", "a rating") if "rating" in has else nothing
-    columns["timestamp"] = times(read, "timestamp") if "timestamp" in has else nothing
+    columns["rating"] = number_column(read, "rating", "a rating") if "rating" in has else nothing
+    columns["timestamp"] = time_column(read, "timestamp") if "timestamp" in has else nothing
     return pl.DataFrame(columns)
 
 
-def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+def _align_times(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Return new interactions with times in the unit of the existing ones.
 
     Interactions without times follow the known ones in order; those with a known pair are duplicates.
@@ -216,12 +226,14 @@ def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     if not isinstance(latest, float):
         return new
     if isinstance(least, float):
-        if since_1970(latest) and since_1970(least):
-            return new.with_columns(pl.col("timestamp") * (per_second(latest) / per_second(least)))
+        if is_epoch_time(latest) and is_epoch_time(least):
+            return new.with_columns(
+                pl.col("timestamp") * (time_units_per_second(latest) / time_units_per_second(least))
+            )
         return new
     pair = ["user_id", "item_id"]
     fresh = new.unique(pair, keep="first", maintain_order=True).join(rows, on=pair, how="anti", maintain_order="left")
-    after = (pl.int_range(1, pl.len() + 1) * per_second(latest)).cast(pl.Float64)
+    after = (pl.int_range(1, pl.len() + 1) * time_units_per_second(latest)).cast(pl.Float64)
     return fresh.with_columns(timestamp=latest + after)
 
 
@@ -236,23 +248,23 @@ def _is_store(events: str) -> bool:
         return False
 
 
-def _choose(fusions: Sequence[stored.StoredEnsemble]) -> bool:
+def _uses_early_stopping(fusions: Sequence[stored.StoredEnsemble]) -> bool:
     """Whether a member of an ensemble uses early stopping on validation interactions."""
     named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
     return any(stops_early(name) for name in named)
 
 
-def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Path) -> Path:
+def _continue_training(bundle: Bundle, state: _ModelData, options: RefreshOptions, folder: Path) -> Path:
     """Continue training on all interactions, and return the folder of the merged model."""
     from llmrec.pipeline import run as pipeline
 
     assert bundle.run is not None
-    recipe = load_stored(bundle.run)
+    recipe = load_stored_recipe(bundle.run)
     rated = state.rows["rating"].null_count() < state.rows.height
     everything = Dataset(
         name=bundle.run.name,
         noun=bundle.noun,
-        interactions=conform(state.rows),
+        interactions=conform_to_schema(state.rows),
         items=state.items,
         users=state.users,
         rating_scale=(recipe.data.rating_scale or bundle.rating_scale) if rated else None,
@@ -260,11 +272,11 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
     # Nothing is held out, so there is no validation loss or early stopping.
     new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
-    pipeline.train(changed, folder, data=without_test(everything, seed=recipe.seed))
+    pipeline.train(changed, folder, data=split_without_test(everything, seed=recipe.seed))
     return folder / "merged"
 
 
-def _reload(url: str, key_env: str | None) -> None:
+def _reload_service(url: str, key_env: str | None) -> None:
     """Make a running service reload its folder."""
     httpx = require("httpx", "openai")
     key = None if key_env is None else os.environ.get(key_env)

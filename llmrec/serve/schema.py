@@ -26,45 +26,45 @@ from llmrec.chat.state import State
 from llmrec.data.read.limits import ID_LIMIT
 from llmrec.data.requests import is_integer
 
-MOST_EVENTS = 1000
+MAX_EVENTS = 1000
 """Maximum number of interactions in the history of a request."""
-MOST_CANDIDATES = 2000
-MOST_BATCH = 64
-MOST_MESSAGES = 200
+MAX_CANDIDATES = 2000
+MAX_BATCH = 64
+MAX_MESSAGES = 200
 """Maximum number of messages of a conversation in OpenAI's format."""
-MOST_ITEMS = 1000
+MAX_ITEMS = 1000
 """Maximum number of items written, or interactions added or returned, per call."""
-LONGEST_TEXT = 4000
+MAX_TEXT_LENGTH = 4000
 
 # Ids must not contain NUL, lone surrogates or control characters, and must be visible.
-_C = r"\x00-\x1f\x7f-\x9f"
+_CONTROL_CHARACTERS = r"\x00-\x1f\x7f-\x9f"
 # Listed in full, since \s differs between languages.
-_SPACE = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
-NAME = rf"^[^{_C}]*[^{_C}{_SPACE}][^{_C}]*$"
-_VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
-_SEEN = rf"^[^\x00]*[^{_C}{_SPACE}][^\x00]*$"
-Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
-LARGEST = 2**53 - 1
+_SPACE_CHARACTERS = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+NAME_PATTERN = rf"^[^{_CONTROL_CHARACTERS}]*[^{_CONTROL_CHARACTERS}{_SPACE_CHARACTERS}][^{_CONTROL_CHARACTERS}]*$"
+_VISIBLE_CHARACTER = re.compile(rf"[^{_CONTROL_CHARACTERS}{_SPACE_CHARACTERS}]")
+_VISIBLE_TEXT_PATTERN = rf"^[^\x00]*[^{_CONTROL_CHARACTERS}{_SPACE_CHARACTERS}][^\x00]*$"
+Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME_PATTERN)]
+MAX_INTEGER = 2**53 - 1
 """The largest integer: clients in JavaScript round larger ones."""
 
 
 def _number_as_text(value: object) -> object:
     """Convert an integer to a string, as in files; return other values unchanged."""
-    return str(int(value)) if is_integer(value) and abs(value) <= LARGEST else value
+    return str(int(value)) if is_integer(value) and abs(value) <= MAX_INTEGER else value
 
 
-_Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+_Integer = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=Id | _Integer)]
 """The id of an item or a user: a text or an integer, as in files."""
-Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
-Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
-_FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
+Prose = Annotated[str, StringConstraints(max_length=MAX_TEXT_LENGTH, pattern=r"^[^\x00]*$")]
+Words = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_LENGTH, pattern=_VISIBLE_TEXT_PATTERN)]
+_FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME_PATTERN)]
 # Other keys are rejected; pydantic does not include this in a schema.
-_CLOSED: Any = {"additionalProperties": False}
-Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_CLOSED)]
-_Values: TypeAlias = Annotated[dict[Id, list[Words]], Field(max_length=20, json_schema_extra=_CLOSED)]
-_SomeValues: TypeAlias = Annotated[
-    dict[Id, Annotated[list[Words], Field(min_length=1)]], Field(max_length=20, json_schema_extra=_CLOSED)
+_NO_OTHER_KEYS: Any = {"additionalProperties": False}
+Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_NO_OTHER_KEYS)]
+_Values: TypeAlias = Annotated[dict[Id, list[Words]], Field(max_length=20, json_schema_extra=_NO_OTHER_KEYS)]
+_NonEmptyValues: TypeAlias = Annotated[
+    dict[Id, Annotated[list[Words], Field(min_length=1)]], Field(max_length=20, json_schema_extra=_NO_OTHER_KEYS)
 ]
 
 
@@ -75,15 +75,15 @@ def _no_text(value: object) -> object:
     return value
 
 
-NUMBER = BeforeValidator(_no_text)
-_Float = Annotated[float, Field(allow_inf_nan=False), NUMBER]
+STRICT_NUMBER = BeforeValidator(_no_text)
+_Float = Annotated[float, Field(allow_inf_nan=False), STRICT_NUMBER]
 Bool = Annotated[bool, Field(strict=True)]
-_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_DATE_PATTERN = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def _no_number_as_text(value: object) -> object:
     """Reject numbers in text form that pydantic would accept as times."""
-    if isinstance(value, bool) or (isinstance(value, str) and not _DAY.match(value)):
+    if isinstance(value, bool) or (isinstance(value, str) and not _DATE_PATTERN.match(value)):
         raise PydanticCustomError("moment", "Input should be a number, or a time such as 2024-01-06T13:28:00Z")
     return value
 
@@ -92,10 +92,10 @@ Moment = Annotated[
     Annotated[float, Field(allow_inf_nan=False)] | datetime,
     BeforeValidator(_no_number_as_text),
 ]
-_TIME = "A number in the unit of the data (seconds), or ISO 8601 (UTC if it has no time zone)."
+_TIME_DESCRIPTION = "A number in the unit of the data (seconds), or ISO 8601 (UTC if it has no time zone)."
 
 
-def number_of(moment: float | datetime, per_second: float) -> float:
+def time_as_number(moment: float | datetime, per_second: float) -> float:
     """Return a time in the unit of the data.
 
     Args:
@@ -107,7 +107,7 @@ def number_of(moment: float | datetime, per_second: float) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * per_second
 
 
-def since(begun: float) -> float:
+def milliseconds_since(begun: float) -> float:
     """Return the milliseconds since a time of the monotonic clock."""
     return round(1000 * (time.monotonic() - begun), 3)
 
@@ -128,7 +128,7 @@ class ItemText(Body):
         json_schema_extra={
             "anyOf": [
                 {"required": ["item_id"], "properties": {"item_id": {"type": ["string", "integer"]}}},
-                {"required": ["title"], "properties": {"title": {"type": "string", "pattern": _SEEN}}},
+                {"required": ["title"], "properties": {"title": {"type": "string", "pattern": _VISIBLE_TEXT_PATTERN}}},
             ]
         }
     )
@@ -139,7 +139,7 @@ class ItemText(Body):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        if self.item_id is None and not _VISIBLE.search(self.title or ""):
+        if self.item_id is None and not _VISIBLE_CHARACTER.search(self.title or ""):
             raise PydanticCustomError("nameless", "give an item_id or a title")
         return self
 
@@ -148,14 +148,14 @@ class PastEvent(ItemText):
     """A past interaction; histories are oldest first."""
 
     rating: _Float | None = None
-    timestamp: Annotated[Moment | None, Field(description=_TIME)] = None
+    timestamp: Annotated[Moment | None, Field(description=_TIME_DESCRIPTION)] = None
 
 
 class Quota(Body):
     """Maximum number of items in a list that share a value of a field."""
 
     field: Id
-    most: Annotated[int, Field(ge=1, le=1000), NUMBER]
+    most: Annotated[int, Field(ge=1, le=1000), STRICT_NUMBER]
 
 
 class Rules(Body):
@@ -165,11 +165,11 @@ class Rules(Body):
     with several values, separated by commas, matches by any of them.
     """
 
-    only: _SomeValues = {}
+    only: _NonEmptyValues = {}
     without: _Values = {}
-    block: Annotated[list[DataId], Field(max_length=MOST_ITEMS)] = []
+    block: Annotated[list[DataId], Field(max_length=MAX_ITEMS)] = []
     quotas: Annotated[list[Quota], Field(max_length=10)] = []
-    diversity: Annotated[float, Field(ge=0.0, le=1.0), NUMBER] = 0.0
+    diversity: Annotated[float, Field(ge=0.0, le=1.0), STRICT_NUMBER] = 0.0
 
 
 class NewItem(Body):
@@ -187,7 +187,7 @@ class ItemsBody(Body):
         json_schema_extra={"examples": [{"items": [{"item_id": "n1", "title": "A new film", "fields": {}}]}]}
     )
 
-    items: Annotated[list[NewItem], Field(min_length=1, max_length=MOST_ITEMS)]
+    items: Annotated[list[NewItem], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class NewEvent(Body):
@@ -196,7 +196,7 @@ class NewEvent(Body):
     user_id: DataId
     item_id: DataId
     rating: _Float | None = None
-    timestamp: Annotated[Moment | None, Field(description=f"{_TIME} By default now.")] = None
+    timestamp: Annotated[Moment | None, Field(description=f"{_TIME_DESCRIPTION} By default now.")] = None
 
 
 class EventsBody(Body):
@@ -204,7 +204,7 @@ class EventsBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [{"user_id": "42", "item_id": "7"}]}]})
 
-    events: Annotated[list[NewEvent], Field(min_length=1, max_length=MOST_ITEMS)]
+    events: Annotated[list[NewEvent], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 # --------------------------------------------------------------------------- responses
@@ -271,7 +271,7 @@ class ChatBody(Body):
     text: Words = Field(examples=["a comedy, but not horror"])
     state: State = State()
     model: Id | None = Field(None, description="Model that ranks. Default: the default model.")
-    k: Annotated[int, Field(ge=1, le=50), NUMBER] = 5
+    k: Annotated[int, Field(ge=1, le=50), STRICT_NUMBER] = 5
 
 
 class ChatAnswer(BaseModel):
@@ -305,7 +305,7 @@ class UserMessage(BaseModel):
 
     @model_validator(mode="after")
     def _short(self) -> Self:
-        if len(self.text) > LONGEST_TEXT:
+        if len(self.text) > MAX_TEXT_LENGTH:
             raise PydanticCustomError("string_too_long", "the texts have more than 4000 characters together")
         return self
 
@@ -327,10 +327,10 @@ class CompletionBody(BaseModel):
     model: Id | None = Field(None, description="Model that ranks. Default: the default model.")
     messages: Annotated[
         list[Annotated[UserMessage | OtherMessage, Field(discriminator="role")]],
-        Field(min_length=1, max_length=MOST_MESSAGES),
+        Field(min_length=1, max_length=MAX_MESSAGES),
     ]
     k: Annotated[
-        int, Field(ge=1, le=50, description="Number of items per list; an extension of OpenAI's format."), NUMBER
+        int, Field(ge=1, le=50, description="Number of items per list; an extension of OpenAI's format."), STRICT_NUMBER
     ] = 5
     stream: Annotated[bool | None, Field(description="Streaming is not supported.")] = None
     n: Annotated[int | None, Field(description="Only 1 is supported.")] = None
@@ -426,7 +426,7 @@ class Removed(BaseModel):
     removed: int
 
 
-IN_MEMORY = "recommenders with features keep them until the service is restarted"
+IN_MEMORY_NOTE = "recommenders with features keep them until the service is restarted"
 """Message on what remains of an erased user whose features a recommender has read."""
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 64 * 1024
 """Maximum size in bytes of the request line and all headers."""
 _BACKLOG = 128
-_CONNECTIONS = 2048
+_MAX_CONNECTIONS = 2048
 
 
 def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None = None) -> uvicorn.Server:
@@ -37,7 +37,7 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
             log_level="warning",
             access_log=False,
             # httptools, the alternative parser, does not limit headers.
-            http=_limited(timeout, connections or _half_of_the_files()),
+            http=_limited_protocol(timeout, connections or _half_of_file_limit()),
             h11_max_incomplete_event_size=HEADER_LIMIT,
             ws="none",
             # Otherwise clients could choose the address that --per-minute counts.
@@ -48,14 +48,14 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
     )
 
 
-def _half_of_the_files() -> int:
+def _half_of_file_limit() -> int:
     process = psutil.Process()
     # psutil can read this limit only on Linux and FreeBSD.
-    most = process.rlimit(psutil.RLIMIT_NOFILE)[0] if hasattr(process, "rlimit") else 2 * _CONNECTIONS
-    return min(_CONNECTIONS, most // 2) if most > 0 else _CONNECTIONS
+    most = process.rlimit(psutil.RLIMIT_NOFILE)[0] if hasattr(process, "rlimit") else 2 * _MAX_CONNECTIONS
+    return min(_MAX_CONNECTIONS, most // 2) if most > 0 else _MAX_CONNECTIONS
 
 
-def _limited(timeout: float, most: int) -> type[H11Protocol]:
+def _limited_protocol(timeout: float, most: int) -> type[H11Protocol]:
     """Return a connection protocol that closes connections whose request does not arrive in time.
 
     If more than ``most`` are open, the longest-waiting one is closed, so that idle connections do not block others.

@@ -19,48 +19,48 @@ from llmrec.answer.known import (
     Catalogue,
     KnownEntities,
     Profile,
-    merged,
+    merge_histories,
     read_known_entities,
-    unknown,
-    with_history,
-    with_stored_history,
+    unknown_name_error,
+    with_history_note,
+    with_stored_data,
 )
-from llmrec.answer.listing import ListSpec, listing
+from llmrec.answer.listing import ListSpec, recommendation_steps
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, match_model_name
+from llmrec.answer.recommender import RANK, SIMILAR, AnnotatedAnswer, Question, match_model_name
 from llmrec.answer.rules import Rules
-from llmrec.augment.stores import forget
+from llmrec.augment.stores import forget_user
 from llmrec.chat.calls import Call
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
-from llmrec.chat.tools import ModelLists, Tools
-from llmrec.data.read.limits import shown
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.chat.tools import ModelListRecommender, Tools
+from llmrec.data.read.limits import format_value
+from llmrec.data.requests import RankRequest, parse_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.serve import schema
 from llmrec.serve.batching import AnswerTimeout, Batcher, QueueFull
 from llmrec.serve.databases import StoreError
 from llmrec.serve.engine import EngineLost, Supervisor
-from llmrec.serve.images import origins
+from llmrec.serve.images import common_image_origins
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.types import Event, Item
 
 _T = TypeVar("_T")
 
-_READERS = 4
-_THREADS = 8
+_READER_THREADS = 4
+_CHAT_THREADS = 8
 """Number of threads in which turns of conversations wait for the engine."""
 # Seconds in addition to the timeout of a question, which the event loop normally enforces.
-_GRACE = 5.0
-_AGAIN = 10.0
+_GRACE_SECONDS = 5.0
+_ERASURE_RETRY_SECONDS = 10.0
 """Seconds after which an unfinished erasure is tried again."""
-WAITS = 0.4
+STORE_WAIT_FRACTION = 0.4
 """Fraction of a request's timeout that a store may wait for a lock of another process."""
-_TURN = 0.5
+_WRITE_WAIT_FRACTION = 0.5
 """Fraction of a request's timeout that a write waits for its turn; both leave time for the write itself."""
-_NAMED = 5
+_MAX_LISTED_IDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +102,11 @@ class Service:
         self._reloading = asyncio.Lock()
         # Writes are serialised anyway. Reads have their own threads, so they never wait for a write.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="llmrec-writer")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="llmrec-reader")
+        self._readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="llmrec-reader")
         self._finishing: asyncio.Task[None] | None = None
         self.catalogue = Catalogue(known.items)
-        self.catalogue.change(*_changes(store))
-        self.engine = Supervisor(settings.options, settings.models, lambda: _changes(store))
+        self.catalogue.change(*_read_item_changes(store))
+        self.engine = Supervisor(settings.options, settings.models, lambda: _read_item_changes(store))
         self.batcher = Batcher(
             partial(self.engine.call, "answer"),
             window=settings.window,
@@ -145,8 +145,8 @@ class Service:
         """
         result = await self._read(lambda: self._events(user_id))
         if not result:
-            raise unknown("user", user_id, ())
-        return result[-schema.MOST_ITEMS :]
+            raise unknown_name_error("user", user_id, ())
+        return result[-schema.MAX_ITEMS :]
 
     async def add_events(self, body: schema.EventsBody) -> int:
         """Store interactions of users; they are on disk when this returns.
@@ -163,7 +163,7 @@ class Service:
                 user_id=event.user_id,
                 item_id=event.item_id,
                 rating=event.rating,
-                timestamp=now if event.timestamp is None else schema.number_of(event.timestamp, per_second),
+                timestamp=now if event.timestamp is None else schema.time_as_number(event.timestamp, per_second),
             )
             for event in body.events
         ]
@@ -175,8 +175,10 @@ class Service:
         events = await self._write(lambda: self.store.erase(user_id))
         remains = list(self.store.remains)
         folders = self._known.features
-        features = await self._write(lambda: sum(_forget(folder, user_id) for folder in folders)) if folders else 0
-        remains += [schema.IN_MEMORY] if features else []
+        features = (
+            await self._write(lambda: sum(_erase_features(folder, user_id) for folder in folders)) if folders else 0
+        )
+        remains += [schema.IN_MEMORY_NOTE] if features else []
         if known:
             remains.append(
                 "the training data of the run still contain interactions of this user, which answers no longer use; "
@@ -186,7 +188,7 @@ class Service:
 
     async def put_items(self, items: Sequence[Item]) -> int:
         """Add or replace items; they can be used when this returns."""
-        return await self._change(lambda: self.store.put_items(items), items, ())
+        return await self._change_catalogue(lambda: self.store.put_items(items), items, ())
 
     async def remove_item(self, item_id: str) -> None:
         """Remove an item; lists no longer contain it when this returns.
@@ -195,7 +197,7 @@ class Service:
             DataError: If the id is unknown.
         """
         self.catalogue.get(item_id)
-        await self._change(lambda: self.store.remove_items([item_id]), (), [item_id])
+        await self._change_catalogue(lambda: self.store.remove_items([item_id]), (), [item_id])
 
     async def reload(self) -> None:
         """Replace the engine by a new one that reads all files again."""
@@ -216,13 +218,13 @@ class Service:
                 raise EngineLost(f"{state}: {error}", kind=error.kind) from error
             catalogue = Catalogue(known.items)
             async with self._changing:
-                catalogue.change(*await self._read(lambda: _changes(self.store)))
+                catalogue.change(*await self._read(lambda: _read_item_changes(self.store)))
                 self._known, self.catalogue = known, catalogue
 
-    async def _change(self, store: Callable[[], int], put: Sequence[Item], removed: Sequence[str]) -> int:
+    async def _change_catalogue(self, store: Callable[[], int], put: Sequence[Item], removed: Sequence[str]) -> int:
         """Store a change of the catalogue, and pass it to the engine."""
         ends = time.monotonic() + self.settings.patience
-        async with _in_time(self._changing, _TURN * self.settings.patience):
+        async with _acquire_in_time(self._changing, _WRITE_WAIT_FRACTION * self.settings.patience):
             stored = await self._write(store, ends)
             self.catalogue.change(put, removed)
             changed = {item.item_id: item for item in put}
@@ -238,7 +240,7 @@ class Service:
         items = self.catalogue.items
         if self._images is None or self._images[0] is not items:
             # A change of the catalogue makes a new mapping.
-            self._images = items, origins(items.values())
+            self._images = items, common_image_origins(items.values())
         return self._images[1]
 
     # ------------------------------------------------------------------- the database
@@ -255,14 +257,15 @@ class Service:
         """Run a write of the database after earlier writes, if it can start in time.
 
         Args:
-            call: The write; it waits for other processes, for the fraction `WAITS` of a request's timeout.
+            call: The write; it waits for other processes, for the fraction `STORE_WAIT_FRACTION` of a request's
+                timeout.
             ends: The deadline of the request.
         """
         patience = self.settings.patience
         ends = time.monotonic() + patience if ends is None else ends
         running = self._writer.submit(call)
         done = asyncio.wrap_future(running)
-        await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic() - (1 - _TURN) * patience))
+        await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic() - (1 - _WRITE_WAIT_FRACTION) * patience))
         if running.cancel():
             raise StoreError("timed out while waiting for other writes to the store", kind="busy")
         await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic()))
@@ -275,7 +278,7 @@ class Service:
     async def _finish_erasures(self) -> None:
         """Retry to remove deleted interactions from the database log, until it succeeds."""
         while True:
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(_ERASURE_RETRY_SECONDS)
             if self.store.unfinished:
                 with suppress(LlmrecError):
                     await self._write(self.store.finish_erasures)
@@ -305,17 +308,17 @@ class Service:
             "id": body.id,
             "user_id": user,
             "profile": body.profile,
-            "history": None if body.history is None else [_entry_of(event, per_second) for event in body.history],
+            "history": None if body.history is None else [_request_entry(event, per_second) for event in body.history],
         }
         stored = True
         if user is not None and (body.history is None or (not body.profile and self._known.profiles is not None)):
-            lookup = partial(with_history, record, self._events, items, self._profile)
+            lookup = partial(with_stored_data, record, self._events, items, self._profile)
             record, stored = await self._read(lookup)
         if candidates is not None:
-            record = {**record, "candidates": [_entry_of(candidate) for candidate in candidates]}
-        request = read_request(record, 1, items, whole=candidates is None)
+            record = {**record, "candidates": [_request_entry(candidate) for candidate in candidates]}
+        request = parse_request(record, 1, items, whole=candidates is None)
         missing = body.history is None and not stored and not body.profile
-        return with_stored_history(request, known=False) if missing else request
+        return with_history_note(request, known=False) if missing else request
 
     def _profile(self, user_id: str) -> Profile | None:
         return self._known.profile(user_id, self.store.erased)
@@ -323,16 +326,18 @@ class Service:
     def unknown_note(self, names: Iterable[str]) -> list[str]:
         """Return a note on items that are not in the catalogue, if any."""
         missing = [name for name in names if name not in self.catalogue.items]
-        some = ", ".join(shown(name) for name in missing[:_NAMED]) + (" and others" if len(missing) > _NAMED else "")
+        some = ", ".join(format_value(name) for name in missing[:_MAX_LISTED_IDS]) + (
+            " and others" if len(missing) > _MAX_LISTED_IDS else ""
+        )
         return [f"rules.block: not in the catalogue: {some}"] if missing else []
 
     def _events(self, user_id: str) -> list[Event]:
         """Return the interactions of a user, oldest first: from the data of the run, then the received ones."""
         since = [
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
-            for event in self.store.events_of(user_id, schema.MOST_EVENTS)
+            for event in self.store.events_of(user_id, schema.MAX_EVENTS)
         ]
-        return since if self.store.erased(user_id) else merged(self._known.histories.of_user(user_id), since)
+        return since if self.store.erased(user_id) else merge_histories(self._known.histories.of_user(user_id), since)
 
     def check_model(self, name: str | None) -> None:
         """Reject an unknown model name, if the models are loaded.
@@ -342,7 +347,7 @@ class Service:
         """
         names = [card.name for card in self.engine.cards]
         if name is not None and names and match_model_name(name, names) is None:
-            raise unknown("model", name, names)
+            raise unknown_name_error("model", name, names)
 
     def check_strategy(self, model: str | None, strategy: str) -> None:
         """Reject an unknown strategy before it costs time."""
@@ -359,9 +364,9 @@ class Service:
 
     async def listed(
         self, request: RankRequest, wanted: ListSpec, verb: str = RANK
-    ) -> tuple[tuple[Question, RankRequest], Answered]:
+    ) -> tuple[tuple[Question, RankRequest], AnnotatedAnswer]:
         """Return a recommendation list, and the last question that was sent to a model."""
-        steps = listing(request, wanted, self.catalogue, verb)
+        steps = recommendation_steps(request, wanted, self.catalogue, verb)
         step = next(steps)
         while True:
             answer = await self.batcher.ask(*step)
@@ -375,7 +380,7 @@ class Service:
         return await self.batcher.between(partial(self.engine.call, name, *arguments, listener=listener))
 
 
-def _entry_of(received: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
+def _request_entry(received: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
     """Convert an item of a history or of candidates to the format of request files.
 
     Args:
@@ -386,7 +391,7 @@ def _entry_of(received: str | schema.ItemText, per_second: float = 1.0) -> str |
         return received
     entry = received.model_dump(exclude={"fields"}, exclude_none=True)
     if "timestamp" in entry:
-        entry["timestamp"] = schema.number_of(entry["timestamp"], per_second)
+        entry["timestamp"] = schema.time_as_number(entry["timestamp"], per_second)
     return {**received.fields, **entry}
 
 
@@ -403,7 +408,7 @@ class Conversations:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="chat")
+        self._threads = ThreadPoolExecutor(_CHAT_THREADS, thread_name_prefix="chat")
         self._turns: set[Future[schema.ChatAnswer]] = set()
         self._closed = False
         self._known: tuple[Catalogue, int, Facts, Reader] | None = None
@@ -431,7 +436,7 @@ class Conversations:
         self._service.check_model(body.model)
 
         def turn() -> schema.ChatAnswer:
-            talk = self._conversation(body, loop)
+            talk = self._make_conversation(body, loop)
             reply = talk.answer(body.state, body.text, called)
             # Items may have been added or removed since the conversation started.
             known = {**self._service.catalogue.items, **talk.tools.facts.items}
@@ -445,7 +450,7 @@ class Conversations:
                 calls=list(reply.calls),
                 profile=list(talk.tools.profile(reply.state)),
                 state=reply.state,
-                milliseconds=schema.since(begun),
+                milliseconds=schema.milliseconds_since(begun),
             )
 
         if self._closed:
@@ -459,10 +464,10 @@ class Conversations:
         self._turns.add(running)
         return await asyncio.wrap_future(running)
 
-    def _conversation(self, body: schema.ChatBody, loop: asyncio.AbstractEventLoop) -> Conversation:
+    def _make_conversation(self, body: schema.ChatBody, loop: asyncio.AbstractEventLoop) -> Conversation:
         service, facts, reader = self._service, *self._facts()
 
-        def ask(question: Question, request: RankRequest) -> Answered:
+        def ask(question: Question, request: RankRequest) -> AnnotatedAnswer:
             if question.verb != SIMILAR:
                 return self._answer(replace(question, model=body.model), request, loop)
             try:
@@ -473,14 +478,14 @@ class Conversations:
                 # Without interactions, use text similarity, as in the terminal.
                 return self._answer(replace(question, model="text"), request, loop)
 
-        lists = ModelLists(service.catalogue, ask, service.settings.rules)
+        lists = ModelListRecommender(service.catalogue, ask, service.settings.rules)
         return Conversation(Tools(facts, lists), RuleManager(k=body.k), reader)
 
-    def _answer(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
+    def _answer(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> AnnotatedAnswer:
         """Return an answer of the engine, waiting in the current thread."""
         waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
         try:
-            return waiting.result(self._service.settings.patience + _GRACE)
+            return waiting.result(self._service.settings.patience + _GRACE_SECONDS)
         except (TimeoutError, CancelledError) as error:
             waiting.cancel()
             raise AnswerTimeout("the service did not answer in time; try again", kind="exhausted") from error
@@ -498,7 +503,7 @@ class Conversations:
 
 
 @asynccontextmanager
-async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
+async def _acquire_in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
     """Acquire a lock within a number of seconds, and hold it in the block."""
     try:
         await asyncio.wait_for(lock.acquire(), seconds)
@@ -510,15 +515,15 @@ async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
         lock.release()
 
 
-def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:
+def _read_item_changes(store: ServiceStore) -> tuple[list[Item], list[str]]:
     put, removed = store.item_changes()
     return list(put.values()), sorted(removed)
 
 
-def _forget(folder: Path, user_id: str) -> int:
+def _erase_features(folder: Path, user_id: str) -> int:
     """Delete a user from a feature store; return the number of deleted texts."""
     try:
-        return int(forget(folder, user_id).text)
+        return int(forget_user(folder, user_id).text)
     except LlmrecError as error:
         if error.kind != "unknown-name":
             raise

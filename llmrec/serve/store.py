@@ -16,30 +16,39 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
-from llmrec.data.read.limits import shown
+from llmrec.data.read.limits import format_value
 from llmrec.errors import DataError, LlmrecError
-from llmrec.serve.databases import ERASED_KEY, MOVE, VERSION, WAIT, Database, Insert, Postgres, SQLite
+from llmrec.serve.databases import (
+    DAMAGE_ADVICE,
+    ERASED_KEY,
+    LOCK_TIMEOUT,
+    TABLES_VERSION,
+    Database,
+    Insert,
+    Postgres,
+    SQLite,
+)
 from llmrec.types import Item
 
-_MOST = 8
+_MAX_CONNECTIONS = 8
 """Maximum number of connections of a store; a PostgreSQL server has 100 by default for all processes together."""
-_IDLE = 1.0
+_IDLE_SECONDS = 1.0
 """Idle seconds after which a connection is tested before use: its server may have been restarted."""
-_BATCH = 10_000
-_EVERY = 2**62
-IN_LOG = (
+_BATCH_ROWS = 10_000
+_NO_LIMIT = 2**62
+IN_LOG_NOTE = (
     "another process is reading the store, so its log still contains erased interactions; removal is retried until "
     "it succeeds"
 )
-_MOMENT = 1.0
+_READER_WAIT_SECONDS = 1.0
 """Seconds that an erasure waits for concurrent readers."""
 
-_ADD = Insert("llmrec_events", ("user_key", "event"))
-_ITEM = ("item_key", "item_id", "title", "fields")
-_SET = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
-_PUT = Insert("llmrec_items", _ITEM, _SET)
+_ADD_EVENTS = Insert("llmrec_events", ("user_key", "event"))
+_ITEM_COLUMNS = ("item_key", "item_id", "title", "fields")
+_UPDATE_CLAUSE = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
+_PUT_ITEMS = Insert("llmrec_items", _ITEM_COLUMNS, _UPDATE_CLAUSE)
 # items that are already removed are not counted
-_REMOVE = Insert("llmrec_items", _ITEM, f"{_SET} WHERE llmrec_items.title IS NOT NULL")
+_REMOVE_ITEMS = Insert("llmrec_items", _ITEM_COLUMNS, f"{_UPDATE_CLAUSE} WHERE llmrec_items.title IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +73,13 @@ class ServiceStore:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._idle: list[tuple[float, Any]] = []
-        self._lock, self._room = Lock(), BoundedSemaphore(_MOST)
+        self._lock, self._room = Lock(), BoundedSemaphore(_MAX_CONNECTIONS)
         self._closed = self._unfinished = False
         try:
             with self._connection() as raw:
                 database.prepare(raw)
                 facts = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
-            self._salt = _salt(facts, database)
+            self._salt = _parse_salt(facts, database)
             # The log may still contain data deleted before this process started. A read-only one remains unchanged.
             with suppress(LlmrecError):
                 self.finish_erasures()
@@ -79,7 +88,7 @@ class ServiceStore:
             raise
 
     @classmethod
-    def open(cls, where: str, wait: float = WAIT) -> ServiceStore:
+    def open(cls, where: str, wait: float = LOCK_TIMEOUT) -> ServiceStore:
         """Open the database; create its file or tables if missing.
 
         Args:
@@ -108,7 +117,7 @@ class ServiceStore:
             The number of interactions.
         """
         rows = [(self._key(event.user_id), json.dumps(asdict(event), ensure_ascii=False)) for event in events]
-        return self._insert(_ADD, rows)
+        return self._insert_rows(_ADD_EVENTS, rows)
 
     def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
         """Return the interactions of a user, oldest first; ties are in order of arrival.
@@ -118,8 +127,8 @@ class ServiceStore:
             most: The maximum number of interactions, the last to arrive.
         """
         query = "SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq DESC LIMIT ?2"
-        rows = self._read(query, self._key(user_id), _EVERY if most is None else most)
-        return sorted((self._event(row[0]) for row in reversed(rows)), key=lambda event: event.timestamp)
+        rows = self._read(query, self._key(user_id), _NO_LIMIT if most is None else most)
+        return sorted((self._parse_event(row[0]) for row in reversed(rows)), key=lambda event: event.timestamp)
 
     def erase(self, user_id: str) -> int:
         """Delete all interactions of a user, and record the deletion by a salted hash of the id.
@@ -134,7 +143,7 @@ class ServiceStore:
         """
         with self._connection() as raw:
             erased = self._database.erase(raw, self._key(user_id))
-        self.finish_erasures(_MOMENT)
+        self.finish_erasures(_READER_WAIT_SECONDS)
         return erased
 
     def finish_erasures(self, wait: float = 0.0) -> bool:
@@ -160,7 +169,7 @@ class ServiceStore:
     def remains(self) -> list[str]:
         """Describe where interactions of a deleted user may remain."""
         remains = [] if self._database.keeps is None else [self._database.keeps]
-        return [*remains, IN_LOG] if self._unfinished else remains
+        return [*remains, IN_LOG_NOTE] if self._unfinished else remains
 
     def erased(self, user_id: str) -> bool:
         """Whether a user was ever deleted, even if there are newer interactions."""
@@ -182,7 +191,7 @@ class ServiceStore:
             for item in items
         }
         # Sorted, so that two processes that write the same items cannot deadlock.
-        return self._insert(_PUT, sorted(rows.values()))
+        return self._insert_rows(_PUT_ITEMS, sorted(rows.values()))
 
     def remove_items(self, ids: Sequence[str]) -> int:
         """Record the removal of items.
@@ -191,7 +200,7 @@ class ServiceStore:
             The number of ids not yet removed.
         """
         rows = {name: (self._key(name), name, None, None) for name in ids}
-        return self._insert(_REMOVE, sorted(rows.values()))
+        return self._insert_rows(_REMOVE_ITEMS, sorted(rows.values()))
 
     def item_changes(self) -> tuple[dict[str, Item], frozenset[str]]:
         """Return the added items by id, and the removed ids."""
@@ -203,36 +212,40 @@ class ServiceStore:
         """Yield all interactions in order of arrival."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
-        while rows := self._read(query, last, ERASED_KEY, _BATCH):
-            yield from (self._event(row[1]) for row in rows)
+        while rows := self._read(query, last, ERASED_KEY, _BATCH_ROWS):
+            yield from (self._parse_event(row[1]) for row in rows)
             last = rows[-1][0]
 
     def close(self) -> None:
         """Close the database after running calls; later calls raise an error."""
         with self._lock:
             self._closed = True
-        self._drop_idle()
+        self._close_idle_connections()
 
     def _key(self, name: str) -> str:
         return hmac.new(self._salt, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
-    def _event(self, text: str) -> StoredEvent:
+    def _parse_event(self, text: str) -> StoredEvent:
         try:
             return StoredEvent(**json.loads(text))
         except (TypeError, ValueError) as error:
-            raise self._database.error("damaged", f": an event is damaged ({shown(text)}); {MOVE}") from error
+            raise self._database.error(
+                "damaged", f": an event is damaged ({format_value(text)}); {DAMAGE_ADVICE}"
+            ) from error
 
     def _item(self, name: str, title: str, fields: str) -> Item:
         try:
             return Item(item_id=name, title=title, fields=dict(json.loads(fields)))
         except (TypeError, ValueError) as error:
-            raise self._database.error("damaged", f": the fields of item {shown(name)} are damaged; {MOVE}") from error
+            raise self._database.error(
+                "damaged", f": the fields of item {format_value(name)} are damaged; {DAMAGE_ADVICE}"
+            ) from error
 
     def _read(self, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
         with self._connection() as raw:
             return self._database.read(raw, sql, *values)
 
-    def _insert(self, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
+    def _insert_rows(self, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
         with self._connection() as raw:
             return self._database.insert(raw, into, rows) if rows else 0
 
@@ -243,14 +256,14 @@ class ServiceStore:
         with self._room:
             self._database.check()
             try:
-                raw = self._waiting() or self._database.connect()
+                raw = self._take_idle_connection() or self._database.connect()
                 yield raw
             except BaseException as error:
                 if raw is not None:
-                    _close(raw)
+                    _close_quietly(raw)
                 if isinstance(error, self._database.errors):
                     # The server may have disconnected, together with all other connections.
-                    self._drop_idle()
+                    self._close_idle_connections()
                     # Not chained, since the message of the library may contain values.
                     raise self._database.failure(error) from None
                 raise
@@ -259,9 +272,9 @@ class ServiceStore:
                 if kept:
                     self._idle.append((time.monotonic(), raw))
             if not kept:
-                _close(raw)
+                _close_quietly(raw)
 
-    def _waiting(self) -> Any:
+    def _take_idle_connection(self) -> Any:
         """Return an idle connection that works; None if there is none."""
         while True:
             with self._lock:
@@ -270,36 +283,37 @@ class ServiceStore:
                 if not self._idle:
                     return None
                 since, raw = self._idle.pop()
-            if time.monotonic() - since < _IDLE:
+            if time.monotonic() - since < _IDLE_SECONDS:
                 return raw
             try:
                 self._database.read(raw, "SELECT 1")
             except self._database.errors:
-                _close(raw)
+                _close_quietly(raw)
             else:
                 return raw
 
-    def _drop_idle(self) -> None:
+    def _close_idle_connections(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
         for _, raw in idle:
-            _close(raw)
+            _close_quietly(raw)
 
 
-def _salt(facts: Mapping[str, str], database: Database) -> bytes:
+def _parse_salt(facts: Mapping[str, str], database: Database) -> bytes:
     """Return the salt for hashes of user ids."""
     version, salt = facts.get("version", ""), facts.get("salt", "")
-    if not version.isdecimal() or not salt or int(version) < VERSION:
-        raise database.error("damaged", f" has no table version; {MOVE}")
-    if int(version) > VERSION:
+    if not version.isdecimal() or not salt or int(version) < TABLES_VERSION:
+        raise database.error("damaged", f" has no table version; {DAMAGE_ADVICE}")
+    if int(version) > TABLES_VERSION:
         raise database.error(
             "unsupported",
-            f" was created by a newer llmrec (table version {version}, this version supports {VERSION}); upgrade: "
+            f" was created by a newer llmrec (table version {version}, this version supports {TABLES_VERSION}); "
+            "upgrade: "
             "pip install -U llmrec",
         )
     return salt.encode()
 
 
-def _close(raw: Any) -> None:
+def _close_quietly(raw: Any) -> None:
     with suppress(Exception):
         raw.close()

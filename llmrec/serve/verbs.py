@@ -17,20 +17,29 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmrec.answer.listing import COLD, ListSpec
-from llmrec.answer.prompting import CONTEXT
-from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, match_model_name, ranking_of
+from llmrec.answer.listing import COLD_START_NOTE, ListSpec
+from llmrec.answer.prompting import CONTEXT_KEYS
+from llmrec.answer.recommender import (
+    RANK,
+    SIMILAR,
+    AnnotatedAnswer,
+    Card,
+    Question,
+    Reasons,
+    match_model_name,
+    require_ranking,
+)
 from llmrec.chat.state import State
-from llmrec.data.requests import read_request
+from llmrec.data.requests import parse_request
 from llmrec.errors import DataError, LlmrecError
 from llmrec.guard import clean
-from llmrec.serve.images import image_of
+from llmrec.serve.images import item_image_url
 from llmrec.serve.schema import (
-    LONGEST_TEXT,
-    MOST_BATCH,
-    MOST_CANDIDATES,
-    MOST_EVENTS,
-    NUMBER,
+    MAX_BATCH,
+    MAX_CANDIDATES,
+    MAX_EVENTS,
+    MAX_TEXT_LENGTH,
+    STRICT_NUMBER,
     Body,
     Bool,
     ChatAnswer,
@@ -51,14 +60,14 @@ from llmrec.serve.schema import (
     Rules,
     UserMessage,
     Words,
-    since,
+    milliseconds_since,
 )
 from llmrec.types import Answer, Cost, Item, Probability, Rating, Text, Unparsed
 
 if TYPE_CHECKING:
     from llmrec.serve.service import Service
 
-MOST_DOCUMENTS = 1000
+MAX_DOCUMENTS = 1000
 
 
 # --------------------------------------------------------------------------- shared code
@@ -70,7 +79,7 @@ class _About(Body):
     model: Annotated[Id, Field(description="A model from GET /v1/models. Default: the first model.")] | None = None
     id: Annotated[Id, Field(description="Seed of the request, for the order of equal scores and of labels.")] = "1"
     user_id: DataId | None = None
-    history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
+    history: Annotated[list[DataId | PastEvent], Field(max_length=MAX_EVENTS)] | None = None
     profile: Prose = ""
     show_prompt: Annotated[Bool, Field(description="Also return the model's prompt.")] = False
 
@@ -105,7 +114,7 @@ class RankedItem(BaseModel):
     )
 
 
-def card_of(card: Card | None) -> ModelCard:
+def model_card(card: Card | None) -> ModelCard:
     """Return the description of a model."""
     assert card is not None
     return ModelCard(
@@ -117,14 +126,14 @@ def card_of(card: Card | None) -> ModelCard:
     )
 
 
-def usage_of(cost: Cost) -> Usage:
+def answer_usage(cost: Cost) -> Usage:
     """Return the cost of a language model's answer."""
     return Usage(prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards)
 
 
-def ranked_items(answer: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
+def ranked_items(answer: AnnotatedAnswer, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
     """Return the items of a list, with explanations for the first ones."""
-    ranking = ranking_of(answer)
+    ranking = require_ranking(answer)
     rows = zip(ranking.items, answer.titles, ranking.scores, strict=True)
     return [
         RankedItem(
@@ -134,7 +143,7 @@ def ranked_items(answer: Answered, items: Mapping[str, Item], reasons: Sequence[
             score=score,
             rationale=(reasons[position - 1] or None) if position <= len(reasons) else None,
             fields=dict(items[name].fields) if name in items else {},
-            image=image_of(items[name].fields) if name in items else None,
+            image=item_image_url(items[name].fields) if name in items else None,
         )
         for position, (name, title, score) in enumerate(rows, start=1)
     ]
@@ -150,11 +159,11 @@ class RankBody(_About):
         json_schema_extra={"examples": [{"history": ["1", "2"], "k": 5}, {"user_id": "42", "candidates": ["7", "9"]}]}
     )
 
-    candidates: Annotated[list[DataId | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
-    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
+    candidates: Annotated[list[DataId | ItemText], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
+    k: Annotated[int, Field(ge=1, le=1000), STRICT_NUMBER] = 10
     strategy: Annotated[Id, Field(description="Ranking method of a language model; docs/ranking-methods.md.")] = "auto"
     exclude_seen: Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="Number of top items to explain."), NUMBER] = 0
+    rationale: Annotated[int, Field(ge=0, le=20, description="Number of top items to explain."), STRICT_NUMBER] = 0
     rules: Rules = Rules()
 
 
@@ -178,15 +187,19 @@ async def rank(service: Service, body: RankBody) -> RankAnswer:
     if body.rationale:
         first = min(body.rationale, body.k)
         reasons = (await service.between("reasons", question, [request], [answer], first))[0]
-    notes = [*(note for note in answer.notes if note != COLD), *reasons.notes, *([COLD] if answer.cold else [])]
-    took = since(begun)
+    notes = [
+        *(note for note in answer.notes if note != COLD_START_NOTE),
+        *reasons.notes,
+        *([COLD_START_NOTE] if answer.cold else []),
+    ]
+    took = milliseconds_since(begun)
     shows = body.show_prompt and not answer.cold
     return RankAnswer(
-        model=card_of(answer.card),
+        model=model_card(answer.card),
         items=ranked_items(answer, service.catalogue.items, reasons.texts),
         notes=notes,
         prompt=await service.between("prompt", question, request) if shows else None,
-        usage=usage_of(ranking_of(answer).cost + reasons.cost),
+        usage=answer_usage(require_ranking(answer).cost + reasons.cost),
         cold=answer.cold,
         milliseconds=took,
     )
@@ -195,7 +208,7 @@ async def rank(service: Service, body: RankBody) -> RankAnswer:
 # --------------------------------------------------------------------------- one item
 
 
-_ONE_ITEM: Any = {
+_ONE_ITEM_SCHEMA: Any = {
     "anyOf": [
         {"required": ["item_id"], "properties": {"item_id": {"type": ["string", "integer"]}}},
         {"required": ["item"], "properties": {"item": {"type": "object"}}},
@@ -213,7 +226,9 @@ def _no_id(value: object) -> object:
 class ItemBody(_About):
     """A question about one item: its rating, the probability that it is liked, or an explanation."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM_SCHEMA}
+    )
 
     item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
     item: Annotated[
@@ -235,7 +250,7 @@ class ItemBody(_About):
         return item
 
 
-async def about(
+async def answer_about_item(
     service: Service, family: str, body: ItemBody, listener: Callable[[str], None] | None = None
 ) -> tuple[Answer, Mapping[str, Any]]:
     """Answer a question about an item; also returns the fields that all answers share."""
@@ -243,9 +258,9 @@ async def about(
     item = body.named
     if isinstance(item, str) and service.catalogue.items:
         service.catalogue.get(item)
-    if unknown := sorted(body.context.keys() - CONTEXT):
+    if unknown := sorted(body.context.keys() - CONTEXT_KEYS):
         raise DataError(
-            f"context: {unknown[0]!r} is not a known context field; known fields: {', '.join(sorted(CONTEXT))}",
+            f"context: {unknown[0]!r} is not a known context field; known fields: {', '.join(sorted(CONTEXT_KEYS))}",
             kind="unknown-key",
             column="context",
         )
@@ -262,12 +277,12 @@ async def about(
     if isinstance(answer, Unparsed):
         raise DataError(f"{family}: {answer.reason}", kind="failed")
     return answer, {
-        "model": card_of(result.card),
+        "model": model_card(result.card),
         "item_id": request.candidates[0].item_id,
         "notes": list(request.notes),
         "prompt": await service.between("prompt", question, request) if body.show_prompt else None,
-        "usage": usage_of(answer.cost),
-        "milliseconds": since(begun),
+        "usage": answer_usage(answer.cost),
+        "milliseconds": milliseconds_since(begun),
     }
 
 
@@ -281,7 +296,7 @@ class RateAnswer(_Answer):
 
 async def rate(service: Service, body: ItemBody) -> RateAnswer:
     """Predict a rating."""
-    answer, common = await about(service, "rating", body)
+    answer, common = await answer_about_item(service, "rating", body)
     assert isinstance(answer, Rating)
     return RateAnswer(**common, rating=answer.value, scale=service.engine.scale)
 
@@ -295,7 +310,7 @@ class PredictAnswer(_Answer):
 
 async def predict(service: Service, body: ItemBody) -> PredictAnswer:
     """Predict whether a user likes or chooses an item."""
-    answer, common = await about(service, "ctr", body)
+    answer, common = await answer_about_item(service, "ctr", body)
     assert isinstance(answer, Probability)
     return PredictAnswer(**common, probability=answer.value)
 
@@ -309,7 +324,7 @@ class ExplainAnswer(_Answer):
 
 async def explain(service: Service, body: ItemBody, listener: Callable[[str], None] | None = None) -> ExplainAnswer:
     """Explain why an item suits a user; ``listener`` receives the text while it is generated."""
-    answer, common = await about(service, "explanation", body, listener)
+    answer, common = await answer_about_item(service, "explanation", body, listener)
     assert isinstance(answer, Text)
     return ExplainAnswer(**common, text=answer.text)
 
@@ -318,7 +333,7 @@ class AskBody(ItemBody):
     """A question for any task on which a model was trained."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
+        json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM_SCHEMA}
     )
 
     family: Annotated[
@@ -338,7 +353,7 @@ class AskAnswer(_Answer):
 
 async def ask(service: Service, body: AskBody) -> AskAnswer:
     """Answer a question about an item for any task."""
-    answer, common = await about(service, body.family, body)
+    answer, common = await answer_about_item(service, body.family, body)
     return AskAnswer(
         **common,
         family=body.family,
@@ -365,13 +380,13 @@ class SimilarBody(Body):
             list[DataId],
             Field(
                 min_length=1,
-                max_length=MOST_CANDIDATES,
+                max_length=MAX_CANDIDATES,
                 description="Rank only these items, such as the items in a history. Unknown items are left out.",
             ),
         ]
         | None
     ) = None
-    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
+    k: Annotated[int, Field(ge=1, le=1000), STRICT_NUMBER] = 10
     rules: Rules = Field(default_factory=Rules)
 
 
@@ -395,20 +410,20 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
     if within == []:
         raise DataError("candidates: no candidate is in the catalogue", kind="unknown-name", column="candidates")
     record = {"history": list(body.item_ids), "candidates": within}
-    request = read_request(record, 1, items, whole=within is None)
+    request = parse_request(record, 1, items, whole=within is None)
     _, answer = await service.listed(request, ListSpec(body.k, body.by, rules=rules), SIMILAR)
     return SimilarAnswer(
-        model=card_of(answer.card),
+        model=model_card(answer.card),
         items=ranked_items(answer, items),
         notes=[*answer.notes, *service.unknown_note(body.rules.block)],
-        milliseconds=since(begun),
+        milliseconds=milliseconds_since(begun),
     )
 
 
 # --------------------------------------------------------------------------- chat/completions
 
 
-async def complete(service: Service, body: CompletionBody) -> Completion:
+async def complete_conversation(service: Service, body: CompletionBody) -> Completion:
     """Answer the last message of a conversation, whose state is derived from the user's earlier messages."""
     created, state = int(time.time()), State()
     for message in body.messages:
@@ -441,8 +456,8 @@ class RerankBody(BaseModel):
 
     model: str | None = None
     query: Words
-    documents: Annotated[list[Words | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
-    top_n: Annotated[int, Field(ge=1), NUMBER] | None = None
+    documents: Annotated[list[Words | dict[str, JsonValue]], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    top_n: Annotated[int, Field(ge=1), STRICT_NUMBER] | None = None
     return_documents: Bool = False
 
 
@@ -466,19 +481,19 @@ class RerankAnswer(BaseModel):
 
 async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
     """Rank texts for a query, whose lines are the titles of a history."""
-    texts = [_text_of(document) for document in body.documents]
+    texts = [_document_text(document) for document in body.documents]
     history = [{"title": line} for line in body.query.splitlines() if line.strip()]
-    if len(history) > MOST_EVENTS:
-        reason = f"the query has {len(history)} lines, more than {MOST_EVENTS}; send only the last lines"
+    if len(history) > MAX_EVENTS:
+        reason = f"the query has {len(history)} lines, more than {MAX_EVENTS}; send only the last lines"
         raise DataError(reason, kind="too-large", column="query")
     # Texts are not items of the catalogue, even with equal ids: titles identify them, without duplicates.
     candidates = [{"title": text} for text in dict.fromkeys(texts)]
-    request = read_request({"history": history, "candidates": candidates}, 1, None)
+    request = parse_request({"history": history, "candidates": candidates}, 1, None)
     model = match_model_name(body.model or "", [card.name for card in service.engine.cards])
     answer = await service.batcher.ask(Question(model=model), request)
     assert answer.card is not None
-    ranking = ranking_of(answer)
-    share = dict(zip(ranking.items, _shares(ranking.scores, answer.card), strict=True))
+    ranking = require_ranking(answer)
+    share = dict(zip(ranking.items, _normalise_scores(ranking.scores, answer.card), strict=True))
     order = sorted(range(len(texts)), key=lambda index: (-share[clean(texts[index])], index))
     total = sum(share[clean(texts[index])] for index in order) or 1.0
     return RerankAnswer(
@@ -501,7 +516,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
     )
 
 
-def _shares(scores: Sequence[float], card: Card) -> list[float]:
+def _normalise_scores(scores: Sequence[float], card: Card) -> list[float]:
     """Normalise scores to sum 1."""
     if card.kind == "language model":
         weights = np.exp(np.array(scores) - max(scores))
@@ -511,13 +526,13 @@ def _shares(scores: Sequence[float], card: Card) -> list[float]:
     return shares
 
 
-def _text_of(document: str | Mapping[str, object]) -> str:
+def _document_text(document: str | Mapping[str, object]) -> str:
     """Return the text of a document."""
     text = document if isinstance(document, str) else document.get("text", next(iter(document.values()), ""))
     if not isinstance(text, str) or not text.strip():
         raise DataError("a document has no text; remove it", kind="empty", column="documents")
-    if len(text) > LONGEST_TEXT:
-        reason = f"a document has {len(text)} characters, more than {LONGEST_TEXT}; shorten it"
+    if len(text) > MAX_TEXT_LENGTH:
+        reason = f"a document has {len(text)} characters, more than {MAX_TEXT_LENGTH}; shorten it"
         raise DataError(reason, kind="too-large", column="documents")
     return text
 
@@ -642,7 +657,7 @@ VERBS: Mapping[str, Verb] = {
             about="Answer the last message of a conversation, in the format of OpenAI.",
             body=CompletionBody,
             answer=Completion,
-            ask=complete,
+            ask=complete_conversation,
             engine=False,
             failed=OpenAIFailed,
         ),
@@ -660,15 +675,15 @@ VERBS: Mapping[str, Verb] = {
 
 
 @cache
-def batch_of(body: type[BaseModel]) -> type[BaseModel]:
+def batch_body(body: type[BaseModel]) -> type[BaseModel]:
     """Return the request body for a batch of questions."""
-    several = Annotated[list[body], Field(min_length=1, max_length=MOST_BATCH)]  # type: ignore[valid-type]
+    several = Annotated[list[body], Field(min_length=1, max_length=MAX_BATCH)]  # type: ignore[valid-type]
     doc = "Several requests; each succeeds or fails independently."
     return create_model(body.__name__.replace("Body", "Batch"), __base__=Body, __doc__=doc, requests=(several, ...))
 
 
 @cache
-def answers_of(answer: type[BaseModel]) -> type[BaseModel]:
+def batch_answer(answer: type[BaseModel]) -> type[BaseModel]:
     """Return the response body for a batch of questions."""
     several = list[answer | Failed]  # type: ignore[valid-type]
     return create_model(f"{answer.__name__}s", __doc__="One per request, in order.", answers=(several, ...))

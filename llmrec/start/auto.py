@@ -14,56 +14,56 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec.answer.opening import default_of
+from llmrec.answer.opening import best_validated_model
 from llmrec.data.dataset import Dataset
-from llmrec.data.frames import FOLDER as FRAMES
-from llmrec.data.frames import calling_frames, write_frame
+from llmrec.data.frames import FRAME_FOLDER as FRAMES
+from llmrec.data.frames import restore_frame_names, write_frame
 from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
-from llmrec.ensembles.retrieving import MOST
-from llmrec.ensembles.weights import LEAST_CASES
-from llmrec.errors import DataError, EngineFailure, installed
+from llmrec.ensembles.retrieving import MAX_WEIGHT_USERS
+from llmrec.ensembles.weights import MIN_RANKER_CASES
+from llmrec.errors import DataError, EngineFailure, is_installed
 from llmrec.pipeline import bundle as bundles
-from llmrec.pipeline.resume import LOCK, locked
+from llmrec.pipeline.resume import LOCK_FILE, lock_folder
 from llmrec.pipeline.run import Run, run
 from llmrec.pipeline.study import load_split
-from llmrec.recipe.load import as_recipe, dump, load_recipe
+from llmrec.recipe.load import as_recipe, dump_recipe, load_recipe
 from llmrec.recipe.schema import AUTO, FusionSection, Recipe
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 from llmrec.report.summary import served_model_sentences
-from llmrec.report.verdicts import wrapped
-from llmrec.report.wording import duration, with_interval
+from llmrec.report.verdicts import wrap_paragraph
+from llmrec.report.wording import format_duration, format_with_interval
 from llmrec.results import Choice, Results
-from llmrec.start.auto_trial import Done, TrialJob, Tuning, done, trial_key
+from llmrec.start.auto_trial import TrialJob, TrialResult, TuningTask, read_trials, trial_key
 from llmrec.start.columns import requested_roles
-from llmrec.start.init import init, name_of
+from llmrec.start.init import recipe_name, write_recipe
 from llmrec.start.options import AutoOptions
-from llmrec.start.page import SCHEMA
-from llmrec.start.plan import BATCH_TOKENS, TITLED, TRAIN_SPEED, installed_encoder
+from llmrec.start.page import SCHEMA_FILE
+from llmrec.start.plan import BATCH_TOKENS, MIN_TITLED_SHARE, TRAIN_SPEED, installed_encoder
 from llmrec.tasks.family import missing_controls
 
 # --------------------------------------------------------------------------- the language model
 
 
-MODEL = "with-model"
+MODEL_FOLDER = "with-model"
 """Subfolder of the run folder with the run of a tuned language model."""
 
 # Number of validation users, and of test users, on whom the language model is evaluated.
-_USERS = 200
+_MODEL_USERS = 200
 # With fewer training tokens, a model of 135 M parameters was worse than a Markov chain on all data sets.
-_LEAST_TOKENS = 1_000_000
+_MIN_TRAINING_TOKENS = 1_000_000
 # Training tokens per second, and seconds per beam search over the catalogue, by device: measured on two cores;
 # estimated for one H100, not measured.
-_TRAINS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
-_ASKS = {"cpu": 1.5, "cuda": 0.1}
-_START = 60.0
+_TRAINING_SPEEDS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
+_SEARCH_SECONDS = {"cpu": 1.5, "cuda": 0.1}
+_START_SECONDS = 60.0
 # Largest share of the time budget for the language model.
-_SHARE = 0.5
+_MAX_MODEL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Plan:
+class FineTuningPlan:
     """Whether and how long to fine-tune a language model.
 
     Attributes:
@@ -77,7 +77,7 @@ class Plan:
     message: str
 
 
-NONE = Plan(0, 0.0, "no language model: --classic")
+NO_FINE_TUNING = FineTuningPlan(0, 0.0, "no language model: --classic")
 """The plan for a search without a language model."""
 
 
@@ -89,7 +89,7 @@ class FineTuningDecision:
     sentence: str
 
 
-def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
+def plan_fine_tuning(budget: float, *, titles: bool, device: str | None) -> FineTuningPlan:
     """Decide how much fine-tuning the time budget allows.
 
     Args:
@@ -98,20 +98,26 @@ def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
         device: The device of the model; None if the training libraries are not installed.
     """
     if not titles:
-        return Plan(0, 0.0, "no language model: the items have no titles")
-    if device not in _TRAINS:
-        return Plan(0, 0.0, "no language model: the training libraries are not installed (pip install 'llmrec[train]')")
-    asking = _START + 2 * _USERS * _ASKS[device]
-    least = asking + _LEAST_TOKENS / _TRAINS[device]
-    allowed = budget * _SHARE
+        return FineTuningPlan(0, 0.0, "no language model: the items have no titles")
+    if device not in _TRAINING_SPEEDS:
+        return FineTuningPlan(
+            0, 0.0, "no language model: the training libraries are not installed (pip install 'llmrec[train]')"
+        )
+    asking = _START_SECONDS + 2 * _MODEL_USERS * _SEARCH_SECONDS[device]
+    least = asking + _MIN_TRAINING_TOKENS / _TRAINING_SPEEDS[device]
+    allowed = budget * _MAX_MODEL_SHARE
     if allowed < least:
-        need = duration(least / _SHARE)
-        return Plan(0, 0.0, f"no language model: fine-tuning needs a budget of at least {need} on this machine")
-    steps = int((allowed - asking) * _TRAINS[device] / BATCH_TOKENS)
-    return Plan(steps, allowed, f"the last {duration(allowed)} of the budget are reserved for a language model")
+        need = format_duration(least / _MAX_MODEL_SHARE)
+        return FineTuningPlan(
+            0, 0.0, f"no language model: fine-tuning needs a budget of at least {need} on this machine"
+        )
+    steps = int((allowed - asking) * _TRAINING_SPEEDS[device] / BATCH_TOKENS)
+    return FineTuningPlan(
+        steps, allowed, f"the last {format_duration(allowed)} of the budget are reserved for a language model"
+    )
 
 
-def with_model(recipe: Recipe, planned: Plan) -> Recipe:
+def with_language_model(recipe: Recipe, planned: FineTuningPlan) -> Recipe:
     """Add a fine-tuned language model to the ensemble of a recipe."""
     page = recipe.model_dump(mode="json")
     page["train"] = {
@@ -123,9 +129,9 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
     }
     page["eval"] |= {
         "arms": ["tuned"],
-        "users": _USERS,
+        "users": _MODEL_USERS,
         "backend": AUTO,
-        "fusion": page["eval"]["fusion"] | {"model_users": _USERS, "arms": ["tuned"]},
+        "fusion": page["eval"]["fusion"] | {"model_users": _MODEL_USERS, "arms": ["tuned"]},
     }
     return as_recipe(page)
 
@@ -138,7 +144,7 @@ def fine_tuning_decision(results: Results) -> FineTuningDecision:
     if not parts or parts[0].loss is None:
         return FineTuningDecision(False, "The fine-tuned language model is not used: its weight in the ensemble is 0.")
     part = parts[0]
-    figure = with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
+    figure = format_with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
     kept = (part.loss_low or 0.0) > 0
     effect = f"it changes NDCG@10 of the ensemble by {figure} on validation users"
     return FineTuningDecision(kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}.")
@@ -162,7 +168,7 @@ class CandidateMember:
     fixed: Mapping[str, Json] = field(default_factory=dict)
 
 
-def parts_for(
+def candidate_members(
     dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float
 ) -> list[CandidateMember]:
     """Return the recommenders to tune on a data set, fastest first.
@@ -181,7 +187,7 @@ def parts_for(
     for name, entry in BASELINES.items():
         if entry.needs == "torch" and not torch:
             continue
-        baseline = lookup(BASELINES, name, "baseline")
+        baseline = import_component(BASELINES, name, "baseline")
         # A baseline that fine-tunes a text encoder needs one.
         if baseline.READS != "events" and not (texts and (encoder or baseline.READS == "texts")):
             continue
@@ -200,20 +206,20 @@ def parts_for(
 def has_texts(dataset: Dataset) -> bool:
     """Whether most items have a title that is not their id."""
     titled = sum(item.title not in ("", name) for name, item in dataset.items.items())
-    return titled > TITLED * len(dataset.items)
+    return titled > MIN_TITLED_SHARE * len(dataset.items)
 
 
 # --------------------------------------------------------------------------- the data
 
 
-PAGE, FIXED = "table.yaml", "fixed"
-"""Names in the folder of trials: the recipe from `init`, and the folder with a corrected copy of the table."""
-PAGES = (".yaml", ".yml")
+TABLE_RECIPE, FIXED_FOLDER = "table.yaml", "fixed"
+"""Names in the folder of trials: the recipe from `write_recipe`, and the folder with a corrected copy of the table."""
+RECIPE_ENDINGS = (".yaml", ".yml")
 
 
-def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
+def data_recipe(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
     """Return a recipe with the data section only."""
-    page = options.table.endswith(PAGES)
+    page = options.table.endswith(RECIPE_ENDINGS)
     base = load_recipe(options.table) if page else _recipe_of_table(options, state, say)
     data = base.data.model_dump(mode="json")
     if not page:
@@ -231,16 +237,16 @@ def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str],
 
 
 def _recipe_of_table(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
-    """Return the recipe of `init` for a table, or for a repaired copy, and report dropped rows."""
-    page = state / PAGE
-    result = init(
+    """Return the recipe of `write_recipe` for a table, or for a repaired copy, and report dropped rows."""
+    page = state / TABLE_RECIPE
+    result = write_recipe(
         options.table,
         items=options.items,
         out=page,
         name=options.name,
         # A row without a rating is still an interaction.
         requested=requested_roles(replace(options, rating=options.rating or "none")),
-        mend=state / FIXED / f"{name_of(options.name, options.table)}.csv",
+        mend=state / FIXED_FOLDER / f"{recipe_name(options.name, options.table)}.csv",
         force=True,
         backend="hf",
         query=options.query,
@@ -250,25 +256,27 @@ def _recipe_of_table(options: AutoOptions, state: Path, say: Callable[[str], Non
     return load_recipe(page)
 
 
-STATE = "auto"
+STATE_FOLDER = "auto"
 """Folder of a run with the trials, the best recipe so far, and the outcome of each recommender."""
 _RESERVED = FusionSection().reserved
 # The final run has more users than a trial, and its audit fits each recommender again on other held-out data.
-_FINISH = 2.0
-_LEAST_FINISH = 20.0
+_FINISH_FACTOR = 2.0
+_MIN_FINISH_SECONDS = 20.0
 # Seconds on one core to fit the learned ensembles of a run, per validation case and squared number of members
 # (two ensembles of 8 and 11 members on Amazon Toys, 9,706 cases).
-_RANKING = 3e-4
+_RANKER_SECONDS = 3e-4
 # Largest share of the time budget for one first trial.
-_FIRST_SHARE = 0.15
-_POLL = 0.2
-_LATE, _SLOW = "its time limit was reached", "one epoch takes longer than the time limit"
+_MAX_FIRST_SHARE = 0.15
+_POLL_SECONDS = 0.2
+_LATE_NOTE, _SLOW_NOTE = "its time limit was reached", "one epoch takes longer than the time limit"
 # File names in the folder of trials.
-_OWN = frozenset({PAGE, FIXED, SCHEMA, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+_OWN_FILES = frozenset(
+    {TABLE_RECIPE, FIXED_FOLDER, SCHEMA_FILE, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK_FILE}
+)
 
 
 @dataclass
-class Tried:
+class TunedMember:
     """The result of tuning one recommender.
 
     Attributes:
@@ -276,20 +284,20 @@ class Tried:
     """
 
     part: CandidateMember
-    trials: list[Done] = field(default_factory=list)
+    trials: list[TrialResult] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
 
     @property
-    def best(self) -> Done | None:
+    def best(self) -> TrialResult | None:
         """The best trial; the first one among equals."""
         return max(self.trials, key=lambda trial: trial.value, default=None)
 
 
-Allowed = Callable[[Sequence[Tried]], float]
+TimeAllowance = Callable[[Sequence[TunedMember]], float]
 
 
-def _promise(tried: Tried) -> float:
+def _time_weight(tried: TunedMember) -> float:
     """Return the weight of a recommender when time is shared, which increases with NDCG."""
     best = tried.best
     return max(best.value, 1e-6) ** 4 if best else 0.0
@@ -310,13 +318,13 @@ class Auto(Displayed):
 
     folder: Path
     run: Run
-    tried: tuple[Tried, ...]
+    tried: tuple[TunedMember, ...]
     sentence: str
     served: str
     seconds: float
 
     def _summary(self) -> Summary:
-        facts = {"folder": str(self.folder), "report": str(self.run.report), "time": duration(self.seconds)}
+        facts = {"folder": str(self.folder), "report": str(self.run.report), "time": format_duration(self.seconds)}
         rows = [
             (
                 entry.part.label,
@@ -327,10 +335,10 @@ class Auto(Displayed):
             for entry in self.tried
         ]
         header = ("model", "validation NDCG@10", "settings tried", "note")
-        return Summary("Recommender made by llmrec.auto", facts, header, rows, "\n".join(wrapped(self.sentence)))
+        return Summary("Recommender made by llmrec.auto", facts, header, rows, "\n".join(wrap_paragraph(self.sentence)))
 
 
-def build(
+def build_recommender(
     options: AutoOptions, say: Callable[[str], None] = lambda line: None, *, data: Any = None, items: Any = None
 ) -> Auto:
     """Build the best recommender for a table within a time budget, and evaluate it on test users.
@@ -349,16 +357,16 @@ def build(
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
     """
     began = time.monotonic()
-    name, folder = _folder(options)
-    state = folder / STATE
-    with locked(state, _OWN.__contains__):
+    name, folder = _run_name_and_folder(options)
+    state = folder / STATE_FOLDER
+    with lock_folder(state, _OWN_FILES.__contains__):
         if data is not None:
             options = replace(options, table=str(write_frame(data, state, "path")))
         if items is not None:
             options = replace(options, items=str(write_frame(items, state, "items")))
-        with calling_frames(state):
-            recipe = data_page(options, name, state, say)
-        write_text(state / "data.yaml", dump(recipe))
+        with restore_frame_names(state):
+            recipe = data_recipe(options, name, state, say)
+        write_text(state / "data.yaml", dump_recipe(recipe))
         split = load_split(recipe.data, recipe.seed)
         say(
             f"{split.dataset.name}: {split.dataset.interactions.height:,} interactions, "
@@ -367,8 +375,12 @@ def build(
         texts = has_texts(split.dataset)
         encoder = installed_encoder() if texts else None
         torch = importlib.util.find_spec("torch") is not None
-        parts = parts_for(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
-        planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
+        parts = candidate_members(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
+        planned = (
+            NO_FINE_TUNING
+            if options.classic
+            else plan_fine_tuning(options.seconds, titles=texts, device=_language_model_device())
+        )
         say(planned.message)
         search = _Search(
             recipe,
@@ -378,7 +390,10 @@ def build(
             began + options.seconds - planned.seconds,
             options.seconds,
             say,
-            cases=min(MOST, split_validation_users(split, _RESERVED)[1].holdouts("valid").frame["user_id"].n_unique()),
+            cases=min(
+                MAX_WEIGHT_USERS,
+                split_validation_users(split, _RESERVED)[1].holdouts("valid").frame["user_id"].n_unique(),
+            ),
         )
         try:
             search.first()
@@ -398,7 +413,7 @@ def build(
         if planned.steps:
             say(f"fine-tuning a language model for {planned.steps} steps")
             try:
-                joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
+                joined = run(with_language_model(chosen, planned), folder / MODEL_FOLDER, choice=best)
             except EngineFailure as failure:
                 # The result of the baselines is valid without the language model.
                 sentence += f" The fine-tuned language model is not used: {failure.reason}."
@@ -406,32 +421,38 @@ def build(
                 with_it = Results.model_validate(joined.results)
                 verdict = fine_tuning_decision(with_it)
                 if verdict.kept:
-                    folder, result, sentence = folder / MODEL, joined, served_model_sentences(with_it, "sequential")
+                    folder, result, sentence = (
+                        folder / MODEL_FOLDER,
+                        joined,
+                        served_model_sentences(with_it, "sequential"),
+                    )
                 sentence += f" {verdict.sentence}"
-    default = default_of(bundles.read(str(folder)))
+    default = best_validated_model(bundles.read(str(folder)))
     assert default is not None
     auto = Auto(folder, result, tuple(search.tried.values()), sentence, default, time.monotonic() - began)
-    write_json(state / "auto.json", record(auto, options))
+    write_json(state / "auto.json", auto_record(auto, options))
     return auto
 
 
-def _settings(number: int, which: str = "") -> str:
+def _format_setting_count(number: int, which: str = "") -> str:
     return f"{number} {which}{'setting' if number == 1 else 'settings'}"
 
 
-def summary(auto: Auto) -> str:
+def format_summary(auto: Auto) -> str:
     """Return the text to print: the result, the recommenders, and the next commands."""
     tuned = "The best hyperparameters of each recommender, by NDCG@10 on the validation users for tuning:"
-    lines = [*wrapped(auto.sentence), "", *wrapped(tuned)]
+    lines = [*wrap_paragraph(auto.sentence), "", *wrap_paragraph(tuned)]
     for tried in auto.tried:
         best = tried.best
         value = "–" if best is None else f"{best.value:.4f}"
         note = f"; {tried.note}" if tried.note else ""
-        text = f"{tried.part.label:26} validation NDCG@10 {value}, {_settings(len(tried.trials))} tried{note}"
-        lines += wrapped(f"  {text}", hang=4)
+        text = (
+            f"{tried.part.label:26} validation NDCG@10 {value}, {_format_setting_count(len(tried.trials))} tried{note}"
+        )
+        lines += wrap_paragraph(f"  {text}", hang=4)
     lines += [
         "",
-        f"{duration(auto.seconds)}. Report: {auto.run.report}",
+        f"{format_duration(auto.seconds)}. Report: {auto.run.report}",
         f"Serve it ({auto.served}): llmrec serve {auto.folder}",
         f"Lists for all users: llmrec rank --model {auto.folder} --all-users --top 10 --to lists.csv",
         f"Lists for a file of requests: llmrec rank --model {auto.folder} --in requests.jsonl --out lists.jsonl",
@@ -439,16 +460,16 @@ def summary(auto: Auto) -> str:
     return "\n".join(lines)
 
 
-def _folder(options: AutoOptions) -> tuple[str, Path]:
+def _run_name_and_folder(options: AutoOptions) -> tuple[str, Path]:
     """Return the name and the folder of the run."""
-    if options.table.endswith(PAGES):
+    if options.table.endswith(RECIPE_ENDINGS):
         name = options.name or f"{load_recipe(options.table).name}-auto"
     else:
-        name = f"{name_of(options.name, options.table)}-auto"
+        name = f"{recipe_name(options.name, options.table)}-auto"
     return name, options.out or Path("runs") / name
 
 
-def _device() -> str | None:
+def _language_model_device() -> str | None:
     """Return the device for a language model; None if the training libraries are not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "trl", "peft")):
         return None
@@ -473,16 +494,16 @@ class _Search:
     deadline: float
     budget: float
     say: Callable[[str], None]
-    tried: dict[str, Tried] = field(default_factory=dict)
+    tried: dict[str, TunedMember] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     cases: int = 0
 
     def first(self) -> None:
         """Run one trial with the defaults of each recommender, cheapest first."""
-        every = [Tried(part, done(self._file(part), self._key(part))) for part in self.parts]
+        every = [TunedMember(part, read_trials(self._file(part), self._key(part))) for part in self.parts]
         self.tried = {tried.part.label: tried for tried in every}
         untried = [tried for tried in every if not tried.trials]
-        self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _FIRST_SHARE))
+        self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _MAX_FIRST_SHARE))
 
     def rest(self) -> None:
         """Share the remaining time according to validation results; unused time goes to the other recommenders."""
@@ -490,15 +511,15 @@ class _Search:
         able.sort(key=lambda tried: max(trial.seconds for trial in tried.trials))
         self._round(able, first=False, allowed=self._share)
         # Recommenders that ran out of time continue in unused time; those without a trial come last.
-        short = [tried for tried in able if tried.note == _LATE]
-        self._round(sorted(short, key=_promise, reverse=True), first=False, allowed=lambda waiting: self._left())
-        late = [tried for tried in self.tried.values() if not tried.trials and tried.note in (_LATE, _SLOW)]
+        short = [tried for tried in able if tried.note == _LATE_NOTE]
+        self._round(sorted(short, key=_time_weight, reverse=True), first=False, allowed=lambda waiting: self._left())
+        late = [tried for tried in self.tried.values() if not tried.trials and tried.note in (_LATE_NOTE, _SLOW_NOTE)]
         self._round(late, first=True, allowed=lambda waiting: self._left() / len(waiting))
         self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
 
-    def _share(self, waiting: Sequence[Tried]) -> float:
+    def _share(self, waiting: Sequence[TunedMember]) -> float:
         """Return the time for tuning the first of the waiting recommenders, in seconds."""
-        equal, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
+        equal, promised = 1 / len(waiting), _time_weight(waiting[0]) / sum(map(_time_weight, waiting))
         return self._left() * (0.25 * equal + 0.75 * promised)
 
     def chosen(self, users: int) -> Recipe:
@@ -509,7 +530,7 @@ class _Search:
         """
         for tried in self.tried.values():
             # An interrupted recommender has trials that were not yet reported.
-            tried.trials = done(self._file(tried.part), self._key(tried.part))
+            tried.trials = read_trials(self._file(tried.part), self._key(tried.part))
         result = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
         if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
@@ -527,7 +548,7 @@ class _Search:
         recipe["tasks"]["sequential"]["baselines"] = baselines
         recipe["eval"]["users"] = users
         best = as_recipe(recipe)
-        write_text(self.state / "best.yaml", dump(best))
+        write_text(self.state / "best.yaml", dump_recipe(best))
         return best
 
     def best(self, recipe: Recipe, data: SplitDataset) -> Choice:
@@ -542,7 +563,7 @@ class _Search:
         users = {event.user_id for event in split_validation_users(data, _RESERVED)[0].holdouts("valid")}
         return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
 
-    def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:
+    def _round(self, parts: Sequence[TunedMember], *, first: bool, allowed: TimeAllowance) -> None:
         """Tune recommenders one after another; ``allowed`` returns the seconds for the next one."""
         waiting = list(parts)
         while waiting:
@@ -552,13 +573,14 @@ class _Search:
                 return
             del waiting[: self._try(waiting, first=first, allowed=allowed)]
 
-    def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Allowed) -> int:
+    def _try(self, waiting: Sequence[TunedMember], *, first: bool, allowed: TimeAllowance) -> int:
         """Tune recommenders in one subprocess until one takes too long or fails; return how many finished."""
         at = self.state / "trials" / "at.json"
         job = TrialJob(
             recipe=str(self.state / "data.yaml"),
             parts=[
-                Tuning(entry.part.baseline, dict(entry.part.fixed), str(self._file(entry.part))) for entry in waiting
+                TuningTask(entry.part.baseline, dict(entry.part.fixed), str(self._file(entry.part)))
+                for entry in waiting
             ],
             first=first,
             within=allowed(waiting[-1:]),
@@ -568,42 +590,46 @@ class _Search:
         log = at.with_name("log.txt")
         progress = _Progress(at, len(waiting))
         known = [len(tried.trials) for tried in waiting]
-        with _child(job, log) as child:
+        with _trial_process(job, log) as child:
             began, may = self.clock(), allowed(waiting)
             while (code := child.poll()) is None and self.clock() - began <= may:
                 for index in progress.passed():
                     self._report_trials(waiting[index], known[index], self.clock() - began)
                     began, may = self.clock(), allowed(waiting[index + 1 :])
-                time.sleep(_POLL)
+                time.sleep(_POLL_SECONDS)
         took = self.clock() - began
         for index in progress.passed(done=code == 0):
             self._report_trials(waiting[index], known[index], took)
         if code != 0:
-            note = _LATE if code is None else f"failed; see {log}"
+            note = _LATE_NOTE if code is None else f"failed; see {log}"
             self._report_trials(waiting[progress.now], known[progress.now], took, note)
         return min(progress.now + 1, len(waiting))
 
-    def _report_trials(self, tried: Tried, known: int, took: float, note: str = "") -> None:
+    def _report_trials(self, tried: TunedMember, known: int, took: float, note: str = "") -> None:
         """Read the trials of a recommender, and report them."""
-        tried.trials = done(self._file(tried.part), self._key(tried.part))
-        tried.note = note or ("" if tried.trials else _SLOW)
+        tried.trials = read_trials(self._file(tried.part), self._key(tried.part))
+        tried.note = note or ("" if tried.trials else _SLOW_NOTE)
         tried.seconds += took
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no result"
         new = tried.trials[known:]
         spent = round(max(took, sum(trial.seconds for trial in new)), 2)
-        text = f"{figure}, {_settings(len(new), 'new ')} tried in {duration(spent)}"
+        text = f"{figure}, {_format_setting_count(len(new), 'new ')} tried in {format_duration(spent)}"
         self.say(f"{tried.part.label}: {text}{f'; {tried.note}' if tried.note else ''}")
 
     def _left(self) -> float:
         """Return the seconds left for tuning."""
-        return self.deadline - self.clock() - self._finish()
+        return self.deadline - self.clock() - self._finish_seconds()
 
-    def _finish(self) -> float:
+    def _finish_seconds(self) -> float:
         """Return the estimated seconds of the final run."""
         able = [tried for tried in self.tried.values() if tried.trials]
         fits = sum(max(trial.seconds for trial in tried.trials) for tried in able)
-        rankers = _RANKING * self.cases * len(able) ** 2 if self.cases >= LEAST_CASES and installed("lightgbm") else 0.0
-        return max(_LEAST_FINISH, _FINISH * fits + rankers)
+        rankers = (
+            _RANKER_SECONDS * self.cases * len(able) ** 2
+            if self.cases >= MIN_RANKER_CASES and is_installed("lightgbm")
+            else 0.0
+        )
+        return max(_MIN_FINISH_SECONDS, _FINISH_FACTOR * fits + rankers)
 
     def _file(self, part: CandidateMember) -> Path:
         return self.state / "trials" / (part.label.replace(", ", "-").replace(" ", "-") + ".json")
@@ -631,7 +657,7 @@ class _Progress:
 
 
 @contextmanager
-def _child(job: TrialJob, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _trial_process(job: TrialJob, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run trials in a subprocess, which is killed when the block ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     page = log.with_name("asked.json")
@@ -653,7 +679,7 @@ def _child(job: TrialJob, log: Path) -> Iterator[subprocess.Popen[bytes]]:
                 child.wait()
 
 
-def record(auto: Auto, options: AutoOptions) -> Mapping[str, Any]:
+def auto_record(auto: Auto, options: AutoOptions) -> Mapping[str, Any]:
     """Return the content of `auto.json`."""
     return {
         "kind": "auto",

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec.durable import Json, write_checked, write_json
+from llmrec.durable import Json, write_checked_json, write_json
 from llmrec.fingerprint import fingerprint
 from llmrec.pipeline.resume import read_stage
 from llmrec.registry import BASELINES
@@ -21,16 +21,16 @@ from llmrec.registry import BASELINES
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
-TABLE = "excluded"
+SEEN_EXCLUDED = "excluded"
 """Rankings exclude seen items, as a served recommender does."""
 
 
 # Minimum number of epochs before early stopping, and the seconds from which an epoch counts as long.
-_EPOCHS, _LONG = 15, 10.0
+_MIN_EPOCHS, _LONG_EPOCH_SECONDS = 15, 10.0
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TuningTask:
     """A recommender to tune: its name in the registry, parameters that are not tuned, and the file of its trials."""
 
     baseline: str
@@ -51,7 +51,7 @@ class TrialJob:
     """
 
     recipe: str
-    parts: list[Tuning]
+    parts: list[TuningTask]
     first: bool
     within: float
     reserved: float
@@ -59,7 +59,7 @@ class TrialJob:
 
 
 @dataclass(frozen=True)
-class Done:
+class TrialResult:
     """A trial: hyperparameters, validation NDCG@10, and seconds of fitting and evaluation."""
 
     parameters: dict[str, Json]
@@ -67,14 +67,14 @@ class Done:
     seconds: float
 
 
-def done(out: Path, key: str) -> list[Done]:
+def read_trials(out: Path, key: str) -> list[TrialResult]:
     """Read the trials in a file; an empty list if they belong to other data or another version."""
-    stored = read_stage(out, key, _trials)
-    return _trials(stored) if stored else []
+    stored = read_stage(out, key, _parse_trials)
+    return _parse_trials(stored) if stored else []
 
 
-def _trials(stored: Mapping[str, Any]) -> list[Done]:
-    return [Done(**entry) for entry in stored["trials"]]
+def _parse_trials(stored: Mapping[str, Any]) -> list[TrialResult]:
+    return [TrialResult(**entry) for entry in stored["trials"]]
 
 
 def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
@@ -82,7 +82,7 @@ def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float)
     return fingerprint("trials", made_by=[(BASELINES, baseline)], data=data, fixed=fixed, reserved=reserved)
 
 
-def search(job: TrialJob) -> None:
+def run_trials(job: TrialJob) -> None:
     """Evaluate the hyperparameter settings of each recommender."""
     from llmrec.data.split import split_validation_users
     from llmrec.pipeline.study import load_split
@@ -94,23 +94,23 @@ def search(job: TrialJob) -> None:
     for index, part in enumerate(job.parts):
         write_json(Path(job.at), index)
         key = trial_key(data.fingerprint, part.baseline, part.fixed, job.reserved)
-        known = done(Path(part.out), key)
-        if not (job.first and (known or _slow(part, choosing, recipe.seed, key, job.within))):
-            _tune(part, choosing, recipe.seed, key, known, first=job.first)
+        known = read_trials(Path(part.out), key)
+        if not (job.first and (known or _is_too_slow(part, choosing, recipe.seed, key, job.within))):
+            _tune_member(part, choosing, recipe.seed, key, known, first=job.first)
 
 
-def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) -> bool:
+def _is_too_slow(part: TuningTask, data: SplitDataset, seed: int, key: str, within: float) -> bool:
     """Whether a network is too slow for the available time, given the measured seconds of one epoch."""
-    from llmrec.baselines.parameters import make
-    from llmrec.registry import BASELINES, lookup
+    from llmrec.baselines.parameters import create_baseline
+    from llmrec.registry import BASELINES, import_component
 
-    fields = lookup(BASELINES, part.baseline, "baseline").Config.model_fields
+    fields = import_component(BASELINES, part.baseline, "baseline").Config.model_fields
     if not {"epochs", "patience"} <= fields.keys():
         return False
 
     def epoch() -> float:
         begin = time.monotonic()
-        make(part.baseline, {**part.fixed, "epochs": 1}, seed=seed).fit(data)
+        create_baseline(part.baseline, {**part.fixed, "epochs": 1}, seed=seed).fit(data)
         return time.monotonic() - begin
 
     file = Path(part.out).with_suffix(".epoch.json")
@@ -118,19 +118,21 @@ def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) 
     if known.get("key") != key:
         # The first epoch in a process includes imports, which matters if an epoch is short.
         seconds = epoch()
-        known = {"key": key, "seconds": seconds if seconds > _LONG else min(seconds, epoch())}
+        known = {"key": key, "seconds": seconds if seconds > _LONG_EPOCH_SECONDS else min(seconds, epoch())}
         write_json(file, known)
-    epochs = min(_EPOCHS, int(fields["epochs"].default))
+    epochs = min(_MIN_EPOCHS, int(fields["epochs"].default))
     return float(known["seconds"]) * epochs > within
 
 
-def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Done], *, first: bool) -> None:
+def _tune_member(
+    part: TuningTask, data: SplitDataset, seed: int, key: str, known: list[TrialResult], *, first: bool
+) -> None:
     from llmrec.baselines.base import Catalogue
     from llmrec.baselines.item_texts import text_vectors
     from llmrec.baselines.tune import Trial, tune
-    from llmrec.registry import BASELINES, lookup
+    from llmrec.registry import BASELINES, import_component
 
-    baseline = lookup(BASELINES, part.baseline, "baseline")
+    baseline = import_component(BASELINES, part.baseline, "baseline")
     grid = {name: values for name, values in baseline.GRID.items() if name not in part.fixed}
     fixed = {name: (value,) for name, value in part.fixed.items()}
     if first:
@@ -145,14 +147,14 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
         nonlocal before
         now = time.monotonic()
         for trial in trials[len(known) :]:
-            known.append(Done(dict(trial.parameters), trial.values[TABLE], now - before))
+            known.append(TrialResult(dict(trial.parameters), trial.values[SEEN_EXCLUDED], now - before))
         before = now
-        write_checked(Path(part.out), {"key": key, "trials": [asdict(entry) for entry in known]})
+        write_checked_json(Path(part.out), {"key": key, "trials": [asdict(entry) for entry in known]})
 
-    earlier = [Trial(entry.parameters, {TABLE: entry.value}) for entry in known]
-    tune(part.baseline, data, seed=seed, tables=(TABLE,), grid=grid | fixed, known=earlier, kept=keep)
+    earlier = [Trial(entry.parameters, {SEEN_EXCLUDED: entry.value}) for entry in known]
+    tune(part.baseline, data, seed=seed, tables=(SEEN_EXCLUDED,), grid=grid | fixed, known=earlier, kept=keep)
 
 
 if __name__ == "__main__":
     _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    search(TrialJob(**{**_job, "parts": [Tuning(**part) for part in _job["parts"]]}))
+    run_trials(TrialJob(**{**_job, "parts": [TuningTask(**part) for part in _job["parts"]]}))

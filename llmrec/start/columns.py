@@ -10,29 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from llmrec.data.read.nested import LISTS, OBJECTS, leaf
-from llmrec.data.read.tables import NONE, Table, check_usable, paths
-from llmrec.data.read.typed import ORDERS, DateOrder
-from llmrec.data.read.words import about_orders, named
-from llmrec.data.sets.table import SPELLED, part_of
+from llmrec.data.read.nested import LISTS, OBJECTS, leaf_name
+from llmrec.data.read.tables import NO_COLUMN, Table, check_usable, nested_column_paths
+from llmrec.data.read.typed import DATE_ORDERS, DateOrder
+from llmrec.data.read.words import interpret_column_name, is_about_orders
+from llmrec.data.sets.table import PART_SPELLINGS, parse_split_part
 from llmrec.errors import DataError, did_you_mean
 from llmrec.start.options import TableOptions
 from llmrec.start.profile import (
-    READABLE,
-    UNIX,
-    Profile,
-    goes_with,
-    kinds_of_events,
-    levels,
+    READABLE_FORMS,
+    UNIX_RANGES,
+    ColumnProfile,
+    count_event_types,
+    count_split_parts,
+    dependence_share,
+    describe_levels,
+    describe_repetition,
+    describe_times,
+    id_problem,
     looks_like_ids,
     looks_like_ratings,
-    no_id,
-    parts_in,
-    profile,
-    repeats,
-    shell,
-    shown,
-    when,
+    printable_name,
+    profile_columns,
+    shell_quoted,
 )
 
 # --------------------------------------------------------------------------- roles
@@ -68,10 +68,10 @@ def requested_roles(options: TableOptions) -> RequestedRoles:
         DataError: If ``dates`` is another word.
     """
     dates = options.dates
-    order = next((known for known in ORDERS if known == dates), None)
+    order = next((known for known in DATE_ORDERS if known == dates), None)
     if dates is not None and order is None:
         raise DataError(
-            f"--dates {dates!r}{did_you_mean(dates, ORDERS)}; use {' or '.join(ORDERS)}",
+            f"--dates {dates!r}{did_you_mean(dates, DATE_ORDERS)}; use {' or '.join(DATE_ORDERS)}",
             kind="unknown-name",
             column="dates",
         )
@@ -101,27 +101,27 @@ class Roles:
     text: str | None
     fields: tuple[str, ...]
     why: Mapping[str, str]
-    profiles: Mapping[str, Profile] = field(repr=False)
-    items: Mapping[str, Profile] = field(repr=False, default_factory=dict)
+    profiles: Mapping[str, ColumnProfile] = field(repr=False)
+    items: Mapping[str, ColumnProfile] = field(repr=False, default_factory=dict)
     split: str | None = None
     dates: DateOrder | None = None
 
     def named(self, role: str, default: str) -> str | None:
-        """Return the recipe value for a role: the name of its column, or `NONE`."""
+        """Return the recipe value for a role: the name of its column, or `NO_COLUMN`."""
         result: str | None = getattr(self, role)
-        return result or (NONE if default in self.profiles else None)
+        return result or (NO_COLUMN if default in self.profiles else None)
 
     def again(self, item: str) -> RequestedRoles:
         """Return the roles as options, after the item column was renamed."""
         return RequestedRoles(
             user=self.user,
             item=item,
-            rating=self.rating or NONE,
-            time=self.time or NONE,
-            title=(item if self.title == self.item else self.title) or NONE,
-            text=self.text or NONE,
+            rating=self.rating or NO_COLUMN,
+            time=self.time or NO_COLUMN,
+            title=(item if self.title == self.item else self.title) or NO_COLUMN,
+            text=self.text or NO_COLUMN,
             fields=self.fields,
-            split=self.split or NONE,
+            split=self.split or NO_COLUMN,
             dates=self.dates,
         )
 
@@ -135,11 +135,11 @@ class Roles:
         return ", ".join(result) or ("field" if column in self.fields else "-")
 
 
-def check_requested(
+def check_requested_columns(
     name: str,
     requested: RequestedRoles,
-    profiles: Mapping[str, Profile],
-    items: Mapping[str, Profile],
+    profiles: Mapping[str, ColumnProfile],
+    items: Mapping[str, ColumnProfile],
     inner: Sequence[str] = (),
 ) -> None:
     """Check that all columns that the user named exist, and that none is named twice.
@@ -158,16 +158,16 @@ def check_requested(
         named = (requested.fields or ()) if role == "fields" else (requested.of(role),)
         known = [*profiles, *(c for c in items if c not in profiles and role in ("title", "fields"))]
         for column in named:
-            if column is None or column in known or (column == NONE and role not in ("user", "item")):
+            if column is None or column in known or (column == NO_COLUMN and role not in ("user", "item")):
                 continue
             raise DataError.at(
                 name,
                 "missing-column",
                 f" has no column {column!r}{did_you_mean(column, [*known, *inner])}, named by --{role}; its columns "
-                f"are: {', '.join(map(shown, [*known, *inner]))}",
+                f"are: {', '.join(map(printable_name, [*known, *inner]))}",
                 column,
             )
-    taken = [column for role in ROLES if role != "title" and (column := requested.of(role)) not in (None, NONE)]
+    taken = [column for role in ROLES if role != "title" and (column := requested.of(role)) not in (None, NO_COLUMN)]
     twice = next((column for column in taken if taken.count(column) > 1), None)
     if twice is not None:
         raise DataError(
@@ -179,29 +179,29 @@ def check_requested(
         )
 
 
-_GOES = 0.95
-_CLOSE = 0.1
-_MOST_FIELDS = 4
-_MOST_LEVELS = 101
+_MIN_DEPENDENCE = 0.95
+_TIE_MARGIN = 0.1
+_MAX_FIELDS = 4
+_MAX_LEVELS = 101
 
 
-def in_lists(table: Table, requested: RequestedRoles) -> tuple[str, ...]:
+def columns_inside_lists(table: Table, requested: RequestedRoles) -> tuple[str, ...]:
     """Return the used columns inside lists, whose elements become rows.
 
     They are those that the user gave; without any, the column whose name fits the item best, if no column outside lists
     fits as well.
     """
-    inner = paths(table)
+    inner = nested_column_paths(table)
     text = (*(requested.of(role) for role in ROLES), *(requested.fields or ()))
     chosen = tuple(name for name in text if name in inner)
     if chosen or requested.item is not None or not inner:
         return chosen
-    best = max(inner, key=lambda path: named(path).weight("item"))
-    others = max((named(column).weight("item") for column in table.frame.columns), default=0.0)
-    return (best,) if named(best).weight("item") > others else ()
+    best = max(inner, key=lambda path: interpret_column_name(path).weight("item"))
+    others = max((interpret_column_name(column).weight("item") for column in table.frame.columns), default=0.0)
+    return (best,) if interpret_column_name(best).weight("item") > others else ()
 
 
-def guess(table: Table, requested: RequestedRoles, items: Table | None = None) -> Roles:
+def guess_roles(table: Table, requested: RequestedRoles, items: Table | None = None) -> Roles:
     """Return the guessed roles of the columns.
 
     Args:
@@ -212,39 +212,43 @@ def guess(table: Table, requested: RequestedRoles, items: Table | None = None) -
     Raises:
         DataError: If a column is missing, no column fits the user or the item, or two columns fit equally well.
     """
-    profiles = profile(table, requested.dates)
-    listed = profile(items) if items is not None else {}
+    profiles = profile_columns(table, requested.dates)
+    listed = profile_columns(items) if items is not None else {}
     for role in ROLES:
         if (named := requested.of(role)) is not None and named not in listed:
             check_usable(table, named, f"--{role}")
-    check_requested(table.name, requested, profiles, listed, paths(table))
-    return _Guess(table, profiles, requested, listed).roles()
+    check_requested_columns(table.name, requested, profiles, listed, nested_column_paths(table))
+    return _RoleGuesser(table, profiles, requested, listed).roles()
 
 
-class _Guess:
+class _RoleGuesser:
     """Assigns columns to `Roles`, one role at a time."""
 
     def __init__(
-        self, table: Table, profiles: Mapping[str, Profile], requested: RequestedRoles, items: Mapping[str, Profile]
+        self,
+        table: Table,
+        profiles: Mapping[str, ColumnProfile],
+        requested: RequestedRoles,
+        items: Mapping[str, ColumnProfile],
     ) -> None:
-        self._name, self._unusable, self._inner = table.name, table.unusable, paths(table)
+        self._name, self._unusable, self._inner = table.name, table.unusable, nested_column_paths(table)
         self._profiles, self._requested, self._items = profiles, requested, items
-        self._why = {c: "you named it" for r in ROLES if (c := requested.of(r)) is not None and c != NONE}
+        self._why = {c: "you named it" for r in ROLES if (c := requested.of(r)) is not None and c != NO_COLUMN}
         self._used = set(self._why) - ({requested.title} if requested.title else set())
         self._ties: dict[tuple[str, str], float | None] = {}
         self._user = self._item = ""
 
     def roles(self) -> Roles:
-        self._entities()
+        self._find_user_and_item()
         split = self._one("split", self._split)
         self._check_split(split)
         time = self._one("time", self._time)
         rating = self._one("rating", self._rating)
-        title = self._one("title", self._title)
+        title = self._one("title", self._find_title)
         text = self._one("text", lambda: self._text(rating))
         fields = self._fields(title)
         idle = {c: self._idle(col) for c, col in self._profiles.items() if c not in self._why}
-        listed = {c: self._idle_item(col) for c, col in self._items.items() if c not in {**self._why, **idle}}
+        listed = {c: self._unused_item_reason(col) for c, col in self._items.items() if c not in {**self._why, **idle}}
         why = {**idle, **listed, **self._why}
         roles = Roles(
             self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split
@@ -255,59 +259,59 @@ class _Guess:
     def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
         text = self._requested.of(role)
         if text is not None:
-            return None if text == NONE else text
+            return None if text == NO_COLUMN else text
         result = find()
         if result is not None and role != "title":
             self._used.add(result)
         return result
 
-    def _free(self) -> list[Profile]:
+    def _free(self) -> list[ColumnProfile]:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
     def _tie(self, column: str, other: str) -> float | None:
         """Return how well one column determines another; None if the table is too small."""
         if (column, other) not in self._ties:
-            self._ties[column, other] = goes_with(self._profiles[column].cells, self._profiles[other].cells)
+            self._ties[column, other] = dependence_share(self._profiles[column].cells, self._profiles[other].cells)
         return self._ties[column, other]
 
-    def _implies(self, column: str, other: str) -> bool:
-        return (self._tie(column, other) or 0.0) >= _GOES
+    def _determines(self, column: str, other: str) -> bool:
+        return (self._tie(column, other) or 0.0) >= _MIN_DEPENDENCE
 
-    def _may_imply(self, column: str, other: str) -> bool:
+    def _may_determine(self, column: str, other: str) -> bool:
         tie = self._tie(column, other)
-        return tie is None or tie >= _GOES
+        return tie is None or tie >= _MIN_DEPENDENCE
 
     # ----------------------------------------------------------------------- user and item
 
-    def _entities(self) -> None:
+    def _find_user_and_item(self) -> None:
         for role in ("user", "item"):
             text = self._requested.of(role)
-            if text is not None and (fault := no_id(self._profiles[text], named=True)):
+            if text is not None and (fault := id_problem(self._profiles[text], named=True)):
                 raise DataError.at(
                     self._name,
                     "bad-value",
                     f": the column {text!r} cannot be the {role}, since {fault}; name another --{role}",
                     text,
                 )
-        user = self._requested.user or self._by_name("user", self._requested.item)
-        item = self._requested.item or self._by_name("item", user)
+        user = self._requested.user or self._find_by_name("user", self._requested.item)
+        item = self._requested.item or self._find_by_name("item", user)
         if user is not None and item is None:
-            item = self._item_by_content(user)
+            item = self._find_item_by_content(user)
         if item is not None and user is None:
-            user = self._user_by_content(item)
+            user = self._find_user_by_content(item)
         missing = [role for role, result in (("user", user), ("item", item)) if result is None]
         if missing or user is None or item is None:
-            raise DataError(self._nothing_fits(missing), kind="missing-column", at=self._name)
+            raise DataError(self._describe_missing_roles(missing), kind="missing-column", at=self._name)
         self._user, self._item = user, item
         self._used |= {user, item}
 
-    def _by_name(self, role: str, other: str | None) -> str | None:
+    def _find_by_name(self, role: str, other: str | None) -> str | None:
         scored = []
         for col in self._free():
             weight = col.named.weight(role)
             if col.name == other or not weight:
                 continue
-            if fault := no_id(col):
+            if fault := id_problem(col):
                 self._why[col.name] = f"named like the {role}, but {fault}"
                 continue
             scored.append((self._score(col, role, weight), col))
@@ -316,84 +320,86 @@ class _Guess:
         # Of equivalent columns, such as an id and a number of the same product, the first is used.
         scored.sort(key=lambda pair: -pair[0])
         top, best = scored[0]
-        rivals = [h for s, h in scored[1:] if s >= top - _CLOSE and not self._same(best.name, h.name)]
+        rivals = [h for s, h in scored[1:] if s >= top - _TIE_MARGIN and not self._same(best.name, h.name)]
         if role == "user":
-            rivals = [h for h in rivals if not self._implies(best.name, h.name)]
+            rivals = [h for h in rivals if not self._determines(best.name, h.name)]
         if rivals:
-            both = [shown(best.name), *(shown(h.name) for h in rivals)]
+            both = [printable_name(best.name), *(printable_name(h.name) for h in rivals)]
             raise DataError.at(
                 self._name,
                 "ambiguous",
                 f": {' and '.join(map(repr, both))} could each be the {role}; choose with "
-                + " or ".join(f"--{role} {shell(h)}" for h in (best.name, *(h.name for h in rivals))),
+                + " or ".join(f"--{role} {shell_quoted(h)}" for h in (best.name, *(h.name for h in rivals))),
             )
         for score, col in scored[1:]:
             same = self._same(best.name, col.name)
             if not same and score < 0.7:
                 continue
             self._why[col.name] = (
-                f"equivalent to {shown(best.name)}"
+                f"equivalent to {printable_name(best.name)}"
                 if same
-                else (f"could also be the {role}; select it with --{role} {shell(col.name)}")
+                else (f"could also be the {role}; select it with --{role} {shell_quoted(col.name)}")
             )
-        self._why[best.name] = f"its name; {repeats(best)}"
+        self._why[best.name] = f"its name; {describe_repetition(best)}"
         return best.name
 
-    def _score(self, col: Profile, role: str, weight: float) -> float:
-        listed = self._items.get(leaf(col.name))
+    def _score(self, col: ColumnProfile, role: str, weight: float) -> float:
+        listed = self._items.get(leaf_name(col.name))
         known = role == "item" and listed is not None and listed.unique
         return weight + 0.05 * col.named.is_id + 0.15 * ("parent" in col.name.casefold()) + 0.5 * known
 
     def _same(self, column: str, other: str) -> bool:
-        return self._implies(column, other) and self._implies(other, column)
+        return self._determines(column, other) and self._determines(other, column)
 
-    def _id_like(self, *others: str) -> list[Profile]:
+    def _id_like_columns(self, *others: str) -> list[ColumnProfile]:
         """Return the columns whose values could be ids."""
         return [
             col
             for col in self._free()
             if col.name not in others
-            and not no_id(col)
+            and not id_problem(col)
             and looks_like_ids(col)
-            and not any(self._implies(other, col.name) for other in others)
+            and not any(self._determines(other, col.name) for other in others)
         ]
 
-    def _item_by_content(self, user: str) -> str | None:
-        ids = self._id_like(user)
+    def _find_item_by_content(self, user: str) -> str | None:
+        ids = self._id_like_columns(user)
         titles = [
-            h for h in self._free() if h.name != user and h.named.weight("title") >= 0.5 and not no_id(h) and h.letters
+            h
+            for h in self._free()
+            if h.name != user and h.named.weight("title") >= 0.5 and not id_problem(h) and h.letters
         ]
-        titles = [h for h in titles if not self._implies(user, h.name)]
-        listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
+        titles = [h for h in titles if not self._determines(user, h.name)]
+        listed = [h for h in ids if (other := self._items.get(leaf_name(h.name))) is not None and other.unique]
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
-        return self._only(
+        return self._single_candidate(
             (listed, "also in the table of items"),
-            (tied, f"goes with {shown(titles[0].name)}" if titles else ""),
+            (tied, f"goes with {printable_name(titles[0].name)}" if titles else ""),
             (marked, "the only remaining ID column"),
             (titles, "titles, which are used as IDs"),
             (ids, "the only remaining column with repeated values, like IDs"),
         )
 
-    def _user_by_content(self, item: str) -> str | None:
-        ids = self._id_like(item)
+    def _find_user_by_content(self, item: str) -> str | None:
+        ids = self._id_like_columns(item)
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
-        return self._only(
+        return self._single_candidate(
             (marked, "the only remaining ID column"),
             (ids, "the only remaining column with repeated values, like IDs"),
         )
 
-    def _only(self, *candidates: tuple[list[Profile], str]) -> str | None:
+    def _single_candidate(self, *candidates: tuple[list[ColumnProfile], str]) -> str | None:
         """Return the column of the first list with a single one, for the reason given with the list."""
         for result, reason in candidates:
             if len(result) == 1:
-                self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
+                self._why[result[0].name] = f"{reason}; {describe_repetition(result[0])}"
                 return result[0].name
         return None
 
-    def _nothing_fits(self, missing: Sequence[str]) -> str:
-        text = [f"{shown(c)!r} is {why}" for c, why in self._why.items() if why.startswith("named like")]
-        columns = ", ".join(f"{shown(c)} ({h.distinct} values)" for c, h in self._profiles.items())
+    def _describe_missing_roles(self, missing: Sequence[str]) -> str:
+        text = [f"{printable_name(c)!r} is {why}" for c, why in self._why.items() if why.startswith("named like")]
+        columns = ", ".join(f"{printable_name(c)} ({h.distinct} values)" for c, h in self._profiles.items())
         return (
             f"{self._name}: found no column for the {' or the '.join(missing)}"
             + (f" ({'; '.join(text)})" if text else "")
@@ -401,9 +407,9 @@ class _Guess:
                 f"; set {' '.join(f'--{role} COLUMN' for role in missing)}. The columns ({self._rows()} rows) "
                 f"are: {columns}"
             )
-            + (f"; columns in lists: {', '.join(map(shown, self._inner))}" if self._inner else "")
+            + (f"; columns in lists: {', '.join(map(printable_name, self._inner))}" if self._inner else "")
             + "".join(
-                f"; {shown(c)} contains {col}, which cannot be used"
+                f"; {printable_name(c)} contains {col}, which cannot be used"
                 for c, col in self._unusable.items()
                 if col not in (OBJECTS, LISTS)
             )
@@ -418,14 +424,14 @@ class _Guess:
         """Return the only column whose values name parts of a split; None if not unique."""
         result = {}
         for col in self._free():
-            sizes = parts_in(col)
+            sizes = count_split_parts(col)
             if sum(sizes.values()) == col.rows and sizes["train"] and sizes["test"]:
                 result[col.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
         for name, counted in result.items():
             self._why[name] = (
                 f"its values; {counted}"
                 if len(result) == 1
-                else (f"could be the split; select it with --split {shell(name)}")
+                else (f"could be the split; select it with --split {shell_quoted(name)}")
             )
         return next(iter(result)) if len(result) == 1 else None
 
@@ -434,13 +440,14 @@ class _Guess:
         if column is None:
             return
         col = self._profiles[column]
-        if sum(parts_in(col).values()) < col.rows:
-            other = next(cell for cell in col.cells.unique(maintain_order=True) if part_of(cell) is None)
+        if sum(count_split_parts(col).values()) < col.rows:
+            other = next(cell for cell in col.cells.unique(maintain_order=True) if parse_split_part(cell) is None)
             raise DataError.at(
                 self._name,
                 "bad-value",
-                f": column {shown(column)!r} cannot be the split, since it contains {shown(other)!r}; every row needs "
-                f"one of {', '.join(SPELLED)}. Correct it, or choose another --split",
+                f": column {printable_name(column)!r} cannot be the split, since it contains "
+                f"{printable_name(other)!r}; every row needs "
+                f"one of {', '.join(PART_SPELLINGS)}. Correct it, or choose another --split",
                 column,
             )
 
@@ -453,46 +460,49 @@ class _Guess:
                 if weight and col.filled and col.distinct > 1:
                     self._why[col.name] = "named like a time, but contains neither numbers nor dates"
                 continue
-            unix = times.low is not None and any(low <= times.low and (times.high or 0) < high for low, high in UNIX)
+            unix = times.low is not None and any(
+                low <= times.low and (times.high or 0) < high for low, high in UNIX_RANGES
+            )
             if not weight and ((times.form == "numbers" and not unix) or col.filled < col.rows):
                 continue
-            if self._owned(col):
+            if self._describes_entity(col):
                 continue
-            scored.append((max(weight, 0.3) + 0.3 * (times.form in READABLE) + 1e-9 * col.distinct, col))
-        return self._first(scored, "time", when)
+            scored.append((max(weight, 0.3) + 0.3 * (times.form in READABLE_FORMS) + 1e-9 * col.distinct, col))
+        return self._first(scored, "time", describe_times)
 
     def _rating(self) -> str | None:
         named, others = [], []
         for col in self._free():
             weight = col.named.weight("rating")
-            if not col.numeric or col.distinct < 2 or col.named.weight("count") or self._owned(col):
+            if not col.numeric or col.distinct < 2 or col.named.weight("count") or self._describes_entity(col):
                 if weight and col.filled and not col.numeric:
                     self._why[col.name] = "named like a rating, but contains no numbers"
                 continue
             if col.counts:
                 if weight:
                     self._why[col.name] = (
-                        f"named like a rating, but its numbers look like {self._amounts(col)}, from {col.levels[0]:g} "
-                        f"to {col.levels[-1]:g}; to use it, set --rating {shell(col.name)}"
+                        f"named like a rating, but its numbers look like {self._counts_or_amounts(col)}, from "
+                        f"{col.levels[0]:g} "
+                        f"to {col.levels[-1]:g}; to use it, set --rating {shell_quoted(col.name)}"
                     )
                 continue
             if weight:
                 overall = "overall" in col.name.casefold()
-                named.append((weight + 0.2 * overall + 0.01 * (len(col.levels) <= _MOST_LEVELS), col))
+                named.append((weight + 0.2 * overall + 0.01 * (len(col.levels) <= _MAX_LEVELS), col))
             elif looks_like_ratings(col) and col.filled == col.rows:
                 others.append((0.1, col))
         if not named and len(others) > 1:
             for _, col in others:
-                self._why[col.name] = f"could be a rating; select it with --rating {shell(col.name)}"
+                self._why[col.name] = f"could be a rating; select it with --rating {shell_quoted(col.name)}"
             return None
-        return self._first(named or others, "rating", levels)
+        return self._first(named or others, "rating", describe_levels)
 
-    def _amounts(self, col: Profile) -> str:
+    def _counts_or_amounts(self, col: ColumnProfile) -> str:
         return "counts" if col.whole else "amounts"
 
-    def _title(self) -> str | None:
+    def _find_title(self) -> str | None:
         if self._items:
-            result = self._title_of_items()
+            result = self._find_title_of_items()
             if result is not None:
                 return result
         scored = []
@@ -506,25 +516,25 @@ class _Guess:
                 or col.named.weight("text")
             ):
                 continue
-            determined = self._implies(self._item, col.name)
+            determined = self._determines(self._item, col.name)
             many = col.distinct >= 0.7 * self._profiles[self._item].distinct
-            if weight and not self._may_imply(self._item, col.name):
-                if not self._implies(self._user, col.name):
-                    self._why[col.name] = f"named like a title, but one {shown(self._item)} has several"
+            if weight and not self._may_determine(self._item, col.name):
+                if not self._determines(self._user, col.name):
+                    self._why[col.name] = f"named like a title, but one {printable_name(self._item)} has several"
                 continue
             if weight or (determined and many and col.words >= 1.5):
                 scored.append((weight + 0.1, col))
-        result = self._first(scored, "title", lambda col: f"goes with {shown(self._item)}")
+        result = self._first(scored, "title", lambda col: f"goes with {printable_name(self._item)}")
         item = self._profiles[self._item]
         if result is None and item.letters >= 0.5 and (item.words >= 1.5 or item.named.weight("title")):
             return self._item
         return result
 
-    def _title_of_items(self) -> str | None:
+    def _find_title_of_items(self) -> str | None:
         scored = []
         for col in self._items.values():
             weight = col.named.weight("title")
-            if col.name == leaf(self._item) or col.letters < 0.3 or col.length > 300 or col.distinct < 2:
+            if col.name == leaf_name(self._item) or col.letters < 0.3 or col.length > 300 or col.distinct < 2:
                 continue
             if weight or (col.words >= 1.5 and col.unique and col.length <= 100):
                 scored.append((weight + 0.1 * col.unique, col))
@@ -545,11 +555,12 @@ class _Guess:
                 if weight:
                     self._why[col.name] = f"named like a text, but has {col.words:.1f} words on average"
                 continue
-            if self._owned(col):
+            if self._describes_entity(col):
                 continue
-            if not review and (rating is None or about_orders(col.name)):
+            if not review and (rating is None or is_about_orders(col.name)):
                 self._why[col.name] = (
-                    f"a text, possibly not about {shown(self._item)}; if it is a review, set --text {shell(col.name)}"
+                    f"a text, possibly not about {printable_name(self._item)}; if it is a review, set --text "
+                    f"{shell_quoted(col.name)}"
                 )
                 continue
             scored.append((weight + min(col.words, 100) / 1000, col))
@@ -558,28 +569,30 @@ class _Guess:
             scored, "text", lambda col: f"{col.words:.0f} words on average; in {col.filled / share:.0%} of the rows"
         )
 
-    def _owned(self, col: Profile) -> bool:
+    def _describes_entity(self, col: ColumnProfile) -> bool:
         """Whether a column describes the user or the item instead of the interaction."""
-        return self._implies(self._item, col.name) or self._implies(self._user, col.name)
+        return self._determines(self._item, col.name) or self._determines(self._user, col.name)
 
-    def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
+    def _first(
+        self, scored: list[tuple[float, ColumnProfile]], role: str, say: Callable[[ColumnProfile], str]
+    ) -> str | None:
         if not scored:
             return None
         scored.sort(key=lambda pair: -pair[0])
         best = scored[0][1]
         for _, col in scored[1:]:
-            self._why[col.name] = f"could also be the {role}; select it with --{role} {shell(col.name)}"
+            self._why[col.name] = f"could also be the {role}; select it with --{role} {shell_quoted(col.name)}"
         self._why[best.name] = f"{'its name' if best.named.weight(role) else 'its values'}; {say(best)}"
         return best.name
 
     def _fields(self, title: str | None) -> tuple[str, ...]:
         if self._requested.fields is not None:
-            chosen = tuple(column for column in self._requested.fields if column != NONE)
+            chosen = tuple(column for column in self._requested.fields if column != NO_COLUMN)
             self._why |= dict.fromkeys(chosen, "you named it")
             return chosen
         scored: list[tuple[float, str]] = []
         for table, col in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
-            item = leaf(self._item) if table else self._item
+            item = leaf_name(self._item) if table else self._item
             if col.name in (title, item) or col.name in (name for _, name in scored):
                 continue
             weight = col.named.weight("field")
@@ -589,23 +602,29 @@ class _Guess:
                 continue
             if not (weight or (plain and few and col.length <= 40)):
                 continue
-            if table or self._implies(self._item, col.name) or (weight and self._may_imply(self._item, col.name)):
+            if (
+                table
+                or self._determines(self._item, col.name)
+                or (weight and self._may_determine(self._item, col.name))
+            ):
                 scored.append((weight, col.name))
-                self._why[col.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
-                    f"; {col.distinct} values"
-                )
+                self._why[col.name] = (
+                    "in the table of items" if table else f"goes with {printable_name(self._item)}"
+                ) + (f"; {col.distinct} values")
         kept: list[str] = []
         for _, name in sorted(scored, key=lambda pair: -pair[0]):
-            same = next((other for other in kept if self._equal(name, other)), None)
+            same = next((other for other in kept if self._has_equal_values(name, other)), None)
             if same is not None:
-                self._why[name] = f"has the same values as {shown(same)}"
-            elif len(kept) < _MOST_FIELDS:
+                self._why[name] = f"has the same values as {printable_name(same)}"
+            elif len(kept) < _MAX_FIELDS:
                 kept.append(name)
             else:
-                self._why[name] = f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(name)}"
+                self._why[name] = (
+                    f"describes {printable_name(self._item)}; to show it in prompts, set --fields {shell_quoted(name)}"
+                )
         return tuple(name for _, name in scored if name in kept)
 
-    def _equal(self, column: str, other: str) -> bool:
+    def _has_equal_values(self, column: str, other: str) -> bool:
         """Whether two columns have equal values; numbers are compared numerically."""
         first, second = (self._profiles.get(name) or self._items[name] for name in (column, other))
         if (column in self._profiles) != (other in self._profiles):
@@ -614,7 +633,7 @@ class _Guess:
             return first.numbers.values.equals(second.numbers.values, check_names=False)
         return first.cells.equals(second.cells, check_names=False)
 
-    def _idle(self, col: Profile) -> str:
+    def _idle(self, col: ColumnProfile) -> str:
         if not col.filled:
             return "it is empty"
         if col.distinct == 1:
@@ -623,21 +642,23 @@ class _Guess:
             return "a different value in every row, like a row ID"
         if col.named.weight("row"):
             return "an order or row ID, by its name"
-        if self._implies(self._item, col.name):
-            return f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(col.name)}"
-        if self._implies(self._user, col.name):
-            return f"describes {shown(self._user)}; user columns need a table of users"
+        if self._determines(self._item, col.name):
+            return (
+                f"describes {printable_name(self._item)}; to show it in prompts, set --fields {shell_quoted(col.name)}"
+            )
+        if self._determines(self._user, col.name):
+            return f"describes {printable_name(self._user)}; user columns need a table of users"
         if col.named.weight("count"):
             return "a count or an amount, by its name"
-        if kinds_of_events(col):
+        if count_event_types(col):
             return "kinds of interactions, by its values; see the note"
         if col.numeric and col.counts:
-            return f"looks like {self._amounts(col)}, not like ratings"
+            return f"looks like {self._counts_or_amounts(col)}, not like ratings"
         return "not used by llmrec"
 
-    def _idle_item(self, col: Profile) -> str:
-        if col.name == leaf(self._item):
-            return f"the same as {shown(self._item)}"
+    def _unused_item_reason(self, col: ColumnProfile) -> str:
+        if col.name == leaf_name(self._item):
+            return f"the same as {printable_name(self._item)}"
         if not col.filled or col.distinct == 1:
             return "it is empty" if not col.filled else "the same value in every row"
-        return f"to show it in prompts, set --fields {shell(col.name)}"
+        return f"to show it in prompts, set --fields {shell_quoted(col.name)}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmrec.cli.console import console, say, store_facts
-from llmrec.progress import note
+from llmrec.cli.console import rich_console, say, store_facts
+from llmrec.progress import log_line
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 
 
@@ -18,7 +18,7 @@ def init(options: InitOptions) -> None:
     from llmrec.start import init as start
     from llmrec.start.columns import requested_roles
 
-    made = start.init(
+    made = start.write_recipe(
         options.table,
         items=options.items,
         query=options.query,
@@ -40,14 +40,14 @@ def auto(options: AutoOptions) -> None:
     Example:
         llmrec auto orders.csv --items products.csv --budget 30m
     """
-    from llmrec.report.results import results_of
+    from llmrec.report.results import parse_results
     from llmrec.report.verdicts import metrics_table
     from llmrec.start import auto as autos
 
-    made = autos.build(options, say=note)
-    store_facts(**autos.record(made, options))
-    console().print(metrics_table(results_of(made.run.results)))
-    say(f"\n{autos.summary(made)}")
+    made = autos.build_recommender(options, say=log_line)
+    store_facts(**autos.auto_record(made, options))
+    rich_console().print(metrics_table(parse_results(made.run.results)))
+    say(f"\n{autos.format_summary(made)}")
 
 
 def tune(options: TuneOptions) -> None:
@@ -58,8 +58,8 @@ def tune(options: TuneOptions) -> None:
     Example:
         llmrec tune recipes/quickstart.yaml --over train.learning_rate=1e-4..1e-3 --budget 1h
     """
-    from llmrec.start.tune import search, summary
+    from llmrec.start.tune import format_summary, search_hyperparameters
 
-    best = search(options, say=note)
+    best = search_hyperparameters(options, say=log_line)
     store_facts(**vars(best))
-    say(summary(best))
+    say(format_summary(best))

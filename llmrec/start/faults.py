@@ -9,13 +9,13 @@ from typing import Literal
 
 import polars as pl
 
-from llmrec.data.read.nested import leaf
+from llmrec.data.read.nested import leaf_name
 from llmrec.data.read.tables import Table
-from llmrec.data.read.typed import texts
-from llmrec.durable import replacing
+from llmrec.data.read.typed import text_column
+from llmrec.durable import replace_atomically
 from llmrec.errors import DataError, ErrorKind, Location
 from llmrec.start.columns import Roles
-from llmrec.start.profile import READABLE, Profile, TableSample, shell, shown
+from llmrec.start.profile import READABLE_FORMS, ColumnProfile, TableSample, printable_name, shell_quoted
 
 COPY_ENDINGS = (".csv", ".parquet")
 
@@ -39,7 +39,7 @@ class TableError:
     kind: ErrorKind = "bad-value"
 
 
-def faults(peek: TableSample, roles: Roles, items: Table | None, item_column: str) -> list[TableError]:
+def find_table_errors(peek: TableSample, roles: Roles, items: Table | None, item_column: str) -> list[TableError]:
     """Return the errors in a table: first in ratings, then in times, then in ids.
 
     Args:
@@ -49,81 +49,87 @@ def faults(peek: TableSample, roles: Roles, items: Table | None, item_column: st
         item_column: The item's column in the table of items.
     """
     listed = [
-        _numbers(peek, roles),
-        _times(peek, roles),
-        *_ids(peek, roles),
-        *_items(peek, roles, items, item_column),
+        _rating_error(peek, roles),
+        _time_error(peek, roles),
+        *_id_errors(peek, roles),
+        *_item_errors(peek, roles, items, item_column),
     ]
     return [fault for fault in listed if fault is not None]
 
 
-def _fault(peek: TableSample, col: Profile, row: int, role: str, wrong: str, mend: str, instead: str) -> TableError:
+def _cell_error(
+    peek: TableSample, col: ColumnProfile, row: int, role: str, wrong: str, mend: str, instead: str
+) -> TableError:
     """Return the error of a cell; ``wrong`` says what is wrong with its value."""
-    cell = f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
+    cell = f"{peek.where(row)}: the {role} in column {printable_name(col.name)!r} is {printable_name(col.cells[row])!r}"
     return TableError(col.name, peek.location(row), f"{cell}, {wrong}", mend, instead)
 
 
-def _bad(values: pl.Series) -> tuple[int, int]:
+def _count_missing(values: pl.Series) -> tuple[int, int]:
     """Return the number of rows without a value, and the index of the first one."""
     missing = values.is_null()
     return int(missing.sum()), int(missing.arg_max() or 0)
 
 
-def _unused(peek: TableSample, col: Profile | None, role: Literal["rating", "time"]) -> TableError | None:
+def _default_name_error(
+    peek: TableSample, col: ColumnProfile | None, role: Literal["rating", "time"]
+) -> TableError | None:
     """Return the error of a column that would be read by default although the user excluded it."""
     if col is None:
         return None
     parsed = col.numbers if role == "rating" else col.times
-    rows, row = _bad(parsed.values) if parsed.form in READABLE else (col.rows, 0)
+    rows, row = _count_missing(parsed.values) if parsed.form in READABLE_FORMS else (col.rows, 0)
     if not rows:
         return None
     wrong = f"which is not a {role}, although the column has the default name of {role}s"
     mend, instead = f"the copy does not contain {col.name}", f"rename the column {col.name}"
-    return _fault(peek, col, row, role, wrong, mend, instead)
+    return _cell_error(peek, col, row, role, wrong, mend, instead)
 
 
-def _numbers(peek: TableSample, roles: Roles) -> TableError | None:
+def _rating_error(peek: TableSample, roles: Roles) -> TableError | None:
     if roles.rating is None:
-        return _unused(peek, roles.profiles.get("rating"), "rating")
+        return _default_name_error(peek, roles.profiles.get("rating"), "rating")
     col = roles.profiles[roles.rating]
     form, instead = col.numbers.form, "set --rating none to ignore ratings"
-    rows, row = _bad(col.numbers.values)
+    rows, row = _count_missing(col.numbers.values)
     if form == "no numbers":
-        return _fault(peek, col, row, "rating", "which is not a number", "", instead)
-    if form not in READABLE:
+        return _cell_error(peek, col, row, "rating", "which is not a number", "", instead)
+    if form not in READABLE_FORMS:
         commas = col.cells.str.contains(",", literal=True)
         kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
         wrong = f"with {kind} ({int(commas.sum())} such rows), but llmrec needs numbers like 4.5"
         left_out = f", and {rows} rows without a number are removed" if rows else ""
-        mend = f"{shown(col.name)} is written with decimal points{left_out}"
-        return _fault(peek, col, int(commas.arg_max() or 0), "rating", wrong, mend, instead)
+        mend = f"{printable_name(col.name)} is written with decimal points{left_out}"
+        return _cell_error(peek, col, int(commas.arg_max() or 0), "rating", wrong, mend, instead)
     if not rows:
         return None
     wrong = f"which is not a number ({rows} of {col.rows} rows); either every row or no row must have a rating"
-    mend = f"rows without a number in {shown(col.name)} are removed"
-    return _fault(peek, col, row, "rating", wrong, mend, instead)
+    mend = f"rows without a number in {printable_name(col.name)} are removed"
+    return _cell_error(peek, col, row, "rating", wrong, mend, instead)
 
 
-def _times(peek: TableSample, roles: Roles) -> TableError | None:
+def _time_error(peek: TableSample, roles: Roles) -> TableError | None:
     if roles.time is None:
-        return _unused(peek, roles.profiles.get("timestamp"), "time")
+        return _default_name_error(peek, roles.profiles.get("timestamp"), "time")
     col = roles.profiles[roles.time]
     form, instead = col.times.form, "set --time none to use the row order"
-    rows, row = _bad(col.times.values)
+    rows, row = _count_missing(col.times.values)
     first = int((col.cells != "").arg_max() or 0)
     if form == "no times":
-        return _fault(peek, col, first, "time", "which is neither a number nor a date", "", instead)
+        return _cell_error(peek, col, first, "time", "which is neither a number nor a date", "", instead)
     if form == "dates with ambiguous day and month":
         instead = f"set --dates day-first or --dates month-first. {instead}"
         wrong = "in which day and month are ambiguous, as in all other rows"
-        return _fault(peek, col, first, "time", wrong, "", instead)
+        return _cell_error(peek, col, first, "time", wrong, "", instead)
     if not rows:
         return None
     wrong = f"which does not have the format of the other times ({rows} of {col.rows} rows)"
-    return _fault(peek, col, row, "time", wrong, f"rows without a time in {shown(col.name)} are removed", instead)
+    return _cell_error(
+        peek, col, row, "time", wrong, f"rows without a time in {printable_name(col.name)} are removed", instead
+    )
 
 
-def _ids(peek: TableSample, roles: Roles) -> list[TableError]:
+def _id_errors(peek: TableSample, roles: Roles) -> list[TableError]:
     listed = []
     for role in ("user", "item"):
         col = roles.profiles[getattr(roles, role)]
@@ -133,39 +139,40 @@ def _ids(peek: TableSample, roles: Roles) -> list[TableError]:
                 TableError(
                     col.name,
                     peek.location(row),
-                    f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is missing "
+                    f"{peek.where(row)}: the {role} in column {printable_name(col.name)!r} is missing "
                     f"({col.rows - col.filled} of {col.rows} rows)",
-                    f"rows without {_a(role)} are removed",
+                    f"rows without {_with_article(role)} are removed",
                     kind="missing-value",
                 )
             )
     return listed
 
 
-def _items(peek: TableSample, roles: Roles, items: Table | None, column: str) -> list[TableError]:
+def _item_errors(peek: TableSample, roles: Roles, items: Table | None, column: str) -> list[TableError]:
     listed = []
     mains = roles.profiles[roles.item].cells
     used = pl.Series(mains.filter(mains != "").unique())
     if items is not None:
-        if column not in (roles.item, leaf(roles.item)):
+        if column not in (roles.item, leaf_name(roles.item)):
             listed.append(
                 TableError(
                     roles.item,
                     Location(peek.table.name),
-                    f"the item column is {shown(column)!r} in {items.name}, but {shown(roles.item)!r} in "
+                    f"the item column is {printable_name(column)!r} in {items.name}, but "
+                    f"{printable_name(roles.item)!r} in "
                     f"{peek.table.name}; both must have the same name",
-                    f"the item column is renamed to {shown(column)}",
+                    f"the item column is renamed to {printable_name(column)}",
                     kind="missing-column",
                 )
             )
-        absent = used.filter(~used.is_in(texts(items, column).implode()))
+        absent = used.filter(~used.is_in(text_column(items, column).implode()))
         if len(absent):
             first = int((mains == absent[0]).arg_max() or 0)
             listed.append(
                 TableError(
                     roles.item,
                     peek.location(first),
-                    f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
+                    f"{peek.where(first)}: item {printable_name(absent[0])!r} is not in {items.name} ({len(absent)} of "
                     f"{len(used)} items are missing)",
                     f"rows whose item is not in {items.name} are removed",
                     kind="unknown-name",
@@ -174,7 +181,7 @@ def _items(peek: TableSample, roles: Roles, items: Table | None, column: str) ->
     return listed
 
 
-def refusal(name: str, listed: Sequence[TableError], copy: Path | None) -> str:
+def describe_table_errors(name: str, listed: Sequence[TableError], copy: Path | None) -> str:
     """Return a message with all errors and how to fix them.
 
     Args:
@@ -191,16 +198,16 @@ def refusal(name: str, listed: Sequence[TableError], copy: Path | None) -> str:
         instead = instead or ["Fix the frame"]
     elif all(fault.mend for fault in listed):
         ways.append(
-            f"To write a repaired copy and a recipe for it, set `--mend {shell(str(copy))}`: {', '.join(mends)}"
+            f"To write a repaired copy and a recipe for it, set `--mend {shell_quoted(str(copy))}`: {', '.join(mends)}"
         )
-    return f"{message}. {'. '.join([*ways, *map(_capital, instead)])}"
+    return f"{message}. {'. '.join([*ways, *map(_capitalise, instead)])}"
 
 
-def _a(word: str) -> str:
+def _with_article(word: str) -> str:
     return f"an {word}" if word[0] in "aeio" else f"a {word}"
 
 
-def _capital(text: str) -> str:
+def _capitalise(text: str) -> str:
     return text if text.startswith("--") else text[:1].upper() + text[1:]
 
 
@@ -222,7 +229,8 @@ def repair_table(table: Table, roles: Roles, items: Table | None, item_column: s
         raise DataError.at(
             table.name,
             "contradiction",
-            f" has another column {shown(item_column)!r}, the name of the item column in the table of items; rename "
+            f" has another column {printable_name(item_column)!r}, the name of the item column in the table of "
+            "items; rename "
             "one of the two",
             item_column,
         )
@@ -238,24 +246,24 @@ def repair_table(table: Table, roles: Roles, items: Table | None, item_column: s
             columns[name] = profiles[name].cells
     frame = pl.DataFrame([values.alias(name) for name, values in columns.items()])
     for column, what in ((roles.user, "user"), (item_column, "item")):
-        frame = _filtered(frame, pl.col(column) != "", _a(what), changes)
+        frame = _filter_rows(frame, pl.col(column) != "", _with_article(what), changes)
     for chosen, what in ((roles.rating, "rating"), (roles.time, "time")):
         if chosen is not None:
-            frame = _filtered(frame, pl.col(chosen).is_not_null(), f"a {what}", changes)
+            frame = _filter_rows(frame, pl.col(chosen).is_not_null(), f"a {what}", changes)
     if items is not None:
-        known = texts(items, item_column).unique()
-        frame = _filtered(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", changes)
+        known = text_column(items, item_column).unique()
+        frame = _filter_rows(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", changes)
     return frame, changes
 
 
-def _filtered(frame: pl.DataFrame, keep: pl.Expr, what: str, changes: list[str]) -> pl.DataFrame:
+def _filter_rows(frame: pl.DataFrame, keep: pl.Expr, what: str, changes: list[str]) -> pl.DataFrame:
     result = frame.filter(keep)
     if result.height < frame.height:
         changes.append(f"{frame.height - result.height} rows without {what} were removed")
     return result
 
 
-def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
+def write_repaired_table(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
     """Write a repaired table as CSV or Parquet, depending on the file extension.
 
     Raises:
@@ -273,7 +281,7 @@ def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
         raise DataError(
             f"--mend {path}: no row of the table can be used, so the copy would be empty", kind="empty", at=path
         )
-    with replacing(path) as draft:
+    with replace_atomically(path) as draft:
         if path.suffix.lower() == ".parquet":
             frame.write_parquet(draft)
         else:

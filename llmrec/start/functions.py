@@ -10,35 +10,35 @@ from typing import Any
 
 from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.loaded import Loaded, load
-from llmrec.answer.opening import open_fitted, prediction_family
+from llmrec.answer.opening import open_fitted_baseline, prediction_family
 from llmrec.answer.options import RecommenderOptions
 from llmrec.baselines.base import Trainable
-from llmrec.baselines.parameters import make
-from llmrec.data.frames import only_for_a_moment, write_frame
-from llmrec.data.sets.table import listed_items
-from llmrec.data.sets.table import load as read_data
-from llmrec.data.split import without_test
-from llmrec.display import Displayed, Summary, listed
+from llmrec.baselines.parameters import create_baseline
+from llmrec.data.frames import temporary_frame_folder, write_frame
+from llmrec.data.sets.table import load_data as read_data
+from llmrec.data.sets.table import read_listed_items
+from llmrec.data.split import split_without_test
+from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.keywords import in_python, keywords_of
+from llmrec.keywords import function_keywords, replace_options_by_keywords
 from llmrec.pipeline.run import run
-from llmrec.progress import Progress, note, silent
-from llmrec.recipe.load import Overrides, as_recipe, in_words, load_recipe
-from llmrec.recipe.pages import flow
+from llmrec.progress import Progress, ignore_line, log_line
+from llmrec.recipe.load import Overrides, as_recipe, format_overrides, load_recipe
+from llmrec.recipe.pages import format_yaml_value
 from llmrec.recipe.schema import BaselineSection, Recipe
-from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.registry import BASELINES, import_component, is_plugin
 from llmrec.results import Choice
 from llmrec.start import init as start
-from llmrec.start.auto import PAGES, Auto, build
+from llmrec.start.auto import RECIPE_ENDINGS, Auto, build_recommender
 from llmrec.start.columns import requested_roles
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
-from llmrec.start.tune import TuneResult, search
+from llmrec.start.tune import TuneResult, search_hyperparameters
 from llmrec.tasks.family import missing_controls
 from llmrec.types import Predictor
 
-_ROLES = ("user", "item", "rating", "time", "title", "text", "fields", "dates", "split")
+_COLUMN_ROLES = ("user", "item", "rating", "time", "title", "text", "fields", "dates", "split")
 # Share of users on whose last interaction early stopping of neural networks is based.
-_STOPS = 0.1
+_EARLY_STOPPING_SHARE = 0.1
 LANGUAGE_MODEL = "smollm2-lora"
 """The name of SmolLM2-135M-Instruct, fine-tuned with LoRA to predict the next item, for `fit`."""
 
@@ -56,7 +56,7 @@ class InitOutcome(Displayed):
     found: str
 
     def _summary(self) -> Summary:
-        title = f"Recipe {self.recipe.name!r} for {listed(self.recipe.tasks.present())}"
+        title = f"Recipe {self.recipe.name!r} for {format_name_list(self.recipe.tasks.present())}"
         return Summary(title, text=self.found)
 
 
@@ -101,12 +101,14 @@ def init(
         frames = {"path": frame, "items": items}
         absent = {key: None for key, table in frames.items() if not isinstance(table, str | Path)}
         data = recipe.data.model_copy(update=absent)
-        return InitOutcome(recipe.model_copy(update={"data": data}), in_python(findings, keywords_of(init)))
+        return InitOutcome(
+            recipe.model_copy(update={"data": data}), replace_options_by_keywords(findings, function_keywords(init))
+        )
 
 
 def _named_columns(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a function that name columns."""
-    return {role: values[role] for role in _ROLES if values.get(role) is not None}
+    return {role: values[role] for role in _COLUMN_ROLES if values.get(role) is not None}
 
 
 @contextmanager
@@ -118,12 +120,12 @@ def _recipe_for(
     With ``only_data`` only its section ``data`` is of use, and faults of the table are fixed.
     """
     options = InitOptions(table="frame", **roles)
-    with only_for_a_moment() as (folder, named):
+    with temporary_frame_folder() as (folder, named):
         tables = {}
         for key, entry in (("path", interactions), ("items", items)):
             if entry is not None:
                 tables[key] = str(entry if isinstance(entry, str | Path) else write_frame(entry, folder, key))
-        result = start.init(
+        result = start.write_recipe(
             tables["path"],
             items=tables.get("items"),
             out=folder / "recipe.yaml",
@@ -200,11 +202,11 @@ def auto(
 
         def say(line: str) -> None:
             # Notebooks show no log, but a progress bar.
-            note(line)
+            log_line(line)
             bar.advance(0, line)
 
-        listener = silent if quiet else say
-        return build(options, listener, data=None if named else table, items=None if path else items)
+        listener = ignore_line if quiet else say
+        return build_recommender(options, listener, data=None if named else table, items=None if path else items)
 
 
 def fit(
@@ -264,9 +266,9 @@ def fit(
         built = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
         return load(str(built.folder), frame=frame)
     if isinstance(model, str) and model == LANGUAGE_MODEL:
-        model, columns = _language_model(interactions, items, columns), {}
+        model, columns = _language_model_recipe(interactions, items, columns), {}
         fields = None
-    if isinstance(model, Recipe | Mapping) or (isinstance(model, str | Path) and str(model).endswith(PAGES)):
+    if isinstance(model, Recipe | Mapping) or (isinstance(model, str | Path) and str(model).endswith(RECIPE_ENDINGS)):
         tables = {"path": interactions, "items": items}
         changed = {f"data.{key}": str(table) for key, table in tables.items() if isinstance(table, str | Path)}
         named = {**columns, "fields": fields.split(",")} if fields is not None else columns
@@ -274,12 +276,12 @@ def fit(
         frames = {key: None if isinstance(table, str | Path) else table for key, table in tables.items()}
         result = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
         return load(str(result.folder), frame=frame)
-    return _fit_baseline(interactions, items, _baseline(model, seed), columns, frame)
+    return _fit_baseline(interactions, items, _make_baseline(model, seed), columns, frame)
 
 
-def _language_model(interactions: Any, items: Any, columns: Mapping[str, Any]) -> Recipe:
+def _language_model_recipe(interactions: Any, items: Any, columns: Mapping[str, Any]) -> Recipe:
     """Return the recipe of `init` for the prediction of the next item by a fine-tuned language model."""
-    _refuse_missing(interactions)
+    _check_interactions_given(interactions)
     recipe = init(interactions, items, name=LANGUAGE_MODEL, **{"rating": "none", "text": "none", **columns}).recipe
     if recipe.tasks.sequential is None:
         raise DataError(
@@ -293,7 +295,7 @@ def _language_model(interactions: Any, items: Any, columns: Mapping[str, Any]) -
     return recipe.model_copy(update={"tasks": tasks, "eval": recipe.eval.model_copy(update={"arms": ("tuned",)})})
 
 
-def _baseline(model: Any, seed: int) -> Any:
+def _make_baseline(model: Any, seed: int) -> Any:
     """Return a baseline by name, or the given baseline."""
     if not isinstance(model, str | Path):
         if isinstance(model, Predictor) and isinstance(model, Trainable):
@@ -312,10 +314,10 @@ def _baseline(model: Any, seed: int) -> Any:
             kind="unknown-name",
             column="model",
         )
-    return make(name, {}, seed=seed)
+    return create_baseline(name, {}, seed=seed)
 
 
-def _refuse_missing(interactions: Any) -> None:
+def _check_interactions_given(interactions: Any) -> None:
     """Reject a call without interactions."""
     if interactions is None:
         raise DataError(
@@ -325,9 +327,9 @@ def _refuse_missing(interactions: Any) -> None:
 
 def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[str, Any], frame: Any) -> Loaded:
     """Fit a baseline on all interactions, in memory."""
-    _refuse_missing(interactions)
+    _check_interactions_given(interactions)
     kind = type(model)
-    registered = model.name in BASELINES and lookup(BASELINES, model.name, "baseline") is kind
+    registered = model.name in BASELINES and import_component(BASELINES, model.name, "baseline") is kind
     section = BaselineSection(
         name=model.name if registered else f"{kind.__module__}:{kind.__qualname__}",
         parameters=model.config.model_dump(mode="json", exclude_defaults=True) if hasattr(model, "config") else {},
@@ -341,16 +343,20 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filter": core})})
         dataset = read_data(recipe.data, seed=seed)
         if items is not None and getattr(kind, "READS", "events") != "events":
-            dataset = replace(dataset, items={**listed_items(recipe.data), **dataset.items})
+            dataset = replace(dataset, items={**read_listed_items(recipe.data), **dataset.items})
     stops = getattr(getattr(model, "config", None), "patience", None) is not None
-    data = without_test(dataset, seed=seed, ties=recipe.data.split.ties, valid=_STOPS if stops else 0.0)
-    models = open_fitted(section, data, seed=seed, model=model)
+    data = split_without_test(
+        dataset, seed=seed, ties=recipe.data.split.ties, valid=_EARLY_STOPPING_SHARE if stops else 0.0
+    )
+    models = open_fitted_baseline(section, data, seed=seed, model=model)
     known = KnownEntities(models.items, Histories.of(dataset, seed))
-    named = _with_baseline(recipe, section, family or "sequential", seed)
+    named = _recipe_with_baseline(recipe, section, family or "sequential", seed)
     return Loaded(RecommenderOptions(model=section.label), models, known, recipe=named, frame=frame)
 
 
-def _with_baseline(recipe: Recipe, section: BaselineSection, family: str, seed: int) -> tuple[Recipe, Choice | None]:
+def _recipe_with_baseline(
+    recipe: Recipe, section: BaselineSection, family: str, seed: int
+) -> tuple[Recipe, Choice | None]:
     """Add a baseline to a recipe, and return the baseline as the model to serve."""
     if section.name.startswith("__main__:"):
         return recipe, None
@@ -399,24 +405,24 @@ def tune(
     page = isinstance(recipe, str | Path)
     options = TuneOptions(
         recipe=str(recipe) if page else "recipe",
-        over=tuple(_searched(over)),
-        overrides=tuple(in_words(overrides)),
+        over=tuple(_search_arguments(over)),
+        overrides=tuple(format_overrides(overrides)),
         budget=str(budget),
         trials=trials,
         metric=metric,
         out=None if out is None else Path(out),
     )
-    return search(
-        options, silent if quiet else note, recipe=None if page else as_recipe(recipe), data=data, items=items
+    return search_hyperparameters(
+        options, ignore_line if quiet else log_line, recipe=None if page else as_recipe(recipe), data=data, items=items
     )
 
 
-def _searched(over: Mapping[str, Any] | Sequence[str]) -> list[str]:
+def _search_arguments(over: Mapping[str, Any] | Sequence[str]) -> list[str]:
     """Return the search space as command-line arguments ``key=value,value``."""
     if not isinstance(over, Mapping):
         return [over] if isinstance(over, str) else list(over)
     lists = {key: values if isinstance(values, list | tuple | range) else [values] for key, values in over.items()}
     return [
-        f"{key}={over[key] if isinstance(over[key], str) else ','.join(map(flow, values))}"
+        f"{key}={over[key] if isinstance(over[key], str) else ','.join(map(format_yaml_value, values))}"
         for key, values in lists.items()
     ]

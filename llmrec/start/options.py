@@ -10,8 +10,8 @@ from typing import Annotated
 from llmrec.answer.options import OptionHelp
 from llmrec.errors import RecipeError
 
-_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_UNIT_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_BUDGET_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +138,8 @@ def budget_seconds(text: str, option: str) -> float:
     Raises:
         RecipeError: If the text is not a time.
     """
-    result = _BUDGET.fullmatch(text.strip().lower())
-    unit = _UNITS.get(result[2] or "m") if result else None
+    result = _BUDGET_PATTERN.fullmatch(text.strip().lower())
+    unit = _UNIT_SECONDS.get(result[2] or "m") if result else None
     if result is None or unit is None or float(result[1]) <= 0:
         raise RecipeError(
             f"{option} {text!r} is not a duration; use one such as 90s, 30m or 2h", kind="bad-value", column=option

@@ -9,37 +9,37 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from llmrec.data.dataset import Dataset, core
-from llmrec.data.read.words import noun_of
-from llmrec.data.stats import BASKETS
+from llmrec.data.dataset import Dataset, k_core
+from llmrec.data.read.words import plural_noun
+from llmrec.data.stats import BASKET_WARNING_SHARE
 from llmrec.errors import ModelError
 from llmrec.start.columns import Roles
 from llmrec.start.profile import as_float
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
 _CORE_ROWS = 50_000
-_CORE_LEFT = 200
-_MOST_LABELS = 101
-_LEAST_TEXTS = 20
+_MIN_CORE_SIZE = 200
+_MAX_LABELS = 101
+_MIN_TEXTS = 20
 # Minimum number of users with three or more baskets, for a split that holds out whole baskets.
-_LEAST_BASKETS = 10
+_MIN_BASKET_USERS = 10
 # Measured on two cores with SmolLM2-135M in bf16: `make quickstart` trains 900 tokens per second; scoring and
 # generation speeds.
 TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
 # Texts per second that MiniLM encodes.
 _ENCODE_SPEED = 150.0
 _ENCODER = "all-MiniLM-L6-v2"
-_START = {"vllm": 60.0, "hf": 20.0}
+_START_SECONDS = {"vllm": 60.0, "hf": 20.0}
 _OTHER_SECONDS = 40.0
 BUDGET_SECONDS = 600.0
-TITLED = 0.5
+MIN_TITLED_SHARE = 0.5
 """Share of rows or items with a title, above which baselines read titles."""
 BATCH_TOKENS = 1536
 ROW_TOKENS = 384
 
 
 @dataclass(frozen=True)
-class Facts:
+class TableStatistics:
     """Statistics of the rows that a recipe keeps.
 
     Attributes:
@@ -81,7 +81,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecipePlan:
     """The decisions for a recipe, except its columns.
 
     Attributes:
@@ -103,7 +103,7 @@ class Plan:
     arms: tuple[str, ...]
     steps: int
     backend: str
-    facts: Facts
+    facts: TableStatistics
     encoder: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -115,11 +115,11 @@ class Plan:
     @property
     def rates(self) -> bool:
         """Whether the ratings can be used, since no task supports a scale with very many steps."""
-        return bool(self.facts.levels) and labels(self.facts.levels) <= _MOST_LABELS
+        return bool(self.facts.levels) and count_labels(self.facts.levels) <= _MAX_LABELS
 
-    def without(self, family: str, reason: str) -> Plan:
+    def without(self, family: str, reason: str) -> RecipePlan:
         """Return the plan with one task disabled."""
-        return estimated(replace(self, tasks={**self.tasks, family: (False, reason)}))
+        return fit_to_budget(replace(self, tasks={**self.tasks, family: (False, reason)}))
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,13 @@ class Events:
     time: str | None = None
 
 
-def events_of(roles: Roles) -> Events:
+def events_of_table(roles: Roles) -> Events:
     """Return the interactions of a table."""
     profiles = roles.profiles
     pairs = pl.DataFrame({"user_id": profiles[roles.user].cells, "item_id": profiles[roles.item].cells})
     titles = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
     return Events(
-        pairs=pairs.with_columns(_moments(roles)),
+        pairs=pairs.with_columns(_time_column(roles)),
         titles=titles.cells,
         titled=roles.title is not None,
         fields=[(roles.items.get(name) or profiles[name]).cells for name in roles.fields],
@@ -171,7 +171,7 @@ def events_of(roles: Roles) -> Events:
     )
 
 
-def events_in(dataset: Dataset) -> Events:
+def events_of_dataset(dataset: Dataset) -> Events:
     """Return the interactions of a published data set."""
     rows = dataset.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
     items = dataset.items.values()
@@ -192,21 +192,21 @@ def events_in(dataset: Dataset) -> Events:
     )
 
 
-def figures(events: Events, cores: int = 1) -> Facts:
+def table_statistics(events: Events, cores: int = 1) -> TableStatistics:
     """Return statistics of the interactions that a k-core filter keeps."""
     pairs = events.pairs.with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
-    once = core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
+    once = k_core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
     rows = pairs.join(once.select("user_id", "item_id"), on=["user_id", "item_id"], how="semi")["row"]
     sizes = once.group_by("user_id").len()["len"]
     texts = events.texts.gather(rows) if events.texts is not None else None
     ratings = events.ratings.gather(rows).drop_nulls() if events.ratings is not None else None
     able, teachable, targets = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
-    baskets = _baskets(once) if events.time is not None and events.parts is None else _NO_BASKETS
+    baskets = _basket_statistics(once) if events.time is not None and events.parts is None else _NO_BASKETS
     if baskets.are_cut:
         able, teachable, targets = baskets.able, baskets.teachable, baskets.targets
     if events.parts is not None:
-        able, teachable = _held(events.pairs["user_id"].gather(rows), events.parts.gather(rows))
-    return Facts(
+        able, teachable = _count_split_users(events.pairs["user_id"].gather(rows), events.parts.gather(rows))
+    return TableStatistics(
         rows=len(rows),
         users=len(sizes),
         items=once["item_id"].n_unique(),
@@ -220,13 +220,13 @@ def figures(events: Events, cores: int = 1) -> Facts:
         with_title=as_float((events.titles != "").mean()) if events.titled else 0.0,
         levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
         zeros=as_float((ratings == 0).mean()) if ratings is not None and len(ratings) else 0.0,
-        title_tokens=_tokens(events.titles),
-        field_tokens=sum(map(_tokens, events.fields)),
-        text_tokens=_tokens(texts) if texts is not None else 0.0,
+        title_tokens=_mean_tokens(events.titles),
+        field_tokens=sum(map(_mean_tokens, events.fields)),
+        text_tokens=_mean_tokens(texts) if texts is not None else 0.0,
     )
 
 
-def _moments(roles: Roles) -> pl.Series:
+def _time_column(roles: Roles) -> pl.Series:
     if roles.time is None:
         return pl.Series("time", [None] * roles.profiles[roles.user].rows, dtype=pl.Float64)
     return roles.profiles[roles.time].times.sortable.alias("time")
@@ -234,7 +234,7 @@ def _moments(roles: Roles) -> pl.Series:
 
 @dataclass(frozen=True)
 class _Baskets:
-    """Statistics of baskets (items of a user with the same time); see `Facts`."""
+    """Statistics of baskets (items of a user with the same time); see `TableStatistics`."""
 
     tied: float
     able: int
@@ -244,13 +244,13 @@ class _Baskets:
     @property
     def are_cut(self) -> bool:
         """Whether leave-one-out would divide many baskets, so that whole baskets should be held out."""
-        return self.tied > BASKETS and self.able >= _LEAST_BASKETS
+        return self.tied > BASKET_WARNING_SHARE and self.able >= _MIN_BASKET_USERS
 
 
 _NO_BASKETS = _Baskets(0.0, 0, 0, 0.0)
 
 
-def _baskets(once: pl.DataFrame) -> _Baskets:
+def _basket_statistics(once: pl.DataFrame) -> _Baskets:
     """Return statistics of baskets, from rows without duplicates."""
     sizes = once.drop_nulls("time").group_by("user_id", "time").len().sort("time")
     users = sizes.group_by("user_id", maintain_order=True).agg(
@@ -269,7 +269,7 @@ def _baskets(once: pl.DataFrame) -> _Baskets:
     )
 
 
-def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
+def _count_split_users(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
     """Return the number of users with training and test rows, and with two or more training rows."""
     text = parts.str.strip_chars().str.to_lowercase()
     learned = users.filter(text == "train").value_counts()
@@ -277,7 +277,7 @@ def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
     return int(tested.is_in(learned[users.name].implode()).sum()), int((learned["count"] >= 2).sum())
 
 
-def _tokens(cells: pl.Series) -> float:
+def _mean_tokens(cells: pl.Series) -> float:
     """Estimate the mean number of tokens of a value, about one per 3.2 bytes of UTF-8."""
     return min(as_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
 
@@ -285,7 +285,7 @@ def _tokens(cells: pl.Series) -> float:
 # --------------------------------------------------------------------------- decisions
 
 
-def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str) -> Plan:
+def plan_recipe(events: Events, names: tuple[str, ...], *, whole: bool, backend: str) -> RecipePlan:
     """Return the plan of a recipe for interactions.
 
     Args:
@@ -294,29 +294,29 @@ def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str)
         whole: Whether the table was read whole, so that its statistics are exact.
         backend: The backend.
     """
-    facts, cores = figures(events), 1
+    facts, cores = table_statistics(events), 1
     if facts.rows >= _CORE_ROWS and (facts.history[1] < 5 or facts.rows / facts.items < 5):
         for cores in (5, 3, 1):
-            filtered = figures(events, cores) if cores > 1 else facts
-            if filtered.users >= _CORE_LEFT and filtered.items >= _CORE_LEFT:
+            filtered = table_statistics(events, cores) if cores > 1 else facts
+            if filtered.users >= _MIN_CORE_SIZE and filtered.items >= _MIN_CORE_SIZE:
                 break
         facts = replace(filtered, levels=facts.levels)
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
-    plan = Plan(
-        tasks=_tasks(events, facts, count),
-        split="given" if events.parts is not None else _split(facts),
+    plan = RecipePlan(
+        tasks=_supported_tasks(events, facts, count),
+        split="given" if events.parts is not None else _split_kind(facts),
         core=cores,
-        noun=next((noun for name in names if (noun := noun_of(name))), "items"),
-        scale=_scale(facts.levels) if whole else None,
+        noun=next((noun for name in names if (noun := plural_noun(name))), "items"),
+        scale=_rating_scale(facts.levels) if whole else None,
         candidates=count,
         users=min(100, max(facts.able, 1)) if facts.able else 100,
         arms=("zero-shot", "few-shot", "tuned"),
         steps=120,
         backend=backend,
         facts=facts,
-        encoder=installed_encoder() if facts.with_title > TITLED else None,
+        encoder=installed_encoder() if facts.with_title > MIN_TITLED_SHARE else None,
     )
-    return estimated(plan)
+    return fit_to_budget(plan)
 
 
 def installed_encoder() -> str | None:
@@ -332,11 +332,11 @@ def installed_encoder() -> str | None:
     return _ENCODER
 
 
-def _split(facts: Facts) -> str:
+def _split_kind(facts: TableStatistics) -> str:
     return "last_basket" if facts.tied else "leave_one_out" if facts.able else "global_time"
 
 
-def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
+def _rating_scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
     """Derive the rating scale, such as 1 to 5, from the ratings that occur."""
     if len(levels) < 2:
         return None
@@ -344,14 +344,14 @@ def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
     return (1.0 if low > 1 and high in (5, 10) else low), high
 
 
-def labels(levels: tuple[float, ...]) -> int:
+def count_labels(levels: tuple[float, ...]) -> int:
     """Return the number of ratings that a model can answer, in steps of 1 or 0.5 from the lowest to the highest."""
     low, high = levels[0], levels[-1]
-    step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MOST_LABELS // 2 else 0.5
+    step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MAX_LABELS // 2 else 0.5
     return math.ceil(high / step) - math.floor(low / step) + 1
 
 
-def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, str]]:
+def _supported_tasks(events: Events, facts: TableStatistics, count: int) -> dict[str, tuple[bool, str]]:
     order = f"in order of {events.time}" if events.time else "in row order, since there are no timestamps"
     few = f"{facts.able} of {facts.users} users have 3 or more different items"
     short = "needs users with 4 or more different items: 2 held-out items, 2 training items"
@@ -366,9 +366,9 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
         result["rating"] = (False, "needs a column of ratings")
     elif len(facts.levels) < 2:
         result["rating"] = (False, f"needs ratings with at least 2 values, but {events.rating} has {len(facts.levels)}")
-    elif labels(facts.levels) > _MOST_LABELS:
-        many = labels(facts.levels)
-        result["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, but {events.rating} has {many}")
+    elif count_labels(facts.levels) > _MAX_LABELS:
+        many = count_labels(facts.levels)
+        result["rating"] = (False, f"needs a scale of at most {_MAX_LABELS} steps, but {events.rating} has {many}")
     else:
         low, high = facts.levels[0], facts.levels[-1]
         result["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")
@@ -388,8 +388,8 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
             result["direct"] = result["sequential"] = (False, why)
     if events.texts is None:
         result["explanation"] = (False, "needs a column of texts written by users")
-    elif facts.with_texts < _LEAST_TEXTS:
-        why = f"needs at least {_LEAST_TEXTS} texts, but {events.text} has {facts.with_texts}"
+    elif facts.with_texts < _MIN_TEXTS:
+        why = f"needs at least {_MIN_TEXTS} texts, but {events.text} has {facts.with_texts}"
         result["explanation"] = (False, why)
     else:
         result["explanation"] = (True, f"{facts.with_texts} texts in {events.text}")
@@ -399,34 +399,34 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
 # --------------------------------------------------------------------------- sizes and duration
 
 
-def estimated(plan: Plan) -> Plan:
+def fit_to_budget(plan: RecipePlan) -> RecipePlan:
     """Return a plan with its estimated duration, reduced in size until it fits into `BUDGET_SECONDS`."""
     sizes = ((100, 120, True), (100, 120, False), (60, 100, False), (40, 80, False), (25, 60, False))
     for users, steps, shots in sizes:
         arms = ("zero-shot", "few-shot", "tuned") if shots else ("zero-shot", "tuned")
         plan = replace(plan, users=min(plan.users, users), steps=steps, arms=arms)
-        plan = replace(plan, seconds=_seconds(plan))
+        plan = replace(plan, seconds=_estimate_seconds(plan))
         if sum(plan.seconds.values()) <= BUDGET_SECONDS:
             break
     return plan
 
 
-def shown_history(plan: Plan) -> int:
+def shown_history(plan: RecipePlan) -> int:
     """Return the number of interactions in a prompt for sequential recommendation."""
     return int(max(5, min(20, plan.facts.history[2] - 1)))
 
 
-def window(plan: Plan, *, tokens: float) -> int:
+def training_window(plan: RecipePlan, *, tokens: float) -> int:
     """Return the number of interactions in a training example, limited by its maximum length."""
     return int(max(4, min(30, plan.facts.history[2], (ROW_TOKENS - 60) // tokens)))
 
 
-def answer_tokens(plan: Plan) -> int:
+def answer_tokens(plan: RecipePlan) -> int:
     """Return the maximum number of tokens of an explanation: 30 % more than the mean of the texts."""
     return int(min(80, max(16, 8 * math.ceil(plan.facts.text_tokens * 1.3 / 8))))
 
 
-def _seconds(plan: Plan) -> dict[str, float]:
+def _estimate_seconds(plan: RecipePlan) -> dict[str, float]:
     facts, history = plan.facts, min(plan.facts.history[1], 20)
     title, about = facts.title_tokens, facts.title_tokens + facts.field_tokens + 3
     ask = score = decode = 0.0
@@ -447,6 +447,6 @@ def _seconds(plan: Plan) -> dict[str, float]:
         "training": plan.steps * BATCH_TOKENS / TRAIN_SPEED,
         "evaluation": evaluation,
         # With backend auto, vLLM is used if it is installed.
-        "starts": _START.get(plan.backend, _START["vllm"]) + _OTHER_SECONDS,
+        "starts": _START_SECONDS.get(plan.backend, _START_SECONDS["vllm"]) + _OTHER_SECONDS,
         **({"item texts": facts.items / _ENCODE_SPEED} if plan.encoder else {}),
     }

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.data.cells import write_rows
-from llmrec.data.frames import FOLDER as FRAMES
+from llmrec.data.frames import FRAME_FOLDER as FRAMES
 from llmrec.data.frames import with_frames
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.fingerprint import digest_of
-from llmrec.pipeline.resume import LOCK, locked
+from llmrec.pipeline.resume import LOCK_FILE, lock_folder
 from llmrec.pipeline.run import run
-from llmrec.recipe.load import as_recipe, dump, in_words, recipe_hash
-from llmrec.recipe.pages import flow, value_of
+from llmrec.recipe.load import as_recipe, dump_recipe, format_overrides, recipe_hash
+from llmrec.recipe.pages import format_yaml_value, parse_yaml_value
 from llmrec.recipe.schema import Recipe
-from llmrec.registry import lower
-from llmrec.report.verdicts import wrapped
-from llmrec.report.wording import duration
+from llmrec.registry import is_lower_better
+from llmrec.report.verdicts import wrap_paragraph
+from llmrec.report.wording import format_duration
 from llmrec.start.options import TuneOptions, budget_seconds
 from llmrec.tasks.family import family_of
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 
 # A range is searched on a log scale if its ends differ by at least this factor.
-_DECADE = 10
+_LOG_SCALE_FACTOR = 10
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """The values to search for one key.
 
     Attributes:
@@ -65,12 +65,12 @@ class Space:
     @property
     def log(self) -> bool:
         """Whether the range is searched on a log scale."""
-        return self.low > 0 and self.high / self.low >= _DECADE
+        return self.low > 0 and self.high / self.low >= _LOG_SCALE_FACTOR
 
     def suggest(self, trial: optuna.Trial) -> Json:
         """Return a value suggested by Optuna."""
         if self.values:
-            return self.value(trial.suggest_categorical(self.key, [flow(value) for value in self.values]))
+            return self.value(trial.suggest_categorical(self.key, [format_yaml_value(value) for value in self.values]))
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(self.key, self.low, self.high, log=self.log)
         return trial.suggest_float(self.key, self.low, self.high, log=self.log)
@@ -79,23 +79,23 @@ class Space:
         """Return a value as stored in Optuna's trials; None if it is not in this search space."""
         if self.values:
             # Strings, since Optuna does not accept lists and does not distinguish 1 from True.
-            return flow(value) if value in self.values else None
+            return format_yaml_value(value) if value in self.values else None
         able = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if able else None
 
     def value(self, parameter: Json) -> Json:
         """Return the key's value for a parameter of a trial."""
-        result: Json = value_of(str(parameter), self.key) if self.values else parameter
+        result: Json = parse_yaml_value(str(parameter), self.key) if self.values else parameter
         return result
 
 
-def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
+def parse_spaces(texts: Sequence[str]) -> tuple[SearchSpace, ...]:
     """Parse the values of ``--over``.
 
     Raises:
         RecipeError: If a value is malformed, or a key is given twice.
     """
-    result = tuple(map(_space, texts))
+    result = tuple(map(_parse_space, texts))
     if not result:
         raise RecipeError(
             "nothing to search: give a key and its values, such as --over train.learning_rate=1e-4..1e-3",
@@ -108,7 +108,7 @@ def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
     return result
 
 
-def grid(searched: Sequence[Space]) -> list[dict[str, Json]] | None:
+def grid_points(searched: Sequence[SearchSpace]) -> list[dict[str, Json]] | None:
     """Return all hyperparameter combinations if every search space is a list; otherwise None."""
     if any(not space.values for space in searched):
         return None
@@ -118,33 +118,33 @@ def grid(searched: Sequence[Space]) -> list[dict[str, Json]] | None:
     ]
 
 
-def _space(text: str) -> Space:
+def _parse_space(text: str) -> SearchSpace:
     key, sign, values = text.partition("=")
     key, values = key.strip(), values.strip()
     if not sign or not key or not values:
-        raise _refused(text)
+        raise _malformed_space_error(text)
     low, dots, high = values.partition("..")
     if dots:
-        ends = _number(low, key), _number(high, key)
+        ends = _parse_number(low, key), _parse_number(high, key)
         if ends[0] is None or ends[1] is None or not ends[0] < ends[1]:
-            raise _refused(text)
+            raise _malformed_space_error(text)
         if isinstance(ends[0], int) and isinstance(ends[1], int):
-            return Space(key, (), ends[0], ends[1])
-        return Space(key, (), float(ends[0]), float(ends[1]))
-    listed = value_of(f"[{values}]", key)
+            return SearchSpace(key, (), ends[0], ends[1])
+        return SearchSpace(key, (), float(ends[0]), float(ends[1]))
+    listed = parse_yaml_value(f"[{values}]", key)
     if not isinstance(listed, list) or not listed or any(isinstance(value, dict) for value in listed):
-        raise _refused(text)
+        raise _malformed_space_error(text)
     if any(isinstance(value, list) for value in listed):
-        return Space(key, tuple(listed))
-    return Space(key, tuple(dict.fromkeys(map(_number_or, listed))))
+        return SearchSpace(key, tuple(listed))
+    return SearchSpace(key, tuple(dict.fromkeys(map(_number_or_value, listed))))
 
 
-def _number(text: str, key: str) -> int | float | None:
-    result = _number_or(value_of(text, key))
+def _parse_number(text: str, key: str) -> int | float | None:
+    result = _number_or_value(parse_yaml_value(text, key))
     return result if isinstance(result, int | float) and not isinstance(result, bool) else None
 
 
-def _number_or(value: Json) -> Json:
+def _number_or_value(value: Json) -> Json:
     """Convert a number that YAML reads as a string, such as 1e-4."""
     if not isinstance(value, str):
         return value
@@ -154,7 +154,7 @@ def _number_or(value: Json) -> Json:
         return value
 
 
-def _refused(text: str) -> RecipeError:
+def _malformed_space_error(text: str) -> RecipeError:
     return RecipeError(
         f"--over {text!r} is not of the form KEY=LOW..HIGH or KEY=A,B,C, such as train.learning_rate=1e-4..1e-3",
         kind="bad-value",
@@ -165,12 +165,12 @@ def _refused(text: str) -> RecipeError:
 log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
-_OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK})
+_OWN_FILES = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK_FILE})
 # Subfolders of a trial that contain weights.
-_HEAVY = ("merged", "checkpoints", "base", "best", "adapter")
+_WEIGHT_FOLDERS = ("merged", "checkpoints", "base", "best", "adapter")
 # The search ends after this number of failures without a success.
-_HOPELESS = 3
-_SOURCE = "llmrec"
+_MAX_INITIAL_FAILURES = 3
+_STUDY_NAME = "llmrec"
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,14 +203,14 @@ class TuneResult(Displayed):
             "of the unchanged recipe": "" if self.first is None else f"{self.first:.4f}",
             "trials": f"{self.trials}, {self.failed} of them failed" if self.failed else str(self.trials),
             "recipe": str(self.recipe),
-            "time": duration(self.seconds),
+            "time": format_duration(self.seconds),
         }
         values = [(key, str(value)) for key, value in self.chosen.items()]
         known = {name: text for name, text in facts.items() if text}
         return Summary("Best recipe found by llmrec.tune", known, ("key", "value"), values)
 
 
-def search(
+def search_hyperparameters(
     options: TuneOptions,
     say: Callable[[str], None] = log.info,
     *,
@@ -239,19 +239,19 @@ def search(
     require("optuna", "tune")
     began = time.monotonic()
     budget = budget_seconds(options.budget, "--budget")
-    result = spaces(options.over)
+    result = parse_spaces(options.over)
     page: Recipe | str = recipe or options.recipe
     base = as_recipe(page, options.overrides)
     for space in result:
-        as_recipe(page, [*options.overrides, *in_words({space.key: space.start})])
-    family, metric = _metric(base, options.metric)
+        as_recipe(page, [*options.overrides, *format_overrides({space.key: space.start})])
+    family, metric = _select_metric(base, options.metric)
     out = options.out or Path("runs") / f"{base.name}-tune"
-    with locked(out, _OWN.__contains__):
+    with lock_folder(out, _OWN_FILES.__contains__):
         if data is not None or items is not None:
             page = with_frames(as_recipe(page), out, data, items)
             base = as_recipe(page, options.overrides)
-        study = _study(out, base, result, f"{family}/{metric}")
-        _resume(study, result, base)
+        study = _open_study(out, base, result, f"{family}/{metric}")
+        _resume_study(study, result, base)
         search = _Search(options, page, out, result, family, metric, say)
         while (reason := search.over(study, began, budget)) is None:
             search.trial(study)
@@ -259,20 +259,20 @@ def search(
         return search.written(study, base, time.monotonic() - began)
 
 
-def summary(result: TuneResult) -> str:
+def format_summary(result: TuneResult) -> str:
     """Return the result as text to print."""
-    values = ", ".join(in_words(result.chosen))
+    values = ", ".join(format_overrides(result.chosen))
     first = "" if result.first is None else f"; unchanged recipe: {result.first:.4f}"
     broken = f", {result.failed} of them failed" if result.failed else ""
     verdict = (
         f"best of {result.trials} trials{broken}: {result.metric} {result.best:.4f} on validation users with {values}"
         f"{first}"
     )
-    last = f"{duration(result.seconds)}. Its recipe, with the test split again: llmrec run {result.recipe}"
-    return "\n".join([*wrapped(verdict), last])
+    last = f"{format_duration(result.seconds)}. Its recipe, with the test split again: llmrec run {result.recipe}"
+    return "\n".join([*wrap_paragraph(verdict), last])
 
 
-def _metric(recipe: Recipe, requested: str | None) -> tuple[str, str]:
+def _select_metric(recipe: Recipe, requested: str | None) -> tuple[str, str]:
     families = recipe.tasks.present()
     family, _, metric = (requested or next(iter(families))).partition("/")
     if family not in families:
@@ -284,17 +284,17 @@ def _metric(recipe: Recipe, requested: str | None) -> tuple[str, str]:
     return family, metric or family_of(family).headline_at(recipe.eval.cutoffs)
 
 
-def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> optuna.Study:
+def _open_study(out: Path, base: Recipe, searched: Sequence[SearchSpace], metric: str) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        study_name=_SOURCE,
+        study_name=_STUDY_NAME,
         storage=JournalStorage(JournalFileBackend(str(out / _JOURNAL))),
         sampler=optuna.samplers.TPESampler(seed=base.seed),
-        direction="minimize" if lower(metric.partition("/")[2]) else "maximize",
+        direction="minimize" if is_lower_better(metric.partition("/")[2]) else "maximize",
         load_if_exists=True,
     )
     mark = digest_of(recipe=recipe_hash(base), spaces=[repr(space) for space in searched], metric=metric)
@@ -312,7 +312,7 @@ def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> o
     return study
 
 
-def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> None:
+def _resume_study(study: optuna.Study, searched: Sequence[SearchSpace], base: Recipe) -> None:
     """Resume an interrupted search, or start a new one with the recipe's own values."""
     from optuna.trial import TrialState
 
@@ -321,14 +321,16 @@ def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> Non
         study.enqueue_trial(trial.params, user_attrs={"again": True})
     if study.trials:
         return
-    initial = {space.key: space.parameter(_at(base, space.key)) for space in searched}
+    initial = {space.key: space.parameter(_recipe_value(base, space.key)) for space in searched}
     known = [] if None in initial.values() else [initial]
-    points = [{space.key: space.parameter(point[space.key]) for space in searched} for point in grid(searched) or ()]
+    points = [
+        {space.key: space.parameter(point[space.key]) for space in searched} for point in grid_points(searched) or ()
+    ]
     for point in [*known, *(point for point in points if point not in known)]:
         study.enqueue_trial(point)
 
 
-def _at(recipe: Recipe, key: str) -> Json:
+def _recipe_value(recipe: Recipe, key: str) -> Json:
     value: Any = recipe.model_dump(mode="json")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -341,7 +343,7 @@ class _Search:
     options: TuneOptions
     page: Recipe | str
     out: Path
-    spaces: tuple[Space, ...]
+    spaces: tuple[SearchSpace, ...]
     family: str
     metric: str
     say: Callable[[str], None]
@@ -355,15 +357,15 @@ class _Search:
         waiting = study.get_trials(states=(TrialState.WAITING,))
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         broken = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
-        if len(broken) >= _HOPELESS and not complete:
+        if len(broken) >= _MAX_INITIAL_FAILURES and not complete:
             raise LlmrecError(f"the first {len(broken)} trials failed, the last with: {broken[-1]}", kind="failed")
         if self.options.trials is not None and len(complete) + len(broken) >= self.options.trials:
             return f"{self.options.trials} trials are done"
-        if grid(self.spaces) is not None and trials and not waiting:
+        if grid_points(self.spaces) is not None and trials and not waiting:
             return "all settings were tried"
         spent = time.monotonic() - began
         if complete and spent + max(seconds, default=0.0) > budget:
-            return f"another trial would exceed the budget ({duration(spent)} of {duration(budget)} used)"
+            return f"another trial would exceed the budget ({format_duration(spent)} of {format_duration(budget)} used)"
         return None
 
     def trial(self, study: optuna.Study) -> None:
@@ -372,10 +374,10 @@ class _Search:
 
         trial = study.ask()
         point = {space.key: space.suggest(trial) for space in self.spaces}
-        shown = ", ".join(in_words(point))
+        shown = ", ".join(format_overrides(point))
         begin = time.monotonic()
         try:
-            value, question = self._value(point)
+            value, question = self._evaluate(point)
         except LlmrecError as error:
             if error.column == "--metric":
                 raise
@@ -388,7 +390,7 @@ class _Search:
         study.tell(trial, value)
         self.say(
             f"trial {trial.number}: {shown}: {self.family}/{self.metric} {value:.4f} in "
-            f"{duration(time.monotonic() - begin)}; best {study.best_value:.4f}"
+            f"{format_duration(time.monotonic() - begin)}; best {study.best_value:.4f}"
         )
         self._tidy(self._folder(study.best_params))
 
@@ -403,21 +405,22 @@ class _Search:
                 f"no trial succeeded; the last failed with: {failed[-1].user_attrs['error']}", kind="failed"
             )
         best = study.best_trial
-        chosen = self._point(best.params)
-        recipe = as_recipe(self.page, [*self.options.overrides, *in_words(chosen)])
+        chosen = self._values_by_key(best.params)
+        recipe = as_recipe(self.page, [*self.options.overrides, *format_overrides(chosen)])
         head = (
             f"# The best of {len(complete)} trials of `llmrec tune`: {self.family}/{self.metric} {best.value:.4f} on "
             "validation users.\n"
         )
-        write_text(self.out / _BEST, head + dump(recipe))
+        write_text(self.out / _BEST, head + dump_recipe(recipe))
         rows = [
-            {"trial": trial.number, **self._point(trial.params), "value": trial.value, **trial.user_attrs}
+            {"trial": trial.number, **self._values_by_key(trial.params), "value": trial.value, **trial.user_attrs}
             for trial in sorted([*complete, *failed], key=lambda trial: trial.number)
         ]
         write_text(
-            self.out / _TABLE, _csv(rows, ["trial", *(space.key for space in self.spaces), "value", "seconds", "error"])
+            self.out / _TABLE,
+            _format_csv(rows, ["trial", *(space.key for space in self.spaces), "value", "seconds", "error"]),
         )
-        initial = {space.key: space.parameter(_at(base, space.key)) for space in self.spaces}
+        initial = {space.key: space.parameter(_recipe_value(base, space.key)) for space in self.spaces}
         first = next((trial.value for trial in complete if trial.params == initial), None)
         record = {
             "kind": "tune",
@@ -456,13 +459,13 @@ class _Search:
                 column="--over",
             )
 
-    def _value(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
+    def _evaluate(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
         """Evaluate hyperparameters on validation users, by the best result of the task.
 
         Returns:
             The figure, and a description of the question that was evaluated.
         """
-        overrides = [*self.options.overrides, *in_words(point), "eval.split=valid"]
+        overrides = [*self.options.overrides, *format_overrides(point), "eval.split=valid"]
         recipe = as_recipe(self.page, overrides)
         if "tuned" in recipe.eval.arms:
             recipe = as_recipe(self.page, [*overrides, "eval.arms=[tuned]"])
@@ -478,7 +481,9 @@ class _Search:
                 kind="unknown-name",
                 column="--metric",
             )
-        best = (min if lower(self.metric) else max)(known, key=lambda row: row["metrics"][self.metric]["value"])
+        best = (min if is_lower_better(self.metric) else max)(
+            known, key=lambda row: row["metrics"][self.metric]["value"]
+        )
         data = result.results["data"][result.results["tables"][self.family]]
         return float(best["metrics"][self.metric]["value"]), {
             "split": data["split_fingerprint"],
@@ -494,15 +499,15 @@ class _Search:
         """Remove the weights of all trials but the best."""
         for folder in (self.out / _TRIALS).iterdir():
             if folder != best and folder.is_dir() and not folder.is_symlink():
-                for name in _HEAVY:
+                for name in _WEIGHT_FOLDERS:
                     if (folder / name).is_dir() and not (folder / name).is_symlink():
                         shutil.rmtree(folder / name)
 
-    def _point(self, params: Mapping[str, Any]) -> dict[str, Json]:
+    def _values_by_key(self, params: Mapping[str, Any]) -> dict[str, Json]:
         return {space.key: space.value(params[space.key]) for space in self.spaces}
 
 
-def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def _format_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     text = io.StringIO()
     write_rows(text, columns, ([row.get(name) for name in columns] for row in rows))
     return text.getvalue()

@@ -7,6 +7,7 @@ and the keys of the recipe's ``eval`` that it accepts, and implements `llmrec.st
   which also has the shortest example
 - its entry in ``STRATEGIES`` of `llmrec.registry`: the families that it answers, the keys of ``eval`` that it accepts
   (a new key is a field of `llmrec.recipe.schema.EvalSection`), and whether its answer depends on the order of
-  candidates; `llmrec.tasks.direct.fits` decides which templates of the direct family are compatible with it
+  candidates; `llmrec.tasks.direct.is_strategy_supported` decides which templates of the direct family are compatible
+  with it
 - its number of questions in `llmrec.strategies.counting`, if it scores labels, and its row in docs/ranking-methods.md
 """

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from llmrec.errors import BackendError, RecipeError
-from llmrec.registry import STRATEGIES, is_plugin, lookup
+from llmrec.registry import STRATEGIES, import_component, is_plugin
 from llmrec.tasks.task import Task, Want
 from llmrec.types import (
     Answer,
@@ -29,10 +29,10 @@ from llmrec.types import (
 )
 
 # Prompts per call of a strategy with many prompts per request.
-_CHUNK = 512
+_PROMPTS_PER_CALL = 512
 
 
-def _silent(done: int) -> None:
+def _ignore_progress(done: int) -> None:
     """Report no progress."""
 
 
@@ -56,7 +56,7 @@ class Prompting:
     shots: int = 0
     batch: int = 64
     want: Want = "one"
-    advance: Callable[[int], None] = field(default=_silent)
+    advance: Callable[[int], None] = field(default=_ignore_progress)
 
     def needs(self, capability: Capability) -> None:
         """Raise an error if the backend lacks a capability, before the first request.
@@ -107,7 +107,7 @@ class BaseStrategy:
         self.engine = f"{asker.backend.name}:generate" if self.verb == "generate" else ""
 
 
-def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
+def create_strategy(name: str, asker: Prompting, **options: object) -> Strategy:
     """Return a strategy by name.
 
     Args:
@@ -119,7 +119,7 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
         RecipeError: If the strategy is unknown, or a plug-in rejects these arguments or lacks an attribute of a
             strategy.
     """
-    factory = lookup(STRATEGIES, name, "strategy")
+    factory = import_component(STRATEGIES, name, "strategy")
     if not is_plugin(STRATEGIES, name):
         result: Strategy = factory(asker, **options)
         return result
@@ -153,7 +153,7 @@ class MultiPromptStrategy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredRequest:
     """A request with the scores of its continuations."""
 
     request: Request
@@ -162,7 +162,7 @@ class Scored:
     prompt_hash: str
 
 
-def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None) -> Iterator[Scored]:
+def scored_requests(asker: Prompting, requests: Sequence[Request], *, closed: bool | None) -> Iterator[ScoredRequest]:
     """Yield every request with the scores of its continuations, in order.
 
     ``closed`` as in `Backend.score`; None scores labels: open, unless one label is a prefix of another (``1`` and
@@ -170,10 +170,10 @@ def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None
     """
     for part, prompts in asker.batches(requests):
         texts = [asker.task.continuations(request, template=asker.template) for request in part]
-        closing = any(is_nested(labels) for labels in set(texts)) if closed is None else closed
+        closing = any(has_nested_labels(labels) for labels in set(texts)) if closed is None else closed
         result = asker.backend.score(prompts, texts, closed=closing)
         for request, prompt, candidates, scores in zip(part, prompts, texts, result, strict=True):
-            yield Scored(request, candidates, scores, prompt_hash(prompt))
+            yield ScoredRequest(request, candidates, scores, prompt_hash(prompt))
 
 
 def score_in_chunks(
@@ -181,19 +181,19 @@ def score_in_chunks(
 ) -> list[Scores]:
     """Score prompts in chunks of a few hundred, so that an interruption loses at most one chunk."""
     results: list[Scores] = []
-    for start in range(0, len(prompts), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(prompts), _PROMPTS_PER_CALL):
+        part = slice(start, start + _PROMPTS_PER_CALL)
         results += backend.score(prompts[part], texts[part], closed=closed)
     return results
 
 
-def is_nested(labels: tuple[str, ...]) -> bool:
+def has_nested_labels(labels: tuple[str, ...]) -> bool:
     """Whether one label is a prefix of another, so that labels must be scored with their end."""
     ordered = sorted(labels)
     return any(after.startswith(before) for before, after in pairwise(ordered) if after != before)
 
 
-def generated(
+def generate_answers(
     asker: Prompting,
     requests: Sequence[Request],
     *,

@@ -44,7 +44,7 @@ class CatalogueRanker:
         """
         asker.needs("search")
         self.asker, self._beams, self._exact = asker, beams, exact
-        self._apart = apart or ((lambda request: frozenset()) if seen else _history)
+        self._apart = apart or ((lambda request: frozenset()) if seen else _history_items)
         self.engine = ""
         self._texts: tuple[str, ...] = ()
         self._groups: list[list[str]] = []
@@ -59,7 +59,7 @@ class CatalogueRanker:
         answers: list[Answer] = []
         for part, prompts in self.asker.batches(requests):
             for request in part:
-                _refuse_candidates(request)
+                _check_no_candidates(request)
             if not self._texts:
                 self._write(part[0])
             result = self.asker.backend.search(
@@ -114,11 +114,11 @@ class CatalogueRanker:
         )
 
 
-def _history(request: Request) -> frozenset[str]:
+def _history_items(request: Request) -> frozenset[str]:
     return frozenset(event.item_id for event in request.history)
 
 
-def _refuse_candidates(request: Request) -> None:
+def _check_no_candidates(request: Request) -> None:
     if request.candidates is not None:
         raise LlmrecError(
             f"request {request.id}: the strategy 'search' ranks the whole catalogue, but this request has candidates; "
@@ -150,18 +150,18 @@ class SearchedCatalogue:
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return probabilities of all items, shape (n, items); see `CatalogueScorer.scores`."""
-        missing = [request for request in requests if _key(request) not in self._known]
+        missing = [request for request in requests if _request_key(request) not in self._known]
         for request, answer in zip(missing, self._ranker.answer(missing), strict=True):
             assert isinstance(answer, Ranking)  # a search always has a result
             columns = np.array([self._column[item] for item in answer.items], dtype=np.int32)
-            self._known[_key(request)] = columns, np.array(answer.scores, dtype=np.float32)
+            self._known[_request_key(request)] = columns, np.array(answer.scores, dtype=np.float32)
         result = np.zeros((len(requests), len(self.items)))
         for row, request in enumerate(requests):
-            columns, logprobs = self._known[_key(request)]
+            columns, logprobs = self._known[_request_key(request)]
             result[row, columns] = np.exp(logprobs, dtype=np.float64)
         return result
 
 
-def _key(request: Request) -> tuple[str, int]:
+def _request_key(request: Request) -> tuple[str, int]:
     """Return an id for a request that is unique even if a user has several requests."""
     return request.id, len(request.history)

@@ -11,7 +11,7 @@ from llmrec.tasks.task import Want
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class PromptCount:
     """The number of prompts for one request.
 
     Attributes:
@@ -25,7 +25,7 @@ class Count:
     want: Want = "one"
 
 
-def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count | None:
+def count_prompts(strategy: str, candidates: int, section: EvalSection) -> PromptCount | None:
     """Return the number of scored prompts for one request.
 
     Args:
@@ -40,33 +40,33 @@ def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count 
     return result(candidates, section) if result is not None else None
 
 
-def _label(n: int, section: EvalSection) -> Count:
-    return Count(section.permutations, n)
+def _label(n: int, section: EvalSection) -> PromptCount:
+    return PromptCount(section.permutations, n)
 
 
-def _permutation(n: int, section: EvalSection) -> Count:
-    return Count(section.permutations * min(section.depth, n - 1), n, "ranking")
+def _permutation(n: int, section: EvalSection) -> PromptCount:
+    return PromptCount(section.permutations * min(section.depth, n - 1), n, "ranking")
 
 
-def _window(n: int, section: EvalSection) -> Count:
+def _window(n: int, section: EvalSection) -> PromptCount:
     windows = sum(1 for _ in window_bounds(n, section.window, section.window_step))
-    return Count(section.permutations * windows, min(n, section.window))
+    return PromptCount(section.permutations * windows, min(n, section.window))
 
 
-def _pairwise(n: int, section: EvalSection) -> Count:
+def _pairwise(n: int, section: EvalSection) -> PromptCount:
     if n <= section.all_pairs:
-        return Count(n * (n - 1), min(n, 2))
-    return Count(2 * sum(n - 1 - front for front in range(min(section.depth, n - 1))), min(n, 2))
+        return PromptCount(n * (n - 1), min(n, 2))
+    return PromptCount(2 * sum(n - 1 - front for front in range(min(section.depth, n - 1))), min(n, 2))
 
 
-def _setwise(n: int, section: EvalSection) -> Count:
+def _setwise(n: int, section: EvalSection) -> PromptCount:
     children = section.set_size - 1
-    built = sum(_levels(node, n, children) for node in range(-(-(n - 1) // children)))
-    count = sum(_levels(0, n - position, children) for position in range(1, min(section.depth, n)))
-    return Count(section.permutations * (built + count), min(n, section.set_size))
+    built = sum(_heap_levels_below(node, n, children) for node in range(-(-(n - 1) // children)))
+    count = sum(_heap_levels_below(0, n - position, children) for position in range(1, min(section.depth, n)))
+    return PromptCount(section.permutations * (built + count), min(n, section.set_size))
 
 
-def _levels(node: int, size: int, children: int) -> int:
+def _heap_levels_below(node: int, size: int, children: int) -> int:
     """Return the number of heap levels below a node."""
     levels = 0
     while (node := node * children + 1) < size:
@@ -74,11 +74,11 @@ def _levels(node: int, size: int, children: int) -> int:
     return levels
 
 
-def _yes(n: int, section: EvalSection) -> Count:
-    return Count(n, 1, "yes")
+def _yes(n: int, section: EvalSection) -> PromptCount:
+    return PromptCount(n, 1, "yes")
 
 
-_COUNTS: Mapping[str, Callable[[int, EvalSection], Count]] = {
+_COUNTS: Mapping[str, Callable[[int, EvalSection], PromptCount]] = {
     "label": _label,
     "permutation": _permutation,
     "window": _window,

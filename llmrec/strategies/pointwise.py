@@ -7,12 +7,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmrec.strategies.asking import BaseStrategy, Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
-from llmrec.strategies.rounds import by_score, candidates_of, joint_hash
+from llmrec.strategies.asking import (
+    BaseStrategy,
+    Prompting,
+    ScoredRequest,
+    cost_of,
+    prompt_hash,
+    score_in_chunks,
+    scored_requests,
+)
+from llmrec.strategies.rounds import joint_hash, required_candidates, sort_by_score
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 # Titles per user-independent prompt, because the cost of a forward pass over a tree of titles is quadratic.
-_PRIORS = 64
+_TITLES_PER_PROMPT = 64
 _NO_USER = Request(id="prior", user_id="")
 
 
@@ -28,9 +36,9 @@ class LikelihoodRanker(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for result in scored(self.asker, requests, closed=True):
+        for result in scored_requests(self.asker, requests, closed=True):
             self.engine = result.scores.engine
-            answers.append(ranked(result))
+            answers.append(sorted_ranking(result))
         return answers
 
 
@@ -54,8 +62,8 @@ class PriorRanker(BaseStrategy):
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            results = list(scored(self.asker, part, closed=True))
-            texts = [self._bare(item.request) for item in results]
+            results = list(scored_requests(self.asker, part, closed=True))
+            texts = [self._texts_without_user(item.request) for item in results]
             extra = self._learn(sorted({text for group in texts for text in group} - self._priors.keys()))
             for item, group in zip(results, texts, strict=True):
                 self.engine = item.scores.engine
@@ -63,20 +71,20 @@ class PriorRanker(BaseStrategy):
                     score - self._weight * self._priors[text]
                     for score, text in zip(item.scores.logprobs, group, strict=True)
                 )
-                plain = ranked(replace(item, scores=replace(item.scores, logprobs=less)))
+                plain = sorted_ranking(replace(item, scores=replace(item.scores, logprobs=less)))
                 # Requests share priors, whose cost is assigned to the first request that needs them.
                 answers.append(replace(plain, cost=plain.cost + extra))
                 extra = Cost()
         return answers
 
-    def _bare(self, request: Request) -> tuple[str, ...]:
+    def _texts_without_user(self, request: Request) -> tuple[str, ...]:
         """Return the candidate titles as texts that follow the prompt without a user."""
         return self.asker.task.continuations(
-            replace(_NO_USER, candidates=candidates_of(request)), template=self.asker.template
+            replace(_NO_USER, candidates=required_candidates(request)), template=self.asker.template
         )
 
     def _learn(self, texts: Sequence[str]) -> Cost:
-        slices = [texts[start : start + _PRIORS] for start in range(0, len(texts), _PRIORS)]
+        slices = [texts[start : start + _TITLES_PER_PROMPT] for start in range(0, len(texts), _TITLES_PER_PROMPT)]
         prompt = self.asker.task.prompt(_NO_USER, template=self.asker.template, shots=self.asker.shots)
         scores = score_in_chunks(self.asker.backend, [prompt] * len(slices), slices, closed=True)
         for part, item in zip(slices, scores, strict=True):
@@ -104,13 +112,13 @@ class YesRanker(BaseStrategy):
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first prompt for a request."""
-        return self._ask(request, candidates_of(request)[0])
+        return self._yes_prompt(request, required_candidates(request)[0])
 
-    def _ask(self, request: Request, item: str) -> Prompt:
+    def _yes_prompt(self, request: Request, item: str) -> Prompt:
         return replace(self.asker, want="yes").prompt(replace(request, candidates=(item,)))
 
     def _rank(self, part: Sequence[Request]) -> list[Answer]:
-        prompts = [self._ask(request, item) for request in part for item in candidates_of(request)]
+        prompts = [self._yes_prompt(request, item) for request in part for item in required_candidates(request)]
         yes, no = self.asker.task.words(self.asker.template).spellings()
         texts = [yes + no] * len(prompts)
         result = score_in_chunks(self.asker.backend, prompts, texts, closed=False)
@@ -119,12 +127,12 @@ class YesRanker(BaseStrategy):
         for request in part:
             text: dict[str, float] = {}
             hashes, cost = [], Cost()
-            for item, (digest, scores) in zip(candidates_of(request), odds, strict=False):
+            for item, (digest, scores) in zip(required_candidates(request), odds, strict=False):
                 self.engine = scores.engine
-                text[item] = yes_over_no(scores.logprobs, len(yes))
+                text[item] = yes_log_odds(scores.logprobs, len(yes))
                 hashes.append(digest)
                 cost += cost_of(scores)
-            order = by_score(text)
+            order = sort_by_score(text)
             answers.append(
                 Ranking(
                     request_id=request.id,
@@ -137,19 +145,19 @@ class YesRanker(BaseStrategy):
         return answers
 
 
-def yes_over_no(logprobs: Sequence[float], spelt: int) -> float:
+def yes_log_odds(logprobs: Sequence[float], spelt: int) -> float:
     """Return log P(yes) - log P(no), given the log-probabilities of all spellings of yes, then of no."""
     logs = np.array(logprobs, dtype=np.float64)
     return float(np.logaddexp.reduce(logs[:spelt]) - np.logaddexp.reduce(logs[spelt:]))
 
 
-def ranked(result: Scored) -> Ranking:
+def sorted_ranking(result: ScoredRequest) -> Ranking:
     """Return the candidates sorted by score; equal scores keep the stored order and are ties.
 
     Raises:
         LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
     """
-    items, scores = candidates_of(result.request), result.scores
+    items, scores = required_candidates(result.request), result.scores
     order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])
     return Ranking(
         request_id=result.request.id,

@@ -57,7 +57,7 @@ class TwoStepRanker:
             profiles = self._profiles(part)
             self._profiled |= {id(request): (request, text) for request, (text, _) in zip(part, profiles, strict=True)}
             second = self._second.answer(
-                [_with(request, text) for request, (text, _) in zip(part, profiles, strict=True)]
+                [_with_profile(request, text) for request, (text, _) in zip(part, profiles, strict=True)]
             )
             for (text, cost), answer in zip(profiles, second, strict=True):
                 assert isinstance(answer, Ranking)
@@ -67,7 +67,7 @@ class TwoStepRanker:
     def first_prompt(self, request: Request) -> Prompt:
         """Return the prompt of the second step, with the profile generated for this request."""
         _, text = self._profiled.get(id(request), (request, None))
-        return self._second.first_prompt(_with(request, text))
+        return self._second.first_prompt(_with_profile(request, text))
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
         """Return the generated profile of each request and its cost."""
@@ -82,5 +82,5 @@ class TwoStepRanker:
         return profiles
 
 
-def _with(request: Request, profile: str | None) -> Request:
+def _with_profile(request: Request, profile: str | None) -> Request:
     return replace(request, context={**request.context, "profile": profile}) if profile else request

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrec.errors import BackendError, LlmrecError
-from llmrec.strategies.asking import BaseStrategy, Prompting, cost_of, generated, prompt_hash, scored
-from llmrec.tasks.rating import expected
+from llmrec.strategies.asking import BaseStrategy, Prompting, cost_of, generate_answers, prompt_hash, scored_requests
+from llmrec.tasks.rating import expected_rating
 from llmrec.types import Answer, Case, Cost, HeadBackend, Predictor, Probability, Rating, Request, Text
 
 _NUMBER_TOKENS = 8
@@ -28,12 +28,12 @@ class ExpectedRater(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate the item of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for result in scored(self.asker, requests, closed=None):
+        for result in scored_requests(self.asker, requests, closed=None):
             self.engine = result.scores.engine
             answers.append(
                 Rating(
                     request_id=result.request.id,
-                    value=expected([float(text) for text in result.texts], result.scores.logprobs),
+                    value=expected_rating([float(text) for text in result.texts], result.scores.logprobs),
                     prompt_hash=result.prompt_hash,
                     cost=Cost(prompt_tokens=result.scores.prompt_tokens, completion_tokens=1, forwards=1),
                 )
@@ -50,7 +50,7 @@ class ParsedRater(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate the item of every request; see `Predictor.answer`."""
         reason = "no number on the rating scale in the answer"
-        return generated(self.asker, requests, max_tokens=_NUMBER_TOKENS, answer_type=Rating, reason=reason)
+        return generate_answers(self.asker, requests, max_tokens=_NUMBER_TOKENS, answer_type=Rating, reason=reason)
 
 
 class HeadRater:
@@ -111,12 +111,12 @@ class YesNoJudge(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer yes or no about the item of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for result in scored(self.asker, requests, closed=None):
+        for result in scored_requests(self.asker, requests, closed=None):
             self.engine = result.scores.engine
             answers.append(
                 Probability(
                     request_id=result.request.id,
-                    value=expected((1.0, 0.0), result.scores.logprobs),
+                    value=expected_rating((1.0, 0.0), result.scores.logprobs),
                     prompt_hash=result.prompt_hash,
                     cost=cost_of(result.scores),
                 )
@@ -136,7 +136,7 @@ class ParsedYesNoJudge(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer yes or no about the item of every request; see `Predictor.answer`."""
         reason = "neither a yes nor a no at the beginning of the answer"
-        return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, answer_type=Probability, reason=reason)
+        return generate_answers(self.asker, requests, max_tokens=_ANSWER_TOKENS, answer_type=Probability, reason=reason)
 
 
 # --------------------------------------------------------------------------- calibration
@@ -158,7 +158,7 @@ class CalibrationCurve:
         return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
-class Calibrated:
+class CalibratedPredictor:
     """A yes/no predictor whose probabilities are calibrated on validation cases (Platt, 1999).
 
     Args:
@@ -233,4 +233,6 @@ class TextGenerator(BaseStrategy):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Generate a text for every request; see `Predictor.answer`."""
-        return generated(self.asker, requests, max_tokens=self._max_tokens, answer_type=Text, reason="empty answer")
+        return generate_answers(
+            self.asker, requests, max_tokens=self._max_tokens, answer_type=Text, reason="empty answer"
+        )

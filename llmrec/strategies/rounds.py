@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.asking import Prompting, cost_of, generated, is_nested, prompt_hash, score_in_chunks
+from llmrec.strategies.asking import (
+    Prompting,
+    cost_of,
+    generate_answers,
+    has_nested_labels,
+    prompt_hash,
+    score_in_chunks,
+)
 from llmrec.tasks.base import seeded_random
 from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.task import Want
@@ -42,7 +49,7 @@ ItemScores = Mapping[str, float]
 """Item -> log-probability of its label, in nats, for each queried item in the order shown."""
 Order = Sequence[tuple[str, float]]
 """Items with scores, best first."""
-Steps = Generator[list[ChoiceQuestion], list[ItemScores], Order]
+QuestionGenerator = Generator[list[ChoiceQuestion], list[ItemScores], Order]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class _RankingState:
     """The state of the ranking of one request."""
 
     request: Request
-    steps: Steps
+    steps: QuestionGenerator
     waiting: list[ChoiceQuestion] = field(default_factory=list)
     order: Order | None = None
     cost: Cost = field(default_factory=Cost)
@@ -90,7 +97,7 @@ class Rounds:
         self,
         name: str,
         asker: Prompting,
-        steps: Callable[[Request], Steps],
+        steps: Callable[[Request], QuestionGenerator],
         *,
         want: Want = "one",
         permutations: int = 1,
@@ -124,15 +131,19 @@ class Rounds:
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first prompt for a request, for reports."""
         questions = next(self._steps(request), None)
-        return self._pose(request, questions[0] if questions else ChoiceQuestion(candidates_of(request))).prompt
+        return self._render_question(
+            request, questions[0] if questions else ChoiceQuestion(required_candidates(request))
+        ).prompt
 
     def _round(self, games: Sequence[_RankingState]) -> None:
         """Score the pending prompts of all requests in one batch, and continue each request with its result."""
         pending = [
-            (game, question, self._orders(game.request, question)) for game in games for question in game.waiting
+            (game, question, self._question_orders(game.request, question))
+            for game in games
+            for question in game.waiting
         ]
-        posed = [(game, self._pose(game.request, order)) for game, _, orders in pending for order in orders]
-        biases = {size: self._bias_of(size) for size in {len(question.shown) for _, question, _ in pending}}
+        posed = [(game, self._render_question(game.request, order)) for game, _, orders in pending for order in orders]
+        biases = {size: self._position_bias(size) for size in {len(question.shown) for _, question, _ in pending}}
         result = iter(self._score([entry for _, entry in posed]))
         for game, entry in posed:
             game.hashes.append(prompt_hash(entry.prompt))
@@ -144,13 +155,13 @@ class Rounds:
                 self.engine = scores.engine
                 game.cost += cost_of(scores)
                 bias = dict(zip(order.shown, biases[len(order.shown)].tolist(), strict=True))
-                for item, logprob in zip(_left(order), scores.logprobs, strict=True):
+                for item, logprob in zip(_remaining_items(order), scores.logprobs, strict=True):
                     sums[item] += (logprob - bias[item]) / len(orders)
             replies[id(game)].append(sums)
         for game in games:
             game.go(replies[id(game)])
 
-    def _orders(self, request: Request, question: ChoiceQuestion) -> list[ChoiceQuestion]:
+    def _question_orders(self, request: Request, question: ChoiceQuestion) -> list[ChoiceQuestion]:
         """Return a question with its items in several orders."""
         orders = [question]
         for number in range(1, self._permutations):
@@ -159,12 +170,12 @@ class Rounds:
             orders.append(ChoiceQuestion(tuple(shown), question.given))
         return orders
 
-    def _pose(self, request: Request, question: ChoiceQuestion) -> _RenderedQuestion:
+    def _render_question(self, request: Request, question: ChoiceQuestion) -> _RenderedQuestion:
         shown = replace(request, candidates=question.shown)
         asker, task = self.asker, self.asker.task
         prompt = task.prompt(shown, template=asker.template, shots=asker.shots, want=self._want)
         labels = dict(zip(question.shown, task.continuations(shown, template=asker.template), strict=True))
-        items = _left(question)
+        items = _remaining_items(question)
         if not question.given:
             return _RenderedQuestion(prompt, items, tuple(labels[item] for item in items))
         # The comma ends the given part and the space begins the next label, with the same tokens as in a list. So
@@ -175,10 +186,10 @@ class Rounds:
 
     def _score(self, posed: Sequence[_RenderedQuestion]) -> list[Scores]:
         texts = [item.texts for item in posed]
-        closed = any(is_nested(labels) for labels in set(texts))
+        closed = any(has_nested_labels(labels) for labels in set(texts))
         return score_in_chunks(self.asker.backend, [item.prompt for item in posed], texts, closed=closed)
 
-    def _bias_of(self, size: int) -> NDArray[np.float64]:
+    def _position_bias(self, size: int) -> NDArray[np.float64]:
         """Return the bias of each of ``size`` positions, in nats with mean 0, shape (size,).
 
         It is the mean over the training questions of a position's label log-probability, normalised over the labels.
@@ -195,7 +206,9 @@ class Rounds:
                     kind="too-few",
                     column="eval.debias",
                 )
-            posed = [self._pose(request, ChoiceQuestion((request.candidates or ())[:size])) for request in usable]
+            posed = [
+                self._render_question(request, ChoiceQuestion((request.candidates or ())[:size])) for request in usable
+            ]
             result = self._score(posed)
             logs = np.array([scores.logprobs for scores in result], dtype=np.float64)
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)
@@ -218,7 +231,7 @@ class Rounds:
         )
 
 
-def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
+def shuffled_items(request: Request, items: Sequence[str]) -> tuple[str, ...]:
     """Return items in a seeded order that does not depend on their given order.
 
     The position of an item must not depend on earlier results of a strategy; otherwise a position bias of the model
@@ -236,12 +249,12 @@ def _stored_positions(request: Request, items: Sequence[str]) -> list[str]:
     return [str(stored[item]) for item in items]
 
 
-def by_position(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
+def score_by_position(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
     """Score items by position from the end; items in ``rest`` share the last position."""
     return [*((item, float(len(best) - index)) for index, item in enumerate(best)), *((item, 0.0) for item in rest)]
 
 
-def by_score(scores: ItemScores) -> Order:
+def sort_by_score(scores: ItemScores) -> Order:
     """Return items sorted by score, best first."""
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
@@ -253,11 +266,11 @@ def joint_hash(hashes: Sequence[str]) -> str | None:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
-def _left(question: ChoiceQuestion) -> tuple[str, ...]:
+def _remaining_items(question: ChoiceQuestion) -> tuple[str, ...]:
     return tuple(item for item in question.shown if item not in question.given)
 
 
-def candidates_of(request: Request) -> tuple[str, ...]:
+def required_candidates(request: Request) -> tuple[str, ...]:
     """Return the candidates of a request.
 
     Raises:
@@ -276,7 +289,7 @@ def candidates_of(request: Request) -> tuple[str, ...]:
 # Listwise ranking: all candidates in one prompt, ordered by label probabilities, label by label, or as generated text.
 
 
-def list_room(candidates: int) -> int:
+def max_list_tokens(candidates: int) -> int:
     """Return the maximum number of tokens of a list of all labels.
 
     Some tokenizers split every digit, so that labels of three digits take five tokens each.
@@ -292,12 +305,12 @@ def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[
         permutations: Number of orders in which the candidates are shown; see `Rounds`.
         training: Questions for estimating the position bias; see `Rounds`.
     """
-    return Rounds("label", asker, _at_once, permutations=permutations, training=training)
+    return Rounds("label", asker, _label_steps, permutations=permutations, training=training)
 
 
-def _at_once(request: Request) -> Steps:
-    (scores,) = yield [ChoiceQuestion(candidates_of(request))]
-    return by_score(scores)
+def _label_steps(request: Request) -> QuestionGenerator:
+    (scores,) = yield [ChoiceQuestion(required_candidates(request))]
+    return sort_by_score(scores)
 
 
 def permutation_ranker(
@@ -314,21 +327,21 @@ def permutation_ranker(
         permutations: Number of orders in which the candidates are shown; see `Rounds`.
         training: Questions for estimating the position bias before any label is given; see `Rounds`.
     """
-    steps = partial(_one_by_one, depth=depth)
+    steps = partial(_permutation_steps, depth=depth)
     return Rounds("permutation", asker, steps, want="ranking", permutations=permutations, training=training)
 
 
-def _one_by_one(request: Request, *, depth: int) -> Steps:
-    pool = candidates_of(request)
+def _permutation_steps(request: Request, *, depth: int) -> QuestionGenerator:
+    pool = required_candidates(request)
     chosen: tuple[str, ...] = ()
     scores: ItemScores = dict.fromkeys(pool, 0.0)
     for _ in range(min(depth, len(pool) - 1)):
         (scores,) = yield [ChoiceQuestion(pool, chosen)]
         chosen = (*chosen, max(scores, key=lambda item: scores[item]))
-    return _behind(chosen, by_score({item: value for item, value in scores.items() if item not in chosen}))
+    return _append_rest(chosen, sort_by_score({item: value for item, value in scores.items() if item not in chosen}))
 
 
-def _behind(chosen: Sequence[str], rest: Order) -> Order:
+def _append_rest(chosen: Sequence[str], rest: Order) -> Order:
     """Put the chosen items before the rest, and score the rest relative to its best item."""
     best = rest[0][1] if rest else 0.0
     ahead = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
@@ -347,9 +360,9 @@ class ListRanker:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""
-        room = list_room(max((len(r.candidates or ()) for r in requests), default=1))
+        room = max_list_tokens(max((len(r.candidates or ()) for r in requests), default=1))
         reason = "no candidate label or title in the answer"
-        return generated(self.asker, requests, max_tokens=room, answer_type=Ranking, reason=reason)
+        return generate_answers(self.asker, requests, max_tokens=room, answer_type=Ranking, reason=reason)
 
 
 # --------------------------------------------------------------------------- windows
@@ -371,16 +384,16 @@ def window_ranker(
         permutations: Number of orders in which each window is shown; see `Rounds`.
         training: Questions for estimating the position bias; see `Rounds`.
     """
-    steps = partial(_slide, window=window, step=window_step)
+    steps = partial(_window_steps, window=window, step=window_step)
     return Rounds("window", asker, steps, permutations=permutations, training=training)
 
 
-def _slide(request: Request, *, window: int, step: int) -> Steps:
-    items = list(candidates_of(request))
+def _window_steps(request: Request, *, window: int, step: int) -> QuestionGenerator:
+    items = list(required_candidates(request))
     for begin, end in window_bounds(len(items), window, step):
-        (scores,) = yield [ChoiceQuestion(mixed(request, items[begin:end]))]
+        (scores,) = yield [ChoiceQuestion(shuffled_items(request, items[begin:end]))]
         items[begin:end] = sorted(items[begin:end], key=lambda item: -scores[item])
-    return by_position(items)
+    return score_by_position(items)
 
 
 def window_bounds(count: int, window: int, step: int) -> Iterator[tuple[int, int]]:
@@ -409,38 +422,38 @@ def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
         all_pairs: Maximum number of candidates for which every pair is compared.
         depth: Number of passes.
     """
-    return Rounds("pairwise", asker, partial(_compare, all_pairs=all_pairs, depth=depth))
+    return Rounds("pairwise", asker, partial(_pairwise_steps, all_pairs=all_pairs, depth=depth))
 
 
-def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
-    items = list(candidates_of(request))
+def _pairwise_steps(request: Request, *, all_pairs: int, depth: int) -> QuestionGenerator:
+    items = list(required_candidates(request))
     if len(items) < 2:
-        return by_position(items)
+        return score_by_position(items)
     if len(items) <= all_pairs:
         pairs = list(arrangements(items, 2))
         scores = yield [ChoiceQuestion(pair) for pair in pairs]
-        return by_score(_wins(items, dict(zip(pairs, scores, strict=True))))
+        return sort_by_score(_expected_wins(items, dict(zip(pairs, scores, strict=True))))
     passes = min(depth, len(items) - 1)
     for front in range(passes):
         for position in range(len(items) - 1, front, -1):
             ahead, behind = items[position - 1], items[position]
             one, other = yield [ChoiceQuestion((ahead, behind)), ChoiceQuestion((behind, ahead))]
-            if _lead(behind, ahead, one, other) > 0:
+            if _pair_log_odds(behind, ahead, one, other) > 0:
                 items[position - 1], items[position] = behind, ahead
     decided = len(items) if passes == len(items) - 1 else passes
-    return by_position(items[:decided], items[decided:])
+    return score_by_position(items[:decided], items[decided:])
 
 
-def _lead(first: str, second: str, one: ItemScores, other: ItemScores) -> float:
+def _pair_log_odds(first: str, second: str, one: ItemScores, other: ItemScores) -> float:
     """Return the log-odds of the first item over the second, averaged over both orders."""
     return (one[first] - one[second] + other[first] - other[second]) / 2
 
 
-def _wins(items: Sequence[str], scores: Mapping[tuple[str, ...], ItemScores]) -> dict[str, float]:
+def _expected_wins(items: Sequence[str], scores: Mapping[tuple[str, ...], ItemScores]) -> dict[str, float]:
     """Return the expected number of other items that each item beats."""
     wins = dict.fromkeys(items, 0.0)
     for first, second in scores:
-        lead = _lead(first, second, scores[first, second], scores[second, first])
+        lead = _pair_log_odds(first, second, scores[first, second], scores[second, first])
         wins[first] += 0.5 * (1 + math.tanh(lead / 2))
     return wins
 
@@ -464,14 +477,14 @@ def setwise_ranker(
         permutations: Number of orders in which each set is shown; see `Rounds`.
         training: Questions for estimating the position bias; see `Rounds`.
     """
-    steps = partial(_heap, children=set_size - 1, depth=depth)
+    steps = partial(_setwise_steps, children=set_size - 1, depth=depth)
     return Rounds("setwise", asker, steps, permutations=permutations, training=training)
 
 
-def _heap(request: Request, *, children: int, depth: int) -> Steps:
-    heap = list(candidates_of(request))
+def _setwise_steps(request: Request, *, children: int, depth: int) -> QuestionGenerator:
+    heap = list(required_candidates(request))
     for node in reversed(range(-(-(len(heap) - 1) // children))):
-        yield from _sift(request, heap, node, children)
+        yield from _sift_down(request, heap, node, children)
     best: list[str] = []
     while heap and len(best) < depth:
         best.append(heap[0])
@@ -479,16 +492,16 @@ def _heap(request: Request, *, children: int, depth: int) -> Steps:
         if heap:
             heap[0] = last
             if len(best) < depth:
-                yield from _sift(request, heap, 0, children)
-    return by_position(best, heap)
+                yield from _sift_down(request, heap, 0, children)
+    return score_by_position(best, heap)
 
 
-def _sift(
+def _sift_down(
     request: Request, heap: list[str], node: int, children: int
 ) -> Generator[list[ChoiceQuestion], list[ItemScores], None]:
     """Move an item down the heap until it is the best of its set; on ties the upper item stays."""
     while below := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
-        (scores,) = yield [ChoiceQuestion(mixed(request, [heap[index] for index in (node, *below)]))]
+        (scores,) = yield [ChoiceQuestion(shuffled_items(request, [heap[index] for index in (node, *below)]))]
         best = max((node, *below), key=lambda index: scores[heap[index]])
         if best == node:
             return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec.baselines.item_texts import TextsConfig
 from llmrec.baselines.neural import load_network_state, network_state
 from llmrec.data.hashing import digest_frame
-from llmrec.durable import Json, read_json, replacing, seal, verifies, write_json
+from llmrec.durable import Json, matches_manifest, read_json, replace_atomically, write_json, write_manifest
 from llmrec.errors import DataError, ModelError, require
 from llmrec.models.text_encoder import find_encoder
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Carried:
+class TransferableNetwork:
     """A network without user and item embeddings, whose weights can be used on another data set.
 
     Attributes:
@@ -53,12 +53,12 @@ class Carried:
             "train": digest_frame(data.train),
             "parameters": self.config.model_dump(mode="json"),
         }
-        with replacing(folder) as draft:
+        with replace_atomically(folder) as draft:
             draft.mkdir()
             arrays = {item: array for item, array in network_state(self.network).items() if self.domain_key not in item}
             require("safetensors.numpy", "train").save_file(arrays, draft / f"{self.name}.safetensors")
             write_json(draft / f"{self.name}.json", fields)
-            seal(draft)
+            write_manifest(draft)
 
     def load(self, folder: str, data: SplitDataset) -> None:
         """Load weights that `save` wrote on another data set.
@@ -68,7 +68,7 @@ class Carried:
             DataError: If they were learned from these data under another split.
         """
         path, hint = Path(folder), f"save the weights again with the method save of a fitted {self.name}"
-        if not verifies(path):
+        if not matches_manifest(path):
             raise ModelError(
                 f"start: the weights of {self.name} in {folder} are missing or damaged; {hint}", kind="damaged", at=path
             )

@@ -8,24 +8,24 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.values import Fields
 from llmrec.recipe.schema import AlignmentSection
-from llmrec.registry import BASELINES, STRATEGIES, answering
+from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (
+    DataView,
     Values,
-    View,
-    listed,
-    passes,
-    refuse_test,
+    check_not_test,
+    describe_shots,
+    iterate_user_passes,
+    requested_candidates,
     requested_item,
     seeded_random,
-    solved_examples,
 )
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import FewShotDraw, Window
-from llmrec.tasks.held_items import hold_out, request_name
-from llmrec.tasks.rows import chat_example, solved_chat, with_shots
-from llmrec.tasks.sequential import items_by_text, read_item
-from llmrec.tasks.task import Task, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose, refuse_list
+from llmrec.tasks.held_items import alignment_request_id, select_held_items
+from llmrec.tasks.rows import chat_example, chat_shot_messages, insert_shots
+from llmrec.tasks.sequential import items_by_text, parse_item
+from llmrec.tasks.task import Task, TaskInputs, Want, check_single_answer
+from llmrec.tasks.templates import check_chat_template, select_task_templates
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
 
 NO_USER = ""
@@ -60,9 +60,9 @@ class AlignmentTask(Task):
                 column="index",
             )
         self._data, self._seed, self._candidates = data, seed, inputs.candidates
-        self._chosen = choose(self.family, section, inputs.templates, index)
-        self._view = View(data, index)
-        self.held = inputs.held or hold_out(data.dataset.items, section.held_out, seed=seed)
+        self._chosen = select_task_templates(self.family, section, inputs.templates, index)
+        self._view = DataView(data, index)
+        self.held = inputs.held or select_held_items(data.dataset.items, section.held_out, seed=seed)
         self._trained = tuple(item for item in sorted(data.dataset.items) if item not in self.held.items)
         if not self._trained:
             raise RecipeError(
@@ -70,19 +70,19 @@ class AlignmentTask(Task):
                 kind="too-few",
                 column="tasks.alignment.held_out",
             )
-        self._named = {request_name(item, seed): item for item in sorted(self.held.items)}
+        self._named = {alignment_request_id(item, seed): item for item in sorted(self.held.items)}
         for template in inputs.templates.values():
             self._check(template)
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`. Validation examples use the training templates in turn."""
-        refuse_test(split)
+        check_not_test(split)
         if split == "valid":
             for index, item in enumerate(self.held.valid[:limit]):
                 template = self._chosen.train[index % len(self._chosen.train)]
                 yield self._example(template, f"alignment/valid/{item}", item)
             return
-        for row, item, rng in passes(self.family, self._trained, self._seed, limit):
+        for row, item, rng in iterate_user_passes(self.family, self._trained, self._seed, limit):
             yield self._example(rng.choice(self._chosen.train), row, item)
 
     def cases(self, split: SplitName) -> list[Case]:
@@ -102,7 +102,7 @@ class AlignmentTask(Task):
             )
         results = []
         for item in part:
-            name = request_name(item, self._seed)
+            name = alignment_request_id(item, self._seed)
             if name not in self._candidates.sets:
                 raise DataError(
                     "tasks.alignment: the stored candidates lack a held-out item, since they were drawn for another "
@@ -116,11 +116,11 @@ class AlignmentTask(Task):
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
-        only_one(self.family, want)
+        check_single_answer(self.family, want)
         chosen = self._chosen.get(template)
         shown = [window.events[-1].item_id for window in self.draw_shots(request, shots).windows]
         turns = [self._solved(chosen, item) for item in shown]
-        return Prompt(messages=with_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
+        return Prompt(messages=insert_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training items for few-shot examples, as interactions without a user.
@@ -146,17 +146,19 @@ class AlignmentTask(Task):
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the titles or codes of the candidates, in stored order."""
         chosen = self._chosen.get(template)
-        return tuple(chosen.answer(self._answer(chosen, item)) for item in listed(request, self.family))
+        return tuple(chosen.answer(self._answer(chosen, item)) for item in requested_candidates(request, self.family))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Match the first line against the titles or codes of the candidates; equal matches share a rank."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
-        return read_item(completion, items_by_text(self._view, name, listed(request, self.family)), request)
+        return parse_item(
+            completion, items_by_text(self._view, name, requested_candidates(request, self.family)), request
+        )
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt shows; see `Task`."""
-        return f"{'text' if template.answers_with_code else 'code'} of the item{solved_examples(shots)}"
+        return f"{'text' if template.answers_with_code else 'code'} of the item{describe_shots(shots)}"
 
     def training_size(self) -> int:
         """Return the number of items whose text and code may be trained together."""
@@ -170,7 +172,7 @@ class AlignmentTask(Task):
 
     def _check(self, template: Template) -> None:
         """Reject templates that do not map codes to texts or texts to codes."""
-        refuse_list(template)
+        check_chat_template(template)
         if template.asks_with_code == template.answers_with_code:
             raise RecipeError(
                 f"template {template.id}: an alignment template shows item.code and asks for item.title, or shows "
@@ -204,7 +206,7 @@ class AlignmentTask(Task):
         return chat_example(template, row, NO_USER, question, answer, past=(), event=Event(item_id=item))
 
     def _solved(self, template: Template, item: str) -> tuple[Message, ...]:
-        return solved_chat(template, self._question(template, item), self._answer(template, item))
+        return chat_shot_messages(template, self._question(template, item), self._answer(template, item))
 
     def _item(self, request: Request) -> str:
         if request.item is None and request.id in self._named:
@@ -219,8 +221,8 @@ FAMILY = Family(
     section=AlignmentSection,
     answer=Ranking,
     headline="NDCG@10",
-    strategies=answering(STRATEGIES, "alignment"),
-    baselines=answering(BASELINES, "alignment"),
+    strategies=components_for_family(STRATEGIES, "alignment"),
+    baselines=components_for_family(BASELINES, "alignment"),
     controls=("random",),
     candidates="items",
 )

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from llmrec.data.described import USER_FIELD, Profile
+from llmrec.data.described import USER_FIELD, StoredProfile
 from llmrec.data.hashing import hash_one
-from llmrec.data.knowledge import FIELD
+from llmrec.data.knowledge import FACTS_FIELD
 from llmrec.data.requests import USER_FIELDS
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import RatingSummaries
@@ -39,15 +39,15 @@ ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
 ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})
 USER_STATS = frozenset({"user_stats"})
 """Variables for chats only: in a list, user statistics on successive lines would reveal the ratings."""
-PAST = frozenset({"history", "liked", "disliked"})
+HISTORY_VARIABLES = frozenset({"history", "liked", "disliked"})
 """Variables that show a user's history; a template without them shows none."""
 # The first words of a past review are sufficient; complete reviews would leave no room for the question.
-_PAST_TEXT = 160
+_MAX_PAST_TEXT = 160
 
 Values = dict[str, object]
 
 
-class View:
+class DataView:
     """The data as shown by templates, with cleaned texts."""
 
     def __init__(self, data: SplitDataset, index: ItemCodes | None = None) -> None:
@@ -74,7 +74,7 @@ class View:
             title = clean(entry.title) or clean(item_id) or "untitled"
             known = Fields(title=title)
             for name, text in sorted(entry.fields.items()):
-                known.setdefault(name, clean(text, TEXT_LIMIT if name == FIELD else TITLE_LIMIT))
+                known.setdefault(name, clean(text, TEXT_LIMIT if name == FACTS_FIELD else TITLE_LIMIT))
             if self.index is not None:
                 known["code"] = self.index.encode(item_id)
             self._items[item_id] = known
@@ -148,7 +148,7 @@ class View:
         name = fields.get("name") or user_id
         if context and context.get("profile"):
             fields = {USER_FIELD: context["profile"]}
-        elif isinstance(text := fields.get(USER_FIELD), Profile):
+        elif isinstance(text := fields.get(USER_FIELD), StoredProfile):
             fields = {USER_FIELD: text}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
         known: Values = {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
@@ -165,7 +165,7 @@ class View:
                 **self._shown(event.item_id),
                 "code": self.item(event.item_id)["code"],
                 "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
-                "text": clean(event.text or "", _PAST_TEXT),
+                "text": clean(event.text or "", _MAX_PAST_TEXT),
                 "n": n,
             }
             for n, event in enumerate(events, start=1)
@@ -194,18 +194,18 @@ class ExampleDraw:
     first_target: int
 
 
-def shows_events(template: Template, history: int, shots: int) -> str:
+def describe_events(template: Template, history: int, shots: int) -> str:
     """Describe the number of interactions and of few-shot examples in a prompt."""
-    shows = template.shape == "list" or PAST & template.names("system", "user")
-    return (f"text of the last {history} events" if shows else "no history") + solved_examples(shots)
+    shows = template.shape == "list" or HISTORY_VARIABLES & template.names("system", "user")
+    return (f"text of the last {history} events" if shows else "no history") + describe_shots(shots)
 
 
-def solved_examples(shots: int) -> str:
+def describe_shots(shots: int) -> str:
     """Describe the number of few-shot examples in a prompt."""
     return f", {shots} solved examples" if shots else ""
 
 
-def counted_rows(data: SplitDataset, column: str | None = None) -> int:
+def count_training_rows(data: SplitDataset, column: str | None = None) -> int:
     """Return the number of training interactions, optionally only with a value in ``column``."""
     return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
 
@@ -215,7 +215,7 @@ def seeded_random(purpose: str, seed: int, *parts: str) -> random.Random:
     return random.Random(hash_one(purpose, seed, *parts))
 
 
-def listed(request: Request, family: str) -> tuple[str, ...]:
+def requested_candidates(request: Request, family: str) -> tuple[str, ...]:
     """Return the candidates of a request, or raise an error if it has none.
 
     Raises:
@@ -230,9 +230,9 @@ def listed(request: Request, family: str) -> tuple[str, ...]:
     return request.candidates
 
 
-def only_rated(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
+def rated_user_events(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
     """Return the interactions of a user that have a rating."""
-    return rated(events)
+    return rated_events(events)
 
 
 class UserHistories(Mapping[str, tuple[Event, ...]]):
@@ -253,7 +253,7 @@ class UserHistories(Mapping[str, tuple[Event, ...]]):
         least: int = 1,
         rated: bool = False,
     ) -> None:
-        self._data, self._keep = data, only_rated if rated else keep
+        self._data, self._keep = data, rated_user_events if rated else keep
         if rated or keep is None:
             counts = data.train_counts(rated=rated)
         else:
@@ -287,7 +287,9 @@ class UserHistories(Mapping[str, tuple[Event, ...]]):
         return events if self._keep is None else self._keep(user, events)
 
 
-def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
+def iterate_user_passes(
+    family: str, users: Sequence[str], seed: int, limit: int | None
+) -> Iterator[tuple[str, str, random.Random]]:
     """Yield (example id, user, random generator) endlessly, in repeated passes over the users in random order.
 
     Raises:
@@ -310,28 +312,28 @@ def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> I
         number += 1
 
 
-def refuse_test(split: SplitName) -> None:
+def check_not_test(split: SplitName) -> None:
     """Reject the test split, which must not be used for training or model selection."""
     if split == "test":
         raise ValueError("examples with targets come from 'train' or 'valid'; the test split is only for cases()")
 
 
-def rated(events: Sequence[Event]) -> tuple[Event, ...]:
+def rated_events(events: Sequence[Event]) -> tuple[Event, ...]:
     """Return the interactions that have a rating."""
     return tuple(event for event in events if event.rating is not None)
 
 
-def text_of(event: Event | Interaction) -> str:
+def event_text(event: Event | Interaction) -> str:
     """Return the text of an interaction on one line; empty if it has none."""
     return clean(event.text or "", TEXT_LIMIT)
 
 
-def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
+def user_item_pairs(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
     """Return the (user_id, item_id) pairs shown in an example."""
     return tuple((user_id, event.item_id) for event in events)
 
 
-def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:
+def sample_window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:
     """Return ``length`` consecutive interactions from a random start, or all if there are fewer."""
     start = rng.randrange(max(1, len(events) - length + 1))
     return tuple(events[start : start + length])

@@ -13,7 +13,7 @@ from llmrec.errors import DataError
 from llmrec.types import Case, Interaction, SplitName
 
 
-def held_out(data: SplitDataset, split: SplitName) -> Holdouts:
+def held_out_interactions(data: SplitDataset, split: SplitName) -> Holdouts:
     """Return the held-out interactions of validation or test."""
     if split == "train":
         raise ValueError("the training split has no held-out interactions; use 'valid' or 'test'")
@@ -47,7 +47,7 @@ class Cases(Sequence[Case]):
         return map(self._make, self.held)
 
 
-def of_first_users(
+def cases_of_first_users(
     cases: Sequence[Case], count: int | None, *, among: Collection[str] | None = None, but: Collection[str] = ()
 ) -> list[Case]:
     """Return the cases of the first ``count`` users in order, without creating the others.
@@ -65,7 +65,7 @@ def of_first_users(
     return [cases[index] for index, user in enumerate(users) if user in chosen]
 
 
-def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
+def limit_per_user(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
     """Return the first ``count`` held-out interactions of each user, in the given order; all if None."""
     if count is None:
         return held
@@ -78,7 +78,7 @@ def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interact
     return tuple(result)
 
 
-def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) -> tuple[str, ...] | None:
+def stored_candidates(sets: CandidateSets | None, held: Interaction, family: str) -> tuple[str, ...] | None:
     """Return the stored candidates of a held-out interaction; None if there are no candidate sets.
 
     Raises:
@@ -103,12 +103,12 @@ def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | No
     Raises:
         DataError: If there are sets but one is missing.
     """
-    every = held_out(data, split).of(sets.users if sets is not None else None)
+    every = held_out_interactions(data, split).of(sets.users if sets is not None else None)
     for held in every if sets is not None else ():
-        candidates_of(sets, held, family)
+        stored_candidates(sets, held, family)
 
     def case(held: Interaction) -> Case:
-        request = request_of(data, held, split, candidates=candidates_of(sets, held, family))
+        request = request_of(data, held, split, candidates=stored_candidates(sets, held, family))
         return Case(request=request, truth=held.item_id)
 
     return Cases(every, case)

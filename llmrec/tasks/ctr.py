@@ -7,42 +7,42 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from llmrec.data.split import others, request_id, request_of, scale_of, threshold
+from llmrec.data.split import history_without_item, liked_threshold, request_id, request_of, scale_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
-from llmrec.prompts.words import Words, english
+from llmrec.prompts.words import Words, english_words
 from llmrec.recipe.schema import CtrSection
-from llmrec.registry import BASELINES, STRATEGIES, answering
+from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     NO,
     USER_STATS,
     YES,
+    DataView,
     UserHistories,
     Values,
-    View,
-    passes,
-    rated,
-    refuse_test,
+    check_not_test,
+    iterate_user_passes,
+    rated_events,
     requested_item,
-    window,
+    sample_window,
 )
-from llmrec.tasks.cases import Cases, held_out
+from llmrec.tasks.cases import Cases, held_out_interactions
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.rows import (
     chat_example,
+    chat_shot_messages,
+    insert_shots,
+    list_example,
     list_prompt,
-    list_row,
+    list_shot_messages,
+    list_steps,
     merge_rejected,
-    solved_chat,
-    solved_list,
-    steps,
-    with_shots,
 )
-from llmrec.tasks.task import Task, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose
+from llmrec.tasks.task import Task, TaskInputs, Want, check_single_answer
+from llmrec.tasks.templates import select_task_templates
 from llmrec.types import (
     Answer,
     Case,
@@ -56,10 +56,10 @@ from llmrec.types import (
     SplitName,
 )
 
-_LONGEST = 20_000
-_MARKS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
+_MAX_ANSWER_LENGTH = 20_000
+_TRIMMED_CHARACTERS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
 # In phrases such as "No idea" or "no way to tell", "no" is not an answer.
-_ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
+_ANSWER_END = re.compile(r"\s*(?:$|\n|[^\w\s])")
 
 
 class CtrTask(Task):
@@ -88,9 +88,9 @@ class CtrTask(Task):
                 at=data.dataset.name,
                 column="rating",
             )
-        self.liked = threshold(scale_of(data), section.liked)
-        self._chosen = choose(self.family, section, templates, inputs.index)
-        self._view = View(data, inputs.index)
+        self.liked = liked_threshold(scale_of(data), section.liked)
+        self._chosen = select_task_templates(self.family, section, templates, inputs.index)
+        self._view = DataView(data, inputs.index)
         for template in templates.values():
             if template.shape == "list":
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | ABOUT_ITEM | {"n"}, target={"answer"})
@@ -99,7 +99,7 @@ class CtrTask(Task):
                 template.check(turns=variables, lead=(), target={"answer"})
         self._listwise = inputs.listwise
         self._past = inputs.past(section, self._chosen.asking)
-        self._shots = inputs.shots(self.family, self._events, label=lambda event: self._yes(event.rating))
+        self._shots = inputs.shots(self.family, self._events, label=lambda event: self._is_liked(event.rating))
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
@@ -108,26 +108,28 @@ class CtrTask(Task):
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`. Validation uses all rated interactions."""
-        refuse_test(split)
+        check_not_test(split)
         if split == "valid":
             for held in self._rated_holdouts("valid")[:limit]:
-                past = rated(self._data.history(held.user_id, "valid"))
+                past = rated_events(self._data.history(held.user_id, "valid"))
                 event = Event(item_id=held.item_id, rating=held.rating)
                 row = f"ctr/valid/{request_id(held.user_id, held.item_id)}"
                 yield self._asking(self._chosen.train[0], row, held.user_id, past, event)
             return
-        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._events[user]
             if template.shape == "list" and self._listwise is None:
-                shown = _last_of_each(window(events, self._section.window, rng))
+                shown = _last_rating_per_item(sample_window(events, self._section.window, rng))
                 yield self._listed(template, row, user, shown, last_only=False)
                 continue
             # The first interaction has no history, so it is used only for users without other interactions.
             at = rng.randrange(min(1, len(events) - 1), len(events))
             ends = [events[at]]
             if self._listwise is not None:
-                ends.append(replace(events[at], rating=self.liked - 1 if self._yes(events[at].rating) else self.liked))
+                ends.append(
+                    replace(events[at], rating=self.liked - 1 if self._is_liked(events[at].rating) else self.liked)
+                )
             yield merge_rejected(self._asking(template, row, user, events[:at], end) for end in ends)
 
     def kind(self, example: Example) -> str:
@@ -146,11 +148,11 @@ class CtrTask(Task):
         """
         result = self._rated_holdouts(split)
         balanced, most = self._section.balance == "user", self._section.per_user or len(result)
-        counts = Counter((held.user_id, self._yes(held.rating)) for held in result)
+        counts = Counter((held.user_id, self._is_liked(held.rating)) for held in result)
         questions: Counter[tuple[str, bool]] = Counter()
         kept = []
         for held in result:
-            user, truth = held.user_id, self._yes(held.rating) and balanced
+            user, truth = held.user_id, self._is_liked(held.rating) and balanced
             room = min(counts[user, False], counts[user, True], most // 2) if balanced else most
             questions[user, truth] += 1
             if questions[user, truth] <= room:
@@ -167,22 +169,22 @@ class CtrTask(Task):
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
-        only_one(self.family, want)
+        check_single_answer(self.family, want)
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         item, context = requested_item(request, self.family), drawn.context(request.context)
         if chosen.shape == "chat":
             values = self._values(request.user_id, drawn.history, item, context)
-            return Prompt(messages=with_shots(chosen.turns(values), turns))
+            return Prompt(messages=insert_shots(chosen.turns(values), turns))
         values = self._view.user(request.user_id, context)
-        listed = steps(values, drawn.history, self._answered(chosen))
+        listed = list_steps(values, drawn.history, self._answered(chosen))
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         item = requested_item(request, self.family)
-        past = others(rated(request.history), item)
+        past = history_without_item(rated_events(request.history), item)
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, [item]))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -195,7 +197,7 @@ class CtrTask(Task):
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Parse a leading yes or no; None if there is none or the text contains both."""
-        choice = read_choice(completion, self.continuations(request, template=template), self._chosen.words(template))
+        choice = parse_choice(completion, self.continuations(request, template=template), self._chosen.words(template))
         return None if choice is None else Probability(request_id=request.id, value=1.0 if choice == 0 else 0.0)
 
     def reward(self, answer: Answer, case: Case) -> float:
@@ -239,25 +241,25 @@ class CtrTask(Task):
         return yes, no
 
     def _rated_holdouts(self, split: SplitName) -> list[Interaction]:
-        return [held for held in held_out(self._data, split) if held.rating is not None]
+        return [held for held in held_out_interactions(self._data, split) if held.rating is not None]
 
     def _case(self, held: Interaction, split: SplitName) -> Case:
         request = request_of(self._data, held, split, item=held.item_id)
-        return Case(request=request, truth=float(self._yes(held.rating)))
+        return Case(request=request, truth=float(self._is_liked(held.rating)))
 
     def _values(self, user: str, past: Sequence[Event], item: str, context: Mapping[str, str] | None = None) -> Values:
         sides: dict[bool, list[Event]] = {True: [], False: []}
         for event in past:
-            sides[self._yes(event.rating)].append(event)
+            sides[self._is_liked(event.rating)].append(event)
         lists = {"liked": self._view.events(sides[True]), "disliked": self._view.events(sides[False])}
         shown = {"history": self._view.events(past), **lists}
         return self._view.user(user, context) | self._view.pair(user, item) | shown
 
-    def _yes(self, rating: float | None) -> bool:
+    def _is_liked(self, rating: float | None) -> bool:
         return rating is not None and rating >= self.liked
 
     def _with_answer(self, template: Template, values: Values, event: Event) -> Values:
-        return values | {"answer": template.words.answer_word(yes=self._yes(event.rating))}
+        return values | {"answer": template.words.answer_word(yes=self._is_liked(event.rating))}
 
     def _answered(self, template: Template) -> Callable[[Values, Event], Values]:
         """Return the function that creates the template variables of an answered list entry."""
@@ -269,7 +271,7 @@ class CtrTask(Task):
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return an example with one question, about the given interaction."""
-        shown = self._past.show(others(past, event.item_id), [event.item_id])
+        shown = self._past.show(history_without_item(past, event.item_id), [event.item_id])
         if template.shape == "list":
             events = (*shown.events, event)
             return self._listed(template, row, user, events, last_only=True, context=shown.context({}))
@@ -288,24 +290,24 @@ class CtrTask(Task):
         context: Mapping[str, str] | None = None,
     ) -> Example:
         values, first = self._view.user(user, context), len(events) - 1 if last_only else 0
-        return list_row(template, row, user, values, events, self._answered(template), first_target=first)
+        return list_example(template, row, user, values, events, self._answered(template), first_target=first)
 
     def _solved(self, template: Template, user: str, events: Sequence[Event]) -> tuple[Message, ...]:
         event = events[-1]
         if template.shape == "list":
-            listed = (*others(events[:-1], event.item_id), event)
-            return solved_list(template, self._view.user(user), listed, self._answered(template))
-        values = self._values(user, others(events[:-1], event.item_id), event.item_id)
-        return solved_chat(template, values, self._with_answer(template, values, event))
+            listed = (*history_without_item(events[:-1], event.item_id), event)
+            return list_shot_messages(template, self._view.user(user), listed, self._answered(template))
+        values = self._values(user, history_without_item(events[:-1], event.item_id), event.item_id)
+        return chat_shot_messages(template, values, self._with_answer(template, values, event))
 
 
-def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
+def _last_rating_per_item(events: Sequence[Event]) -> tuple[Event, ...]:
     """Keep only the last rating of each item, since earlier ratings would reveal the answer."""
     last = {event.item_id: index for index, event in enumerate(events)}
     return tuple(event for index, event in enumerate(events) if last[event.item_id] == index)
 
 
-def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -> int | None:
+def parse_choice(text: str, answers: Sequence[str], words: Words | None = None) -> int | None:
     """Parse which of two answers a text begins with.
 
     The answer must be the first word, apart from punctuation and a lead such as "The answer is". Refusals, answers in
@@ -319,16 +321,18 @@ def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -
     Returns:
         The index of the answer in ``answers``, or None.
     """
-    lead = (words or english()).lead
-    message = lead.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)
-    sought = [answer.casefold().strip(_MARKS) for answer in answers]
+    lead = (words or english_words()).lead
+    message = lead.sub("", text[:_MAX_ANSWER_LENGTH].casefold().strip(_TRIMMED_CHARACTERS), count=1).strip(
+        _TRIMMED_CHARACTERS
+    )
+    sought = [answer.casefold().strip(_TRIMMED_CHARACTERS) for answer in answers]
     named = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message) for word in sought]
     results = [index for index, match in enumerate(named) if match is not None]
     if len(results) != 1:
         return None
     match = named[results[0]]
     assert match is not None
-    leads = match.start() == 0 and (results[0] == 0 or _ENDS.match(message, match.end()) is not None)
+    leads = match.start() == 0 and (results[0] == 0 or _ANSWER_END.match(message, match.end()) is not None)
     return results[0] if leads else None
 
 
@@ -339,8 +343,8 @@ FAMILY = Family(
     section=CtrSection,
     answer=Probability,
     headline="AUC",
-    strategies=answering(STRATEGIES, "ctr"),
-    baselines=answering(BASELINES, "ctr"),
+    strategies=components_for_family(STRATEGIES, "ctr"),
+    baselines=components_for_family(BASELINES, "ctr"),
     controls=("like-ratio",),
     column="rating",
 )

@@ -15,29 +15,29 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.prompts.template import Template, load_templates
 from llmrec.prompts.words import Words
 from llmrec.recipe.schema import DirectSection, PreferenceSection
-from llmrec.registry import BASELINES, STRATEGIES, answering, is_plugin, lookup
+from llmrec.registry import BASELINES, STRATEGIES, components_for_family, import_component, is_plugin
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
+    DataView,
     UserHistories,
     Values,
-    View,
-    listed,
-    passes,
-    refuse_test,
+    check_not_test,
+    iterate_user_passes,
+    requested_candidates,
     seeded_random,
 )
-from llmrec.tasks.cases import Cases, held_out, ranking_cases
-from llmrec.tasks.ctr import read_choice
+from llmrec.tasks.cases import Cases, held_out_interactions, ranking_cases
+from llmrec.tasks.ctr import parse_choice
 from llmrec.tasks.family import RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import FewShotDraw
-from llmrec.tasks.parsing import read_ranking
-from llmrec.tasks.pool import Negatives, RejectedItemSampler, shuffled
+from llmrec.tasks.parsing import parse_ranking
+from llmrec.tasks.pool import NegativeSampler, RejectedItemSampler, shuffle_items
 from llmrec.tasks.rating import find_scale
-from llmrec.tasks.rows import Listwise, chat_example, solved_chat, with_shots
-from llmrec.tasks.sequential import items_by_text, read_item
+from llmrec.tasks.rows import Listwise, chat_example, chat_shot_messages, insert_shots
+from llmrec.tasks.sequential import items_by_text, parse_item
 from llmrec.tasks.task import Task, TaskInputs, Want
-from llmrec.tasks.templates import choose, refuse_list
+from llmrec.tasks.templates import check_chat_template, select_task_templates
 from llmrec.types import (
     Answer,
     Event,
@@ -54,18 +54,18 @@ from llmrec.types import (
 # What a direct template asks for (a candidate's label, the item, or yes/no), and the strategies for each.
 
 
-Asks = Literal["label", "item", "yes"]
+AnswerKind = Literal["label", "item", "yes"]
 
-_WORDS: Mapping[Asks, str] = {
+_ANSWER_DESCRIPTIONS: Mapping[AnswerKind, str] = {
     "label": "answers with a candidate's label",
     "item": "answers with the item itself",
     "yes": "answers yes or no to one item",
 }
 # The strategies per answer type; the first is the default.
-_READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "pointwise-yes"}
+_DEFAULT_STRATEGIES: Mapping[AnswerKind, str] = {"label": "label", "item": "likelihood", "yes": "pointwise-yes"}
 
 
-def asks_for(template: Template) -> Asks:
+def asks_for(template: Template) -> AnswerKind:
     """Return what a template asks for: a label, the item, or yes/no."""
     names = template.names("target")
     return "yes" if "answer" in names else "item" if "item" in names else "label"
@@ -73,28 +73,28 @@ def asks_for(template: Template) -> Asks:
 
 def default_strategy_for(template: Template) -> str:
     """Return the cheapest strategy for the answers of a template."""
-    return _READER[asks_for(template)]
+    return _DEFAULT_STRATEGIES[asks_for(template)]
 
 
-def fits(template: Template, strategy: str) -> bool:
+def is_strategy_supported(template: Template, strategy: str) -> bool:
     """Whether a strategy for direct recommendation supports the answers of a template.
 
     ``pointwise-yes`` also supports label templates with a yes-or-no question. A plug-in declares the forms in its
     attribute ``reads``: ``label`` (default), ``item`` and ``yes``.
     """
     if is_plugin(STRATEGIES, strategy):
-        return asks_for(template) in getattr(lookup(STRATEGIES, strategy, "strategy"), "reads", ("label",))
+        return asks_for(template) in getattr(import_component(STRATEGIES, strategy, "strategy"), "reads", ("label",))
     asks = asks_for(template)
-    return strategy != _READER["item"] if asks == "label" else strategy == _READER[asks]
+    return strategy != _DEFAULT_STRATEGIES["item"] if asks == "label" else strategy == _DEFAULT_STRATEGIES[asks]
 
 
-def check_words(template: Template) -> None:
+def check_template_variables(template: Template) -> None:
     """Reject template variables that reveal the answer or are never filled.
 
     Raises:
         RecipeError: If there are any, if the template is a list, or if its answer is not yes or no.
     """
-    refuse_list(template)
+    check_chat_template(template)
     asks, variables = asks_for(template), ABOUT_USER | {"history"}
     if asks == "yes":
         template.check(turns=variables | {"item", "item_id", "fields"}, lead=(), target={"answer"})
@@ -121,9 +121,10 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
         RecipeError: Naming the first template or strategy without a counterpart.
     """
     for template in templates if strategies else ():
-        if not any(fits(template, strategy) for strategy in strategies):
+        if not any(is_strategy_supported(template, strategy) for strategy in strategies):
             raise RecipeError(
-                f"tasks.direct.strategies: {template.id} {_WORDS[asks_for(template)]}, which {', '.join(strategies)} "
+                f"tasks.direct.strategies: {template.id} {_ANSWER_DESCRIPTIONS[asks_for(template)]}, which "
+                f"{', '.join(strategies)} "
                 f"cannot evaluate; add {default_strategy_for(template)}, or set another template in "
                 "tasks.direct.eval_templates",
                 kind="contradiction",
@@ -131,8 +132,8 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
                 column="tasks.direct.strategies",
             )
     for strategy in strategies:
-        if not any(fits(template, strategy) for template in templates):
-            refuse(templates[0], strategy)
+        if not any(is_strategy_supported(template, strategy) for template in templates):
+            raise_unsupported_strategy(templates[0], strategy)
 
 
 def check_loss(templates: Sequence[Template], loss: str) -> None:
@@ -145,7 +146,8 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
     if loss != "answer" and other is not None:
         raise RecipeError(
             f"tasks.direct.loss: {loss} needs templates that answer with the item itself, but {other.id} "
-            f"{_WORDS[asks_for(other)]}; use templates such as which-title, or set tasks.direct.loss=answer",
+            f"{_ANSWER_DESCRIPTIONS[asks_for(other)]}; use templates such as which-title, or set "
+            "tasks.direct.loss=answer",
             kind="contradiction",
             at=other.id,
             column="tasks.direct.loss",
@@ -198,7 +200,7 @@ def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool
         )
 
 
-def profile_template(name: str) -> Template:
+def load_profile_template(name: str) -> Template:
     """Return the template that generates a user profile before candidates are shown.
 
     Raises:
@@ -217,7 +219,7 @@ def profile_template(name: str) -> Template:
     return template
 
 
-def refuse(template: Template, strategy: str) -> None:
+def raise_unsupported_strategy(template: Template, strategy: str) -> None:
     """Raise the error for a strategy that does not support the answers of a template.
 
     Raises:
@@ -225,7 +227,7 @@ def refuse(template: Template, strategy: str) -> None:
     """
     raise RecipeError(
         f"the strategy {strategy!r} does not support the answers of template {template.id}, which "
-        f"{_WORDS[asks_for(template)]}; use {default_strategy_for(template)!r}, or another template",
+        f"{_ANSWER_DESCRIPTIONS[asks_for(template)]}; use {default_strategy_for(template)!r}, or another template",
         kind="contradiction",
         at=template.id,
     )
@@ -241,7 +243,7 @@ def candidate_labels(count: int) -> tuple[str, ...]:
 
 _WANTS = get_args(Want)
 # Number of candidates in a training example without stored candidate sets.
-_COUNT = 20
+_DEFAULT_CANDIDATE_COUNT = 20
 
 
 class DirectTask(Task):
@@ -256,17 +258,17 @@ class DirectTask(Task):
     def __init__(self, section: DirectSection, inputs: TaskInputs) -> None:
         data, templates, candidates = inputs.data, inputs.templates, inputs.candidates
         self._data, self._section, self._seed, self._candidates = data, section, inputs.seed, candidates
-        self._chosen = choose(self.family, section, templates, inputs.index)
-        self._view = View(data, inputs.index)
+        self._chosen = select_task_templates(self.family, section, templates, inputs.index)
+        self._view = DataView(data, inputs.index)
         for template in templates.values():
-            check_words(template)
+            check_template_variables(template)
         check_strategies([templates[name] for name in self._chosen.evaluate], section.strategies)
         check_loss(self._chosen.train, section.loss)
         self._asks_yes: set[str] = set()
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         self._events = UserHistories(data)
-        self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
-        self._count = candidates.count if candidates else _COUNT
+        self._negatives = NegativeSampler(data, candidates.kind if candidates else "uniform")
+        self._count = candidates.count if candidates else _DEFAULT_CANDIDATE_COUNT
         loss = None if section.loss == "answer" else Listwise(section.loss, self._count, section.temperature)
         self._listwise, self._rejecting = inputs.listwise or loss, None
         if (preference := inputs.preference) is not None:
@@ -279,9 +281,9 @@ class DirectTask(Task):
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
-        refuse_test(split)
+        check_not_test(split)
         if split == "valid":
-            every: Sequence[Interaction] = held_out(self._data, "valid")
+            every: Sequence[Interaction] = held_out_interactions(self._data, "valid")
             known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
             if self._lists is not None:
                 # As in training, items that were not retrieved are left out.
@@ -292,17 +294,17 @@ class DirectTask(Task):
                 if stored is None or held.item_id not in stored:
                     rng = seeded_random("direct valid", self._seed, name)
                     had = [event.item_id for event in past]
-                    stored = self._pool(held.user_id, held.item_id, self._count, rng, had)
+                    stored = self._sample_pool(held.user_id, held.item_id, self._count, rng, had)
                 event = Event(item_id=held.item_id)
                 yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, past, event, stored)
             return
         users = self._rejecting.users if self._rejecting is not None else self._training_users
-        for row, user, rng in passes(self.family, users, self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
             if self._rejecting is not None:
                 at, lower = self._rejecting.pair(user, rng)
                 item, some = events[at].item_id, self._count - 1 - len(lower)
-                pool = shuffled((item, *lower, *self._negatives.draw(user, some, rng, but=(item,))), rng)
+                pool = shuffle_items((item, *lower, *self._negatives.draw(user, some, rng, but=(item,))), rng)
                 yield self._example(template, row, user, events[:at], events[at], pool, lower)
                 continue
             at, pool = self._question(user, rng)
@@ -316,7 +318,8 @@ class DirectTask(Task):
         """
         if self._candidates is None:
             raise RecipeError(
-                "tasks.direct ranks stored candidates; draw candidates first (llmrec.data.candidates.draw)",
+                "tasks.direct ranks stored candidates; draw candidates first "
+                "(llmrec.data.candidates.sample_candidates)",
                 kind="missing-value",
                 column="candidates",
             )
@@ -339,7 +342,7 @@ class DirectTask(Task):
         if want not in _WANTS:
             raise ValueError(f"want must be 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
-        pool = listed(request, self.family)
+        pool = requested_candidates(request, self.family)
         form = self._answer_type(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
@@ -348,10 +351,10 @@ class DirectTask(Task):
             if form == "yes":
                 turns.append(self._solved_yes(chosen, shot.user_id, shot.events, index, rng))
                 continue
-            shown = self._pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
+            shown = self._sample_pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
             turns.append(self._solved(chosen, shot.user_id, shot.events, shown, form))
         values = self._asking(chosen, request.user_id, drawn.history, pool, form, drawn.context(request.context))
-        return Prompt(messages=with_shots(chosen.turns(values), turns))
+        return Prompt(messages=insert_shots(chosen.turns(values), turns))
 
     def questions(self, count: int) -> list[Request]:
         """Return ``count`` questions about training interactions, with candidates as in evaluation.
@@ -374,7 +377,7 @@ class DirectTask(Task):
     @cached_property
     def profile_template(self) -> Template:
         """The template that generates a user profile."""
-        return profile_template(self._section.profile.template)
+        return load_profile_template(self._section.profile.template)
 
     @property
     def profile_tokens(self) -> int:
@@ -395,7 +398,7 @@ class DirectTask(Task):
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies that support the answers of a template."""
-        return tuple(name for name in strategies if fits(template, name))
+        return tuple(name for name in strategies if is_strategy_supported(template, name))
 
     def words(self, template: str) -> Words:
         """Return the words of the language of a template."""
@@ -407,12 +410,12 @@ class DirectTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        past, about = request.history, listed(request, self.family)
+        past, about = request.history, requested_candidates(request, self.family)
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the labels, titles or codes of the candidates in stored order, or the words for yes and no."""
-        chosen, pool = self._chosen.get(template), listed(request, self.family)
+        chosen, pool = self._chosen.get(template), requested_candidates(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
             return tuple(chosen.answer({"answer": text}) for text in (chosen.words.says_yes, chosen.words.says_no))
@@ -426,15 +429,15 @@ class DirectTask(Task):
 
         If the answer is an item, its code or title is the first line; a yes or no is a probability of 1 or 0.
         """
-        chosen, pool = self._chosen.get(template), listed(request, self.family)
+        chosen, pool = self._chosen.get(template), requested_candidates(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
-            index = read_choice(completion, self.continuations(request, template=template), chosen.words)
+            index = parse_choice(completion, self.continuations(request, template=template), chosen.words)
             return None if index is None else Probability(request_id=request.id, value=1.0 if index == 0 else 0.0)
         if asks == "item":
             name = "code" if chosen.answers_with_code else "title"
-            return read_item(completion, items_by_text(self._view, name, pool), request)
-        indices = read_ranking(
+            return parse_item(completion, items_by_text(self._view, name, pool), request)
+        indices = parse_ranking(
             completion, candidate_labels(len(pool)), [self._view.title(item) for item in pool], chosen.words
         )
         if not indices:
@@ -464,14 +467,16 @@ class DirectTask(Task):
         """Return the index of a user's training interaction, and candidates as in evaluation."""
         if self._lists is not None:
             at, result = rng.choice(self._lists.of(user))
-            return at, shuffled(result, rng)
+            return at, shuffle_items(result, rng)
         events = self._events[user]
         # The first interaction has no history, so it is used only for users without other interactions.
         at = rng.randrange(min(1, len(events) - 1), len(events))
-        return at, self._pool(user, events[at].item_id, self._count, rng)
+        return at, self._sample_pool(user, events[at].item_id, self._count, rng)
 
-    def _pool(self, user: str, item: str, count: int, rng: random.Random, had: Sequence[str] = ()) -> tuple[str, ...]:
-        return shuffled((item, *self._negatives.draw(user, count - 1, rng, but=(item, *had))), rng)
+    def _sample_pool(
+        self, user: str, item: str, count: int, rng: random.Random, had: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        return shuffle_items((item, *self._negatives.draw(user, count - 1, rng, but=(item, *had))), rng)
 
     def _values(
         self, user: str, past: Sequence[Event], pool: Sequence[str], want: str, context: Mapping[str, str] | None = None
@@ -501,7 +506,7 @@ class DirectTask(Task):
         (item,) = pool
         return self._view.user(user, context) | self._view.about(item) | {"history": self._view.events(past)}
 
-    def _chosen_one(self, template: Template, values: Values, pool: Sequence[str], item: str) -> Values:
+    def _target_values(self, template: Template, values: Values, pool: Sequence[str], item: str) -> Values:
         """Return the target of an example: the label of the chosen item, or the item."""
         if asks_for(template) == "item":
             return values | {"item": self._view.item(item)}
@@ -521,14 +526,14 @@ class DirectTask(Task):
             return self._yes_example(template, row, user, past, event)
         shown = self._past.show(past, pool)
         values = self._values(user, shown.events, pool, "one", shown.context({}))
-        answer = self._chosen_one(template, values, pool, event.item_id)
+        answer = self._target_values(template, values, pool, event.item_id)
         example = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         others = tuple(item for item in pool if item != event.item_id)
         count = 0 if self._listwise is None else self._listwise.size - 1
         drawn = (
             others if count == len(others) else seeded_random("direct rejected", self._seed, row).sample(others, count)
         )
-        answers = (self._chosen_one(template, values, pool, item) for item in lower or drawn)
+        answers = (self._target_values(template, values, pool, item) for item in lower or drawn)
         rejected = tuple(template.answer(entry) + template.tail for entry in answers)
         return replace(example, negatives=others, rejected=rejected)
 
@@ -551,13 +556,13 @@ class DirectTask(Task):
         self, template: Template, user: str, events: tuple[Event, ...], pool: tuple[str, ...], want: str
     ) -> tuple[Message, ...]:
         values = self._values(user, events[:-1], pool, want)
-        answer = self._chosen_one(template, values, pool, events[-1].item_id)
+        answer = self._target_values(template, values, pool, events[-1].item_id)
         if want == "ranking":
             # The data determine only the first rank; the others keep their order.
             best = str(answer["label"])
             others = [label for label in candidate_labels(len(pool)) if label != best]
             answer |= {"label": ", ".join([best, *others])}
-        return solved_chat(template, values, answer)
+        return chat_shot_messages(template, values, answer)
 
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], index: int, rng: random.Random
@@ -568,16 +573,16 @@ class DirectTask(Task):
         # Both exclude the same interaction, so that user statistics do not reveal the answer.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
-        return solved_chat(template, values, values | {name: template.words.answer_word(yes=not index % 2)})
+        return chat_shot_messages(template, values, values | {name: template.words.answer_word(yes=not index % 2)})
 
     def _answer_type(self, template: Template, want: str, request: Request) -> str:
         """Return the requested type of answer, if the template supports it."""
         asks = asks_for(template)
         if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):
-            refuse(template, "list" if want == "ranking" else "pointwise-yes")
+            raise_unsupported_strategy(template, "list" if want == "ranking" else "pointwise-yes")
         if asks != "yes" and want != "yes":
             return want
-        pool = listed(request, self.family)
+        pool = requested_candidates(request, self.family)
         if len(pool) != 1:
             raise DataError(
                 f"request {request.id!r}: a yes/no question needs one candidate, but the request has {len(pool)}",
@@ -597,8 +602,8 @@ FAMILY = Family(
     section=DirectSection,
     answer=Ranking,
     headline="NDCG@10",
-    strategies=answering(STRATEGIES, "direct"),
-    baselines=answering(BASELINES, "direct"),
+    strategies=components_for_family(STRATEGIES, "direct"),
+    baselines=components_for_family(BASELINES, "direct"),
     controls=RANKING_CONTROLS,
     candidates="users",
     lists=True,

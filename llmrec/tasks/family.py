@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from llmrec import registry
-from llmrec.data.split import Part
+from llmrec.data.split import ReviewPart
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.recipe.schema import TaskSection
-from llmrec.registry import BASELINES, STRATEGIES, TASKS, Table, lookup
+from llmrec.registry import BASELINES, STRATEGIES, TASKS, Table, import_component
 from llmrec.tasks.task import Task
 from llmrec.types import Answer, Ranking
 
@@ -64,7 +64,7 @@ class Family:
     lists: bool = False
     column: Literal["rating", "text"] | None = None
     lacking: str = ""
-    writes: Part | None = None
+    writes: ReviewPart | None = None
     second_table: bool = False
     grounded: bool = False
     quotes: bool = False
@@ -88,8 +88,8 @@ class Family:
 
 
 @cache
-def _loaded(address: str) -> Family:
-    result = lookup({"": address}, "", "task")
+def _load_family(address: str) -> Family:
+    result = import_component({"": address}, "", "task")
     assert isinstance(result, Family)
     return result
 
@@ -101,8 +101,8 @@ def family_of(name: str) -> Family:
         RecipeError: If there is none, with the closest name; or if a plug-in is not a `Family`.
     """
     if name in TASKS:
-        return _loaded(TASKS[name])
-    result = registry.open_family(name)
+        return _load_family(TASKS[name])
+    result = registry.import_family(name)
     if not isinstance(result, Family):
         raise RecipeError(f"the task family {name!r} is not a llmrec.tasks.family.Family", kind="defect", at=name)
     return result
@@ -113,7 +113,7 @@ def families() -> Mapping[str, Family]:
     return {name: family_of(name) for name in registry.family_names()}
 
 
-def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> bool:
+def is_family_supported(family: Family, table: Table, name: str, *, silent: bool = True) -> bool:
     """Whether a strategy or baseline supports a task; plug-ins list their tasks in the attribute ``families``.
 
     Args:
@@ -124,7 +124,7 @@ def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> 
     """
     if not registry.is_plugin(table, name):
         return name in (family.strategies if table is STRATEGIES else family.baselines)
-    named = getattr(lookup(table, name, "plug-in"), "families", None)
+    named = getattr(import_component(table, name, "plug-in"), "families", None)
     return silent if named is None else family.name in named
 
 
@@ -133,7 +133,7 @@ def ranking_families() -> tuple[str, ...]:
     return tuple(name for name, family in families().items() if family.ranks_for_users)
 
 
-def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
+def check_task_components(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
     """Check that the strategies and baselines of a task exist, support it, and include the required baselines.
 
     Raises:
@@ -145,7 +145,7 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
         ("baselines", baselines, record.baselines, BASELINES),
     ):
         for name in names:
-            if name in known or answers(record, table, name):
+            if name in known or is_family_supported(record, table, name):
                 continue
             exists = name in table or registry.is_plugin(table, name)
             why = "does not support this task" if exists else f"is unknown{did_you_mean(name, known)}"

@@ -19,11 +19,11 @@ from llmrec.tasks.history import ItemVectors, ShownHistory
 from llmrec.types import Event, Request
 
 _CHOICES = get_args(ShotChoice)
-BY_TEXT = ("nearest", "diverse")
+TEXT_CHOICES = ("nearest", "diverse")
 """Methods of choosing examples that compare item texts."""
 # For `diverse`: number of users to choose among, as a multiple of the examples; and the weight of similarity to the
 # question versus similarity to chosen examples (Carbonell and Goldstein, SIGIR 1998, equation 1).
-_POOL, _SIMILARITY_WEIGHT = 10, 0.3
+_POOL_FACTOR, _SIMILARITY_WEIGHT = 10, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class ShotPool:
                 kind="contradiction",
                 column="eval.shots.choice",
             )
-        if choice in BY_TEXT and vectors is None:
+        if choice in TEXT_CHOICES and vectors is None:
             raise RecipeError(
                 f"eval.shots.choice: {choice!r} compares item texts, but there is no text encoder",
                 kind="unsupported",
@@ -141,7 +141,7 @@ class ShotPool:
         missing = shots - len(windows)
         rng = seeded_random(f"{self._family} shots", self._seed, request.id)
         if self._choice == "balanced":
-            ends = self._balanced(request, missing)
+            ends = self._sample_balanced(request, missing)
         else:
             users = self._others(request, past, missing, length)
             # a window is shorter only if the user's history is
@@ -178,7 +178,7 @@ class ShotPool:
             chosen = self._similar(request.user_id, past)[:count]
         elif self._choice == "recent":
             chosen = [user for user in self._latest[: count + 1] if user != request.user_id][:count]
-        elif self._choice in BY_TEXT and past:
+        elif self._choice in TEXT_CHOICES and past:
             chosen = self._near(request.user_id, past[-length:], count)
         taken = {request.user_id, *chosen}
         rest = count - len(chosen)
@@ -199,7 +199,7 @@ class ShotPool:
             column="eval.shots.k",
         )
 
-    def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
+    def _sample_balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
         """Return (user, end) pairs with balanced answers, in seeded order.
 
         With fewer examples than answers, the omitted answers are drawn for every request. An answer without further
@@ -255,13 +255,13 @@ class ShotPool:
     def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
         """Return users, sorted by the similarity of their latest items to the history, by mean vectors."""
         assert self._vectors is not None
-        query = _mean(self._vectors.of([event.item_id for event in past]))
-        similarity = self._means(len(past)) @ query
+        query = _normalised_mean(self._vectors.of([event.item_id for event in past]))
+        similarity = self._mean_user_vectors(len(past)) @ query
         order = [index for index in np.lexsort((self._ties, -similarity)).tolist() if self._users[index] != user]
         if self._choice == "nearest" or not order:
             return [self._users[index] for index in order[:count]]
-        pool, chosen = order[: _POOL * count], [order[0]]
-        vectors = self._means(len(past))
+        pool, chosen = order[: _POOL_FACTOR * count], [order[0]]
+        vectors = self._mean_user_vectors(len(past))
         while len(chosen) < min(count, len(pool)):
             left = [index for index in pool if index not in chosen]
             again = (vectors[left] @ vectors[chosen].T).max(axis=1)
@@ -269,12 +269,12 @@ class ShotPool:
             chosen.append(left[int(np.argmax(gain))])
         return [self._users[index] for index in chosen]
 
-    def _means(self, length: int) -> NDArray[np.float32]:
+    def _mean_user_vectors(self, length: int) -> NDArray[np.float32]:
         """Return the normalised mean vector of each user's latest items, shape (users, d)."""
         if length not in self._mean_vectors:
             assert self._vectors is not None
             item = [self._vectors.of([e.item_id for e in self._events[user][-length:]]) for user in self._users]
-            self._mean_vectors[length] = np.stack([_mean(vectors) for vectors in item])
+            self._mean_vectors[length] = np.stack([_normalised_mean(vectors) for vectors in item])
         return self._mean_vectors[length]
 
     def _similar(self, user: str, past: Sequence[Event]) -> list[str]:
@@ -305,7 +305,7 @@ class ShotPool:
         return hash64("similar users", self._seed, self._users)
 
 
-def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def _normalised_mean(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the normalised mean of vectors of shape (n, d)."""
     mean = vectors.mean(axis=0)
     unit: NDArray[np.float32] = mean / max(float(np.linalg.norm(mean)), 1e-12)

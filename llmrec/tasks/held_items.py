@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llmrec.data.candidates import CandidateSets, draw_among
+from llmrec.data.candidates import CandidateSets, sample_candidates_from_groups
 from llmrec.data.hashing import hash64, hash_one
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.titles import shown, title_key
+from llmrec.index.titles import display_title, title_key
 from llmrec.prompts.template import Template
 from llmrec.types import Item, SplitName
 
-KIND = "held-out-items"
+CANDIDATE_KIND = "held-out-items"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HeldItems:
         return frozenset((*self.valid, *self.test))
 
 
-def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
+def check_codes_without_titles(family: str, templates: Iterable[Template]) -> None:
     """Reject templates of other tasks that would show held-out items with both code and title.
 
     Raises:
@@ -66,7 +66,7 @@ def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
             )
 
 
-def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:
+def select_held_items(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:
     """Select held-out items by a seeded hash of their titles, so that adding an item does not affect others.
 
     Items with the same title are held out together. With an index over titles their codes differ only in the
@@ -78,7 +78,7 @@ def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems
         seed: The run's seed.
     """
     names = sorted(items)
-    groups = {name: title_key(shown(name, items[name])) for name in names}
+    groups = {name: title_key(display_title(name, items[name])) for name in names}
     drawn = hash64("alignment held out", seed, [groups[name] for name in names]) / 2.0**64
     order = hash64("alignment order", seed, names)
     results = sorted(zip(order.tolist(), drawn.tolist(), names, strict=True))
@@ -89,12 +89,12 @@ def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems
     )
 
 
-def request_name(item: str, seed: int) -> str:
+def alignment_request_id(item: str, seed: int) -> str:
     """Return the request id for an item, which does not reveal the item."""
     return f"alignment/{hash_one('alignment request', seed, item):016x}"
 
 
-def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> CandidateSets:
+def sample_held_candidates(held: HeldItems, split: SplitName, *, count: int, seed: int) -> CandidateSets:
     """Draw the candidates of questions from the held-out items of the same split.
 
     Each of them is equally likely to be the answer, so that a candidate set reveals nothing.
@@ -112,5 +112,7 @@ def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> Ca
             kind="too-few",
             column="tasks.alignment.held_out",
         )
-    targets = {request_name(item, seed): item for item in part}
-    return draw_among(targets, {item: held.groups[item] for item in part}, count=count, seed=seed, kind=KIND)
+    targets = {alignment_request_id(item, seed): item for item in part}
+    return sample_candidates_from_groups(
+        targets, {item: held.groups[item] for item in part}, count=count, seed=seed, kind=CANDIDATE_KIND
+    )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Number of categories, such as genres, and of titles in a summary.
-_KINDS, _BEST = 5, 3
-_PARTS = re.compile(r"\s*[|,>/]\s*")
+_SUMMARY_CATEGORIES, _SUMMARY_TITLES = 5, 3
+_CATEGORY_SEPARATOR = re.compile(r"\s*[|,>/]\s*")
 
 
 class ItemVectors:
@@ -112,9 +112,9 @@ class HistorySelector:
             return ShownHistory(tuple(events[-self.history :]))
         if self._rule == "summary":
             return ShownHistory(tuple(events[-self.history :]), self._summary(events[: -self.history]))
-        return ShownHistory(self._relevant(events, about))
+        return ShownHistory(self._select_relevant(events, about))
 
-    def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
+    def _select_relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
         """Select the latest interaction and the interactions most similar to an item of the question."""
         assert self._vectors is not None
         past = self._vectors.of([event.item_id for event in events[:-1]])
@@ -130,15 +130,19 @@ class HistorySelector:
         for item in items:
             # The first non-empty field is the category: genres, a category or a brand.
             message = next((text for text in item.fields.values() if text), "")
-            kinds.update(list(dict.fromkeys(part for part in _PARTS.split(message) if part)))
+            kinds.update(list(dict.fromkeys(part for part in _CATEGORY_SEPARATOR.split(message) if part)))
         parts = [f"{len(events)} earlier {self._dataset.noun}"]
         if kinds:
-            parts.append("mostly " + ", ".join(f"{clean(kind)} ({n})" for kind, n in kinds.most_common(_KINDS)))
+            parts.append(
+                "mostly " + ", ".join(f"{clean(kind)} ({n})" for kind, n in kinds.most_common(_SUMMARY_CATEGORIES))
+            )
         rated = [event for event in events if event.rating is not None]
         if rated:
             mean = sum(event.rating or 0.0 for event in rated) / len(rated)
             parts.append(f"rated {mean:.1f} on average")
-            best = sorted(range(len(rated)), key=lambda index: (-(rated[index].rating or 0.0), -index))[:_BEST]
+            best = sorted(range(len(rated)), key=lambda index: (-(rated[index].rating or 0.0), -index))[
+                :_SUMMARY_TITLES
+            ]
             titles = [clean(self._dataset.items[rated[index].item_id].title, 60) for index in best]
             parts.append("liked best: " + ", ".join(titles))
         return "; ".join(parts)

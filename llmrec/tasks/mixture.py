@@ -12,7 +12,9 @@ from llmrec.recipe.schema import TrainSection
 T = TypeVar("T")
 
 
-def shares(weights: Mapping[str, float], size: Callable[[str], int], section: TrainSection) -> dict[str, float]:
+def training_shares(
+    weights: Mapping[str, float], size: Callable[[str], int], section: TrainSection
+) -> dict[str, float]:
     """Return the relative training share of each task.
 
     With sizes n, ``proportional`` gives min(n, limit) and ``temperature`` its power of 1 / T, as T5 mixes its tasks

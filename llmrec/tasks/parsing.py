@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
 from llmrec.index.titles import INVISIBLE_CHARACTERS, title_key
-from llmrec.prompts.words import Words, english
+from llmrec.prompts.words import Words, english_words
 
-_LONGEST = 20_000
+_MAX_ANSWER_LENGTH = 20_000
 _ALNUM = r"[^\W_]"
 # In these scripts (no spaces between words, or attached particles), a label next to a letter is still a label.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -19,13 +19,13 @@ _JOINED = rf"[^\W_{_UNSPACED}]"
 _NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
 _ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
 # The minimum similarity to match a misspelt title, and the minimum length of both.
-_FUZZY, _FUZZY_LEAST = 0.9, 6
+_MIN_SIMILARITY, _MIN_FUZZY_LENGTH = 0.9, 6
 _NUMERAL = re.compile(r"\b(?:\d+|[ivx]+)\b")
 
 
-def read_line(text: str) -> Iterator[str]:
+def first_line_keys(text: str) -> Iterator[str]:
     """Yield the first non-empty line, and the same line without a list mark."""
-    line = next((line for line in text[:_LONGEST].splitlines() if line.strip()), "")
+    line = next((line for line in text[:_MAX_ANSWER_LENGTH].splitlines() if line.strip()), "")
     if line:
         yield title_key(line)
         bare = _ENTRY.sub("", line, count=1)
@@ -33,18 +33,18 @@ def read_line(text: str) -> Iterator[str]:
             yield title_key(bare)
 
 
-def read_number(text: str, low: float, high: float, words: Words | None = None) -> float | None:
+def parse_number(text: str, low: float, high: float, words: Words | None = None) -> float | None:
     """Parse the first number of an answer; None if there is none or it is outside [low, high].
 
     Digits of any script, ``4.5``, ``4,5``, ``4/5``, ``4 out of 5``, a leading number word and a row of stars are
     recognised; ``words`` are those of the prompt's language, English by default.
     """
-    known = words or english()
-    text = text[:_LONGEST].replace("½", ".5")
+    known = words or english_words()
+    text = text[:_MAX_ANSWER_LENGTH].replace("½", ".5")
     match = _NUMBER.search(text)
     if match is None:
         message = next(iter(re.findall(r"\w+", text.casefold())), "")
-        value = float(known.numbers.index(message)) if message in known.numbers else float(_star_run(text)) or None
+        value = float(known.numbers.index(message)) if message in known.numbers else float(_count_stars(text)) or None
     else:
         value = float(match.group().replace(",", ".").replace("−", "-"))
         scale = known.scale.match(text, match.end())
@@ -53,7 +53,7 @@ def read_number(text: str, low: float, high: float, words: Words | None = None) 
     return value if value is not None and low <= value <= high else None
 
 
-def _star_run(text: str) -> int:
+def _count_stars(text: str) -> int:
     run = re.search("[★⭐]+", text)
     return len(run.group()) if run else 0
 
@@ -61,7 +61,7 @@ def _star_run(text: str) -> int:
 # --------------------------------------------------------------------------- rankings
 
 
-def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words: Words | None = None) -> list[int]:
+def parse_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words: Words | None = None) -> list[int]:
     """Parse an ordered list of candidates from generated text.
 
     Labels and titles are equivalent, the first mention of a candidate counts, and other text is ignored.
@@ -75,10 +75,10 @@ def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words:
     Returns:
         Indices in ``labels``, best first; empty if nothing could be parsed.
     """
-    reader = _Reader(labels, titles, words or english())
+    reader = _LineParser(labels, titles, words or english_words())
     result: dict[int, None] = {}
-    text = text[:_LONGEST]
-    for lines in (_json_entries(text), text.splitlines()):
+    text = text[:_MAX_ANSWER_LENGTH]
+    for lines in (_parse_json_entries(text), text.splitlines()):
         for line in lines:
             for index in reader.line(line):
                 result.setdefault(index)
@@ -87,7 +87,7 @@ def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words:
     return list(result)
 
 
-def _json_entries(text: str) -> list[str]:
+def _parse_json_entries(text: str) -> list[str]:
     start, end = text.find("["), text.rfind("]")
     if not 0 <= start < end:
         return []
@@ -103,7 +103,7 @@ def _json_entries(text: str) -> list[str]:
     return entries
 
 
-class _Reader:
+class _LineParser:
     """Finds candidate labels and titles in a line of an answer."""
 
     def __init__(self, labels: Sequence[str], titles: Sequence[str], words: Words) -> None:
@@ -136,7 +136,7 @@ class _Reader:
         if strict:
             inner = re.findall(rf"(?<!{_ALNUM})\w+", strict["list"])
             return self._known(inner)
-        entry = self._entry(line)
+        entry = self._entry_start(line)
         rest = line[entry:]
         spans = self._title_spans(rest)
         marks = self._label_marks(rest, spans, is_entry=entry > 0)
@@ -150,7 +150,7 @@ class _Reader:
     def _label_key(self, label: str) -> str:
         return str(int(label)) if label.isdecimal() else label.upper()
 
-    def _entry(self, line: str) -> int:
+    def _entry_start(self, line: str) -> int:
         """Return the index where a list entry begins after its bullet or number; 0 if it has none."""
         mark = _ENTRY.match(line)
         if mark is None:
@@ -167,17 +167,20 @@ class _Reader:
         first. A line equally similar to two titles is neither.
         """
         key = title_key(line)
-        if len(key) < _FUZZY_LEAST:
+        if len(key) < _MIN_FUZZY_LENGTH:
             return []
         similarity = {}
         matcher = SequenceMatcher(None, autojunk=False)
         matcher.set_seq2(key)
         for title, index in self._titles.items():
             # The lengths give an upper bound of the similarity.
-            if 2 * min(len(key), len(title)) < _FUZZY * (len(key) + len(title)) or len(title) < _FUZZY_LEAST:
+            if (
+                2 * min(len(key), len(title)) < _MIN_SIMILARITY * (len(key) + len(title))
+                or len(title) < _MIN_FUZZY_LENGTH
+            ):
                 continue
             matcher.set_seq1(title)
-            alike = matcher.quick_ratio() >= _FUZZY and matcher.ratio() >= _FUZZY
+            alike = matcher.quick_ratio() >= _MIN_SIMILARITY and matcher.ratio() >= _MIN_SIMILARITY
             if alike and _NUMERAL.findall(key) == _NUMERAL.findall(title):
                 similarity[index] = matcher.ratio()
         best = [index for index, ratio in similarity.items() if ratio == max(similarity.values())]
@@ -185,7 +188,7 @@ class _Reader:
 
     def _title_spans(self, line: str) -> list[tuple[int, int, int]]:
         """Return (start, end, index) of the titles in a line; a title inside a longer title does not count."""
-        words = _words(line)
+        words = _split_words(line)
         text = " " + "".join(f"{word} " for word, _, _ in words)
         # Start of each word in `text`, to map a match back to the line.
         offsets, offset = {}, 0
@@ -236,7 +239,7 @@ class _Reader:
         return word is not None and word.group(1).casefold() not in self._words.linking
 
 
-def _words(line: str) -> list[tuple[str, int, int]]:
+def _split_words(line: str) -> list[tuple[str, int, int]]:
     """Split a line into normalised words, each with its (start, end) in the line."""
     words: list[tuple[str, int, int]] = []
     start = None

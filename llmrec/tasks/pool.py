@@ -32,7 +32,7 @@ class BalancedTask(Protocol):
         ...
 
 
-def pool(task: Task, count: int) -> tuple[Example, ...]:
+def distinct_examples(task: Task, count: int) -> tuple[Example, ...]:
     """Return the first ``count`` different examples of a task's training stream.
 
     Two examples are equal if they show the same interactions of the same user with the same last one, in any template.
@@ -84,14 +84,14 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
     if count is None:
         yield from task.examples("train")
         return
-    rows = pool(task, count)
+    rows = distinct_examples(task, count)
     for number in numbers():
         order = list(rows)
         seeded_random(f"{task.family} pool", seed, str(number)).shuffle(order)
         yield from order
 
 
-class Negatives:
+class NegativeSampler:
     """Draws items that a user has no training interaction with.
 
     Held-out items are drawn like all others, as in serving. Otherwise the item that is never a negative of a user would
@@ -170,7 +170,7 @@ class RejectedItemSampler:
     family: str
     events: Mapping[str, tuple[Event, ...]]
     section: PreferenceSection
-    negatives: Negatives
+    negatives: NegativeSampler
     lists: EventLists | None = None
 
     @cached_property
@@ -217,7 +217,7 @@ class RejectedItemSampler:
                 yield at, tuple(lower)
 
 
-def shuffled(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
+def shuffle_items(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
     """Return items in a random order."""
     mixed = list(items)
     rng.shuffle(mixed)

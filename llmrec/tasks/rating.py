@@ -7,45 +7,45 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
+from llmrec.data.split import SplitDataset, liked_threshold, request_of, scale_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words
 from llmrec.recipe.schema import RatingSection
-from llmrec.registry import BASELINES, STRATEGIES, answering
+from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
+    DataView,
     UserHistories,
     Values,
-    View,
-    passes,
-    rated,
-    refuse_test,
+    check_not_test,
+    iterate_user_passes,
+    rated_events,
     requested_item,
+    sample_window,
     seeded_random,
-    window,
 )
-from llmrec.tasks.cases import Cases, at_most, held_out
+from llmrec.tasks.cases import Cases, held_out_interactions, limit_per_user
 from llmrec.tasks.family import NO_RATINGS, RATING_CONTROLS, Family
 from llmrec.tasks.fewshot import FewShotDraw
-from llmrec.tasks.parsing import read_number
+from llmrec.tasks.parsing import parse_number
 from llmrec.tasks.rows import (
     chat_example,
+    chat_shot_messages,
+    insert_shots,
+    list_example,
     list_prompt,
-    list_row,
+    list_shot_messages,
+    list_steps,
     merge_rejected,
-    solved_chat,
-    solved_list,
-    steps,
-    with_shots,
 )
-from llmrec.tasks.task import BranchingTask, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose
+from llmrec.tasks.task import BranchingTask, TaskInputs, Want, check_single_answer
+from llmrec.tasks.templates import select_task_templates
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Rating, Request, SplitName
 
-_MOST_LABELS = 101
+_MAX_LABELS = 101
 
 
 class RatingTask(BranchingTask):
@@ -63,8 +63,8 @@ class RatingTask(BranchingTask):
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
         self.scale = find_scale(data, learns=inputs.learns)
-        self._chosen = choose(self.family, section, templates, inputs.index)
-        self._view = View(data, inputs.index)
+        self._chosen = select_task_templates(self.family, section, templates, inputs.index)
+        self._view = DataView(data, inputs.index)
         turns = ABOUT_USER | {"scale_low", "scale_high"}
         for template in templates.values():
             if template.shape == "list":
@@ -72,14 +72,16 @@ class RatingTask(BranchingTask):
                 template.check(turns=turns, lead=lead, target=lead | {"rating"})
             else:
                 variables = turns | ABOUT_ITEM | USER_STATS | {"history"}
-                if learned_only(template):
+                if is_training_only(template):
                     template.check(turns=variables | {"stars"}, lead=(), target={"answer"})
                 else:
                     template.check(turns=variables, lead=(), target=variables | {"rating"})
         for name in self._chosen.evaluate:
-            _refuse_learned(templates[name])
+            _check_evaluable(templates[name])
         self._listwise = inputs.listwise
-        if (other := next(filter(learned_only, self._chosen.train), None)) is not None and self._listwise is not None:
+        if (
+            other := next(filter(is_training_only, self._chosen.train), None)
+        ) is not None and self._listwise is not None:
             raise RecipeError(
                 f"train.preference: {other.id} has yes/no answers, but preference training compares ratings; remove "
                 "this template from tasks.rating.templates",
@@ -97,16 +99,16 @@ class RatingTask(BranchingTask):
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
-        refuse_test(split)
+        check_not_test(split)
         if split == "valid":
             for case in self.cases("valid")[:limit]:
                 event = Event(item_id=requested_item(case.request, self.family), rating=float(case.truth))
-                shown = self._past.show(rated(case.request.history), [event.item_id])
+                shown = self._past.show(rated_events(case.request.history), [event.item_id])
                 row, events = f"rating/valid/{case.request.id}", (*shown.events, event)
                 context, template, last = shown.context({}), self._chosen.train[0], len(events) - 1
                 yield self._example(template, row, case.request.user_id, events, first_target=last, context=context)
             return
-        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events, context = self._train_events(template, user, rng)
             if self._listwise is None:
@@ -120,32 +122,32 @@ class RatingTask(BranchingTask):
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings, at most ``per_user`` per user."""
-        known = [held for held in held_out(self._data, split) if held.rating is not None]
+        known = [held for held in held_out_interactions(self._data, split) if held.rating is not None]
 
         def case(held: Interaction) -> Case:
             assert held.rating is not None
             return Case(request=request_of(self._data, held, split, item=held.item_id), truth=held.rating)
 
-        return Cases(at_most(known, self._section.per_user), case)
+        return Cases(limit_per_user(known, self._section.per_user), case)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
-        only_one(self.family, want)
+        check_single_answer(self.family, want)
         chosen = self._chosen.get(template)
-        _refuse_learned(chosen)
+        _check_evaluable(chosen)
         drawn = self.draw_shots(request, shots)
         context = drawn.context(request.context)
         item = self._view.pair(request.user_id, requested_item(request, self.family))
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         if chosen.shape == "chat":
             values = self._question(request.user_id, drawn.history, context) | item
-            return Prompt(messages=with_shots(chosen.turns(values), turns))
+            return Prompt(messages=insert_shots(chosen.turns(values), turns))
         values = self._about(request.user_id, context)
-        return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
+        return list_prompt(chosen, values, list_steps(values, drawn.history, self._answered), item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        past, about = rated(request.history), [requested_item(request, self.family)]
+        past, about = rated_events(request.history), [requested_item(request, self.family)]
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -154,7 +156,7 @@ class RatingTask(BranchingTask):
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Parse the first number; None if there is none on the scale."""
-        value = read_number(completion, self.scale.low, self.scale.high, self._chosen.words(template))
+        value = parse_number(completion, self.scale.low, self.scale.high, self._chosen.words(template))
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
@@ -180,7 +182,7 @@ class RatingTask(BranchingTask):
     @property
     def liked_from(self) -> float:
         """The lowest rating that counts as liked."""
-        return threshold(scale_of(self._data), self._section.liked)
+        return liked_threshold(scale_of(self._data), self._section.liked)
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -190,7 +192,7 @@ class RatingTask(BranchingTask):
         """Return the interactions of an example, the target last, and a summary of earlier interactions."""
         events = self._events[user]
         if template.shape == "list":
-            return window(events, self._section.window, rng), {}
+            return sample_window(events, self._section.window, rng), {}
         at = rng.randrange(len(events))
         shown = self._past.show(events[:at], [events[at].item_id])
         return (*shown.events, events[at]), shown.context({})
@@ -208,17 +210,17 @@ class RatingTask(BranchingTask):
         if template.shape == "chat":
             values = self._one(user, events, context)
             target = self._with_rating(values, events[-1])
-            if learned_only(template):
+            if is_training_only(template):
                 values, target = self._with_stars(row, values, events[-1], template.words)
             return chat_example(template, row, user, values, target, past=events[:-1], event=events[-1])
         values = self._about(user, context)
-        return list_row(template, row, user, values, events, self._answered, first_target=first_target)
+        return list_example(template, row, user, values, events, self._answered, first_target=first_target)
 
     def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
         if template.shape == "chat":
             values = self._one(user, events)
-            return solved_chat(template, values, self._with_rating(values, events[-1]))
-        return solved_list(template, self._about(user), events, self._answered)
+            return chat_shot_messages(template, values, self._with_rating(values, events[-1]))
+        return list_shot_messages(template, self._about(user), events, self._answered)
 
     def _about(self, user: str, context: Mapping[str, str] | None = None) -> Values:
         scale = {"scale_low": self.scale.label(self.scale.low), "scale_high": self.scale.label(self.scale.high)}
@@ -247,13 +249,13 @@ class RatingTask(BranchingTask):
         return values | {"stars": stars}, {"answer": words.answer_word(yes=yes)}
 
 
-def learned_only(template: Template) -> bool:
+def is_training_only(template: Template) -> bool:
     """Whether a template is a yes/no question about a rating, which is trained but not evaluated."""
     return "answer" in template.names("target")
 
 
-def _refuse_learned(template: Template) -> None:
-    if learned_only(template):
+def _check_evaluable(template: Template) -> None:
+    if is_training_only(template):
         raise RecipeError(
             f"tasks.rating.eval_templates: {template.id} asks a yes/no question about a rating, which is only for "
             "training; choose templates that ask for the rating, such as name-item",
@@ -267,7 +269,7 @@ def _refuse_learned(template: Template) -> None:
 
 
 @dataclass(frozen=True)
-class Scale:
+class RatingScale:
     """A rating scale: its values and labels, lowest first."""
 
     values: tuple[float, ...]
@@ -299,7 +301,7 @@ class Scale:
         return self.labels[index]
 
 
-def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
+def find_scale(data: SplitDataset, *, learns: bool = True) -> RatingScale:
     """Derive the rating scale from the data, in whole or half points.
 
     Half points are written ``4.0`` and ``4.5``, so that no label is a prefix of another.
@@ -321,20 +323,20 @@ def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
         )
     low, high = scale_of(data)
     integral = all(float(value).is_integer() for value in (*ratings, low, high))
-    step = 1.0 if integral or high - low > _MOST_LABELS // 2 else 0.5
+    step = 1.0 if integral or high - low > _MAX_LABELS // 2 else 0.5
     first, last = math.floor(low / step), math.ceil(high / step)
-    if last - first >= _MOST_LABELS:
+    if last - first >= _MAX_LABELS:
         raise DataError(
-            f"tasks.rating: the scale from {low:g} to {high:g} has {last - first + 1} steps, more than {_MOST_LABELS}; "
+            f"tasks.rating: the scale from {low:g} to {high:g} has {last - first + 1} steps, more than {_MAX_LABELS}; "
             "rescale the ratings",
             kind="too-large",
             column="rating",
         )
     values = tuple(step * number for number in range(first, last + 1))
-    return Scale(values, tuple(f"{value:.0f}" if step == 1.0 else f"{value:.1f}" for value in values))
+    return RatingScale(values, tuple(f"{value:.0f}" if step == 1.0 else f"{value:.1f}" for value in values))
 
 
-def expected(values: Sequence[float], logprobs: Sequence[float]) -> float:
+def expected_rating(values: Sequence[float], logprobs: Sequence[float]) -> float:
     """Return the mean of ``values`` weighted by softmax(``logprobs``).
 
     Raises:
@@ -352,8 +354,8 @@ FAMILY = Family(
     section=RatingSection,
     answer=Rating,
     headline="RMSE",
-    strategies=answering(STRATEGIES, "rating"),
-    baselines=answering(BASELINES, "rating"),
+    strategies=components_for_family(STRATEGIES, "rating"),
+    baselines=components_for_family(BASELINES, "rating"),
     controls=RATING_CONTROLS,
     column="rating",
     lacking=NO_RATINGS,

@@ -17,31 +17,31 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts.template import Template, clean
 from llmrec.recipe.schema import ReviewSection, StarsSection
-from llmrec.registry import BASELINES, STRATEGIES, answering
+from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
+    DataView,
     UserHistories,
     Values,
-    View,
-    counted_rows,
-    passes,
-    refuse_test,
+    check_not_test,
+    count_training_rows,
+    describe_shots,
+    event_text,
+    iterate_user_passes,
     requested_item,
-    solved_examples,
-    text_of,
 )
-from llmrec.tasks.cases import Cases, held_out
-from llmrec.tasks.explanation import shared_words
+from llmrec.tasks.cases import Cases, held_out_interactions
+from llmrec.tasks.explanation import word_overlap_f1
 from llmrec.tasks.family import NO_RATINGS, RATING_CONTROLS, Family
 from llmrec.tasks.fewshot import FewShotDraw
-from llmrec.tasks.parsing import read_number
+from llmrec.tasks.parsing import parse_number
 from llmrec.tasks.pool import with_other_texts
-from llmrec.tasks.rating import Scale, find_scale
-from llmrec.tasks.rows import chat_example, merge_rejected, solved_chat, with_shots
-from llmrec.tasks.task import Task, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose, refuse_list
+from llmrec.tasks.rating import RatingScale, find_scale
+from llmrec.tasks.rows import chat_example, chat_shot_messages, insert_shots, merge_rejected
+from llmrec.tasks.task import Task, TaskInputs, Want, check_single_answer
+from llmrec.tasks.templates import check_chat_template, select_task_templates
 from llmrec.types import (
     Answer,
     Case,
@@ -67,7 +67,7 @@ class ReviewTask(Task):
     def __init__(self, section: ReviewSection | StarsSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
-        self.family, self.target = _kind(templates)
+        self.family, self.target = _family_and_target(templates)
         if inputs.learns and not data.dataset.reviews:
             raise DataError(
                 f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source with reviews, such as "
@@ -76,15 +76,15 @@ class ReviewTask(Task):
                 at=data.dataset.name,
                 column=f"tasks.{self.family}",
             )
-        self._chosen = choose(self.family, section, templates, inputs.index, reviews=True)
-        self._view = View(data, inputs.index)
+        self._chosen = select_task_templates(self.family, section, templates, inputs.index, reviews=True)
+        self._view = DataView(data, inputs.index)
         scale = find_scale(data, learns=inputs.learns) if self.target == "rating" else None
         self._scale = scale
         variables = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
         for template in templates.values():
             template.check(turns=variables, lead=(), target=variables | {self.target})
         self._listwise = inputs.listwise
-        self._events = UserHistories(data, self._usable)
+        self._events = UserHistories(data, self._usable_events)
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
@@ -98,7 +98,7 @@ class ReviewTask(Task):
         )
 
     @property
-    def scale(self) -> Scale:
+    def scale(self) -> RatingScale:
         """The rating scale of the data.
 
         Raises:
@@ -114,14 +114,14 @@ class ReviewTask(Task):
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
-        refuse_test(split)
+        check_not_test(split)
         if split == "valid":
             for held in self._held("valid")[:limit]:
                 event = Event(item_id=held.item_id, rating=held.rating, text=held.text)
                 row = f"{self.family}/valid/{request_id(held.user_id, held.item_id)}"
                 yield self._example(self._chosen.train[0], row, held.user_id, event)
             return
-        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, list(self._events), self._seed, limit):
             template, event = rng.choice(self._chosen.train), rng.choice(self._events[user])
             if self._listwise is None:
                 yield self._example(template, row, user, event)
@@ -129,16 +129,16 @@ class ReviewTask(Task):
                 ends = self._scale.misrated(event, self._listwise.size, rng)
                 yield merge_rejected(self._example(template, row, user, end) for end in ends)
             else:
-                ends = with_other_texts(event, self._events, text_of, self._listwise.size, rng)
+                ends = with_other_texts(event, self._events, event_text, self._listwise.size, rng)
                 yield merge_rejected(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out reviews that have a headline or rating to predict."""
 
         def case(held: Interaction) -> Case:
-            context = {"review": self._review(held.user_id, held.item_id)}
+            context = {"review": self._review_text(held.user_id, held.item_id)}
             request = request_of(self._data, held, split, item=held.item_id, context=context)
-            truth = text_of(held) if self.target == "headline" else cast(float, held.rating)
+            truth = event_text(held) if self.target == "headline" else cast(float, held.rating)
             return Case(request=request, truth=truth)
 
         return Cases(self._held(split), case)
@@ -149,7 +149,7 @@ class ReviewTask(Task):
         Raises:
             DataError: If its context has no review.
         """
-        only_one(self.family, want)
+        check_single_answer(self.family, want)
         chosen, item = self._chosen.get(template), requested_item(request, self.family)
         if not request.context.get("review"):
             raise DataError(
@@ -160,14 +160,14 @@ class ReviewTask(Task):
         turns: list[tuple[Message, ...]] = []
         for shot in self.draw_shots(request, shots).windows:
             event = shot.events[-1]
-            values = self._values(shot.user_id, event.item_id, self._review(shot.user_id, event.item_id))
-            turns.append(solved_chat(chosen, values, self._answered(values, event)))
+            values = self._values(shot.user_id, event.item_id, self._review_text(shot.user_id, event.item_id))
+            turns.append(chat_shot_messages(chosen, values, self._answered(values, event)))
         values = self._values(request.user_id, item, request.context["review"], request.context)
-        return Prompt(messages=with_shots(chosen.turns(values), turns))
+        return Prompt(messages=insert_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples."""
-        past = self._usable(request.user_id, request.history)
+        past = self._usable_events(request.user_id, request.history)
         return self._shots.draw(request, past, shots, self._section.history)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -179,25 +179,25 @@ class ReviewTask(Task):
         if self._scale is None:
             text = clean(completion, TEXT_LIMIT)
             return Text(request_id=request.id, text=text) if text else None
-        value = read_number(completion, self._scale.low, self._scale.high, self._chosen.words(template))
+        value = parse_number(completion, self._scale.low, self._scale.high, self._chosen.words(template))
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
         """Return the word-overlap F1 of headlines, or 1 minus the rating error relative to the scale."""
         if isinstance(answer, Text) and self._scale is None:
-            return shared_words(answer.text, str(case.truth))
+            return word_overlap_f1(answer.text, str(case.truth))
         if isinstance(answer, Rating) and self._scale is not None:
             return self._scale.nearness(answer.value, float(case.truth))
         return 0.0
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt contains; see `Task`."""
-        return f"text of the review{solved_examples(shots)}"
+        return f"text of the review{describe_shots(shots)}"
 
     def training_size(self) -> int:
         """Return the number of training examples for reviews."""
         if self.target == "headline":
-            return counted_rows(self._data, "text")
+            return count_training_rows(self._data, "text")
         rated = self._data.train.filter(pl.col("rating").is_not_null())
         reviews = self._data.dataset.reviews
         return sum(pair in reviews for pair in rated.select("user_id", "item_id").iter_rows())
@@ -214,17 +214,17 @@ class ReviewTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _held(self, split: SplitName) -> list[Interaction]:
-        return [held for held in held_out(self._data, split) if self._asks(held.user_id, held)]
+        return [held for held in held_out_interactions(self._data, split) if self._is_usable(held.user_id, held)]
 
-    def _usable(self, user: str, events: Sequence[Event]) -> tuple[Event, ...]:
-        return tuple(event for event in events if self._asks(user, event))
+    def _usable_events(self, user: str, events: Sequence[Event]) -> tuple[Event, ...]:
+        return tuple(event for event in events if self._is_usable(user, event))
 
-    def _asks(self, user: str, event: Event | Interaction) -> bool:
+    def _is_usable(self, user: str, event: Event | Interaction) -> bool:
         """Whether an interaction has a review and the headline or rating to predict."""
-        has = event.rating is not None if self.target == "rating" else bool(text_of(event))
-        return has and bool(self._review(user, event.item_id))
+        has = event.rating is not None if self.target == "rating" else bool(event_text(event))
+        return has and bool(self._review_text(user, event.item_id))
 
-    def _review(self, user: str, item: str) -> str:
+    def _review_text(self, user: str, item: str) -> str:
         """Return the beginning of a review; empty if there is none."""
         review = self._data.dataset.reviews.get((user, item))
         return "" if review is None else clean(review.text, self._section.shown)
@@ -237,20 +237,20 @@ class ReviewTask(Task):
 
     def _answered(self, values: Values, event: Event) -> Values:
         if self._scale is None:
-            return values | {"headline": text_of(event)}
+            return values | {"headline": event_text(event)}
         assert event.rating is not None
         return values | {"rating": self._scale.label(event.rating)}
 
     def _example(self, template: Template, row: str, user: str, event: Event) -> Example:
-        values = self._values(user, event.item_id, self._review(user, event.item_id))
+        values = self._values(user, event.item_id, self._review_text(user, event.item_id))
         return chat_example(template, row, user, values, self._answered(values, event), past=(), event=event)
 
 
-def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
+def _family_and_target(templates: Mapping[str, Template]) -> tuple[str, Target]:
     """Return the task to which templates belong, and what they predict."""
     targets: dict[Target, str] = {}
     for template in templates.values():
-        refuse_list(template)
+        check_chat_template(template)
         named = template.names("target")
         target: Target = "rating" if "rating" in named and "headline" not in named else "headline"
         targets[target] = template.id
@@ -272,8 +272,8 @@ REVIEW = Family(
     section=ReviewSection,
     answer=Text,
     headline="ROUGE-L",
-    strategies=answering(STRATEGIES, "review"),
-    baselines=answering(BASELINES, "review"),
+    strategies=components_for_family(STRATEGIES, "review"),
+    baselines=components_for_family(BASELINES, "review"),
     controls=("frequent-text",),
     column="text",
     writes="headline",
@@ -286,8 +286,8 @@ STARS = Family(
     section=StarsSection,
     answer=Rating,
     headline="RMSE",
-    strategies=answering(STRATEGIES, "stars"),
-    baselines=answering(BASELINES, "stars"),
+    strategies=components_for_family(STRATEGIES, "stars"),
+    baselines=components_for_family(BASELINES, "stars"),
     controls=RATING_CONTROLS,
     column="rating",
     lacking=NO_RATINGS,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import PreferenceSection
-from llmrec.tasks.base import PAST, Values, pairs_of
+from llmrec.tasks.base import HISTORY_VARIABLES, Values, user_item_pairs
 from llmrec.types import (
     Event,
     Example,
@@ -17,7 +17,7 @@ from llmrec.types import (
     Segment,
 )
 
-Answered = Callable[[Values, Event], Values]
+AnswerFunction = Callable[[Values, Event], Values]
 """Adds the true answer for an interaction to the variables of a template's target."""
 
 
@@ -37,27 +37,27 @@ class Listwise:
     preference: PreferenceSection | None = None
 
 
-def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:
+def list_steps(values: Values, events: Sequence[Event], answered: AnswerFunction) -> list[Values]:
     """Return the template variables of each line of a list."""
     return [answered(values | {"n": n}, event) for n, event in enumerate(events, start=1)]
 
 
-def list_row(
+def list_example(
     template: Template,
     row: str,
     user_id: str,
     values: Values,
     events: Sequence[Event],
-    answered: Answered,
+    answered: AnswerFunction,
     *,
     first_target: int = 0,
 ) -> Example:
     """Return an example in list form whose lines are training targets from ``first_target`` on."""
-    answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
-    return _example(template, row, user_id, values, answer, events, ends_turn=False)
+    answer = list_answer(template, list_steps(values, events, answered), lambda i: i >= first_target)
+    return _build_example(template, row, user_id, values, answer, events, ends_turn=False)
 
 
-def _example(
+def _build_example(
     template: Template,
     row: str,
     user_id: str,
@@ -76,16 +76,20 @@ def _example(
         messages=template.turns(values),
         answer=answer,
         ends_turn=ends_turn,
-        pairs=pairs_of(user_id, events),
+        pairs=user_item_pairs(user_id, events),
     )
 
 
-def solved_list(template: Template, values: Values, events: Sequence[Event], answered: Answered) -> tuple[Message, ...]:
+def list_shot_messages(
+    template: Template, values: Values, events: Sequence[Event], answered: AnswerFunction
+) -> tuple[Message, ...]:
     """Return a few-shot example in list form, with every line answered."""
-    return few_shot_messages(template, values, list_answer(template, steps(values, events, answered), lambda _: True))
+    return few_shot_messages(
+        template, values, list_answer(template, list_steps(values, events, answered), lambda _: True)
+    )
 
 
-def solved_chat(template: Template, values: Values, answer: Values) -> tuple[Message, ...]:
+def chat_shot_messages(template: Template, values: Values, answer: Values) -> tuple[Message, ...]:
     """Return a question with its answer as a few-shot example."""
     return few_shot_messages(template, values, template.step(answer)[1])
 
@@ -113,7 +117,7 @@ def few_shot_messages(template: Template, values: Values, answer: Sequence[Segme
     return user, Message("assistant", tuple(segment for segment in segments if segment.text))
 
 
-def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+def insert_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
     """Insert few-shot examples between the system message and the question."""
     return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
 
@@ -128,7 +132,7 @@ def list_prompt(
     """Return a prompt that asks for the next step of a list."""
     opening = template.opening(values | question | {"n": len(steps) + 1})
     return Prompt(
-        messages=with_shots(template.turns(values), shots),
+        messages=insert_shots(template.turns(values), shots),
         answer_prefix=(*list_answer(template, steps, lambda _: False), *opening),
         stop=template.tail,
     )
@@ -138,8 +142,8 @@ def chat_example(
     template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
 ) -> Example:
     """Return an example with one answer."""
-    shown = past if PAST & template.names("system", "user") else ()
-    return _example(template, row, user_id, values, template.step(answer)[1], (*shown, event), ends_turn=True)
+    shown = past if HISTORY_VARIABLES & template.names("system", "user") else ()
+    return _build_example(template, row, user_id, values, template.step(answer)[1], (*shown, event), ends_turn=True)
 
 
 def merge_rejected(rows: Iterable[Example]) -> Example:

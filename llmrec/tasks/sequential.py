@@ -12,35 +12,35 @@ from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import SequentialSection
-from llmrec.registry import BASELINES, STRATEGIES, answering
+from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
+    DataView,
     ExampleDraw,
     UserHistories,
     Values,
-    View,
-    passes,
-    refuse_test,
-    window,
+    check_not_test,
+    iterate_user_passes,
+    sample_window,
 )
-from llmrec.tasks.cases import Cases, held_out, ranking_cases
+from llmrec.tasks.cases import Cases, held_out_interactions, ranking_cases
 from llmrec.tasks.family import RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import FewShotDraw
-from llmrec.tasks.parsing import read_line
-from llmrec.tasks.pool import Negatives, RejectedItemSampler
+from llmrec.tasks.parsing import first_line_keys
+from llmrec.tasks.pool import NegativeSampler, RejectedItemSampler
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.rows import (
     chat_example,
+    chat_shot_messages,
+    insert_shots,
+    list_example,
     list_prompt,
-    list_row,
-    solved_chat,
-    solved_list,
-    steps,
-    with_shots,
+    list_shot_messages,
+    list_steps,
 )
 from llmrec.tasks.task import BranchingTask, TaskInputs, Want
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import select_task_templates
 from llmrec.types import (
     Answer,
     Case,
@@ -68,8 +68,8 @@ class SequentialTask(BranchingTask):
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed, self._candidates = data, section, inputs.seed, inputs.candidates
         self._warm_up = section.warm_up
-        self._chosen = choose(self.family, section, templates, inputs.index)
-        self._view = View(data, inputs.index)
+        self._chosen = select_task_templates(self.family, section, templates, inputs.index)
+        self._view = DataView(data, inputs.index)
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         for template in templates.values():
             if template.shape == "list":
@@ -77,7 +77,7 @@ class SequentialTask(BranchingTask):
             else:
                 variables = ABOUT_USER | {"history"}
                 template.check(turns=variables | USER_STATS, lead=(), target=variables | {"item"})
-        self._check_bare()
+        self._check_bare_codes()
         least = max(2, section.warm_up + 1)
         if section.window < least:
             raise RecipeError(
@@ -92,7 +92,7 @@ class SequentialTask(BranchingTask):
         self._shots = inputs.shots(self.family, self._events, least=2)
         self._listwise, self._rejecting = inputs.listwise, None
         if (preference := inputs.preference) is not None:
-            drawn = Negatives(data, preference.rejected, key="train.preference.negatives")
+            drawn = NegativeSampler(data, preference.rejected, key="train.preference.negatives")
             self._rejecting = RejectedItemSampler(self.family, self._events, preference, drawn, inputs.hard)
 
     @cached_property
@@ -102,23 +102,23 @@ class SequentialTask(BranchingTask):
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
-        refuse_test(split)
+        check_not_test(split)
         if split == "valid":
-            for held in held_out(self._data, "valid")[:limit]:
+            for held in held_out_interactions(self._data, "valid")[:limit]:
                 past = self._past.show(self._data.history(held.user_id, "valid")).events
                 row = f"sequential/valid/{request_id(held.user_id, held.item_id)}"
                 events = (*past, Event(item_id=held.item_id))
                 yield self._example(self._chosen.train[0], row, held.user_id, events, first_target=len(past))
             return
         if self._rejecting is not None:
-            yield from self._preferences(self._rejecting, limit)
+            yield from self._preference_examples(self._rejecting, limit)
             return
         for draw in self.draws(limit):
             yield self.example(draw)
 
-    def _preferences(self, rejecting: RejectedItemSampler, limit: int | None) -> Iterator[Example]:
+    def _preference_examples(self, rejecting: RejectedItemSampler, limit: int | None) -> Iterator[Example]:
         """Yield examples whose only target is the last item, with rejected items for preference training."""
-        for row, user, rng in passes(self.family, rejecting.users, self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, rejecting.users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
             at, rejected = rejecting.pair(user, rng)
             shown = (*self._past.show(events[:at]).events, events[at])
@@ -131,7 +131,7 @@ class SequentialTask(BranchingTask):
 
     def draws(self, limit: int | None = None) -> Iterator[ExampleDraw]:
         """Yield training examples before rendering, in the order of ``examples("train")``."""
-        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
             yield ExampleDraw(row, user, template, events, self._warm_up)
@@ -146,7 +146,7 @@ class SequentialTask(BranchingTask):
 
     def training_cases(self) -> Iterator[Case]:
         """Yield training interactions as questions with the history before them; see `Task`."""
-        for row, user, rng in passes(f"{self.family} question", list(self._events), self._seed, None):
+        for row, user, rng in iterate_user_passes(f"{self.family} question", list(self._events), self._seed, None):
             events = self._events[user]
             at = rng.randrange(max(1, self._warm_up), len(events))
             yield Case(request=Request(id=row, user_id=user, history=events[:at]), truth=events[at].item_id)
@@ -170,8 +170,8 @@ class SequentialTask(BranchingTask):
         if chosen.shape == "chat":
             values |= self._view.user_stats(request.user_id, ())
             question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
-            return Prompt(messages=with_shots(question, turns))
-        return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
+            return Prompt(messages=insert_shots(question, turns))
+        return list_prompt(chosen, values, list_steps(values, drawn.history, self._answered), {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
@@ -200,7 +200,7 @@ class SequentialTask(BranchingTask):
         name = "code" if self._chosen.get(template).answers_with_code else "title"
         candidates = request.candidates
         known = self._catalogue(name) if candidates is None else items_by_text(self._view, name, candidates)
-        return read_item(completion, known, request)
+        return parse_item(completion, known, request)
 
     def scored_by(self, template: Template) -> str:
         """Return beam search if the whole catalogue is ranked, otherwise likelihood scoring of the candidates."""
@@ -208,7 +208,7 @@ class SequentialTask(BranchingTask):
 
     # ----------------------------------------------------------------------- building blocks
 
-    def _check_bare(self) -> None:
+    def _check_bare_codes(self) -> None:
         """Check that codes in lists consist of item tokens, so that no code is a prefix of another."""
         names = dict.fromkeys((*(t.name for t in self._chosen.train), *self._chosen.evaluate))
         bare = [name for name in names if self._chosen.get(name).bare]
@@ -232,7 +232,7 @@ class SequentialTask(BranchingTask):
     def _train_events(self, template: Template, user: str, rng: random.Random) -> tuple[Event, ...]:
         events = self._events[user]
         if template.shape == "list":
-            return window(events, self._section.window, rng)
+            return sample_window(events, self._section.window, rng)
         at = rng.randrange(1, len(events))
         return (*self._past.show(events[:at]).events, events[at])
 
@@ -244,13 +244,13 @@ class SequentialTask(BranchingTask):
             answer = self._answered(values, events[-1])
             return chat_example(template, row, user, values, answer, past=events[:-1], event=events[-1])
         values = self._view.user(user)
-        return list_row(template, row, user, values, events, self._answered, first_target=first_target)
+        return list_example(template, row, user, values, events, self._answered, first_target=first_target)
 
     def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
         if template.shape == "chat":
             values = self._question(user, events)
-            return solved_chat(template, values, self._answered(values, events[-1]))
-        return solved_list(template, self._view.user(user), events, self._answered)
+            return chat_shot_messages(template, values, self._answered(values, events[-1]))
+        return list_shot_messages(template, self._view.user(user), events, self._answered)
 
     def _question(self, user: str, events: tuple[Event, ...]) -> Values:
         stats = self._view.user_stats(user, [events[-1].item_id])
@@ -260,7 +260,7 @@ class SequentialTask(BranchingTask):
         return values | {"item": self._view.item(event.item_id)}
 
 
-def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+def items_by_text(view: DataView, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     """Return items by their normalised ``title`` or ``code`` (letters and digits only)."""
     result: dict[str, tuple[str, ...]] = {}
     for item in items:
@@ -269,9 +269,9 @@ def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, t
     return result
 
 
-def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:
+def parse_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:
     """Return the items that the first line of an answer names; None if there are none."""
-    for key in read_line(completion):
+    for key in first_line_keys(completion):
         if key in known:
             items = known[key]
             return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
@@ -285,8 +285,8 @@ FAMILY = Family(
     section=SequentialSection,
     answer=Ranking,
     headline="NDCG@10",
-    strategies=answering(STRATEGIES, "sequential"),
-    baselines=answering(BASELINES, "sequential"),
+    strategies=components_for_family(STRATEGIES, "sequential"),
+    baselines=components_for_family(BASELINES, "sequential"),
     controls=RANKING_CONTROLS,
     candidates="users",
 )

@@ -14,9 +14,16 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
-from llmrec.prompts.words import Words, english
+from llmrec.prompts.words import Words, english_words
 from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, TaskSection
-from llmrec.tasks.base import UserHistories, counted_rows, ranking_reward, seeded_random, shows_events, window
+from llmrec.tasks.base import (
+    UserHistories,
+    count_training_rows,
+    describe_events,
+    ranking_reward,
+    sample_window,
+    seeded_random,
+)
 from llmrec.tasks.fewshot import FewShotDraw, ShotPool
 from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import HistorySelector, ItemVectors
@@ -158,11 +165,11 @@ class Task(Protocol):
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt contains, for a table column."""
-        return shows_events(template, self._past.history, shots)
+        return describe_events(template, self._past.history, shots)
 
     def training_size(self) -> int:
         """Return the number of training interactions (or items) from which the task can draw examples."""
-        return counted_rows(self._data, self._column)
+        return count_training_rows(self._data, self._column)
 
     # ----------------------------------------------------------------------- optional methods
 
@@ -187,7 +194,7 @@ class Task(Protocol):
 
     def words(self, template: str) -> Words:
         """Return the words of the language of a template, for strategies that write text."""
-        return english()
+        return english_words()
 
     def training_cases(self) -> Iterator[Case]:
         """Yield training interactions as questions with the history before them, endlessly, in seeded order.
@@ -297,7 +304,7 @@ class BranchingTask(Task):
         rng = seeded_random(f"{self.family} branch", self._seed, str(number), user)
         template = rng.choice(self._chosen.train)
         if template.shape == "list":
-            events = window(events, self._section.window, rng)
+            events = sample_window(events, self._section.window, rng)
         else:
             # The same for all families with the same history.
             at = seeded_random("branch point", self._seed, str(number), user).randrange(
@@ -314,7 +321,7 @@ class BranchingTask(Task):
         """Return an example of the interactions, the last of which a chat template asks for."""
 
 
-def only_one(family: str, want: Want) -> None:
+def check_single_answer(family: str, want: Want) -> None:
     """Reject a request for more than one answer.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.prompts.template import Template
-from llmrec.prompts.words import Words, english
+from llmrec.prompts.words import Words, english_words
 from llmrec.recipe.schema import TaskSection
 from llmrec.types import ItemCodes
 
@@ -41,7 +41,7 @@ class TemplateSelection:
         Raises:
             RecipeError: As `get`; or if no template of the set is left.
         """
-        members = [] if name in self.every else of_set(self.every, name)
+        members = [] if name in self.every else templates_of_set(self.every, name)
         if not members:
             return [self.get(name)]
         left = [template for template in members if template.use != "unseen" and not self.lacks(template)]
@@ -70,7 +70,7 @@ class TemplateSelection:
     def words(self, name: str) -> Words:
         """Return the words in the language of a template."""
         result = self.every.get(name.rpartition("/")[2])
-        return english() if result is None else result.words
+        return english_words() if result is None else result.words
 
     def get(self, name: str) -> Template:
         """Return a template by its name, with or without ``family/``.
@@ -94,7 +94,7 @@ class TemplateSelection:
         return result
 
 
-def refuse_list(template: Template) -> None:
+def check_chat_template(template: Template) -> None:
     """Reject a list template of a family whose templates have one answer.
 
     Raises:
@@ -109,12 +109,12 @@ def refuse_list(template: Template) -> None:
         )
 
 
-def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
+def templates_of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
     """Return the templates of a set; templates not used in training are last."""
     return [template for template in templates.values() if name in template.sets]
 
 
-def choose(
+def select_task_templates(
     family: str,
     section: TaskSection,
     templates: Mapping[str, Template],

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow, answer_pieces
 from llmrec.errors import RecipeError
-from llmrec.models.traits import is_paired
-from llmrec.tasks.parsing import read_number
-from llmrec.tasks.rating import Scale
-from llmrec.train.packing import PackedRows, bins, one_bin
-from llmrec.train.steps import RowTable, Step, Steps
+from llmrec.models.traits import is_encoder_decoder
+from llmrec.tasks.parsing import parse_number
+from llmrec.tasks.rating import RatingScale
+from llmrec.train.packing import PackedRows, pack_into_bins, pack_into_one_bin
+from llmrec.train.steps import PlannedSteps, RowTable, Step
 from llmrec.types import Example
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow
     for index, segment in enumerate(example.answer):
         if segment.kind != "target":
             continue
-        source = [*question, *(i for text in pieces(example.answer[:index]) for i in encoder.piece(text))]
+        source = [*question, *(i for text in answer_pieces(example.answer[:index]) for i in encoder.piece(text))]
         target = [*encoder.line(segment.text), *([encoder.end_id] if example.ends_turn and index == last else [])]
         if len(source) + len(target) > limit:
             break
@@ -53,14 +53,14 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow
     return rows
 
 
-def cut(row: TokenRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def split_source_target(row: TokenRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Split a tokenised example into source and target."""
     return row.ids[: -row.targets], row.labels[-row.targets :]
 
 
-def paired_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int]]]:
+def encoder_decoder_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int]]]:
     """Return right-padded sources with their mask, and labels, each of shape (rows, longest)."""
-    halves = [cut(row) for row in rows]
+    halves = [split_source_target(row) for row in rows]
     wide, deep = max(len(source) for source, _ in halves), max(len(target) for _, target in halves)
     return {
         "input_ids": [[*source, *[pad] * (wide - len(source))] for source, _ in halves],
@@ -73,7 +73,7 @@ def paired_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int
 _BUFFER_STEPS = 8
 
 
-def plan(
+def plan_steps(
     rows: Iterator[TokenRow],
     *,
     steps: int,
@@ -82,7 +82,7 @@ def plan(
     width: int | None = None,
     lists: int | None = None,
     behind: int = 0,
-) -> Steps:
+) -> PlannedSteps:
     """Group tokenised examples into steps of at most ``batch_tokens`` padded tokens, in seeded order.
 
     Args:
@@ -97,7 +97,7 @@ def plan(
     """
     rng = random.Random(seed)
     table = RowTable()
-    planned = Steps(table)
+    planned = PlannedSteps(table)
     while len(planned) < steps:
         buffer: list[TokenRow] = []
         packed: list[PackedRows] = []
@@ -110,17 +110,17 @@ def plan(
                 tokens += len(group[0].ids) + behind
             else:
                 # Tokens shared by the examples of a list are computed once.
-                packed.append(one_bin(group))
+                packed.append(pack_into_one_bin(group))
                 tokens += packed[-1].columns
         if not buffer:
             break
         if lists is not None:
-            cut = _cut_packed(sorted(packed, key=lambda item: item.columns), batch_tokens)
+            cut = _packed_steps(sorted(packed, key=lambda item: item.columns), batch_tokens)
         elif width is None:
-            cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
+            cut = _padded_steps(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
         else:
-            packed = bins(buffer, min(width, batch_tokens))
-            cut = _cut_packed(sorted(packed, key=lambda item: item.columns), batch_tokens)
+            packed = pack_into_bins(buffer, min(width, batch_tokens))
+            cut = _packed_steps(sorted(packed, key=lambda item: item.columns), batch_tokens)
         rng.shuffle(cut)
         numbers = {id(row): first + n for n, row in enumerate(buffer)}
         for step in cut[: steps - len(planned)]:
@@ -128,17 +128,17 @@ def plan(
     return planned if lists is None else planned.weighing([float(n % lists == 0) for n in range(len(table))])
 
 
-def _cut(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]:
+def _padded_steps(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]:
     lengths = [len(row.ids) + behind for row in rows]
-    return [Step(tuple(rows[start:end])) for start, end in _spans(lengths, batch_tokens)]
+    return [Step(tuple(rows[start:end])) for start, end in _batch_ranges(lengths, batch_tokens)]
 
 
-def _cut_packed(packed: Sequence[PackedRows], batch_tokens: int) -> list[Step]:
-    groups = [packed[start:end] for start, end in _spans([item.columns for item in packed], batch_tokens)]
+def _packed_steps(packed: Sequence[PackedRows], batch_tokens: int) -> list[Step]:
+    groups = [packed[start:end] for start, end in _batch_ranges([item.columns for item in packed], batch_tokens)]
     return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
 
 
-def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
+def micro_batch_indices(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
     """Split examples into parts of at most ``limit`` padded tokens, and return the indices of each part.
 
     A longer row is a separate part. None: one part.
@@ -146,16 +146,16 @@ def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
     if limit is None or len(lengths) * max(lengths, default=0) <= limit:
         return [list(range(len(lengths)))]
     ascending = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [ascending[start:end] for start, end in _spans([lengths[n] for n in ascending], limit)]
+    return [ascending[start:end] for start, end in _batch_ranges([lengths[n] for n in ascending], limit)]
 
 
 def micro_steps(step: Step, limit: int | None) -> list[Step]:
-    """Split a step into parts of at most ``limit`` padded tokens; see `parted`."""
-    parts = parted([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
+    """Split a step into parts of at most ``limit`` padded tokens; see `micro_batch_indices`."""
+    parts = micro_batch_indices([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
     return [step] if len(parts) == 1 else [step.part(numbers) for numbers in parts]
 
 
-def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
+def _batch_ranges(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     """Split ascending lengths into (start, end) ranges of at most ``batch_tokens`` padded tokens."""
     spans, start = [], 0
     for n, length in enumerate(lengths):
@@ -165,7 +165,7 @@ def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     return [*spans, (start, len(lengths))]
 
 
-def fit_row(example: Example, encoder: Encoder, limit: int) -> TokenRow | None:
+def truncated_row(example: Example, encoder: Encoder, limit: int) -> TokenRow | None:
     """Tokenise an example and truncate it to ``limit`` tokens; None if no target is left.
 
     The remaining targets see the same context as before.
@@ -176,7 +176,7 @@ def fit_row(example: Example, encoder: Encoder, limit: int) -> TokenRow | None:
     return row if row.targets else None
 
 
-def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[list[int]]]:
+def pad_rows(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[list[int]]]:
     """Pad token ids and labels on the right to the length of the longest example."""
     longest = max(len(row.ids) for row in rows)
     ids = [[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]
@@ -187,18 +187,18 @@ def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[li
 def padded_inputs(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
     """Return the inputs of `llmrec.train.loss.rows_loss` for this model, as padded lists."""
     weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
-    if is_paired(model.config):
-        return paired_inputs(rows, pad) | weighted
-    ids, labels = padded(rows, pad)
+    if is_encoder_decoder(model.config):
+        return encoder_decoder_inputs(rows, pad) | weighted
+    ids, labels = pad_rows(rows, pad)
     return {"input_ids": ids, "labels": labels} | weighted
 
 
 @dataclass(frozen=True)
-class Classes:
+class RatingClasses:
     """Maps each target of a training example to its value on the rating scale, for rating heads."""
 
     encoder: Encoder
-    scale: Scale
+    scale: RatingScale
     _texts: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     def row(self, row: TokenRow) -> TokenRow | None:
@@ -207,7 +207,7 @@ class Classes:
         A truncated target that could be a different value, such as the 1 of a 10, has no loss.
         """
         labels = [IGNORED] * len(row.ids)
-        for start, end in runs(row.labels):
+        for start, end in target_spans(row.labels):
             label = self._class_index(row.labels[start:end], last=end == len(row.ids))
             if label is not None:
                 labels[start] = label
@@ -228,7 +228,7 @@ class Classes:
         if run not in self._texts:
             self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
         text = self._texts[run]
-        value = read_number(text, self.scale.low, self.scale.high)
+        value = parse_number(text, self.scale.low, self.scale.high)
         if value is None:
             return None
         label = self.scale.label(value)
@@ -239,7 +239,7 @@ class Classes:
 
 
 @dataclass(slots=True)
-class Labels:
+class AnswerLabels:
     """Maps each target of a training example to a label, which the first token of the answer identifies.
 
     Labels are numbered in the order of addition: first those that a family declares, then those of examples.
@@ -270,7 +270,7 @@ class Labels:
         if self.closed and not self.tied:
             return row
         labels = [IGNORED] * len(row.ids)
-        for start, end in runs(row.labels):
+        for start, end in target_spans(row.labels):
             if not self.add(row.labels[start:end]):
                 return row
             if row.labels[start] in self.ids:
@@ -309,7 +309,7 @@ class Labels:
         return ""
 
 
-def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+def target_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
     """Return the (start, end) range of each target, given labels."""
     results: list[tuple[int, int]] = []
     for index, label in enumerate(labels):

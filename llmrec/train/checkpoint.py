@@ -17,21 +17,28 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
-from llmrec.durable import refuse_link, verifies
+from llmrec.durable import check_not_link, matches_manifest
 from llmrec.train.world import World
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # Files from which the Trainer resumes in addition to the weights; torch loads no other files of a checkpoint.
-_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "optimizer.bin", "pytorch_model_fsdp.bin")
-OF_FSDP = "pytorch_model_fsdp.bin"
+_STATE_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "optimizer.bin",
+    "pytorch_model_fsdp.bin",
+)
+FSDP_MODEL_FILE = "pytorch_model_fsdp.bin"
 """The file of the Trainer's checkpoints that only FSDP writes."""
 
 log = logging.getLogger(__name__)
 
 
-class OnSave(TrainerCallback):  # type: ignore[misc]
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Adds files to each saved checkpoint, and writes its checksum manifest last.
 
     Args:
@@ -72,43 +79,43 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
                 work(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """Return the checkpoints saved by the Trainer, newest first.
 
     Raises:
         LlmrecError: If one is a link, through which the Trainer would write.
     """
-    refuse_link(folder)
+    check_not_link(folder)
     results = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
     for path in results:
-        refuse_link(path)
-    return sorted((path for path in results if path.is_dir()), key=_step, reverse=True)
+        check_not_link(path)
+    return sorted((path for path in results if path.is_dir()), key=_checkpoint_step, reverse=True)
 
 
-def steps_of(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
     """Return the step numbers of the checkpoints in a folder, newest first."""
-    return [_step(path) for path in checkpoints(folder)]
+    return [_checkpoint_step(path) for path in checkpoint_folders(folder)]
 
 
-def _step(checkpoint: Path) -> int:
+def _checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def keep_newest(count: int, checkpoint: Path) -> None:
+def remove_old_checkpoints(count: int, checkpoint: Path) -> None:
     """Remove all but the newest checkpoints, after a new one is complete.
 
     The Trainer's own limit would remove every folder whose name begins like that of a checkpoint.
     """
-    for old in checkpoints(checkpoint.parent)[count:]:
+    for old in checkpoint_folders(checkpoint.parent)[count:]:
         shutil.rmtree(old)
 
 
-def _unloadable(checkpoint: Path) -> str:
+def _describe_unloadable_file(checkpoint: Path) -> str:
     """Return the first file of a checkpoint that torch would refuse to load; empty if there is none.
 
     A sealed folder may still contain pickled objects. The Trainer refuses them too, by ending the run.
     """
-    for file in sorted(file for name in _STATES for file in checkpoint.glob(name)):
+    for file in sorted(file for name in _STATE_FILES for file in checkpoint.glob(name)):
         try:
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix == ".pt")
@@ -118,17 +125,17 @@ def _unloadable(checkpoint: Path) -> str:
     return ""
 
 
-def newest(folder: Path) -> Path | None:
+def newest_valid_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is valid, and remove newer and invalid ones.
 
     Raises:
         LlmrecError: If one is a link.
     """
     sound: list[Path] = []
-    for checkpoint in checkpoints(folder):
-        why = "" if verifies(checkpoint) else "was not saved in full"
+    for checkpoint in checkpoint_folders(folder):
+        why = "" if matches_manifest(checkpoint) else "was not saved in full"
         if not why and not sound:
-            why = _unloadable(checkpoint)
+            why = _describe_unloadable_file(checkpoint)
         if not why:
             sound.append(checkpoint)
         else:

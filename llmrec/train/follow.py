@@ -15,12 +15,12 @@ import torch
 from transformers import TrainerCallback
 
 from llmrec.backends.encode import TokenRow
-from llmrec.durable import loads, refuse_link, replacing, write_text
+from llmrec.durable import check_not_link, parse_json, replace_atomically, write_text
 from llmrec.errors import LlmrecError
-from llmrec.progress import Progress, note
+from llmrec.progress import Progress, log_line
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import padded_inputs
-from llmrec.train.checkpoint import steps_of
+from llmrec.train.checkpoint import checkpoint_steps
 from llmrec.train.loss import StateLoss, rows_loss
 from llmrec.train.precision import mixed_precision
 from llmrec.train.world import World, run_in_wrapped_forward
@@ -79,7 +79,7 @@ class BestAdapter:
         """Validate a model, and keep its adapter if it is the best so far."""
         value = self._measure(model)
         if self._count(step, value):
-            with replacing(self._folder / str(step)) as draft:
+            with replace_atomically(self._folder / str(step)) as draft:
                 draft.mkdir()
                 self._save(model, draft)
             self._tidy()
@@ -122,9 +122,11 @@ class BestAdapter:
     def _tidy(self) -> None:
         """Remove adapters that no checkpoint needs, and incomplete files of an interrupted run."""
         steps = [step for step, _ in self._found]
-        needed = {next((step for step in reversed(steps) if step <= at), 0) for at in steps_of(self._checkpoints)}
+        needed = {
+            next((step for step in reversed(steps) if step <= at), 0) for at in checkpoint_steps(self._checkpoints)
+        }
         kept = {str(step) for step in {*needed, self.step}} if steps else set()
-        refuse_link(self._folder)
+        check_not_link(self._folder)
         for path in list(self._folder.iterdir()) if self._folder.is_dir() else ():
             if path.name not in kept and re.fullmatch(r"[0-9]+|\.[0-9]+\.llmrec\.draft", path.name):
                 shutil.rmtree(path)
@@ -171,7 +173,9 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         """Start a new log, or read the log of a resumed run."""
         if resumed and self._file.is_file():
             self.records = [
-                record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
+                record
+                for line in self._file.read_text(encoding="utf-8").splitlines()
+                if (record := _parse_log_line(line))
             ]
         elif self._world.first:
             write_text(self._file, "")
@@ -191,24 +195,24 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
             write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
         if state.global_step and self._world.first:
-            note(f"training: resuming from step {state.global_step} of {state.max_steps}")
+            log_line(f"training: resuming from step {state.global_step} of {state.max_steps}")
         self._bar.start()
         self._bar.skip(state.global_step)
         if self._best is not None:
             looks = [(record["step"], record.get("valid_ndcg")) for record in self.records]
             self._best.resume((step, value) for step, value in looks if value is not None)
         if not self.records:
-            self._record({"step": 0, "loss": None, "learning_rate": 0.0, **self._looks(0, kwargs["model"])})
+            self._write_record({"step": 0, "loss": None, "learning_rate": 0.0, **self._validate(0, kwargs["model"])})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
-        self._step_start = _now()
+        self._step_start = _synchronised_time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
-        self._spent += _now() - self._step_start
+        self._spent += _synchronised_time() - self._step_start
         self._tokens_timed += self.metrics().get("tokens", self._mean_tokens)
 
     def on_log(
@@ -224,15 +228,15 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if not math.isfinite(float(logs["loss"])):
             self._bar.stop(failed=True)
-            raise self._diverged(step, logs["loss"])
+            raise self._divergence_error(step, logs["loss"])
         self._norm = float(logs["grad_norm"]) if "grad_norm" in logs else None
         due = step % self._section.valid_every == 0 or step == state.max_steps
-        looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
+        looks = self._validate(step, kwargs["model"]) if due else self._no_validation()
         figures = {name: float(value) for name, value in logs.items() if "/" in name}
         metrics = dict(self.metrics())
         # Trackers are called next with the same log.
-        logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in metrics.items()})
-        self._record(
+        logs.update(_tracker_metrics(looks) | {f"reward/{name}": value for name, value in metrics.items()})
+        self._write_record(
             {
                 "step": step,
                 "loss": float(logs["loss"]),
@@ -253,7 +257,7 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         """Close the progress bar."""
         self._bar.stop()
 
-    def _diverged(self, step: int, loss: object) -> LlmrecError:
+    def _divergence_error(self, step: int, loss: object) -> LlmrecError:
         """Return the error for a loss that is not finite, with the gradient norm of the previous step."""
         before = "" if self._norm is None else f", after a gradient of norm {self._norm:g} at step {step - 1}"
         column, advice = "train.learning_rate", "lower train.learning_rate, or set model.dtype=float32"
@@ -268,7 +272,7 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
             f"training: the loss is {loss} at step {step}{before}; {advice}", kind="failed", column=column
         )
 
-    def _record(self, record: dict[str, Any]) -> None:
+    def _write_record(self, record: dict[str, Any]) -> None:
         record["tokens_per_second"] = self.speed()
         record["seconds"] = self.before + time.monotonic() - self._begin
         self.records.append(record)
@@ -277,13 +281,13 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _looks(self, step: int, model: torch.nn.Module) -> dict[str, object]:
+    def _validate(self, step: int, model: torch.nn.Module) -> dict[str, object]:
         """Compute the validation metrics in one process while the others wait."""
         if not (self._world.first or self.everybody):
-            return dict(self._unlooked())
+            return dict(self._no_validation())
         when = f"at step {step}" if step else "before step 1"
         with Progress(f"validation {when}", sum(map(len, self._valid.values())), unit="rows", quiet=self._quiet) as bar:
-            result: dict[str, object] = {"valid_loss": self._losses(model, bar)}
+            result: dict[str, object] = {"valid_loss": self._validation_losses(model, bar)}
         if self._best is not None:
             training = model.training
             with Progress(f"validation {when}: NDCG@10", None, quiet=self._quiet):
@@ -291,10 +295,10 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
             model.train(training)
         return result
 
-    def _unlooked(self) -> dict[str, None]:
+    def _no_validation(self) -> dict[str, None]:
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
-    def _losses(self, model: torch.nn.Module, bar: Progress) -> dict[str, float] | None:
+    def _validation_losses(self, model: torch.nn.Module, bar: Progress) -> dict[str, float] | None:
         """Return the mean validation loss by task: in nats per target token, or the loss of the rating head."""
         if not any(self._valid.values()):
             return None
@@ -320,23 +324,23 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
             return rows_loss(model, inputs, self._by)
 
 
-def _read(line: str) -> dict[str, Any] | None:
+def _parse_log_line(line: str) -> dict[str, Any] | None:
     """Parse a log line; None for an incomplete line of an interrupted run."""
     try:
-        record: dict[str, Any] = loads(line)
+        record: dict[str, Any] = parse_json(line)
     except ValueError:
         return None
     return record
 
 
-def _as_logged(looks: Mapping[str, Any]) -> dict[str, float]:
+def _tracker_metrics(looks: Mapping[str, Any]) -> dict[str, float]:
     """Return validation metrics under the names that trainers use."""
     losses = {f"eval_loss/{task}": loss for task, loss in (looks.get("valid_loss") or {}).items()}
     ndcg = looks.get("valid_ndcg")
     return losses if ndcg is None else {**losses, "eval_NDCG@10": ndcg}
 
 
-def _now() -> float:
+def _synchronised_time() -> float:
     """Return the time after all pending GPU work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -14,38 +14,40 @@ from safetensors.torch import load_file
 from llmrec.backends.encode import Encoder
 from llmrec.errors import ModelError, require
 from llmrec.models import bottleneck, soft_prompt
-from llmrec.models.exits import check as check_exits
+from llmrec.models.exits import check_early_exits as check_exits
 from llmrec.models.load import device, dtype, load_model
-from llmrec.models.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
+from llmrec.models.rating_head import HEAD_WEIGHTS_FILE, HeadShape, RatingHead, new_rating_head, set_standardisation
 from llmrec.models.soft_prompt import SoftPrompt
 from llmrec.models.tensors import base_of
-from llmrec.models.traits import is_paired, plain_head
+from llmrec.models.traits import is_encoder_decoder, is_plain_head
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
-from llmrec.tasks.rating import Scale
-from llmrec.train.batches import padded
+from llmrec.tasks.rating import RatingScale
+from llmrec.train.batches import pad_rows
 from llmrec.train.loss import DistillationLoss, ExitLoss, HeadlessLoss, ItemLoss, StateLoss, label_loss
 from llmrec.train.steps import Step
 
-_NAME = "rating_head"
+_HEAD_ATTRIBUTE = "rating_head"
 # Number of hidden states from which mean and standard deviation are estimated.
-_MEASURED = 512
+_SAMPLED_STATES = 512
 
 
-def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
+def attach_rating_head(
+    model: torch.nn.Module, scale: RatingScale, *, alpha: float, counts: Sequence[int], frozen: bool
+) -> RatingHead:
     """Add a new rating head to a model from `load_trainable`, to be trained with the other trainable weights, or alone.
 
     ``alpha`` is the weight of the cross-entropy; ``counts`` has the frequency of each value of the scale in training.
     """
     width = model.config.get_text_config().hidden_size
-    head = new_head(HeadShape(values=scale.values, alpha=alpha, width=width), counts)
+    head = new_rating_head(HeadShape(values=scale.values, alpha=alpha, width=width), counts)
     if frozen:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-    setattr(model, _NAME, head.to(model.device).linear)
+    setattr(model, _HEAD_ATTRIBUTE, head.to(model.device).linear)
     return head
 
 
-def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad: int) -> None:
+def fit_standardisation(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad: int) -> None:
     """Set the mean and scale with which a head standardises hidden states, estimated on the first steps.
 
     Labels of the steps are classes; ``pad`` is any token id.
@@ -60,21 +62,21 @@ def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad
     model.eval()
     with torch.no_grad():
         for step in steps:
-            ids, labels = (torch.tensor(item, device=model.device) for item in padded(step.rows, pad))
+            ids, labels = (torch.tensor(item, device=model.device) for item in pad_rows(step.rows, pad))
             label_loss(model, ids, labels, keep)
-            if sum(map(len, results)) >= _MEASURED:
+            if sum(map(len, results)) >= _SAMPLED_STATES:
                 break
     model.train(was_training)
-    standardise(head, torch.cat(results))
+    set_standardisation(head, torch.cat(results))
 
 
-def detach(model: torch.nn.Module) -> None:
+def detach_rating_head(model: torch.nn.Module) -> None:
     """Remove a rating head from a model, before the weights of the model are saved."""
-    delattr(model, _NAME)
+    delattr(model, _HEAD_ATTRIBUTE)
 
 
 @dataclass(frozen=True, slots=True)
-class HeadLoss:
+class RatingHeadLoss:
     """The loss of a rating head: ``alpha * CE + (1 - alpha) * MSE`` over the scale.
 
     The squared error is that of the predicted rating, the expectation over classes. A head with one unit has only the
@@ -95,9 +97,9 @@ class HeadLoss:
         return total
 
 
-def restore(head: RatingHead, checkpoint: Path) -> None:
+def restore_rating_head(head: RatingHead, checkpoint: Path) -> None:
     """Load the rating head of a checkpoint."""
-    weights: Mapping[str, Any] = load_file(checkpoint / WEIGHTS)
+    weights: Mapping[str, Any] = load_file(checkpoint / HEAD_WEIGHTS_FILE)
     head.linear.load_state_dict(weights)
 
 
@@ -112,7 +114,7 @@ def restore(head: RatingHead, checkpoint: Path) -> None:
 
 log = logging.getLogger(__name__)
 
-LARGEST = 0.015
+MAX_TRAINED_SHARE = 0.015
 """Maximum share of all weights that are trained; M6-Rec trains about 1 %."""
 
 
@@ -135,16 +137,20 @@ class OptionLoss:
             return torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
 
 
-def soft_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
+def soft_prompt_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
     """Return an encoder that puts soft prompts before prompts and training examples."""
-    return Encoder(soft_prompt.softened(encoder.tokenizer, train.soft.prompts), max_length=encoder.max_length)
+    return Encoder(
+        soft_prompt.tokenizer_with_soft_tokens(encoder.tokenizer, train.soft.prompts), max_length=encoder.max_length
+    )
 
 
-def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt) -> Any:
-    """Load a base model with trainable soft prompts, and adapters if the method requires them; see `soft_encoder`."""
+def load_soft_prompt_model(
+    folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt
+) -> Any:
+    """Load a base model with the soft prompts of `soft_prompt_encoder`, and adapters if the method requires them."""
     base = load_model(folder, model)
-    ids = _ids(encoder, prompt)
-    soft_prompt.put_on(base, prompt, ids)
+    ids = _soft_token_ids(encoder, prompt)
+    soft_prompt.add_soft_prompts(base, prompt, ids)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     peft = require("peft", "train")
@@ -155,35 +161,35 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
         bottleneck.attach(tuned, train.soft.rank, seed=prompt.seed)
     tuned.llmrec_float32 = dtype(model) == torch.float32
     share = sum(p.numel() for p in tuned.parameters() if p.requires_grad) / sum(p.numel() for p in tuned.parameters())
-    if share > LARGEST:
+    if share > MAX_TRAINED_SHARE:
         log.warning(
             "training: %.1f %% of all weights are trained, more than the %.1f %% expected for %s; lower "
             "train.soft.rank or train.soft.prompts",
             100 * share,
-            100 * LARGEST,
+            100 * MAX_TRAINED_SHARE,
             train.method,
         )
     return tuned
 
 
-def rows_of(model: torch.nn.Module) -> Any:
+def soft_prompt_rows(model: torch.nn.Module) -> Any:
     """Return the soft prompts of a model, shape (count, width)."""
     return model.get_input_embeddings().trainable_tokens_delta["default"]
 
 
-def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
+def load_merged_soft_prompts(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
     """Merge base and adapter into a plain float32 model."""
     peft, base = require("peft", "train"), load_model(folder, model, dtype=torch.float32)
     ids = list(peft.PeftConfig.from_pretrained(str(adapter)).token_indices)
-    soft_prompt.put_on(base, prompt, ids)
+    soft_prompt.add_soft_prompts(base, prompt, ids)
     merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    soft_prompt.set_labels(merged, prompt, ids)
+    soft_prompt.set_label_vectors(merged, prompt, ids)
     bottleneck.load(merged, adapter)
     return merged
 
 
-def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
-    ids: Sequence[int] = encoder.tokenizer.convert_tokens_to_ids(soft_prompt.names(prompt.count))
+def _soft_token_ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
+    ids: Sequence[int] = encoder.tokenizer.convert_tokens_to_ids(soft_prompt.soft_token_names(prompt.count))
     return [int(item) for item in ids]
 
 
@@ -203,9 +209,9 @@ def state_loss(
     Raises:
         ModelError: If ``train.exits`` is set and the model does not support early exits.
     """
-    classes: HeadlessLoss | None = None if head is None else HeadLoss(head)
+    classes: HeadlessLoss | None = None if head is None else RatingHeadLoss(head)
     if soft is not None and soft.tied:
-        classes = OptionLoss(rows_of(model), len(soft.labels))
+        classes = OptionLoss(soft_prompt_rows(model), len(soft.labels))
     if section.exits:
         check_exits(base_of(model), "train.exits")
         return ExitLoss(classes, section.distill)
@@ -214,14 +220,14 @@ def state_loss(
     return classes or taught
 
 
-def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> DistillationLoss:
+def load_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> DistillationLoss:
     """Load a teacher's merged model, which has the student's tokenizer, and return the distillation loss.
 
     Raises:
         ModelError: If it is an encoder-decoder, its head is more than one matrix product, or its vocabulary differs.
     """
     teacher = load_model(folder, model).to(device(model)).eval().requires_grad_(False)
-    if is_paired(teacher.config) or not plain_head(teacher.config, teacher.get_output_embeddings()):
+    if is_encoder_decoder(teacher.config) or not is_plain_head(teacher.config, teacher.get_output_embeddings()):
         raise ModelError(
             f"train.teacher: a {teacher.config.model_type} is not a decoder with a linear output layer; choose a run "
             "of another model",
@@ -238,7 +244,7 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
     return DistillationLoss(teacher, section.share, section.relations)
 
 
-def tokens_of(model: torch.nn.Module) -> int:
+def head_vocabulary_size(model: torch.nn.Module) -> int:
     """Return the vocabulary size of the head of a model."""
     head = model.get_output_embeddings()
     return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)

@@ -18,10 +18,10 @@ from llmrec.recipe.schema import TrainSection
 log = logging.getLogger(__name__)
 
 # Liger options that do not affect layers: they replace losses that llmrec does not use.
-_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+_LIGER_OPTIONS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def recompute(model: torch.nn.Module) -> None:
+def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
     """Enable gradient checkpointing, in which layers recompute activations in the backward pass.
 
     The inputs of the first layer get no gradient, which transformers and TRL enable but only reentrant checkpoints
@@ -32,7 +32,7 @@ def recompute(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[None]:
+def use_faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[None]:
     """Use the layer kernels that the recipe selects, for a model on its device.
 
     Liger replaces functions of the module in transformers that defines the model; they are restored at the end, since
@@ -71,11 +71,11 @@ def _apply_liger(base: torch.nn.Module) -> None:
             kind="unsupported",
             column="train.use_liger_kernel",
         )
-    apply_liger_kernel(base, _LOSSES)
+    apply_liger_kernel(base, _LIGER_OPTIONS)
 
 
 @contextmanager
-def unpaged(section: TrainSection, device: str) -> Iterator[None]:
+def log_missing_paging(section: TrainSection, device: str) -> Iterator[None]:
     """Log once that a paged optimiser does not page on a CPU."""
     if device == "cpu" and section.optim.startswith("paged"):
         log.info("training: train.optim=%s has no paging on a CPU", section.optim)

@@ -12,8 +12,8 @@ from llmrec.errors import ModelError, RecipeError, require
 from llmrec.models import soft_prompt
 from llmrec.models.load import device, dtype, load_model
 from llmrec.models.streaming import exact_dtype, save_by_blocks
-from llmrec.models.tensors import marked_as_tied, named_tables
-from llmrec.models.traits import is_paired
+from llmrec.models.tensors import mark_tied_tables, vocabulary_tables
+from llmrec.models.traits import is_encoder_decoder
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUANTISED = ("qlora", "lora8")
+QUANTISED_METHODS = ("qlora", "lora8")
 """Methods with a quantised base model."""
 # bitsandbytes optimisers; paged ones move optimiser state between GPU and CPU memory.
-_BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+_BITSANDBYTES_OPTIMISERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
@@ -40,29 +40,29 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
         # Updates are too small for bfloat16 weights; autocast still multiplies in bfloat16.
         full = load_model(folder, model, dtype=torch.float32)
         full.llmrec_float32 = dtype(model) == torch.float32
-        return _pruned(full, train)
-    base = _quantised(folder, model, train) if train.method in QUANTISED else load_model(folder, model)
+        return _with_pruning_masks(full, train)
+    base = _load_quantised(folder, model, train) if train.method in QUANTISED_METHODS else load_model(folder, model)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    blocks = _block_weights(base)
-    adapted = with_adapter(base, train.lora, tokens)
+    blocks = _count_block_weights(base)
+    adapted = add_lora_adapters(base, train.lora, tokens)
     if not train.lora.targets and train.lora.top_layers is None:
         _warn_low_coverage(adapted, blocks)
     adapted.llmrec_float32 = dtype(model) == torch.float32
-    return _pruned(adapted, train)
+    return _with_pruning_masks(adapted, train)
 
 
-def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
+def merge_adapter(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
     """Merge an adapter into the unquantised base in float32, and save the result in the model's dtype.
 
     A QLoRA adapter is merged the same way, since merging into NF4 would round more. One block of the model is in memory
     at a time; see `llmrec.models.streaming`.
     """
     torch, peft = require("torch", "train"), require("peft", "train")
-    if (prompt := soft_prompt.read(adapter)) is not None:
-        from llmrec.train.heads import assembled
+    if (prompt := soft_prompt.read_soft_prompt(adapter)) is not None:
+        from llmrec.train.heads import load_merged_soft_prompts
 
-        assembled(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
+        load_merged_soft_prompts(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -75,7 +75,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
             at=folder,
             column="model.name",
         )
-    with marked_as_tied(base):
+    with mark_tied_tables(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     plain = adapted.unload()
@@ -89,15 +89,15 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
                     weight.data = weight.data.to(torch.float32)
                 layer.merge()
 
-    _save(plain, adapter, model, target, merged)
+    _save_model(plain, adapter, model, target, merged)
 
 
-def save_full(trained: Path, model: ModelSection, target: Path) -> None:
+def save_full_model(trained: Path, model: ModelSection, target: Path) -> None:
     """Save fully fine-tuned float32 weights in the model's dtype, for serving."""
-    _save(load_model(str(trained), model, dtype=exact_dtype(trained)), trained, model, target)
+    _save_model(load_model(str(trained), model, dtype=exact_dtype(trained)), trained, model, target)
 
 
-def _save(
+def _save_model(
     plain: Any,
     trained: Path,
     model: ModelSection,
@@ -107,7 +107,7 @@ def _save(
     """Save a model in the dtype of its recipe, with pruned weights set to zero."""
     from llmrec.train import pruning as magnitude
 
-    zero = magnitude.zeroing(plain, trained)
+    zero = magnitude.zeroing_function(plain, trained)
 
     def change(block: Mapping[str, Any]) -> None:
         if merged is not None:
@@ -117,11 +117,11 @@ def _save(
     save_by_blocks(plain, target, dtype(model), change)
 
 
-def _pruned(model: torch.nn.Module, train: TrainSection) -> Any:
+def _with_pruning_masks(model: torch.nn.Module, train: TrainSection) -> Any:
     if train.prune is not None:
         from llmrec.train import pruning as magnitude
 
-        magnitude.attach(model)
+        magnitude.attach_masks(model)
     return model
 
 
@@ -139,23 +139,23 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
 
     if train.method == "full":
         full = load_model(str(adapter), model, dtype=torch.float32)
-        magnitude.zeroing(full, adapter)(dict(full.named_parameters()))
+        magnitude.zeroing_function(full, adapter)(dict(full.named_parameters()))
         return full.eval()
-    if (prompt := soft_prompt.read(adapter)) is not None:
-        from llmrec.train.heads import assembled
+    if (prompt := soft_prompt.read_soft_prompt(adapter)) is not None:
+        from llmrec.train.heads import load_merged_soft_prompts
 
-        return assembled(folder, model, adapter, prompt).eval()
-    if train.method in QUANTISED:
-        base = _quantised(folder, model, train)
+        return load_merged_soft_prompts(folder, model, adapter, prompt).eval()
+    if train.method in QUANTISED_METHODS:
+        base = _load_quantised(folder, model, train)
     else:
         base = load_model(folder, model, dtype=torch.float32)
-    with marked_as_tied(base):
+    with mark_tied_tables(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
     magnitude.load(adapted, adapter)
     return adapted
 
 
-def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
+def add_lora_adapters(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
     """Add new adapters to a base model and freeze the other weights.
 
     Raises:
@@ -166,7 +166,7 @@ def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int]
     if lora.top_layers is not None:
         count = base.config.get_text_config().num_hidden_layers
         layers = list(range(max(0, count - lora.top_layers), count))
-    targets: str | list[str] = list(lora.targets) or (_block_linears(base) if layers else "all-linear")
+    targets: str | list[str] = list(lora.targets) or (_linear_layer_names(base) if layers else "all-linear")
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -175,23 +175,23 @@ def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int]
         layers_to_transform=layers,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        trainable_token_indices={name: list(tokens) for name, _ in named_tables(base)} if tokens else None,
-        task_type="SEQ_2_SEQ_LM" if is_paired(base.config) else "CAUSAL_LM",
+        trainable_token_indices={name: list(tokens) for name, _ in vocabulary_tables(base)} if tokens else None,
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(base.config) else "CAUSAL_LM",
     )
     try:
-        with marked_as_tied(base):
+        with mark_tied_tables(base):
             return peft.get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError(
-            f"train.lora.targets {targets}: {error}; known linear layers: {_block_linears(base)}",
+            f"train.lora.targets {targets}: {error}; known linear layers: {_linear_layer_names(base)}",
             kind="unknown-name",
             column="train.lora.targets",
         ) from error
 
 
-def _block_weights(base: torch.nn.Module) -> int:
+def _count_block_weights(base: torch.nn.Module) -> int:
     """Return the number of weights without embeddings and head."""
-    tables = {id(module.weight) for _, module in named_tables(base)}
+    tables = {id(module.weight) for _, module in vocabulary_tables(base)}
     return sum(weight.numel() for weight in base.parameters() if id(weight) not in tables)
 
 
@@ -211,7 +211,7 @@ def _warn_low_coverage(adapted: torch.nn.Module, blocks: int) -> None:
         )
 
 
-def _block_linears(base: torch.nn.Module) -> list[str]:
+def _linear_layer_names(base: torch.nn.Module) -> list[str]:
     """Return the names of linear layers in the transformer blocks, such as q_proj, without the head."""
     torch = require("torch", "train")
     head = base.get_output_embeddings()
@@ -223,28 +223,28 @@ def _block_linears(base: torch.nn.Module) -> list[str]:
     return sorted(names)
 
 
-def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
+def _load_quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
     """Load a base model in 8 or 4 bits for training of adapters.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50 changes the layout of a layer's 4-bit weights at its first forward pass
     in evaluation mode, for a kernel without gradient, and never changes it back. One validation before the first step
     would stop every gradient through the layer, with a warning and no error.
     """
-    base = load_model(folder, model, quantization_config=_quantization(model, train))
+    base = load_model(folder, model, quantization_config=_quantisation_config(model, train))
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return base
 
 
-def refuse_method(model: ModelSection, train: TrainSection) -> None:
+def check_method_support(model: ModelSection, train: TrainSection) -> None:
     """Reject a training method, optimiser or kernel that this machine does not support.
 
     Raises:
         RecipeError: If 8-bit training or Liger's kernels are requested without CUDA, or compilation without a compiler.
         MissingExtra: If a package is not installed.
     """
-    if train.method in QUANTISED or train.optim in _BITSANDBYTES:
+    if train.method in QUANTISED_METHODS or train.optim in _BITSANDBYTES_OPTIMISERS:
         require("bitsandbytes", "quant")
     if train.method == "lora8" and device(model) == "cpu":
         raise RecipeError(
@@ -270,9 +270,9 @@ def refuse_method(model: ModelSection, train: TrainSection) -> None:
         )
 
 
-def _quantization(model: ModelSection, train: TrainSection) -> Any:
+def _quantisation_config(model: ModelSection, train: TrainSection) -> Any:
     transformers = require("transformers", "train")
-    refuse_method(model, train)
+    check_method_support(model, train)
     if train.method == "lora8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

@@ -3,7 +3,7 @@
 The language-model head is the widest matrix of a small model; applying it only to labelled positions, a few
 hundred at a time, keeps its cost and memory proportional to the number of targets. Losses are summed here;
 `llmrec.train.sft` divides them by a step's targets. The loss of a rating head is
-`llmrec.train.heads.HeadLoss`.
+`llmrec.train.heads.RatingHeadLoss`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmrec.backends.encode import IGNORED
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.models import exits
 from llmrec.models.tensors import base_of
-from llmrec.models.traits import is_paired, plain_head
+from llmrec.models.traits import is_encoder_decoder, is_plain_head
 from llmrec.tasks.rows import ListLoss
 
 # Number of rows of logits at a time, and of hidden states per step whose similarities are compared (n by n).
@@ -93,7 +93,7 @@ def similarity_loss(states: torch.Tensor, teacher: Any) -> torch.Tensor:
         return (student - target).square().sum(dim=1).mean()
 
 
-class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
+class _ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Cross-entropy through a head, with gradients computed in the forward pass.
 
     Each chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W at once, so logits are freed with their
@@ -182,10 +182,12 @@ def label_loss(
     labelled = labels[:, 1:] != IGNORED
     counts = None if weights is None else weights[:, None].expand_as(labelled)[labelled]
     targets = labels[:, 1:][labelled]
-    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][labelled], targets, by, counts)
+    return _loss_at_targets(
+        model, {"input_ids": input_ids}, lambda states: states[:, :-1][labelled], targets, by, counts
+    )
 
 
-def paired_loss(
+def encoder_decoder_loss(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -217,21 +219,30 @@ def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss |
 
     ``by`` is that of `label_loss`; not supported for an encoder-decoder.
     """
-    return paired_loss(model, **inputs) if is_paired(model.config) else label_loss(model, **inputs, by=by)
+    return (
+        encoder_decoder_loss(model, **inputs)
+        if is_encoder_decoder(model.config)
+        else label_loss(model, **inputs, by=by)
+    )
 
 
 def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed cross-entropy over the targets of packed sequences and their total weight; see `label_loss`.
 
-    ``packed`` has the fields of a `llmrec.train.packing.Stacked` as tensors, by name. The model takes block masks.
+    ``packed`` has the fields of a `llmrec.train.packing.PackedBatch` as tensors, by name. The model takes block masks.
     """
     after, targets = packed["after"], packed["targets"]
-    return _loss_at(
-        model, _masked(model, packed), lambda states: states.flatten(0, 1)[after], targets, by, packed.get("weights")
+    return _loss_at_targets(
+        model,
+        _packed_inputs(model, packed),
+        lambda states: states.flatten(0, 1)[after],
+        targets,
+        by,
+        packed.get("weights"),
     )
 
 
-def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
+def total_target_weight(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
     """Return the total weight of the targets: the divisor of the summed loss of `rows_loss` or `packed_loss`."""
     labels = inputs["targets"] if "targets" in inputs else inputs["labels"][:, 0 if paired else 1 :]
     labelled = labels != IGNORED
@@ -297,7 +308,7 @@ def target_losses(
         legal: Renormalise over the legal tokens at each target; None: over the vocabulary.
     """
     base = base_of(model)
-    after, answers, inputs = packed["after"], packed["targets"], _masked(model, packed)
+    after, answers, inputs = packed["after"], packed["targets"], _packed_inputs(model, packed)
     which = answers if legal is None else legal.which
 
     def entropies(logits: torch.Tensor, targets: torch.Tensor, sets: Any) -> torch.Tensor:
@@ -306,8 +317,8 @@ def target_losses(
             logits = legal.masked(logits, sets)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    head, rows, indices = _head(base)
-    if not plain_head(base.config, head):
+    head, rows, indices = _head_parts(base)
+    if not is_plain_head(base.config, head):
         return entropies(model(**inputs, use_cache=False).logits.flatten(0, 1)[after], answers, which)
     hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[after]
     weight = head.weight if rows is None else head.weight.index_copy(0, indices, rows.to(head.weight.dtype))
@@ -319,7 +330,7 @@ def target_losses(
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
-def _masked(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
+def _packed_inputs(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the model inputs for packed sequences."""
     mask = block_mask(model, packed["ends"])
     return {"input_ids": packed["ids"], "position_ids": packed["positions"], "attention_mask": mask}
@@ -340,7 +351,7 @@ def block_mask(model: torch.nn.Module, ends: Any) -> torch.Tensor:
     return numbers.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None]
 
 
-def _loss_at(
+def _loss_at_targets(
     model: torch.nn.Module,
     inputs: Mapping[str, Any],
     pick: Callable[[Any], Any],
@@ -352,8 +363,8 @@ def _loss_at(
     base = base_of(model)
     count = float(counts.sum()) if counts is not None and _takes_weights(by) else len(targets)
     if isinstance(by, ExitLoss):
-        results = [pick(states) for states in exits.depths(base, **inputs)]
-        scales, last = exits.weights(len(results)), results[-1].detach()
+        results = [pick(states) for states in exits.states_by_depth(base, **inputs)]
+        scales, last = exits.exit_weights(len(results)), results[-1].detach()
 
         def loss(states: torch.Tensor) -> torch.Tensor:
             if by.inner is not None:
@@ -362,7 +373,7 @@ def _loss_at(
             return _vocabulary_loss(base, states, targets, counts, *taught)
 
         return sum(scale * loss(states) for scale, states in zip(scales, results, strict=True)), count
-    if by is None and not plain_head(base.config, _head(base)[0]):
+    if by is None and not is_plain_head(base.config, _head_parts(base)[0]):
         return cross_entropy(pick(model(**inputs, use_cache=False).logits), targets, counts), count
     states = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
     if by is None:
@@ -383,7 +394,7 @@ def _item_loss(
     base: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, by: ItemLoss, counts: torch.Tensor
 ) -> torch.Tensor:
     """Return the summed loss of targets, with item tokens as in `ItemLoss`."""
-    head, rows, indices = _head(base)
+    head, rows, indices = _head_parts(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
     # Adapters train only the rows of item tokens, in ascending order; otherwise all rows of the head are trained.
     items = head.weight[tokens] if rows is None else rows[indices.argsort()]
@@ -391,7 +402,7 @@ def _item_loss(
     total = torch.zeros((), dtype=torch.float32, device=targets.device)
     if chosen.any():
         own = None if counts is None else counts[chosen]
-        total = _HeadLoss.apply(
+        total = _ChunkedCrossEntropy.apply(
             hidden[chosen].to(items.dtype), items, torch.searchsorted(tokens, targets[chosen]), None, None, own
         )
     if not chosen.all():
@@ -409,11 +420,13 @@ def _vocabulary_loss(
     share: float = 0.0,
     by: Any = None,
 ) -> torch.Tensor:
-    """Return the summed cross-entropy of hidden states, shape (n, d), through a linear head; see `_HeadLoss`."""
-    head, rows, indices = _head(base)
+    """Return the summed cross-entropy of hidden states, shape (n, d), through a linear head in chunks."""
+    head, rows, indices = _head_parts(base)
     kind = head.weight.dtype
     taught, other = (None if item is None else item.to(kind) for item in (teacher, by))
-    return _HeadLoss.apply(hidden.to(kind), head.weight, targets, rows, indices, counts, taught, share, other)
+    return _ChunkedCrossEntropy.apply(
+        hidden.to(kind), head.weight, targets, rows, indices, counts, taught, share, other
+    )
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counts: Any = None) -> torch.Tensor:
@@ -430,33 +443,33 @@ def list_loss(
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
-        packed: The fields of a `llmrec.train.packing.Stacked` as tensors, by name: lists one after the other, and
+        packed: The fields of a `llmrec.train.packing.PackedBatch` as tensors, by name: lists one after the other, and
             targets of chosen candidates with a weight above 0.
         size: Candidates per list.
         kind: `softmax` or `lambda`.
         temperature: Divisor of log-likelihoods.
     """
-    scores = list_scores(model, packed, size)
+    scores = candidate_log_likelihoods(model, packed, size)
     loss = {"softmax": softmax_loss, "lambda": lambda_loss}[kind]
-    return loss(scores / temperature, chosen_of(packed, size)), float(len(scores))
+    return loss(scores / temperature, chosen_indices(packed, size)), float(len(scores))
 
 
-def list_scores(model: torch.nn.Module, packed: Mapping[str, Any], size: int) -> torch.Tensor:
+def candidate_log_likelihoods(model: torch.nn.Module, packed: Mapping[str, Any], size: int) -> torch.Tensor:
     """Return the log-likelihood of every candidate, float32, shape (lists, size); see `list_loss`."""
-    return of_rows(packed, -target_losses(model, packed)).view(-1, size)
+    return sum_by_row(packed, -target_losses(model, packed)).view(-1, size)
 
 
-def chosen_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
+def chosen_indices(packed: Mapping[str, Any], size: int) -> torch.Tensor:
     """Return the index of the chosen candidate in each list, shape (lists,); see `list_loss`."""
-    return of_rows(packed, packed["weights"]).view(-1, size).argmax(1)
+    return sum_by_row(packed, packed["weights"]).view(-1, size).argmax(1)
 
 
-def lengths_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
+def answer_lengths(packed: Mapping[str, Any], size: int) -> torch.Tensor:
     """Return the number of target tokens of each candidate, shape (lists, size); see `list_loss`."""
-    return of_rows(packed, torch.ones_like(packed["weights"])).view(-1, size)
+    return sum_by_row(packed, torch.ones_like(packed["weights"])).view(-1, size)
 
 
-def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
+def sum_by_row(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
     """Sum values of targets by row of the packed sequences, shape (rows,)."""
     owners = packed["owners"]
     return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values)
@@ -487,7 +500,7 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return (weights * torch.nn.functional.softplus(margins)).sum() / torch.log(torch.tensor(2.0))
 
 
-def _head(base: torch.nn.Module) -> tuple[Any, Any, Any]:
+def _head_parts(base: torch.nn.Module) -> tuple[Any, Any, Any]:
     """Return the output head and, if there are new tokens, its trained rows and their indices."""
     head = base.get_output_embeddings()
     adapter = getattr(head, "token_adapter", None)

@@ -32,7 +32,7 @@ class PackedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedSequence:
     """A packed sequence of several examples.
 
     Attributes:
@@ -55,7 +55,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked(Packed):
+class PackedBatch(PackedSequence):
     """The packed sequences of a step, padded on the right.
 
     Attributes:
@@ -69,7 +69,7 @@ class Stacked(Packed):
     """
 
 
-def tree(rows: Sequence[TokenRow]) -> Packed:
+def pack_rows(rows: Sequence[TokenRow]) -> PackedSequence:
     """Arrange tokenised examples as one packed sequence.
 
     Tokens from the last target of a row on are omitted, since nothing is predicted from them.
@@ -81,7 +81,7 @@ def tree(rows: Sequence[TokenRow]) -> Packed:
     owners = np.repeat(np.arange(len(bodies)), [len(body.targets) for body in bodies])
     path, columns = np.zeros(0, dtype=np.int64), 0
     for n, body in enumerate(bodies):
-        shared = common_prefix(bodies[n - 1].ids, body.ids) if n else 0
+        shared = common_prefix_length(bodies[n - 1].ids, body.ids) if n else 0
         grown = columns + len(body.ids) - shared
         ids[columns:grown] = body.ids[shared:]
         positions[columns:grown] = np.arange(shared, len(body.ids))
@@ -92,10 +92,10 @@ def tree(rows: Sequence[TokenRow]) -> Packed:
         weights.append(np.full(len(body.targets), body.row.weight, dtype=np.float32))
         columns = grown
     joined = np.concatenate(after), np.concatenate(targets), np.concatenate(weights)
-    return Packed(ids[:columns], positions[:columns], ends[:columns], *joined, owners)
+    return PackedSequence(ids[:columns], positions[:columns], ends[:columns], *joined, owners)
 
 
-def stack(packed: Sequence[Packed], pad: int) -> Stacked:
+def stack_sequences(packed: Sequence[PackedSequence], pad: int) -> PackedBatch:
     """Stack packed sequences into a padded batch."""
     longest = max(len(item.ids) for item in packed)
     shape = (len(packed), longest)
@@ -108,23 +108,23 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
     targets, weights = (np.concatenate([getattr(item, name) for item in packed]) for name in ("targets", "weights"))
     before = accumulate((len(np.unique(item.owners)) for item in packed), initial=0)
     owners = np.concatenate([item.owners + first for item, first in zip(packed, before, strict=False)])
-    return Stacked(ids, positions, ends, after, targets, weights, owners)
+    return PackedBatch(ids, positions, ends, after, targets, weights, owners)
 
 
-def bins(rows: Sequence[TokenRow], width: int) -> list[PackedRows]:
+def pack_into_bins(rows: Sequence[TokenRow], width: int) -> list[PackedRows]:
     """Distribute rows over packed sequences of at most ``width`` columns (first-fit decreasing).
 
     Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
     ``width`` gets its own sequence.
     """
-    groups = sorted(_groups(rows, width), key=lambda group: -group.columns)
+    groups = sorted(_prefix_groups(rows, width), key=lambda group: -group.columns)
     filled: list[list[_Group]] = []
     room: list[int] = []
     for group in groups:
         first = group.bodies[0]
         for n, others in enumerate(filled):
             # A prefix that is already in the sequence, such as a system message, takes no additional columns.
-            shared = max(common_prefix(first.ids, other.bodies[0].ids) for other in others)
+            shared = max(common_prefix_length(first.ids, other.bodies[0].ids) for other in others)
             if group.columns - shared <= room[n]:
                 others.append(group)
                 room[n] -= group.columns - shared
@@ -132,15 +132,15 @@ def bins(rows: Sequence[TokenRow], width: int) -> list[PackedRows]:
         else:
             filled.append([group])
             room.append(width - group.columns)
-    return [_bin([body for group in groups for body in group.bodies]) for groups in filled]
+    return [_ordered_rows([body for group in groups for body in group.bodies]) for groups in filled]
 
 
-def one_bin(rows: Sequence[TokenRow]) -> PackedRows:
+def pack_into_one_bin(rows: Sequence[TokenRow]) -> PackedRows:
     """Put all rows in one packed sequence, regardless of its width."""
-    return _bin(_sorted_bodies(rows))
+    return _ordered_rows(_sorted_bodies(rows))
 
 
-def common_prefix(one: Ints, two: Ints) -> int:
+def common_prefix_length(one: Ints, two: Ints) -> int:
     """Return the length of the common prefix of two rows."""
     both = min(len(one), len(two))
     parts = one[:both] != two[:both]
@@ -172,20 +172,20 @@ def _sorted_bodies(rows: Sequence[TokenRow]) -> list[_Body]:
         targets = np.flatnonzero(labels[1:] != IGNORED) + 1
         read = int(targets[-1]) if len(targets) else 0
         bodies.append(_Body(row, np.array(row.ids[:read], dtype=np.int64), labels, targets))
-    return sorted(bodies, key=_order)
+    return sorted(bodies, key=_sort_key)
 
 
-def _order(body: _Body) -> list[int]:
+def _sort_key(body: _Body) -> list[int]:
     tokens: list[int] = body.ids.tolist()
     return tokens
 
 
-def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
+def _prefix_groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
     groups: list[_Group] = []
     for body in _sorted_bodies(rows):
         if groups:
             bodies, columns = groups[-1]
-            shared = common_prefix(bodies[-1].ids, body.ids)
+            shared = common_prefix_length(bodies[-1].ids, body.ids)
             grown = columns + len(body.ids) - shared
             if 2 * shared >= min(len(bodies[-1].ids), len(body.ids)) and grown <= width:
                 groups[-1] = _Group([*bodies, body], grown)
@@ -194,7 +194,7 @@ def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
     return groups
 
 
-def _bin(bodies: Sequence[_Body]) -> PackedRows:
-    ordered = sorted(bodies, key=_order)
-    shared = sum(common_prefix(one.ids, two.ids) for one, two in pairwise(ordered))
+def _ordered_rows(bodies: Sequence[_Body]) -> PackedRows:
+    ordered = sorted(bodies, key=_sort_key)
+    shared = sum(common_prefix_length(one.ids, two.ids) for one, two in pairwise(ordered))
     return PackedRows(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)

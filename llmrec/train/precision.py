@@ -14,7 +14,7 @@ from llmrec.machine import cpu_has_bf16, gpu_has_bf16
 log = logging.getLogger(__name__)
 
 # The attribute that switches this in PEFT layers.
-_CASTS = "cast_input_dtype_enabled"
+_CAST_ATTRIBUTE = "cast_input_dtype_enabled"
 
 
 def autocast_dtype(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
@@ -48,17 +48,17 @@ def without_input_casting(model: torch.nn.Module, *, active: bool) -> Iterator[N
     DoRA's layers still convert their input, since its norms are computed in the precision of the input. PEFT's
     `disable_input_dtype_casting` affects them too, and is incompatible with trained token rows.
     """
-    layers = [m for m in model.modules() if active and getattr(m, _CASTS, False) and not m.lora_variant]
+    layers = [m for m in model.modules() if active and getattr(m, _CAST_ATTRIBUTE, False) and not m.lora_variant]
     for layer in layers:
-        setattr(layer, _CASTS, False)
+        setattr(layer, _CAST_ATTRIBUTE, False)
     try:
         yield
     finally:
         for layer in layers:
-            setattr(layer, _CASTS, True)
+            setattr(layer, _CAST_ATTRIBUTE, True)
 
 
-def widen(model: torch.nn.Module, device: str) -> None:
+def convert_to_float32(model: torch.nn.Module, device: str) -> None:
     """Convert trained float16 weights to float32; the whole model if half precision is not available.
 
     Small optimiser steps would be lost in float16.

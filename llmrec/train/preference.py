@@ -24,17 +24,17 @@ from typing import Any
 import torch
 
 from llmrec.recipe.schema import PreferenceSection
-from llmrec.train.loss import chosen_of, lengths_of, list_scores, softmax_loss
+from llmrec.train.loss import answer_lengths, candidate_log_likelihoods, chosen_indices, softmax_loss
 
 
 @contextmanager
-def reference(model: torch.nn.Module) -> Iterator[None]:
+def reference_model(model: torch.nn.Module) -> Iterator[None]:
     """Disable a model's adapter and gradients, so that it serves as the reference model."""
     with torch.no_grad(), model.disable_adapter():
         yield
 
 
-def without_dropout(model: torch.nn.Module) -> None:
+def disable_dropout(model: torch.nn.Module) -> None:
     """Disable dropout permanently, because a model and its reference must differ only by training."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -44,7 +44,7 @@ def without_dropout(model: torch.nn.Module) -> None:
             setattr(module, name, 0.0)
 
 
-def compare(
+def preference_list_loss(
     model: torch.nn.Module, packed: Mapping[str, Any], section: PreferenceSection
 ) -> tuple[Any, float, dict[str, float]]:
     """Return the summed loss of answer lists, the number of lists, and sums of the reward margins.
@@ -56,15 +56,19 @@ def compare(
     size = 1 + section.negatives
     before = None
     if section.refers:
-        with reference(model):
-            before = list_scores(model, packed, size)
-    scores, chosen, lengths = list_scores(model, packed, size), chosen_of(packed, size), lengths_of(packed, size)
-    rewards = rewards_of(scores, before, lengths, section)
+        with reference_model(model):
+            before = candidate_log_likelihoods(model, packed, size)
+    scores, chosen, lengths = (
+        candidate_log_likelihoods(model, packed, size),
+        chosen_indices(packed, size),
+        answer_lengths(packed, size),
+    )
+    rewards = implicit_rewards(scores, before, lengths, section)
     total = preference_loss(rewards, chosen, section)
     chosen_scores = scores.gather(1, chosen[:, None])
     if section.sft_weight:
         total = total - section.sft_weight * (chosen_scores / lengths.gather(1, chosen[:, None])).sum()
-    ahead = margins(rewards.detach(), chosen)
+    ahead = reward_margins(rewards.detach(), chosen)
     best = rewards.detach().gather(1, chosen[:, None])
     fields = {
         "rewards/chosen": best,
@@ -76,7 +80,7 @@ def compare(
     return total, float(len(scores)), {name: float(values.sum()) for name, values in fields.items()}
 
 
-def rewards_of(
+def implicit_rewards(
     scores: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor, section: PreferenceSection
 ) -> torch.Tensor:
     """Return the implicit rewards of answers from log-likelihoods, those of any reference, and lengths in tokens.
@@ -92,14 +96,14 @@ def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: Prefer
     if section.loss == "s-dpo":
         behind = torch.zeros_like(rewards).scatter(1, chosen[:, None], section.margin)
         return softmax_loss(rewards - behind, chosen)
-    ahead = margins(rewards, chosen) - section.margin
+    ahead = reward_margins(rewards, chosen) - section.margin
     if section.loss == "ipo":
         return (ahead / section.beta - 1 / (2 * section.beta)).square().mean(1).sum()
     swapped, soft = section.label_smoothing, torch.nn.functional.softplus
     return ((1 - swapped) * soft(-ahead) + swapped * soft(ahead)).mean(1).sum()
 
 
-def margins(rewards: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def reward_margins(rewards: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return the reward margins between chosen and rejected answers, shape (lists, rejected)."""
     others = torch.ones_like(rewards, dtype=torch.bool).scatter(1, chosen[:, None], False)
     return rewards.gather(1, chosen[:, None]) - rewards[others].view(len(rewards), -1)

@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from llmrec.errors import RecipeError
-from llmrec.models.tensors import base_of, damaged
+from llmrec.models.tensors import base_of, damaged_file_error
 from llmrec.recipe.schema import PruneSection
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-WEIGHTS = "masks.safetensors"
+MASKS_FILE = "masks.safetensors"
 """The file next to an adapter that marks the kept weights of each layer, one bit per weight, eight per byte."""
 
-_MASK = "llmrec_mask"
+_MASK_ATTRIBUTE = "llmrec_mask"
 
 
 def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
@@ -47,7 +47,7 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
     return section.sparsity * (1 - (1 - (updated - first) / (last - first)) ** 3)
 
 
-class Prune(TrainerCallback):  # type: ignore[misc]
+class PruningCallback(TrainerCallback):  # type: ignore[misc]
     """Updates the pruning masks of a model on schedule."""
 
     def __init__(self, model: torch.nn.Module, section: PruneSection, steps: int) -> None:
@@ -57,34 +57,34 @@ class Prune(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Update the masks before the first step, if due."""
-        if state.global_step == 0 and (share := self._at(0)) > 0:
-            raise_to(self._model, share)
+        if state.global_step == 0 and (share := self._scheduled_sparsity(0)) > 0:
+            prune_to_share(self._model, share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Update the masks after a step, before validation and saving."""
-        share = self._at(state.global_step)
-        if share > self._at(state.global_step - 1):
-            raise_to(self._model, share)
+        share = self._scheduled_sparsity(state.global_step)
+        if share > self._scheduled_sparsity(state.global_step - 1):
+            prune_to_share(self._model, share)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Add the share of pruned weights to the log for trackers."""
         if logs and "loss" in logs:
-            logs["sparsity"] = self._at(state.global_step)
+            logs["sparsity"] = self._scheduled_sparsity(state.global_step)
 
-    def _at(self, step: int) -> float:
+    def _scheduled_sparsity(self, step: int) -> float:
         return sparsity_at(self._section, self._steps, step)
 
 
-def attach(model: torch.nn.Module) -> None:
+def attach_masks(model: torch.nn.Module) -> None:
     """Prepare all linear layers of the transformer blocks for pruning masks.
 
     Raises:
         RecipeError: If it has no linear layers.
     """
     base = base_of(model)
-    results = list(_linears(base))
+    results = list(_linear_layers(base))
     if not results:
         raise RecipeError(
             f"train.prune: a {base.config.model_type} has no linear layers to prune; choose another model, or "
@@ -94,18 +94,18 @@ def attach(model: torch.nn.Module) -> None:
         )
     for _, layer in results:
         # not part of the saved weights, but moved to another device with the layer
-        layer.register_buffer(_MASK, None, persistent=False)
-        layer.forward = partial(_forward, layer)
+        layer.register_buffer(_MASK_ATTRIBUTE, None, persistent=False)
+        layer.forward = partial(_masked_forward, layer)
 
 
-def raise_to(model: torch.nn.Module, share: float) -> None:
+def prune_to_share(model: torch.nn.Module, share: float) -> None:
     """Prune the weights with the smallest magnitude in each layer, up to the given share."""
     with torch.no_grad():
-        for _, layer in _masked(model):
-            setattr(layer, _MASK, kept(_effective(layer), share))
+        for _, layer in _prepared_layers(model):
+            setattr(layer, _MASK_ATTRIBUTE, magnitude_mask(_merged_weight(layer), share))
 
 
-def kept(weight: torch.Tensor, share: float) -> Any:
+def magnitude_mask(weight: torch.Tensor, share: float) -> Any:
     """Return a mask of the weights to keep, in the shape of the weight."""
     count = round(share * weight.numel())
     size = weight.detach().abs().float().flatten()
@@ -120,7 +120,7 @@ def kept(weight: torch.Tensor, share: float) -> Any:
 
 def sparsity(model: torch.nn.Module) -> float | None:
     """Return the share of pruned weights; None if the model has no masks."""
-    masks = [mask for _, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None]
+    masks = [mask for _, layer in _prepared_layers(model) if (mask := getattr(layer, _MASK_ATTRIBUTE)) is not None]
     if not masks:
         return None
     total = sum(int(mask.numel()) for mask in masks)
@@ -129,10 +129,12 @@ def sparsity(model: torch.nn.Module) -> float | None:
 
 def save(model: torch.nn.Module, folder: Path) -> None:
     """Save the pruning masks of a model to a folder, if it has any."""
-    masks = {name: mask for name, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None}
+    masks = {
+        name: mask for name, layer in _prepared_layers(model) if (mask := getattr(layer, _MASK_ATTRIBUTE)) is not None
+    }
     if masks:
         bits = {name: np.packbits(mask.flatten().cpu().numpy()) for name, mask in masks.items()}
-        save_file({name: torch.from_numpy(item) for name, item in bits.items()}, folder / WEIGHTS)
+        save_file({name: torch.from_numpy(item) for name, item in bits.items()}, folder / MASKS_FILE)
 
 
 def load(model: torch.nn.Module, folder: Path) -> None:
@@ -141,41 +143,41 @@ def load(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         ModelError: If they cannot be read, or belong to another model.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / MASKS_FILE).is_file():
         return
-    if not any(True for _ in _masked(model)):
-        attach(model)
-    layers = dict(_masked(model))
-    for name, mask in _read(folder, {name: _weight(layer) for name, layer in layers.items()}).items():
-        setattr(layers[name], _MASK, mask.to(_weight(layers[name]).device))
+    if not any(True for _ in _prepared_layers(model)):
+        attach_masks(model)
+    layers = dict(_prepared_layers(model))
+    for name, mask in _read_masks(folder, {name: _base_weight(layer) for name, layer in layers.items()}).items():
+        setattr(layers[name], _MASK_ATTRIBUTE, mask.to(_base_weight(layers[name]).device))
 
 
-def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]], None]:
+def zeroing_function(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]], None]:
     """Return a function that sets pruned weights of a plain model to 0, given parameters by name.
 
     Raises:
         ModelError: If the masks of the folder cannot be read, or belong to another model.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / MASKS_FILE).is_file():
         return lambda _: None
     # Keep only shapes, since a weight may be released after it was written.
-    shapes = {name: torch.empty_like(layer.weight, device="meta") for name, layer in _linears(model)}
-    _read(folder, shapes, ())
+    shapes = {name: torch.empty_like(layer.weight, device="meta") for name, layer in _linear_layers(model)}
+    _read_masks(folder, shapes, ())
 
     def zero(parameters: Mapping[str, Any]) -> None:
         names = [name for name in shapes if f"{name}.weight" in parameters]
         with torch.no_grad():
-            for name, mask in _read(folder, shapes, names).items():
+            for name, mask in _read_masks(folder, shapes, names).items():
                 weight = parameters[f"{name}.weight"]
                 weight.data = weight.data.masked_fill(~mask.to(weight.device), 0)
 
     return zero
 
 
-def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
+def _read_masks(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
     """Load the pruning masks of a folder by layer."""
     try:
-        with safe_open(folder / WEIGHTS, framework="np") as file:
+        with safe_open(folder / MASKS_FILE, framework="np") as file:
             if set(file.keys()) != weights.keys():
                 raise ValueError("other layers")
             for name, weight in weights.items():
@@ -188,31 +190,31 @@ def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None 
                 masks[name] = torch.from_numpy(bits).view(weights[name].shape)
             return masks
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise damaged(
-            f"{folder / WEIGHTS} cannot be read, or belongs to another model", folder / WEIGHTS, error
+        raise damaged_file_error(
+            f"{folder / MASKS_FILE} cannot be read, or belongs to another model", folder / MASKS_FILE, error
         ) from error
 
 
-def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _masked_forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Compute a linear layer with its pruning mask, if it has one."""
-    mask = getattr(layer, _MASK)
+    mask = getattr(layer, _MASK_ATTRIBUTE)
     if mask is None:
         return type(layer).forward(layer, states, *args, **kwargs)
-    weight, bias = _effective(layer) * mask, _base_layer(layer).bias
+    weight, bias = _merged_weight(layer) * mask, _base_layer(layer).bias
     bias = None if bias is None else bias.to(states.dtype)
     return torch.nn.functional.linear(states, weight.to(states.dtype), bias)
 
 
-def _effective(layer: torch.nn.Module) -> Any:
+def _merged_weight(layer: torch.nn.Module) -> Any:
     """Return the weight of a layer after merging its adapters, shape (out, in)."""
-    weight = _weight(layer)
+    weight = _base_weight(layer)
     if not hasattr(layer, "base_layer"):
         return weight
     with torch.autocast(weight.device.type, enabled=False):
         return sum((layer.get_delta_weight(name).float() for name in layer.active_adapters), weight.float())
 
 
-def _weight(layer: torch.nn.Module) -> Any:
+def _base_weight(layer: torch.nn.Module) -> Any:
     return _base_layer(layer).weight
 
 
@@ -221,12 +223,12 @@ def _base_layer(layer: torch.nn.Module) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _masked(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that `attach` prepared, with their names in the base model."""
-    yield from ((name, layer) for name, layer in base_of(model).named_modules() if hasattr(layer, _MASK))
+def _prepared_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that `attach_masks` prepared, with their names in the base model."""
+    yield from ((name, layer) for name, layer in base_of(model).named_modules() if hasattr(layer, _MASK_ATTRIBUTE))
 
 
-def _linears(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def _linear_layers(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the linear layers of the transformer blocks, adapted or not, with their names."""
     inside = "\0"
     for name, module in base.named_modules():

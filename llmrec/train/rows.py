@@ -25,7 +25,7 @@ from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.base import ExampleDraw, seeded_random
 from llmrec.tasks.rows import Listwise, as_context, split_rejected
 from llmrec.tasks.task import BranchingTask, Task
-from llmrec.train.batches import fit_row, target_rows
+from llmrec.train.batches import target_rows, truncated_row
 from llmrec.types import Event, Example
 
 
@@ -36,8 +36,8 @@ class TextRow(TokenRow):
     example: Example | None = None
 
 
-def _fitted(example: Example, encoder: Encoder, limit: int, *, texts: bool) -> TokenRow | None:
-    row = fit_row(example, encoder, limit)
+def _example_row(example: Example, encoder: Encoder, limit: int, *, texts: bool) -> TokenRow | None:
+    row = truncated_row(example, encoder, limit)
     return row if row is None or not texts else TextRow(row.ids, row.labels, example=example)
 
 
@@ -77,7 +77,7 @@ def branching_rows(
                 example = tasks[family].branch(number, user)
                 if example is None:
                     continue
-                row = _fitted(example, encoder, limit, texts=texts)
+                row = _example_row(example, encoder, limit, texts=texts)
                 served[family] += max(1, len(row.ids)) if row else 1
                 bar = min(bar, served[family] / weights[family])
                 yield family, row
@@ -100,7 +100,7 @@ def branching_rows(
 # compare a model with its initial state, read the same rows: `llmrec.train.preference`.
 
 
-def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
+def common_listwise_settings(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
     """Return the listwise settings shared by all tasks; None if examples are trained token by token.
 
     ``paired`` names the model if it is an encoder-decoder.
@@ -129,7 +129,7 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
     raise RecipeError(f"{key}: {reason}, or set it to {instead}", kind="contradiction", column=key)
 
 
-def list_rows(
+def candidate_list_rows(
     listwise: Listwise, examples: Iterable[Example], encoder: Encoder, limit: int
 ) -> Iterator[TokenRow | None]:
     """Yield the tokenised answers to each question, the chosen answer first; None if one is longer than ``limit``.
@@ -169,8 +169,8 @@ log = logging.getLogger(__name__)
 
 # Examples to read ahead: few at first, since a short run needs few, then enough for numpy to be efficient.
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
-# In each chunk, every `_ONE_IN`-th example is also tokenised from its text, and at least `_LEAST_CHECKED`.
-_ONE_IN, _LEAST_CHECKED = 128, 8
+# In each chunk, every `_CHECK_INTERVAL`-th example is also tokenised from its text, and at least `_LEAST_CHECKED`.
+_CHECK_INTERVAL, _LEAST_CHECKED = 128, 8
 
 
 @runtime_checkable
@@ -186,7 +186,7 @@ class DrawableTask(Protocol):
         ...
 
 
-def takes_pieces(template: Template) -> bool:
+def has_independent_lines(template: Template) -> bool:
     """Whether every line of a template depends only on its item and can be tokenised independently of other lines."""
     closed = template.tail.endswith("\n") or template.bare
     return template.shape == "list" and closed and template.names("lead", "target") <= {"item", "noun"}
@@ -207,7 +207,7 @@ class ConcatenatedExamples:
     ends: NDArray[np.int64]
 
     def rows(self, limit: int) -> list[TokenRow | None]:
-        """Truncate examples to ``limit`` tokens, as `fit_row` does; None if no target is left."""
+        """Truncate examples to ``limit`` tokens, as `truncated_row` does; None if no target is left."""
         starts, stops = self.ends[:-1], np.minimum(self.ends[1:], self.ends[:-1] + limit)
         seen = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
         kept = (seen[stops] > seen[starts]).tolist()
@@ -346,12 +346,12 @@ class RowStream:
             yield result[n] if n in result else self._plain(draw)
 
     def _plain(self, draw: ExampleDraw) -> TokenRow | None:
-        return fit_row(self._task.example(draw), self._encoder, self._limit)
+        return truncated_row(self._task.example(draw), self._encoder, self._limit)
 
     def _gather(self, template: Template, draws: Sequence[ExampleDraw], number: int) -> list[TokenRow | None] | None:
         """Return assembled examples if a sample matches the tokenised text; None otherwise."""
         if template.id not in self._tables:
-            fits = takes_pieces(template)
+            fits = has_independent_lines(template)
             self._tables[template.id] = LineTable(self._task, template, self._encoder) if fits else None
         table = self._tables[template.id]
         if table is None:
@@ -362,7 +362,7 @@ class RowStream:
             # A text cannot be tokenised; the error is raised when its example is used.
             self._tables[template.id] = None
             return None
-        count = min(len(draws), max(_LEAST_CHECKED, len(draws) // _ONE_IN))
+        count = min(len(draws), max(_LEAST_CHECKED, len(draws) // _CHECK_INTERVAL))
         sample = seeded_random("pieces", self._seed, template.id, str(number)).sample(range(len(draws)), count)
         if all(rows[n] == self._plain(draws[n]) for n in sample):
             return rows
@@ -375,7 +375,7 @@ class RowStream:
 
 
 @dataclass(frozen=True)
-class Sources:
+class ExampleSources:
     """The sources of training examples.
 
     Attributes:
@@ -395,8 +395,8 @@ class Sources:
     paired: bool
 
 
-def streams(
-    sources: Sources, shares: Mapping[str, float], encoder: Encoder, *, texts: bool = False
+def row_streams(
+    sources: ExampleSources, shares: Mapping[str, float], encoder: Encoder, *, texts: bool = False
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
     """Return weighted streams of tokenised examples, by task or for several packed tasks.
 
@@ -430,19 +430,19 @@ def streams(
     return result, weights
 
 
-def _task_rows(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterator[TokenRow | None]:
+def _task_rows(sources: ExampleSources, family: str, encoder: Encoder, texts: bool) -> Iterator[TokenRow | None]:
     """Yield the tokenised training examples of a task endlessly."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
     if task.listwise is not None:
-        return list_rows(task.listwise, sources.examples(family), encoder, limit)
+        return candidate_list_rows(task.listwise, sources.examples(family), encoder, limit)
     if sources.paired:
         groups = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in groups for row in (*rows, *([] if rows else [None])))
     # Fixed examples contain only text.
     if isinstance(task, DrawableTask) and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
-    return (_fitted(example, encoder, limit, texts=texts) for example in sources.examples(family))
+    return (_example_row(example, encoder, limit, texts=texts) for example in sources.examples(family))
 
 
 def tokenise_validation_rows(
@@ -451,4 +451,4 @@ def tokenise_validation_rows(
     """Tokenise held-out examples for the validation loss, and leave out examples with no target within ``limit``."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]
-    return [row for example in examples if (row := fit_row(example, encoder, limit)) is not None]
+    return [row for example in examples if (row := truncated_row(example, encoder, limit)) is not None]

@@ -18,38 +18,52 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
-from llmrec.durable import replacing, seal
+from llmrec.durable import replace_atomically, write_manifest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.machine import has_cuda
 from llmrec.models import bottleneck
 from llmrec.models.load import weights_sha256
-from llmrec.models.rating_head import RatingHead, save_head
+from llmrec.models.rating_head import RatingHead, save_rating_head
 from llmrec.models.soft_prompt import SoftPrompt
-from llmrec.models.traits import is_paired, takes_block_mask
-from llmrec.models.whole_words import save_words, whole_word_embeddings
+from llmrec.models.traits import can_use_block_mask, is_encoder_decoder
+from llmrec.models.whole_words import save_whole_words, whole_word_embeddings
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
 from llmrec.train import pruning as magnitude
-from llmrec.train.batches import micro_steps, padded, padded_inputs
-from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
+from llmrec.train.batches import micro_steps, pad_rows, padded_inputs
+from llmrec.train.checkpoint import FSDP_MODEL_FILE, CheckpointCallback, newest_valid_checkpoint, remove_old_checkpoints
 from llmrec.train.follow import BestAdapter, TrainingMonitor
-from llmrec.train.heads import detach, measure, restore, state_loss
-from llmrec.train.kernels import faster_layers, recompute, unpaged
-from llmrec.train.loss import DistillationLoss, StateLoss, label_loss, list_loss, packed_loss, rows_loss, weight_of
-from llmrec.train.packing import stack, tree
-from llmrec.train.precision import autocast_dtype, mixed_precision, preserve_adapter_dtype, widen, without_input_casting
-from llmrec.train.preference import compare, without_dropout
+from llmrec.train.heads import detach_rating_head, fit_standardisation, restore_rating_head, state_loss
+from llmrec.train.kernels import enable_gradient_checkpointing, log_missing_paging, use_faster_layers
+from llmrec.train.loss import (
+    DistillationLoss,
+    StateLoss,
+    label_loss,
+    list_loss,
+    packed_loss,
+    rows_loss,
+    total_target_weight,
+)
+from llmrec.train.packing import pack_rows, stack_sequences
+from llmrec.train.precision import (
+    autocast_dtype,
+    convert_to_float32,
+    mixed_precision,
+    preserve_adapter_dtype,
+    without_input_casting,
+)
+from llmrec.train.preference import disable_dropout, preference_list_loss
 from llmrec.train.steps import Step
-from llmrec.train.trackers import callbacks, chosen, trackio_project
-from llmrec.train.whole_words import restore_words
+from llmrec.train.trackers import selected_trackers, tracker_callbacks, trackio_project
+from llmrec.train.whole_words import restore_whole_words
 from llmrec.train.world import (
     SHARDED,
     World,
-    announce,
+    check_parallelism,
+    check_sharding_settings,
     current_world,
-    refuse_other,
-    refuse_sharding,
-    requested_kind,
+    print_parallelism,
+    requested_parallelism,
     run_in_wrapped_forward,
 )
 
@@ -60,7 +74,7 @@ _PARTS = "parts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class TrainingResult:
     """The result of a training run.
 
     ``seconds`` includes ``seconds_before``, the time of killed invocations up to the resumed checkpoint.
@@ -159,7 +173,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             self.scale = self.accelerator.scaler.get_scale()
         self.step_divisor = None
         if len(parts) > 1 and self.objective is None:
-            count = sum(self._weight_of(model, part) for part in parts)
+            count = sum(self._total_weight(model, part) for part in parts)
             self.step_divisor = self.world.total(count, self.args.device) or 1
         total, figures = 0.0, defaultdict[str, float](float)
         with without_input_casting(model, active=self.autocast):
@@ -205,13 +219,13 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             scaled = {"scaler/scale": scale, "scaler/skipped": float(scale < self.scale)}
         super().log({**logs, **self.figures, **scaled} if "loss" in logs else logs, *args, **kwargs)
 
-    def _weight_of(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> float:
+    def _total_weight(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> float:
         """Return the total weight of the targets in a part, or the number of its lists."""
         if _IDLE in inputs:
             return 0.0
         if self.listwise is not None:
             return (int(inputs["owners"].max()) + 1) / self.listwise.size
-        return weight_of(inputs, self.by, paired=is_paired(getattr(model, "module", model).config))
+        return total_target_weight(inputs, self.by, paired=is_encoder_decoder(getattr(model, "module", model).config))
 
     def _summed(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, float]:
         """Return the summed loss and the total weight of its targets or lists."""
@@ -219,7 +233,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             if self.listwise is not None:
                 lists = self.listwise
                 if lists.preference is not None:
-                    total, count, self.figures = compare(model, inputs, lists.preference)
+                    total, count, self.figures = preference_list_loss(model, inputs, lists.preference)
                     return total, count
                 return list_loss(model, inputs, lists.size, lists.loss, lists.temperature)
             return (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
@@ -259,7 +273,7 @@ def train(
     loss: LossInputs | None = None,
     device: str | None = None,
     judge: Callable[[Any], float] | None = None,
-) -> Training:
+) -> TrainingResult:
     """Train on the planned steps, and save the adapter (or full weights) to ``folder/adapter``.
 
     A killed run resumes from the newest checkpoint in ``folder/checkpoints`` that verifies, and ends with the same
@@ -272,17 +286,19 @@ def train(
     world = current_world()
     started = time.monotonic()
     device = device or ("cuda" if has_cuda() else "cpu")
-    widen(model, device)
+    convert_to_float32(model, device)
     if section.gradient_checkpointing:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     if listwise is not None and listwise.preference is not None:
-        without_dropout(model)
+        disable_dropout(model)
     pad = encoder.tokenizer.pad_token_id
     by = state_loss(model, section, head, soft, taught, loss.items)
     seen = None if by is taught else by
     # additional files of a checkpoint
-    kept: list[Callable[[Path], None]] = [partial(f, model) for f in (save_words, bottleneck.save, magnitude.save)]
-    kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
+    kept: list[Callable[[Path], None]] = [
+        partial(f, model) for f in (save_whole_words, bottleneck.save, magnitude.save)
+    ]
+    kept += ([] if head is None else [partial(save_rating_head, head)]) + ([] if soft is None else [soft.save])
     # the planned step of each optimiser step
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
     sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
@@ -298,8 +314,8 @@ def train(
     if judge is not None and world.first:
         best = BestAdapter(folder / "best", patience, judge, write, folder / "checkpoints")
     after = [] if best is None else [best.saved]
-    saving = OnSave(
-        [*kept, seal, partial(keep_newest, section.keep_checkpoints), *after],
+    saving = CheckpointCallback(
+        [*kept, write_manifest, partial(remove_old_checkpoints, section.keep_checkpoints), *after],
         world,
         minutes=section.save_minutes,
         every=objective.updates if objective else 1,
@@ -310,27 +326,32 @@ def train(
     )
     if objective is not None:
         follow.metrics = objective.metrics
-    pruning = [] if section.prune is None else [magnitude.Prune(model, section.prune, len(order))]
+    pruning = [] if section.prune is None else [magnitude.PruningCallback(model, section.prune, len(order))]
     scaled = autocast_dtype(model, device) == torch.float16
     with preserve_adapter_dtype(model):
         trainer = LabelRowTrainer(
             model=model,
-            args=_config(section, folder, len(order), seed, device, scaled=scaled),
+            args=_trainer_config(section, folder, len(order), seed, device, scaled=scaled),
             train_dataset=Dataset.from_dict({"step": order}),
             processing_class=encoder.tokenizer,
-            data_collator=partial(_batch, model, steps, pad, world, section.micro_tokens)
+            data_collator=partial(_collate_step, model, steps, pad, world, section.micro_tokens)
             if objective is None
-            else _number,
+            else _collate_step_number,
             # Trackers come after the callback that adds validation losses to the log.
-            callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
+            callbacks=[
+                *pruning,
+                follow,
+                *(tracker_callbacks(selected_trackers(section), folder) if world.first else ()),
+                saving,
+            ],
         )
     kind = trainer.accelerator.distributed_type.value
-    refuse_other(requested_kind(device), kind)
+    check_parallelism(requested_parallelism(device), kind)
     if kind == SHARDED:
         plain = head is None and whole_word_embeddings(model) is None
-        refuse_sharding(trainer.accelerator.state.fsdp_plugin, section, plain=plain, scaled=scaled)
+        check_sharding_settings(trainer.accelerator.state.fsdp_plugin, section, plain=plain, scaled=scaled)
     follow.everybody = kind == SHARDED
-    announce(world, kind)
+    print_parallelism(world, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
     # rollouts are drawn without autocast
@@ -338,29 +359,29 @@ def train(
     # The trainer has moved the model to its device, whose attention kernels must be checked.
     if steps and steps[0].bins:
         for item in (model, *([taught.teacher] if taught else [])):
-            check_packing(item, "train.packing=none" if listwise is None else _no_lists(listwise))
+            check_packing(item, "train.packing=none" if listwise is None else _setting_without_lists(listwise))
     if objective is not None:
         check_packing(model, "train.reward=null")
-    checkpoint = _checkpoint(folder / "checkpoints", world, sharded=kind == SHARDED)
+    checkpoint = _checkpoint_to_resume(folder / "checkpoints", world, sharded=kind == SHARDED)
     if checkpoint is not None:
-        restore_words(model, checkpoint)
+        restore_whole_words(model, checkpoint)
         bottleneck.load(model, checkpoint)
         magnitude.load(model, checkpoint)
     if head is not None and checkpoint is not None:
-        restore(head, checkpoint)
+        restore_rating_head(head, checkpoint)
     elif head is not None:
         with mixed_precision(model):
-            measure(head, model, steps, pad)
+            fit_standardisation(head, model, steps, pad)
     follow.open(resumed=checkpoint is not None)
-    with faster_layers(model, section), unpaged(section, device):
+    with use_faster_layers(model, section), log_missing_paging(section, device):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapter = folder / "adapter"
     state = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if kind == SHARDED else {}
     if world.first:
-        with replacing(adapter) as draft:
+        with replace_atomically(adapter) as draft:
             if head is not None:
-                detach(model)
+                detach_rating_head(model)
             if best is not None:
                 best.copy_to(draft)
             else:
@@ -373,7 +394,7 @@ def train(
         sizes = [(int(item["tokens"]), int(item["targets"])) for item in rewards]
     tokens, targets = (sum(item) for item in zip(*sizes, strict=True))
     seconds = follow.before + time.monotonic() - started
-    return Training(
+    return TrainingResult(
         method=section.method,
         steps=len(sizes),
         tokens=tokens,
@@ -392,7 +413,7 @@ def train(
     )
 
 
-def _no_lists(listwise: Listwise) -> str:
+def _setting_without_lists(listwise: Listwise) -> str:
     return "tasks.direct.loss=answer" if listwise.preference is None else "train.preference=null"
 
 
@@ -405,11 +426,14 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
     begin, ends = (5, 6, 7, 8, 9), ((10, 11, 12), (13, 14, 15, 16), (17,))
     rows = [TokenRow((*begin, *end), (*[IGNORED] * len(begin), *end)) for end in (*ends, (18, 19))]
     rows[-1] = TokenRow(rows[-1].ids[3:], rows[-1].labels[3:])
-    reads = takes_block_mask(model.config)
+    reads = can_use_block_mask(model.config)
     if reads:
         device = model.device
-        ids, labels = (torch.tensor(item, device=device) for item in padded(rows, 0))
-        packed = {name: torch.from_numpy(item).to(device) for name, item in asdict(stack([tree(rows)], 0)).items()}
+        ids, labels = (torch.tensor(item, device=device) for item in pad_rows(rows, 0))
+        packed = {
+            name: torch.from_numpy(item).to(device)
+            for name, item in asdict(stack_sequences([pack_rows(rows)], 0)).items()
+        }
         was_training = model.training
         model.eval()
         with torch.no_grad(), mixed_precision(model):
@@ -427,18 +451,18 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
         )
 
 
-def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
+def _checkpoint_to_resume(folder: Path, world: World, *, sharded: bool) -> Path | None:
     """Return the checkpoint from which all processes resume; the first process selects it.
 
     Raises:
         LlmrecError: If only one of the checkpoint and this training uses FSDP.
     """
-    result = newest(folder) if world.first else None
+    result = newest_valid_checkpoint(folder) if world.first else None
     step = world.agree(int(result.name.rpartition("-")[2]) if result is not None else -1)
     if step < 0:
         return None
     checkpoint = folder / f"checkpoint-{step}"
-    if (checkpoint / OF_FSDP).is_file() != sharded:
+    if (checkpoint / FSDP_MODEL_FILE).is_file() != sharded:
         raise LlmrecError(
             f"{checkpoint} was saved {'without' if sharded else 'with'} FSDP and can only be resumed the same way; "
             f"start the training as before, with any number of processes, or remove {folder}",
@@ -448,13 +472,13 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
     return checkpoint
 
 
-def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
+def _collate_step_number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
     """Return only the number of a planned step, because the tokens depend on the current model."""
     (item,) = items
     return {"step": torch.tensor(item["step"])}
 
 
-def _batch(
+def _collate_step(
     model: torch.nn.Module,
     steps: Sequence[Step],
     pad: int,
@@ -470,21 +494,23 @@ def _batch(
     step = steps[item["step"]]
     shares = [micro_steps(share, limit) for share in (step.split(world.size) if world.size > 1 else [step])]
     count = max(len(share) for share in shares)
-    parts = [_laid(model, part, pad) for part in shares[world.rank] if part.rows]
+    parts = [_step_tensors(model, part, pad) for part in shares[world.rank] if part.rows]
     if len(parts) < count:
         # Every process computes a batch, because gradients are summed over all processes.
         shortest = min((part for share in shares for part in share if part.rows), key=lambda part: part.tokens)
-        parts += [_laid(model, shortest, pad) | {_IDLE: torch.ones(())}] * (count - len(parts))
+        parts += [_step_tensors(model, shortest, pad) | {_IDLE: torch.ones(())}] * (count - len(parts))
     return parts[0] if count == 1 else {_PARTS: parts}
 
 
-def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
-    packed = [tree(item.rows) for item in step.bins]
-    laid = asdict(stack(packed, pad)) if packed else padded_inputs(model, step.rows, pad)
+def _step_tensors(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
+    packed = [pack_rows(item.rows) for item in step.bins]
+    laid = asdict(stack_sequences(packed, pad)) if packed else padded_inputs(model, step.rows, pad)
     return {name: torch.tensor(values) for name, values in laid.items()}
 
 
-def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: str, *, scaled: bool = False) -> Any:
+def _trainer_config(
+    section: TrainSection, folder: Path, steps: int, seed: int, device: str, *, scaled: bool = False
+) -> Any:
     config = SFTConfig(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -496,7 +522,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         optim=section.optim,
-        # see `recompute`
+        # see `enable_gradient_checkpointing`
         gradient_checkpointing=False,
         # Autocast is applied around the loss, whose head is called outside the forward pass of the model.
         bf16=False,

@@ -115,14 +115,14 @@ class RowTable:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Planned steps, the number of examples per task, and validation examples by task.
 
     ``dropped`` counts rows without a target within ``train.max_row_tokens``; ``loss_shares`` is the share of the loss
     by task; ``cases`` are the questions that rollouts answer, by row number; ``soft`` describes the soft prompts.
     """
 
-    steps: Steps
+    steps: PlannedSteps
     rows: Mapping[str, int]
     dropped: Mapping[str, int]
     valid: Mapping[str, list[TokenRow]]
@@ -131,7 +131,7 @@ class Plan:
     soft: SoftPrompt | None = None
 
 
-class Steps(Sequence[Step]):
+class PlannedSteps(Sequence[Step]):
     """Planned steps in order; a step is created when it is read.
 
     Attributes:
@@ -153,7 +153,7 @@ class Steps(Sequence[Step]):
         self._columns.extend([item.columns for item in step.bins])
         self._bin_ends.append(len(self._sizes))
 
-    def weighing(self, weights: Sequence[float]) -> Steps:
+    def weighing(self, weights: Sequence[float]) -> PlannedSteps:
         """Return the same steps with a weight for each example."""
         result = copy(self)
         result._weights = weights
@@ -189,14 +189,14 @@ class Steps(Sequence[Step]):
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedSteps:
     """Steps with weighted examples, and each task's mean share of the loss."""
 
-    steps: Steps
+    steps: PlannedSteps
     shares: Mapping[str, float]
 
 
-def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
+def balance_task_losses(steps: PlannedSteps, families: Sequence[str]) -> WeightedSteps:
     """Weight examples so that each task's average share of the loss is its share of the tokens.
 
     Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list example has many
@@ -211,7 +211,7 @@ def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
             tokens[families[n]] += table.tokens(n)
             targets[families[n]] += table.targets(n)
     if len(tokens) < 2:
-        return Weighted(steps, dict.fromkeys(tokens, 1.0))
+        return WeightedSteps(steps, dict.fromkeys(tokens, 1.0))
     ratio = sum(targets.values()) / sum(tokens.values())
     weights = {family: tokens[family] / targets[family] * ratio for family in tokens}
     parts = defaultdict[str, float](float)
@@ -222,4 +222,4 @@ def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
         for family, weight in mass.items():
             parts[family] += weight / sum(mass.values()) / len(steps)
     # Examples may have been drawn for a task that no step contains.
-    return Weighted(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))
+    return WeightedSteps(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))

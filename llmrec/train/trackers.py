@@ -1,7 +1,7 @@
 """Experiment trackers (``train.report_to``), which log training losses and evaluation metrics.
 
-Both go into one run of a tracker, whose id is stored in the run folder. The trackers in `_TRACKED` also get evaluation
-metrics; the others that transformers supports get losses only.
+Both go into one run of a tracker, whose id is stored in the run folder. The trackers in `_METRIC_LOGGERS` also get
+evaluation metrics; the others that transformers supports get losses only.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrec.durable import loads, write_json
+from llmrec.durable import parse_json, write_json
 from llmrec.errors import MissingExtra, RecipeError, did_you_mean, require
 from llmrec.recipe.schema import TrainSection
 
 log = logging.getLogger(__name__)
 
-FILES = ("trackers.json", "tensorboard")
+TRACKER_FILES = ("trackers.json", "tensorboard")
 """Files in a run folder: the ids of its tracker runs, and TensorBoard's files."""
-PROJECT = "llmrec"
+DEFAULT_PROJECT = "llmrec"
 """Default project of a tracker; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and TRACKIO_PROJECT override it."""
 _REPORTED = "reported"
 
 
-def chosen(section: TrainSection) -> tuple[str, ...]:
+def selected_trackers(section: TrainSection) -> tuple[str, ...]:
     """Return the trackers of a recipe; by default TensorBoard, if it is installed."""
     if section.report_to is not None:
         return section.report_to
@@ -38,7 +38,7 @@ def chosen(section: TrainSection) -> tuple[str, ...]:
     return ("tensorboard",) if installed else ()
 
 
-def refuse_trackers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Reject trackers that are unknown or not installed.
 
     Raises:
@@ -47,7 +47,7 @@ def refuse_trackers(names: Sequence[str]) -> None:
     """
     if not names:
         return
-    known = _transformers()
+    known = _integrations_module()
     for name in names:
         if name not in known.INTEGRATION_TO_CALLBACK:
             raise RecipeError(
@@ -65,27 +65,27 @@ def refuse_trackers(names: Sequence[str]) -> None:
             )
 
 
-def forget(folder: Path) -> None:
+def remove_tracker_runs(folder: Path) -> None:
     """Remove the tracker runs of an earlier training from a run folder."""
-    ids, events = (folder / name for name in FILES)
+    ids, events = (folder / name for name in TRACKER_FILES)
     ids.unlink(missing_ok=True)
     shutil.rmtree(events, ignore_errors=True)
 
 
-def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
+def tracker_callbacks(names: Sequence[str], folder: Path) -> list[Any]:
     """Start or resume a run of each tracker, and return the callbacks that log training steps.
 
     Raises:
         RecipeError: If a tracker cannot start a run.
     """
-    refuse_trackers(names)
-    known, result = _transformers().INTEGRATION_TO_CALLBACK, []
+    check_trackers(names)
+    known, result = _integrations_module().INTEGRATION_TO_CALLBACK, []
     for name in names:
         try:
             if name == "tensorboard":
-                result.append(known[name](_writer(folder)))
+                result.append(known[name](_tensorboard_writer(folder)))
             else:
-                _begin(name, folder)
+                _start_run(name, folder)
                 result.append(known[name]())
         except Exception as error:
             raise RecipeError(
@@ -97,7 +97,7 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
     return result
 
 
-def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
+def log_evaluation_metrics(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
     """Log the metrics of an evaluation; errors of trackers are only warnings.
 
     Trackers that do not support evaluation metrics are skipped. Names of figures are such as
@@ -106,94 +106,98 @@ def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, 
     stamp = hashlib.sha256(json.dumps([sorted(figures.items()), step]).encode()).hexdigest()[:16]
     for name in names:
         reported = f"{name} {_REPORTED}"
-        if name not in _TRACKED or _kept(folder).get(reported) == stamp:
+        if name not in _METRIC_LOGGERS or _read_tracker_file(folder).get(reported) == stamp:
             continue
         try:
             if name != "tensorboard":
-                _begin(name, folder)
-            _TRACKED[name](figures, folder, step)
+                _start_run(name, folder)
+            _METRIC_LOGGERS[name](figures, folder, step)
         except Exception as error:
             log.warning("%s did not accept the evaluation metrics (%s: %s)", name, type(error).__name__, error)
         else:
-            write_json(folder / FILES[0], {**_kept(folder), reported: stamp})
+            write_json(folder / TRACKER_FILES[0], {**_read_tracker_file(folder), reported: stamp})
 
 
 # --------------------------------------------------------------------------- individual trackers
 
 
-def _begin(name: str, folder: Path) -> None:
+def _start_run(name: str, folder: Path) -> None:
     """Start a tracker run, or resume the run of the folder."""
-    if name in _OPENED:
-        known = _kept(folder).get(name)
-        write_json(folder / FILES[0], {**_kept(folder), name: _OPENED[name](folder.name, known)})
+    if name in _RUN_STARTERS:
+        known = _read_tracker_file(folder).get(name)
+        write_json(
+            folder / TRACKER_FILES[0], {**_read_tracker_file(folder), name: _RUN_STARTERS[name](folder.name, known)}
+        )
 
 
 def _open_wandb(run: str, known: str | None) -> str:
     wandb = require("wandb", "train")
     if wandb.run is None:
-        wandb.init(project=os.getenv("WANDB_PROJECT", PROJECT), name=run, id=known, resume="allow" if known else None)
+        wandb.init(
+            project=os.getenv("WANDB_PROJECT", DEFAULT_PROJECT), name=run, id=known, resume="allow" if known else None
+        )
     return str(wandb.run.id)
 
 
 def _open_mlflow(run: str, known: str | None) -> str:
     mlflow = require("mlflow", "train")
     if mlflow.active_run() is None:
-        mlflow.set_experiment(os.getenv("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        mlflow.set_experiment(os.getenv("MLFLOW_EXPERIMENT_NAME", DEFAULT_PROJECT))
         mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=run)
     return str(mlflow.active_run().info.run_id)
 
 
-def _to_wandb(figures: Mapping[str, float], folder: Path, step: int) -> None:
+def _log_to_wandb(figures: Mapping[str, float], folder: Path, step: int) -> None:
     wandb = require("wandb", "train")
     wandb.log({**figures, "train/global_step": step})
     wandb.finish()
 
 
-def _to_mlflow(figures: Mapping[str, float], folder: Path, step: int) -> None:
+def _log_to_mlflow(figures: Mapping[str, float], folder: Path, step: int) -> None:
     mlflow = require("mlflow", "train")
     mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", name): value for name, value in figures.items()}, step=step)
     mlflow.end_run()
 
 
-def _to_trackio(figures: Mapping[str, float], folder: Path, step: int) -> None:
+def _log_to_trackio(figures: Mapping[str, float], folder: Path, step: int) -> None:
     trackio = require("trackio", "train")
     trackio.init(project=trackio_project(), name=folder.name, resume="allow")
     trackio.log({**figures, "train/global_step": step})
     trackio.finish()
 
 
-def _to_tensorboard(figures: Mapping[str, float], folder: Path, step: int) -> None:
-    writer = _writer(folder)
+def _log_to_tensorboard(figures: Mapping[str, float], folder: Path, step: int) -> None:
+    writer = _tensorboard_writer(folder)
     for name, value in figures.items():
         writer.add_scalar(name, value, step)
     writer.close()
 
 
-_OPENED: Mapping[str, Callable[[str, str | None], str]] = {"wandb": _open_wandb, "mlflow": _open_mlflow}
-_TRACKED: Mapping[str, Callable[[Mapping[str, float], Path, int], None]] = {
-    "tensorboard": _to_tensorboard,
-    "wandb": _to_wandb,
-    "mlflow": _to_mlflow,
-    "trackio": _to_trackio,
+_RUN_STARTERS: Mapping[str, Callable[[str, str | None], str]] = {"wandb": _open_wandb, "mlflow": _open_mlflow}
+_METRIC_LOGGERS: Mapping[str, Callable[[Mapping[str, float], Path, int], None]] = {
+    "tensorboard": _log_to_tensorboard,
+    "wandb": _log_to_wandb,
+    "mlflow": _log_to_mlflow,
+    "trackio": _log_to_trackio,
 }
 
 
 def trackio_project() -> str:
     """Return the project name for trackio, which transformers also uses."""
-    return os.getenv("TRACKIO_PROJECT", PROJECT)
+    return os.getenv("TRACKIO_PROJECT", DEFAULT_PROJECT)
 
 
-def _writer(folder: Path) -> Any:
-    return require("torch.utils.tensorboard", "train").SummaryWriter(log_dir=str(folder / FILES[1]))
+def _tensorboard_writer(folder: Path) -> Any:
+    return require("torch.utils.tensorboard", "train").SummaryWriter(log_dir=str(folder / TRACKER_FILES[1]))
 
 
-def _kept(folder: Path) -> dict[str, str]:
+def _read_tracker_file(folder: Path) -> dict[str, str]:
     try:
-        result = loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        result = parse_json((folder / TRACKER_FILES[0]).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(name): str(value) for name, value in result.items()} if isinstance(result, dict) else {}
 
 
-def _transformers() -> Any:
+def _integrations_module() -> Any:
     return require("transformers.integrations.integration_utils", "train")

@@ -20,15 +20,15 @@ from accelerate import PartialState
 
 from llmrec import processes
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.progress import note
+from llmrec.progress import log_line
 from llmrec.recipe.schema import TrainSection
 
 SHARDED = "FSDP"
 """accelerate's name for sharding weights among processes."""
 # One process reads data, validates and merges while the others wait; the launcher ends all if one fails.
-_PATIENCE = timedelta(days=1)
+_CONNECTION_TIMEOUT = timedelta(days=1)
 # Messages of gloo and NCCL for a lost connection.
-_GONE = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket")
+_LOST_CONNECTION = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,60 +71,60 @@ class World:
 
 
 def current_world() -> World:
-    """Return the processes connected by `joined`, or a single process.
+    """Return the processes connected by `connect_processes`, or a single process.
 
     Raises:
         RecipeError: If a launcher started several that are not connected: gradients would not be summed.
     """
     if torch.distributed.is_initialized():
         return World(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    processes.alone("this training")
+    processes.check_single_process("this training")
     return World()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def connect_processes(device: str) -> Iterator[World]:
     """Connect the processes that a launcher has started, using accelerate.
 
     Raises:
         RecipeError: If they do not match the settings.
         LlmrecError: If one of them has ended while another waits for it.
     """
-    kind = requested_kind(device)
+    kind = requested_parallelism(device)
     if kind == "no":
         yield World()
         return
     try:
         if not torch.distributed.is_initialized():
             PartialState._reset_state()  # state of an earlier training in this process
-        state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
-        if state.num_processes != processes.size():
-            raise _other(f"{processes.size()} processes", f"{state.num_processes}")
+        state = PartialState(cpu=device == "cpu", timeout=_CONNECTION_TIMEOUT)
+        if state.num_processes != processes.process_count():
+            raise _parallelism_error(f"{processes.process_count()} processes", f"{state.num_processes}")
         if kind != SHARDED:  # sharding begins when the trainer is created, which compares again
-            refuse_other(kind, state.distributed_type.value)
+            check_parallelism(kind, state.distributed_type.value)
         yield current_world()
         torch.distributed.destroy_process_group()
     except RuntimeError as error:
-        if processes.size() > 1 and _GONE.search(f"{type(error).__name__} {error}"):
-            raise processes.lost(processes.size()) from error
+        if processes.process_count() > 1 and _LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
+            raise processes.lost_process_error(processes.process_count()) from error
         raise
 
 
-def requested_kind(device: str) -> str:
+def requested_parallelism(device: str) -> str:
     """Return the kind of parallelism that the launcher requests, as named by accelerate; ``"no"`` for one process.
 
     Raises:
         RecipeError: If it is not supported by llmrec, or accelerate would silently ignore it.
     """
-    _refuse_settings()
-    sharded = _set("ACCELERATE_USE_FSDP")
+    _check_accelerate_settings()
+    sharded = _is_enabled("ACCELERATE_USE_FSDP")
     if sharded and device == "cpu":
         raise RecipeError(
             "FSDP is requested on a CPU, where accelerate uses MULTI_CPU instead and every process would hold the "
             "whole model; train on GPUs, or unset ACCELERATE_USE_FSDP",
             kind="unsupported",
         )
-    count = processes.size()
+    count = processes.process_count()
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         if count > 1:
             raise RecipeError(
@@ -150,7 +150,7 @@ def requested_kind(device: str) -> str:
     return "MULTI_CPU" if device == "cpu" else SHARDED if sharded else "MULTI_GPU"
 
 
-def _refuse_settings() -> None:
+def _check_accelerate_settings() -> None:
     """Reject accelerate settings that llmrec does not support."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("", "no"):
@@ -161,18 +161,18 @@ def _refuse_settings() -> None:
             column="model.dtype",
         )
     for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if _set(f"ACCELERATE_USE_{name}"):
+        if _is_enabled(f"ACCELERATE_USE_{name}"):
             raise RecipeError(
                 f"accelerate is set to {name}, which llmrec does not support; choose MULTI_GPU or FSDP",
                 kind="unsupported",
             )
 
 
-def _set(name: str) -> bool:
+def _is_enabled(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true")
 
 
-def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: bool = False) -> None:
+def check_sharding_settings(plugin: Any, section: TrainSection, *, plain: bool, scaled: bool = False) -> None:
     """Reject settings incompatible with FSDP.
 
     ``scaled``: products are in float16, whose gradients are scaled. ``plain``: only adapters or weights of the model
@@ -210,13 +210,13 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: 
         )
 
 
-def refuse_other(requested: str, obtained: str) -> None:
-    """Reject a kind of parallelism other than the requested one, see `requested_kind`."""
+def check_parallelism(requested: str, obtained: str) -> None:
+    """Reject a kind of parallelism other than the requested one, see `requested_parallelism`."""
     if requested.lower() != obtained.lower():
-        raise _other(requested, obtained)
+        raise _parallelism_error(requested, obtained)
 
 
-def _other(requested: str, obtained: str) -> RecipeError:
+def _parallelism_error(requested: str, obtained: str) -> RecipeError:
     return RecipeError(
         f"training on {requested} was requested, but accelerate has {obtained}; compare its configuration and the "
         "environment (WORLD_SIZE, LOCAL_RANK, ACCELERATE_*) with docs/scaling.md",
@@ -224,14 +224,14 @@ def _other(requested: str, obtained: str) -> RecipeError:
     )
 
 
-def announce(world: World, kind: str) -> None:
+def print_parallelism(world: World, kind: str) -> None:
     """Print the number of processes and the kind of parallelism."""
     if world.size > 1:
         backend = torch.distributed.get_backend()
-        note(f"training: {world.size} processes, {kind} ({backend})")
+        log_line(f"training: {world.size} processes, {kind} ({backend})")
 
 
-def refuse_different(world: World, digest: str, what: str) -> None:
+def check_same_inputs(world: World, digest: str, what: str) -> None:
     """Reject training if the inputs of a process differ from the inputs of the first.
 
     Raises:

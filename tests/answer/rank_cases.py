@@ -12,11 +12,11 @@ from typing import Any
 import polars as pl
 
 from llmrec.answer.rank.options import RankOptions
-from llmrec.data.ranked import Ranked, write_part
+from llmrec.data.ranked import RankingRecord, write_part
 from llmrec.data.requests import history_entry
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.load import dump_recipe, load_recipe
 
 WORDS = ("Toy", "Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Kitchen", "Quiet", "Star")
 TRAINED = (
@@ -72,7 +72,7 @@ def make_run(model: Path, folder: Path) -> Path:
     for file in model.iterdir():
         (folder / "merged" / file.name).write_bytes(file.read_bytes())
     bundle.write(build_study(recipe), folder / "merged")
-    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     return folder
 
 
@@ -109,11 +109,11 @@ class Killed(BaseException):
     """Raised in place of a kill; the package does not catch it."""
 
 
-def dying(parts: int) -> Callable[[Path, Sequence[Ranked]], None]:
+def dying(parts: int) -> Callable[[Path, Sequence[RankingRecord]], None]:
     """Return a `write_part` that writes this many parts and then raises `Killed`."""
     done: list[Path] = []
 
-    def write(path: Path, results: Sequence[Ranked]) -> None:
+    def write(path: Path, results: Sequence[RankingRecord]) -> None:
         if len(done) == parts:
             raise Killed
         write_part(path, results)
@@ -128,5 +128,5 @@ def toy_run(model: Path, folder: Path) -> Path:
     run = make_run(model, folder)
     recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])
     bundle.write(build_study(recipe), run / "merged")
-    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     return run

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.answer.classic import best_of, recommendable_mask
+from llmrec.answer.classic import rank_top_items, recommendable_mask
 from llmrec.data.requests import RankRequest
 from llmrec.types import Event, Request
 
@@ -49,10 +49,10 @@ def test_excluded_items_are_not_listed(pairs: list[tuple[RankRequest, Request]],
 def test_ties_are_in_column_order(rows: list[tuple[list[float], list[bool]]], depth: int) -> None:
     requests = [RankRequest(id=str(n), candidates=()) for n in range(len(rows))]
     scores, able = (np.array(part) for part in zip(*rows, strict=True))
-    rankings = best_of(requests, NAMES, scores, able, depth)
+    rankings = rank_top_items(requests, NAMES, scores, able, depth)
     for request, ranking, values, which in zip(requests, rankings, scores, able, strict=True):
         order = sorted(np.flatnonzero(which).tolist(), key=lambda column: -values[column])[:depth]
         assert ranking.request_id == request.id
         assert ranking.items == tuple(NAMES[column] for column in order)
         assert ranking.scores == tuple(values[order].tolist())
-        assert best_of([request], NAMES, values[None], which[None], depth) == [ranking]
+        assert rank_top_items([request], NAMES, values[None], which[None], depth) == [ranking]

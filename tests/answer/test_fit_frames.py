@@ -13,7 +13,7 @@ import pytest
 
 import llmrec
 from llmrec.answer.loaded import Loaded
-from llmrec.baselines.base import Catalogue, Log, NoParameters, ScoredBaseline, counts
+from llmrec.baselines.base import Catalogue, InteractionLog, NoParameters, ScoredBaseline, item_counts
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from tests.facts import Facts, raises
@@ -42,7 +42,7 @@ class Rare(ScoredBaseline[NoParameters, Any]):
     def learn(self, data: SplitDataset) -> None:
         self.catalogue = Catalogue.of(data)
         self._model = self
-        self.chosen = counts(Log.of(data, self.catalogue), self.catalogue)
+        self.chosen = item_counts(InteractionLog.of(data, self.catalogue), self.catalogue)
 
     def scores(self, requests: Any) -> Any:
         return np.tile(1.0 / (1.0 + self.chosen), (len(requests), 1))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 import llmrec
-from llmrec.answer.known import Histories, profiles_of, with_history
+from llmrec.answer.known import Histories, profile_lookup, with_stored_data
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import is_cold
 from llmrec.answer.loaded import Loaded
@@ -24,16 +24,16 @@ from llmrec.answer.predict.run import predict_file
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.users import rank_users
-from llmrec.data.dataset import Dataset, conform
+from llmrec.data.dataset import Dataset, conform_to_schema
 from llmrec.data.read.databases import read_query
-from llmrec.data.requests import read_request
+from llmrec.data.requests import parse_request
 from llmrec.data.split import split_validation_users
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.study import Study, build_study, load_tables
 from llmrec.pipeline.training import train_stage
-from llmrec.recipe.load import dump, load_recipe, load_stored
+from llmrec.recipe.load import dump_recipe, load_recipe, load_stored_recipe
 from llmrec.resources import resource
 from llmrec.types import Item
 from tests.answer.rank_cases import jsonl, lines, options, pairs, toy_run
@@ -117,9 +117,9 @@ def test_float_user_ids_match_integers() -> None:
         schema_overrides={"text": pl.String},
     )
     items = {"x": Item(item_id="x", title="X")}
-    past = Histories.of(Dataset(name="toy", noun="items", interactions=conform(rows), items=items), 0)
+    past = Histories.of(Dataset(name="toy", noun="items", interactions=conform_to_schema(rows), items=items), 0)
     for user in (1.0, 1, "1"):
-        request, known = with_history({"user_id": user}, past.of_user, items, lambda user: f"it is {user}")
+        request, known = with_stored_data({"user_id": user}, past.of_user, items, lambda user: f"it is {user}")
         assert request["history"] and request["profile"] == "it is 1" and known
 
 
@@ -135,21 +135,21 @@ def test_prompts_show_fields_of_known_users(llama_folder: Path, tmp_path: Path) 
     shutil.copytree(llama_folder, run / "merged")
     study = build_study(recipe)
     bundle.write(study, run / "merged")
-    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     case = study.cases("direct")[0].request
     user = str(case.user_id)
-    profile_of = profiles_of(str(run))
+    profile_of = profile_lookup(str(run))
     assert profile_of is not None and profile_of("unknown") == {}
     assert profile_of(user) == {"age": str(30 + int(user[1:])), "gender": "F"}
     shown = {"id": "1", "user_id": user, "history": [], "candidates": list(case.candidates or ())}
-    request = read_request({**shown, "profile": profile_of(user)}, 1, study.data.dataset.items)
+    request = parse_request({**shown, "profile": profile_of(user)}, 1, study.data.dataset.items)
     view = study.tasks["direct"]._view
     assert view.user("somebody", request.context)["profile"] == view.user(user)["profile"] != []
-    assert not is_cold(request) and is_cold(read_request(shown, 1, study.data.dataset.items))
-    named = read_request({**shown, "profile": {"name": "Ann", "age": 30.0}}, 1, study.data.dataset.items)
+    assert not is_cold(request) and is_cold(parse_request(shown, 1, study.data.dataset.items))
+    named = parse_request({**shown, "profile": {"name": "Ann", "age": 30.0}}, 1, study.data.dataset.items)
     assert view.user("u1", named.context)["user_name"] == "Ann"
     with raises(DataError, Facts("bad-value", column="profile")):
-        read_request({**shown, "profile": {"age": [1]}}, 1, study.data.dataset.items)
+        parse_request({**shown, "profile": {"age": [1]}}, 1, study.data.dataset.items)
 
 
 def test_bad_row_is_an_error_in_its_row(rec: Loaded) -> None:
@@ -381,7 +381,7 @@ def test_refresh_of_classic_run_ranks_new_items(tmp_path: Path, monkeypatch: pyt
     classic = tmp_path / "run"
     classic.mkdir()
     page = load_recipe(str(resource("recipes", "made") / "classic.yaml"))
-    (classic / "recipe.yaml").write_text(dump(page), encoding="utf-8")
+    (classic / "recipe.yaml").write_text(dump_recipe(page), encoding="utf-8")
     items = _csv(tmp_path / "items.csv", "item_id,title\nn1,A new kettle\nn2,A kettle for tea\n")
     # Files in the working folder have no effect.
     monkeypatch.chdir(tmp_path)
@@ -451,8 +451,8 @@ def test_refresh_keeps_validation_interactions_of_networks(tmp_path: Path) -> No
     items = _csv(tmp_path / "items.csv", "item_id,title\ni001,A new kettle\n")
     refresh(RefreshOptions(model=str(run), events=str(events), items=items, out=tmp_path / "live"))
     rows = pl.read_parquet(tmp_path / "live" / "interactions.parquet")
-    data = build_study(load_stored(run)).data
-    choosing = split_validation_users(data, load_stored(run).eval.fusion.reserved)[0].valid
+    data = build_study(load_stored_recipe(run)).data
+    choosing = split_validation_users(data, load_stored_recipe(run).eval.fusion.reserved)[0].valid
     kept = rows.filter(pl.col("part") == "valid").select("user_id", "item_id")
     assert set(kept.iter_rows()) == set(choosing.select("user_id", "item_id").iter_rows()) and kept.height
     # The full log plus an earlier event of a held-out pair; the event is in neither part.
@@ -473,7 +473,7 @@ def test_refresh_converts_time_units(unit: int, tmp_path: Path) -> None:
     page = load_recipe(
         str(resource("recipes", "made") / "classic.yaml"), [f"data={{source: table, path: {tmp_path / 'log.csv'}}}"]
     )
-    (classic / "recipe.yaml").write_text(dump(page), encoding="utf-8")
+    (classic / "recipe.yaml").write_text(dump_recipe(page), encoding="utf-8")
     for number, text in enumerate(
         (
             "user_id,item_id\nu0,i7\nu0,i8\n",

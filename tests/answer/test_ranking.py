@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from llmrec.answer import language_model
 from llmrec.answer import prompting as ranking
-from llmrec.answer.known import ITEMS, catalogue_of
+from llmrec.answer.known import ITEMS_FILE, read_catalogue
 from llmrec.answer.prompting import rank_requests
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
@@ -27,10 +27,10 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.cli import main as cli
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.data.requests import RankRequest, parse_request
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.index.table import ItemIndex
-from llmrec.models.load import resolve
+from llmrec.models.load import resolve_model_folder
 from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
 from llmrec.tasks.direct import default_strategy_for
@@ -54,11 +54,11 @@ LIST = TaskStrategy("direct", "after-history", "list")
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "PART", 3)
+    monkeypatch.setattr(run, "PART_SIZE", 3)
 
 
 def requests_of(*requests: dict[str, Any]) -> list[RankRequest]:
-    return [read_request(each, n, None) for n, each in enumerate(requests, start=1)]
+    return [parse_request(each, n, None) for n, each in enumerate(requests, start=1)]
 
 
 def test_file_formats_give_the_same_ranking(llama_folder: Path, tmp_path: Path) -> None:
@@ -242,10 +242,12 @@ def test_short_lists_are_completed(tools: tuple[bundle.Bundle, HFBackend, Encode
     first, second, third = rank_requests(opened, requests, way=LIST, backend=backend, encoder=encoder, batch=8)
     assert isinstance(first, Ranking) and sorted(first.items) == ["Alien", "Jaws", "Rocky"]
     assert first.scores == (1.0, 0.0, 0.0)
-    assert ranking.notes_of(LIST, requests[0], first) == ("the answer omits 2 candidates; they share the last rank",)
+    assert ranking.ranking_notes(LIST, requests[0], first) == (
+        "the answer omits 2 candidates; they share the last rank",
+    )
     assert isinstance(second, Unparsed) and "none of these" in second.reason
     assert isinstance(third, Ranking) and third.items == ("Alien",) and third.cost.prompt_tokens == 0
-    assert "without the model" in ranking.notes_of(LIST, requests[2], third)[0]
+    assert "without the model" in ranking.ranking_notes(LIST, requests[2], third)[0]
 
 
 def test_nan_score_fails(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
@@ -301,7 +303,7 @@ def test_choose_way(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
 
 def test_run_has_its_items_and_templates(tuned: Path, tmp_path: Path) -> None:
     opened = bundle.read(str(tuned))
-    known = catalogue_of(opened, None)[0]
+    known = read_catalogue(opened, None)[0]
     assert known is not None
     ids = sorted(known)
     assert select_ranking_strategy(opened, task="direct").template == "shortlist"
@@ -315,9 +317,9 @@ def test_run_has_its_items_and_templates(tuned: Path, tmp_path: Path) -> None:
     merged.mkdir()
     for file in (tuned / "merged").iterdir():
         (merged / file.name).write_bytes(file.read_bytes())
-    assert catalogue_of(bundle.read(str(merged)), None)[0] == {}
-    pl.DataFrame({"item_id": ["a"], "title": ["Heat"]}).write_parquet(merged / ITEMS)
-    carried = catalogue_of(bundle.read(str(merged)), None)[0]
+    assert read_catalogue(bundle.read(str(merged)), None)[0] == {}
+    pl.DataFrame({"item_id": ["a"], "title": ["Heat"]}).write_parquet(merged / ITEMS_FILE)
+    carried = read_catalogue(bundle.read(str(merged)), None)[0]
     assert carried is not None and carried["a"].title == "Heat"
 
 
@@ -354,7 +356,7 @@ def test_resume_after_kill_while_writing_the_table(
 ) -> None:
     clean = uninterrupted(llama_folder, tmp_path, "out.csv")
     chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / "out.csv", items=tmp_path / "items.csv")
-    stored = run.stored
+    stored = run.read_part_records
 
     def torn(paths: list[Path]) -> Iterator[Any]:
         for n, record in enumerate(stored(paths)):
@@ -363,7 +365,7 @@ def test_resume_after_kill_while_writing_the_table(
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "stored", torn)
+        patch.setattr(run, "read_part_records", torn)
         with pytest.raises(Killed):
             rank_file(chosen)
     assert not chosen.out.exists()
@@ -484,11 +486,11 @@ def test_exit_codes(
 
 
 def test_output_is_locked(llama_folder: Path, tmp_path: Path) -> None:
-    from llmrec.pipeline.resume import locked
+    from llmrec.pipeline.resume import lock_folder
 
     path = jsonl(tmp_path / "in.jsonl", records(2))
     chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path))
-    with locked(chosen.parts), raises(LlmrecError, Facts("busy", chosen.parts, says="--out")):
+    with lock_folder(chosen.parts), raises(LlmrecError, Facts("busy", chosen.parts, says="--out")):
         rank_file(chosen)
 
 
@@ -507,7 +509,9 @@ def test_pretrained_model_ranks_real_titles(tmp_path: Path) -> None:
         {"id": "new", "history": ["s1", "s2"], "candidates": [unseen, {"title": "Flooring catalogue, page 12"}]},
     ]
     path = jsonl(tmp_path / "in.jsonl", requests)
-    chosen = options(resolve(ModelSection()), path, tmp_path / "out.jsonl", items=items, noun="movies", dtype="auto")
+    chosen = options(
+        resolve_model_folder(ModelSection()), path, tmp_path / "out.jsonl", items=items, noun="movies", dtype="auto"
+    )
     assert rank_file(chosen)["failed"] == 0
     saga, cold, too, new = (dict(zip(row["items"], row["scores"], strict=True)) for row in lines(chosen.out))
     assert next(iter(saga)) == "m0"

@@ -13,14 +13,14 @@ from llmrec.answer.known import read_known_entities
 from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import split_validation_users
-from llmrec.durable import checked
-from llmrec.ensembles.carried import NUMBERED
-from llmrec.ensembles.carried import carried as read_carried
+from llmrec.durable import parse_checked_json
+from llmrec.ensembles.carried import USER_ID_PREFIX
+from llmrec.ensembles.carried import read_training_data as read_carried
 from llmrec.errors import DataError, RecipeError
 from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import load_recipe, load_stored
+from llmrec.recipe.load import load_recipe, load_stored_recipe
 from tests.answer.rank_cases import TRAINED, evaluated_lists, evaluated_requests, jsonl, lines, options, pairs
 from tests.facts import Facts, raises
 
@@ -37,7 +37,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def results_of(run: Path) -> dict[str, Any]:
-    return checked((run / "results.json").read_bytes())
+    return parse_checked_json((run / "results.json").read_bytes())
 
 
 @pytest.mark.parametrize(("fuse", "row"), [("baselines", CONTROLS), ("model", JOINED)])
@@ -71,7 +71,7 @@ def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) ->
     export(run, tmp_path / "whole", with_interactions=True, **bare)
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
     # Users are exported as numbers, although their original ids decide which users select the epoch.
-    recipe = load_stored(run)
+    recipe = load_stored_recipe(run)
     choosing = split_validation_users(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
     names = dict(enumerate(sorted({*choosing.train["user_id"], *choosing.valid["user_id"]})))
@@ -79,9 +79,11 @@ def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) ->
     assert there is not None
     known = read_known_entities(str(tmp_path / "whole"), None).histories
     assert len(known.users) == 0 and not any(known.of_user(user) for user in (carried["user_id"][0], "1", "01"))
-    cases = [(names[int(case.request.user_id.removeprefix(NUMBERED))], case.truth) for case in ranking_cases(there, 9)]
+    cases = [
+        (names[int(case.request.user_id.removeprefix(USER_ID_PREFIX))], case.truth) for case in ranking_cases(there, 9)
+    ]
     assert cases == [(case.request.user_id, case.truth) for case in kept]
-    assert all(name.removeprefix(NUMBERED).isdigit() for name in carried["user_id"])
+    assert all(name.removeprefix(USER_ID_PREFIX).isdigit() for name in carried["user_id"])
     assert set(carried["part"]) == {"train", "valid"}
     # No hash is exported, because it would allow guessed user ids to be verified.
     assert sorted(carried["drawn"].drop_nulls()) == list(range(choosing.valid.height))

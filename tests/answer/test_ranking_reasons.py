@@ -13,12 +13,12 @@ import pytest
 
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.rationales import TOKENS, Explainer, rationale_template
+from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer, rationale_template
 from llmrec.answer.recommender import Reasons
 from llmrec.answer.strategy import TaskStrategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.data.requests import read_request
+from llmrec.data.requests import parse_request
 from llmrec.pipeline import bundle
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import Killed, dying, items_csv, jsonl, lines, options, records
@@ -55,7 +55,7 @@ def written(
         prompts.append(text)
         return answer
 
-    requests = [read_request({"candidates": ["Alien", "Jaws"], **each}, n, None) for n, each in enumerate(records)]
+    requests = [parse_request({"candidates": ["Alien", "Jaws"], **each}, n, None) for n, each in enumerate(records)]
     answers = [
         Ranking(
             request_id=request.id,
@@ -104,8 +104,8 @@ def test_rationale_is_one_clean_line(plain: bundle.Bundle, encoder: Encoder, ans
 
 def test_long_rationale_is_cut(plain: bundle.Bundle, encoder: Encoder) -> None:
     (reasons,), prompts = written(plain, encoder, "word " * 90, {})
-    assert reasons.texts[0].split() == ["word"] * TOKENS
-    assert (reasons.cost.completion_tokens, reasons.cost.forwards) == (TOKENS, TOKENS)
+    assert reasons.texts[0].split() == ["word"] * RATIONALE_TOKENS
+    assert (reasons.cost.completion_tokens, reasons.cost.forwards) == (RATIONALE_TOKENS, RATIONALE_TOKENS)
     assert reasons.cost.prompt_tokens == len(prompts[0].split())
 
 
@@ -118,7 +118,7 @@ def test_too_long_prompt_gives_empty_rationale(plain: bundle.Bundle, encoder: En
 
 
 def test_failed_requests_have_no_rationale(plain: bundle.Bundle, encoder: Encoder) -> None:
-    request = read_request({"candidates": ["Alien", "Jaws"]}, 1, None)
+    request = parse_request({"candidates": ["Alien", "Jaws"]}, 1, None)
     reasoner = Explainer(plain, LABEL, rationale_template(), encoder, first=2, batch=2)
     results = reasoner.write([request], [Unparsed(request_id="1", reason="no")], None, FakeBackend())
     assert results == [Reasons()]
@@ -135,7 +135,7 @@ def test_rationales_do_not_change_the_ranking(llama_folder: Path, tmp_path: Path
     for before, after in zip(lines(bare.out), lines(explained.out), strict=True):
         assert {**after, **{name: before[name] for name in paid}} == before
         assert len(after["rationale"]) == (0 if after["error"] else 2)
-        assert after["rationale_completion_tokens"] <= 2 * TOKENS
+        assert after["rationale_completion_tokens"] <= 2 * RATIONALE_TOKENS
     total = summary["rationale"]
     assert total["forwards"] == sum(row["rationale_forwards"] for row in lines(explained.out)) > 0
     assert total["per_request"]["forwards"] == pytest.approx(total["forwards"] / 3, abs=0.01)
@@ -151,7 +151,7 @@ def test_rationales_do_not_change_the_ranking(llama_folder: Path, tmp_path: Path
 def test_rationales_in_every_format(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(run, "PART", 3)
+    monkeypatch.setattr(run, "PART_SIZE", 3)
     path, items = jsonl(tmp_path / "in.jsonl", records(5)), items_csv(tmp_path)
     plain = options(llama_folder, path, tmp_path / "out.jsonl", items=items, rationale=1)
     rank_file(plain)

@@ -14,7 +14,7 @@ from llmrec.answer.rank import run as rank_files
 from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.popular import Popularity
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.data.requests import RankRequest, parse_request
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import bundle
@@ -38,7 +38,7 @@ def retriever(data: SplitDataset) -> Retriever:
 
 
 def requests_of(data: SplitDataset, *requests: dict[str, Any]) -> list[RankRequest]:
-    return [read_request(each, n, data.dataset.items, retrieves=True) for n, each in enumerate(requests, start=1)]
+    return [parse_request(each, n, data.dataset.items, retrieves=True) for n, each in enumerate(requests, start=1)]
 
 
 def ids_of(request: RankRequest) -> list[str]:
@@ -122,7 +122,7 @@ def test_held_out_interactions_are_not_learned(data: SplitDataset) -> None:
 def test_ranks_file_with_retrieved_candidates(
     tuned: Path, data: SplitDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_files, "PART", 2)
+    monkeypatch.setattr(rank_files, "PART_SIZE", 2)
     every = sorted(data.dataset.items)
     rows: list[dict[str, Any]] = [{"id": f"r{n}", "history": h} for n, h in enumerate(histories(data, 3))]
     rows += [{"id": "own", "candidates": every[:3]}, {"id": "cold"}, {"id": "all", "history": every}]

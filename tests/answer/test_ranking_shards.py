@@ -31,7 +31,7 @@ COUNT, PART = 9, 2
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "PART", PART)
+    monkeypatch.setattr(run, "PART_SIZE", PART)
 
 
 def rank_options(model: Path, folder: Path, **more: Any) -> RankOptions:

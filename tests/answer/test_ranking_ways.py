@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from llmrec.answer.prompting import notes_of, rank_requests
+from llmrec.answer.prompting import rank_requests, ranking_notes
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.strategy import TaskStrategy, select_ranking_strategy, settings_of
+from llmrec.answer.strategy import TaskStrategy, parse_strategy_settings, select_ranking_strategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.data.requests import RankRequest, parse_request
 from llmrec.errors import ErrorKind, LlmrecError, RecipeError
 from llmrec.pipeline import bundle
 from llmrec.types import Ranking, Unparsed
@@ -31,7 +31,7 @@ POOL = ["Alien", "Jaws", "Rocky"]
 
 
 def requests_of(*requests: dict[str, Any]) -> list[RankRequest]:
-    return [read_request({"candidates": POOL, **each}, n, None) for n, each in enumerate(requests, start=1)]
+    return [parse_request({"candidates": POOL, **each}, n, None) for n, each in enumerate(requests, start=1)]
 
 
 def test_settings_change_cost(plain: bundle.Bundle, encoder: Encoder) -> None:
@@ -69,7 +69,7 @@ def test_invalid_settings_are_refused(
     strategy: str, settings: tuple[str, ...], kind: ErrorKind, key: str, says: str | tuple[str, ...]
 ) -> None:
     with raises(RecipeError, Facts(kind, column=key, says=says)):
-        settings_of(strategy, settings)
+        parse_strategy_settings(strategy, settings)
 
 
 def test_settings_change_the_key(llama_folder: Path, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_two_step_writes_missing_profiles(plain: bundle.Bundle, encoder: Encoder
     assert isinstance(first, Ranking) and first.raw == "quiet films" and first.cost.forwards == 2
     assert isinstance(second, Ranking) and second.raw is None and second.cost.forwards == 1
     assert "profile quiet films" in texts[0] and "profile likes noise" in texts[3] and "Heat" in texts[0]
-    assert notes_of(TWO, requests[0], first) == ()
-    assert "without a history" in notes_of(TWO, requests[2], cold)[0]
+    assert ranking_notes(TWO, requests[0], first) == ()
+    assert "without a history" in ranking_notes(TWO, requests[2], cold)[0]
 
 
 def test_too_long_profile_fails_alone(plain: bundle.Bundle, encoder: Encoder) -> None:
@@ -223,7 +223,7 @@ def requests(count: int, candidates: int) -> list[RankRequest]:
     results = []
     for n, record in enumerate(records(count, candidates=candidates), start=1):
         texts = {key: [{"item_id": i, "title": TITLES[i]} for i in record[key]] for key in ("history", "candidates")}
-        results.append(read_request({**record, **texts}, n, None))
+        results.append(parse_request({**record, **texts}, n, None))
     return results
 
 
@@ -255,13 +255,13 @@ def test_single_candidate_needs_no_model(tools: tuple[bundle.Bundle, HFBackend, 
         (answer,) = rank_requests(opened, [request], way=way_of(name), backend=backend, encoder=encoder, batch=1)
         assert isinstance(answer, Ranking)
         without = not name.startswith("likelihood")
-        assert (answer.cost.forwards == 0) == without == bool(notes_of(way_of(name), request, answer))
+        assert (answer.cost.forwards == 0) == without == bool(ranking_notes(way_of(name), request, answer))
 
 
 def test_large_candidate_sets(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
     opened, backend, encoder = tools
     many = [{"item_id": item, "title": each} for item, each in list(TITLES.items())[:40]]
-    request = read_request({"id": "large", "candidates": many}, 1, None)
+    request = parse_request({"id": "large", "candidates": many}, 1, None)
     tight = Encoder(encoder.tokenizer, max_length=620)
     narrow = HFBackend(backend.model, tight)
     for name in ("label", "window", "setwise", "pointwise-yes"):

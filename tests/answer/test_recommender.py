@@ -17,7 +17,7 @@ from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.recommender import Answered
+from llmrec.answer.recommender import AnnotatedAnswer
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import engines
@@ -38,7 +38,7 @@ def read(recommender: LanguageModel, requests: Sequence[dict[str, Any]]) -> list
     return [recommender.read(each, row) for row, each in enumerate(requests, start=1)]
 
 
-def kept(result: Answered) -> tuple[Any, ...]:
+def kept(result: AnnotatedAnswer) -> tuple[Any, ...]:
     answer = result.answer
     assert isinstance(answer, Ranking), answer
     return answer.items, result.titles, result.notes, result.reasons.texts
@@ -176,7 +176,7 @@ def test_vllm_options(llama_folder: Path, tmp_path: Path) -> None:
 
 
 def test_two_language_models_share_a_gpu(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "free_share", lambda gpus: 0.8 / gpus)
+    monkeypatch.setattr(opening, "free_gpu_share", lambda gpus: 0.8 / gpus)
     plain = RecommenderOptions(model=str(tuned))
 
     def shares(names: tuple[str, ...], options: RecommenderOptions = plain) -> list[float | None]:

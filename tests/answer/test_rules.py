@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.rules import MOST_VALUES, OneOf, Quota, Rules, required_depth
+from llmrec.answer.rules import MAX_FIELD_VALUES, OneOf, Quota, Rules, required_depth
 from llmrec.errors import DataError
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -186,7 +186,7 @@ def telling(items: Sequence[Item]) -> dict[str, set[tuple[str, str]]]:
     pairs: dict[str, set[tuple[str, str]]] = {each.item_id: set() for each in items}
     for name in {name for each in items for name in each.fields}:
         times = Counter(value for each in items for value in values(each.fields.get(name, "")))
-        if not times or len(times) > MOST_VALUES or max(times.values()) == 1 or min(times.values()) == len(items):
+        if not times or len(times) > MAX_FIELD_VALUES or max(times.values()) == 1 or min(times.values()) == len(items):
             continue
         for each in items:
             pairs[each.item_id] |= {(name, value) for value in values(each.fields.get(name, ""))}
@@ -260,7 +260,7 @@ def test_uninformative_fields_do_not_matter(items: dict[str, Item], rules: Rules
     assert rules.arrange(ranked(items), changed, k) == rules.arrange(ranked(items), items, k)
 
 
-@pytest.mark.parametrize(("distinct", "counts"), [(MOST_VALUES, True), (MOST_VALUES + 1, False)])
+@pytest.mark.parametrize(("distinct", "counts"), [(MAX_FIELD_VALUES, True), (MAX_FIELD_VALUES + 1, False)])
 def test_field_with_many_values_is_ignored(distinct: int, counts: bool) -> None:
     items = catalogue("v0", *(f"v{n}" for n in range(distinct)))
     # The second item is similar to the first one if the field counts.

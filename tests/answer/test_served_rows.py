@@ -17,11 +17,11 @@ from llmrec.answer.loaded import ListSpec, Loaded
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.sharded import merge_rank, rank_shard
-from llmrec.answer.recommender import Answered
-from llmrec.baselines.fits import fitted
+from llmrec.answer.recommender import AnnotatedAnswer
+from llmrec.baselines.fits import fit_baseline
 from llmrec.data.requests import history_entry
 from llmrec.data.split import split_validation_users
-from llmrec.durable import checked, sha256_of, write_checked
+from llmrec.durable import parse_checked_json, sha256_of, write_checked_json
 from llmrec.ensembles import rankers
 from llmrec.errors import ModelError, RecipeError
 from llmrec.evaluate.predictor import evaluate
@@ -160,7 +160,7 @@ def test_ensemble_explains_by_members(
     # An item of the history, which the list excludes, is explained too.
     assert rec.explain(request["history"][-1]["item_id"], history=request["history"], model="fusion with texts")
     with monkeypatch.context() as patch:
-        patch.setattr(rankers, "TOP", 3)
+        patch.setattr(rankers, "TOP_ITEMS_PER_MEMBER", 3)
         last = rec.rank(history=request["history"], k=100)[-1]
         assert rec.explain(last.item_id, history=request["history"]) == "not among the best items of any member"
     rank_file(replace(options, by="popularity", out=tmp_path / "p.jsonl"))
@@ -193,7 +193,7 @@ def test_choice_uses_separate_validation_users(run: pipeline.Run) -> None:
     assert choice["users"] == len({case.request.user_id for case in cases})
     for section in study.baselines("sequential"):
         if section.name != "random":
-            model = fitted(section.name, section.parameters, study.data, seed=study.recipe.seed)
+            model = fit_baseline(section.name, section.parameters, study.data, seed=study.recipe.seed)
             result = evaluate(model, cases, name="sequential", kind=Ranking, protocol=protocol)
             expected = result.values["NDCG@10"].mean()
             assert choice["figures"][f"sequential/baseline/{section.label}"] == pytest.approx(expected)
@@ -273,13 +273,13 @@ def test_unknown_users_and_items_are_noted(
 def test_untrained_items_are_noted(linear: pipeline.Run) -> None:
     with llmrec.load(str(linear.folder)) as rec:
         (result,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], ListSpec(k=1))
-        assert isinstance(result, Answered) and result.unknown_items == ("Tomorrow",)
+        assert isinstance(result, AnnotatedAnswer) and result.unknown_items == ("Tomorrow",)
         assert "missing in the training data: 'Tomorrow'" in result.notes[0]
         request = rec.read({"user_id": "nobody", "history": None}, 1, whole=True)
         (result,) = rec.lists([request], ListSpec(k=1))
-        assert isinstance(result, Answered) and result.unknown_user and result.cold and not result.unknown_items
+        assert isinstance(result, AnnotatedAnswer) and result.unknown_user and result.cold and not result.unknown_items
         (result,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], ListSpec(k=1))
-        assert isinstance(result, Answered) and result.unknown_items == ("no such",) and not result.cold
+        assert isinstance(result, AnnotatedAnswer) and result.unknown_items == ("no such",) and not result.cold
 
 
 def test_ranker_is_audited_and_reported(ranked: pipeline.Run) -> None:
@@ -330,7 +330,7 @@ def test_refreshed_ranker_finds_new_item(ranked: pipeline.Run, tmp_path: Path) -
         items.write_text("item_id,title\nnew,A lamp of kind 99\n", encoding="utf-8")
         refresh(RefreshOptions(model=str(live), items=items, server=url))
         assert "new" in best()
-    before, after = (checked((folder / "fusions.json").read_bytes()) for folder in (ranked.folder, live))
+    before, after = (parse_checked_json((folder / "fusions.json").read_bytes()) for folder in (ranked.folder, live))
     fitted_ = [[fusion["fitted"] for fusion in stored["fusions"]] for stored in (before, after)]
     assert fitted_[0] == fitted_[1] and fitted_[0][0]["form"] == "ranker"
 
@@ -351,11 +351,11 @@ def test_damaged_ensembles_raise_error(ranked: pipeline.Run, tmp_path: Path, har
     if harm == "cut":
         path.write_bytes(path.read_bytes()[:-200])
     else:
-        content = checked(path.read_bytes())
+        content = parse_checked_json(path.read_bytes())
         for fusion in content["fusions"]:
             fusion["fitted"]["trees"] = (
                 None if harm == "no trees" else {**fusion["fitted"]["trees"], "text": "bm8gdHJlZXM="}
             )
-        write_checked(path, {key: value for key, value in content.items() if key != "checksum"})
+        write_checked_json(path, {key: value for key, value in content.items() if key != "checksum"})
     with raises(ModelError, Facts("damaged", str(path))):
         llmrec.load(str(folder), models=["fusion with texts"]).rank(history=["i01"])

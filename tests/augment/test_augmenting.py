@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.answer.known import catalogue_of, profiles_of, read_known_entities, with_history
+from llmrec.answer.known import profile_lookup, read_catalogue, read_known_entities, with_stored_data
 from llmrec.augment import stores
-from llmrec.augment.texts import about_items, about_users, template_of
+from llmrec.augment.texts import item_prompts, text_template, user_prompts
 from llmrec.backends.cache import CachedBackend
-from llmrec.baselines.parameters import make, stores_of
+from llmrec.baselines.parameters import create_baseline, feature_store_hashes
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import augmenting, preflight
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import Check, feature_texts
+from llmrec.pipeline.leaks import Check, audit_feature_texts
 from llmrec.pipeline.study import build_study, load_tables
 from llmrec.recipe.load import as_recipe
 from llmrec.types import Event, Request
@@ -48,7 +48,7 @@ def test_texts_of_users_read_only_the_training_events(llama_folder: Path) -> Non
     result = augmenting_recipe(llama_folder, history=3)
     data, _ = load_tables(result, None)
     assert result.augment is not None
-    for each in about_users(data, result.augment, 0):
+    for each in user_prompts(data, result.augment, 0):
         known = {(each.id, event.item_id) for event in data.known_events(each.id)}
         assert each.seen <= known and len(each.seen) == min(3, len(known)) and not each.seen & data.held_out
         output = each.prompt.messages[-1].text
@@ -56,8 +56,8 @@ def test_texts_of_users_read_only_the_training_events(llama_folder: Path) -> Non
         shown = {data.dataset.titles[item] for _, item in each.seen}
         assert all(title in output for title in shown) and not any(title in output for title in later - shown)
         assert "taste" in output
-    assert all(not each.seen for each in about_items(data, result.augment, 0))
-    assert len(about_items(data, result.augment, 0)) == 6
+    assert all(not each.seen for each in item_prompts(data, result.augment, 0))
+    assert len(item_prompts(data, result.augment, 0)) == 6
 
 
 def test_provenance_and_estimate_of_texts(llama_folder: Path, written: Any) -> None:
@@ -70,9 +70,9 @@ def test_provenance_and_estimate_of_texts(llama_folder: Path, written: Any) -> N
     assert store.seen("user") and not store.seen("item")
     assert FeatureStore.open(done.folder, split=data.readable).kinds == store.kinds
     result = augmenting_recipe(llama_folder)
-    planned = augmenting.plan(result)
+    planned = augmenting.plan_texts(result)
     assert result.augment is not None
-    output = augmenting.estimate(planned, result.augment)
+    output = augmenting.estimate_cost(planned, result.augment)
     assert (
         output["users"].startswith("6 texts")
         and "at most 24 completion tokens" in output["users"]
@@ -84,9 +84,9 @@ def test_corrections_and_deletions_are_kept(llama_folder: Path, written: Any, tm
     result = augmenting_recipe(llama_folder)
     folder = Path(shutil.copytree(written.folder, tmp_path / "store"))
     first, second = FeatureStore.open(folder).ids("item")[:2]
-    stores.edit(folder, "item", first, "another text")
+    stores.edit_text(folder, "item", first, "another text")
     gone = FeatureStore.open(folder).ids("user")[0]
-    stores.forget(folder, gone)
+    stores.forget_user(folder, gone)
     again = augmenting.augment(result, tmp_path / "store", quiet=True)
     store = FeatureStore.open(again.folder)
     assert store.texts("item", [first]) == {first: "another text"} and gone not in store.ids("user")
@@ -153,23 +153,23 @@ def test_resume_after_kill_generates_nothing_twice(
 def test_rejects_missing_section_and_unknown_template(llama_folder: Path, tmp_path: Path) -> None:
     bare = augmenting_recipe(llama_folder).model_copy(update={"augment": None})
     with raises(RecipeError, Facts("missing-key", column="augment")):
-        augmenting.plan(bare)
+        augmenting.plan_texts(bare)
     with raises(RecipeError, Facts("unknown-name", column="augment.users", says="user-reasoning")):
-        augmenting.plan(augmenting_recipe(llama_folder, users="user-reasonin"))
+        augmenting.plan_texts(augmenting_recipe(llama_folder, users="user-reasonin"))
     with pytest.raises(RecipeError, match="no template is set"):
         augmenting_recipe(llama_folder, users=None, items=None)
-    assert template_of("item", "item-facts").shape == "chat"
+    assert text_template("item", "item-facts").shape == "chat"
 
 
 def test_control_without_a_model(llama_folder: Path, tmp_path: Path) -> None:
     result = augmenting_recipe(llama_folder)
-    done = augmenting.without_model(result, tmp_path / "control")
-    store, (data, request) = FeatureStore.open(done.folder), augmenting.questions(result)
+    done = augmenting.build_reference_store(result, tmp_path / "control")
+    store, (data, request) = FeatureStore.open(done.folder), augmenting.collect_prompts(result)
     assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
     assert store.ids("item") == sorted(each.id for each in request["item"])
     assert len(store.ids("item")) < len(data.dataset.items)
     # Each taste vector covers all events in the prompt, including those of items without a prompt.
-    whole = augmenting.without_model(augmenting_recipe(llama_folder, limit=None), tmp_path / "whole").folder
+    whole = augmenting.build_reference_store(augmenting_recipe(llama_folder, limit=None), tmp_path / "whole").folder
     every = FeatureStore.open(whole)
     assert every.ids("item") == sorted(data.dataset.items)
     mixed = 0
@@ -186,7 +186,7 @@ def test_control_without_a_model(llama_folder: Path, tmp_path: Path) -> None:
     # Without ratings, the taste vector is the mean of all item vectors.
     two = Features("item", ["a", "b"], np.array([[1.0, 3.0], [3.0, 5.0]]), Provenance(system="x"))
     unrated = [Event(item_id="a"), Event(item_id="b")]
-    assert augmenting._taste(data, unrated, two, {"a": 0, "b": 1}, None).tolist() == [2.0, 4.0]
+    assert augmenting._user_preference_vector(data, unrated, two, {"a": 0, "b": 1}, None).tolist() == [2.0, 4.0]
 
 
 def test_content_neighbours_reject_leaking_texts(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_content_neighbours_reject_leaking_texts(tmp_path: Path) -> None:
     items = sorted(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(len(items), 8)).astype(np.float32)
     publish(tmp_path / "clean", [Features("item", items, vectors, Provenance(system="x"))])
-    model = make("content", {"encoder": f"store:{tmp_path / 'clean'}"}, seed=0)
+    model = create_baseline("content", {"encoder": f"store:{tmp_path / 'clean'}"}, seed=0)
     model.fit(data)
     user = data.users()[0]
     assert len(model.scores([Request(id="r", user_id=user, history=data.train_events(user))])[0]) == len(items)
@@ -204,20 +204,20 @@ def test_content_neighbours_reject_leaking_texts(tmp_path: Path) -> None:
         tmp_path / "leak", [Features("item", items, vectors, Provenance(system="x"), seen={held[1]: frozenset({held})})]
     )
     with raises(DataError, Facts("leak", says="held-out")):
-        make("content", {"encoder": f"store:{tmp_path / 'leak'}"}, seed=0).fit(data)
+        create_baseline("content", {"encoder": f"store:{tmp_path / 'leak'}"}, seed=0).fit(data)
 
 
 def test_changed_store_changes_the_row(tmp_path: Path) -> None:
     def stored(scale: float) -> dict[str, str]:
         users = Features("user", ["u0", "u1"], scale * np.eye(2), Provenance(system="x"), texts=["a", "b"])
         publish(tmp_path / "store", [users])
-        return stores_of("deepfm", {"features": str(tmp_path / "store")})
+        return feature_store_hashes("deepfm", {"features": str(tmp_path / "store")})
 
     first = stored(1.0)
     assert stored(1.0) == first and stored(2.0) != first
-    assert stores_of("logistic", {"features": "ids"}) == {}
+    assert feature_store_hashes("logistic", {"features": "ids"}) == {}
     with raises(DataError, Facts("missing-file")):
-        stores_of("content", {"encoder": f"store:{tmp_path / 'none'}"})
+        feature_store_hashes("content", {"encoder": f"store:{tmp_path / 'none'}"})
 
 
 def test_audit_checks_events_seen_by_features(tmp_path: Path) -> None:
@@ -235,11 +235,11 @@ def test_audit_checks_events_seen_by_features(tmp_path: Path) -> None:
                 "eval": {"arms": []},
             }
         )
-        return feature_texts(build_study(made))
+        return audit_feature_texts(build_study(made))
 
     plain = as_recipe({"name": "x", "data": {"source": "made-reviews"}, "tasks": {"ctr": {}}, "eval": {"arms": []}})
     study = build_study(plain)
-    assert feature_texts(study) is None
+    assert audit_feature_texts(study) is None
     learned = next(iter(study.data.train.select("user_id", "item_id").iter_rows()))
     result = check({"u0": frozenset({learned})})
     assert result is not None and result.verdict == "clean" and result.figures["training_rows_seen"] == 1
@@ -280,13 +280,13 @@ def test_prompts_show_generated_texts(llama_folder: Path, complete: Path, tmp_pa
     store = Path(shutil.copytree(complete, tmp_path / "store"))
     items = {each: f"is number {n}" for n, each in enumerate(FeatureStore.open(store).ids("item"))}
     for item, text in items.items():
-        stores.edit(store, "item", item, text)
+        stores.edit_text(store, "item", item, text)
     shown = as_recipe(result.model_dump(), {"data.texts.path": str(store), "tasks": {"sequential": {}}})
     study = build_study(shown)
     assert {each: item.fields["about"] for each, item in study.data.dataset.items.items()} == items
     # The prompts are the same: no text is generated from another generated text.
-    _, before = augmenting.questions(result)
-    _, after = augmenting.questions(shown)
+    _, before = augmenting.collect_prompts(result)
+    _, after = augmenting.collect_prompts(shown)
     assert before == after
 
 
@@ -295,23 +295,23 @@ def test_answering_shows_generated_texts(llama_folder: Path, complete: Path, tmp
     store = Path(shutil.copytree(complete, tmp_path / "store"))
     user, other = FeatureStore.open(store).ids("user")[:2]
     (item,) = FeatureStore.open(store).ids("item")[:1]
-    stores.edit(store, "user", user, "likes quiet things")
-    stores.edit(store, "item", item, "a quiet thing")
+    stores.edit_text(store, "user", user, "likes quiet things")
+    stores.edit_text(store, "item", item, "a quiet thing")
     changes = {"data.texts.path": str(store), "augment": None, "eval.arms": [], "name": "shown"}
     run = pipeline.run(as_recipe(result.model_dump(), changes), tmp_path / "run", quiet=True).folder
     known = read_known_entities(str(run), None)
     assert known.items[item].fields["about"] == "a quiet thing" and store in known.features
-    assert catalogue_of(bundles.read(str(run)), None)[0] == known.items
-    profiles = profiles_of(str(run))
+    assert read_catalogue(bundles.read(str(run)), None)[0] == known.items
+    profiles = profile_lookup(str(run))
     request = {"user_id": user, "history": []}
     stored = known.histories.of_user
-    answer, is_known = with_history(request, stored, known.items, profiles)
+    answer, is_known = with_stored_data(request, stored, known.items, profiles)
     assert answer["profile"] == "likes quiet things" == known.profile(user) and answer["history"] == [] and is_known
-    assert with_history({**request, "profile": ""}, stored, known.items, profiles) == (answer, True)
+    assert with_stored_data({**request, "profile": ""}, stored, known.items, profiles) == (answer, True)
     for other_request in ({**request, "profile": "mine"}, {**request, "user_id": "unknown"}, {"history": []}):
-        assert with_history(other_request, stored, known.items, profiles) == (other_request, False)
+        assert with_stored_data(other_request, stored, known.items, profiles) == (other_request, False)
     # An erased user disappears at once, also from stores that are open.
-    stores.forget(store, user)
+    stores.forget_user(store, user)
     assert known.profile(user) is None and known.profile(other) and known.profile(None) is None
 
 
@@ -321,6 +321,6 @@ def test_rejects_another_store_in_prompts(llama_folder: Path, tmp_path: Path) ->
         pipeline.run(result, tmp_path / "run", quiet=True)
     # The preflight check accepts a store that the run itself writes before reading it.
     later = as_recipe(result.model_dump(), {"data.texts.path": "runs/toy/features", "name": "toy"})
-    assert preflight._writable(later).data.texts is None
+    assert preflight._without_unwritten_texts(later).data.texts is None
     with raises(RecipeError, Facts("contradiction", column="data.texts.path")):
-        preflight.checked_study(result)
+        preflight.build_checked_study(result)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llmrec.augment import stores
-from llmrec.augment.texts import about_users, invented, kept
+from llmrec.augment.texts import extract_text, parse_synthetic_item, user_prompts
 from llmrec.backends.cache import CachedBackend
-from llmrec.baselines.parameters import make, stores_of
+from llmrec.baselines.parameters import create_baseline, feature_store_hashes
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError
 from llmrec.pipeline import augmenting
@@ -27,9 +27,9 @@ TOPICS = ("sound", "battery life", "price")
 def test_topics_outside_the_list_are_removed() -> None:
     section = AugmentSection(topics=TOPICS)
     output = "They like the Price, and long battery-life; also colours and soundness."
-    assert kept("user", output, section) == "battery life, price"
-    assert kept("user", "Nothing of it.", section) == ""
-    assert kept("item", "a  text", section) == "a text"
+    assert extract_text("user", output, section) == "battery life, price"
+    assert extract_text("user", "Nothing of it.", section) == ""
+    assert extract_text("item", "a  text", section) == "a text"
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_topics_outside_the_list_are_removed() -> None:
     ],
 )
 def test_reads_a_synthetic_item(text: str, title: str) -> None:
-    assert invented(text) == title
+    assert parse_synthetic_item(text) == title
 
 
 def test_synthetic_items_only_for_users_with_few_events(llama_folder: Path) -> None:
     result = augmenting_recipe(llama_folder, synthetic="cold-item", cold=5, limit=None)
     data, _ = load_tables(result, None)
     assert result.augment is not None
-    request = about_users(data, result.augment, 0, kind="synthetic")
+    request = user_prompts(data, result.augment, 0, kind="synthetic")
     few = {user for user in data.users() if 0 < len(data.known_events(user)) <= 5}
     assert 0 < len(few) < len(data.users()) and {each.id for each in request} == few
     assert all(each.seen and not each.seen & data.held_out for each in request)
@@ -86,8 +86,8 @@ def test_chain_of_texts_makes_no_interaction(
     assert after.fingerprint == before.fingerprint
     assert not any("Invented" in item.title for item in after.dataset.items.values())
     assert not store.seen("synthetic") & after.held_out
-    assert stores.edit(done.folder, "user", cold[0], "sound") == ("synthetic",)
-    gone = stores.forget(done.folder, cold[0])
+    assert stores.edit_text(done.folder, "user", cold[0], "sound") == ("synthetic",)
+    gone = stores.forget_user(done.folder, cold[0])
     assert gone.text and cold[0] not in FeatureStore.open(done.folder).ids("synthetic")
 
 
@@ -107,8 +107,8 @@ def test_synthetic_item_precedes_few_events(tmp_path: Path) -> None:
     _synthetic(tmp_path / "made", user, vectors[3])
     keys = {"encoder": f"store:{tmp_path / 'items'}", "whitening": 0.0, "decay": 0.5, "cold": 2}
     plain, cold = (
-        make("content", keys, seed=0),
-        make("content", keys | {"synthetic": str(tmp_path / "made")}, seed=0),
+        create_baseline("content", keys, seed=0),
+        create_baseline("content", keys | {"synthetic": str(tmp_path / "made")}, seed=0),
     )
     plain.fit(data)
     cold.fit(data)
@@ -124,7 +124,7 @@ def test_synthetic_item_precedes_few_events(tmp_path: Path) -> None:
     many = items[5:8]
     assert np.array_equal(scores(cold, user, *many), scores(plain, user, *many))
     assert np.array_equal(scores(cold, "unknown", *one), scores(plain, "unknown", *one))
-    assert set(stores_of("content", keys | {"synthetic": str(tmp_path / "made")})) == {
+    assert set(feature_store_hashes("content", keys | {"synthetic": str(tmp_path / "made")})) == {
         str(tmp_path / "items"),
         str(tmp_path / "made"),
     }
@@ -135,10 +135,10 @@ def test_rejects_leaks_and_other_encoders(tmp_path: Path) -> None:
     held = min(data.held_out)
     _synthetic(tmp_path / "leak", held[0], np.ones(8), seen={held[0]: frozenset({held})})
     with raises(DataError, Facts("leak", says="held-out")):
-        make("content", {"synthetic": str(tmp_path / "leak")}, seed=0).fit(data)
+        create_baseline("content", {"synthetic": str(tmp_path / "leak")}, seed=0).fit(data)
     _synthetic(tmp_path / "made", held[0], np.ones(8))
     with raises(DataError, Facts("mismatch", says="another encoder")):
-        make("content", {"synthetic": str(tmp_path / "made")}, seed=0).fit(data)
+        create_baseline("content", {"synthetic": str(tmp_path / "made")}, seed=0).fit(data)
     publish(tmp_path / "users", [Features("user", ["a"], np.ones((1, 8)), Provenance(system="x"))])
     with raises(DataError, Facts("missing-value", says="augment.synthetic")):
-        make("content", {"synthetic": str(tmp_path / "users")}, seed=0).fit(data)
+        create_baseline("content", {"synthetic": str(tmp_path / "users")}, seed=0).fit(data)

@@ -56,9 +56,9 @@ def test_interactions_of_unknown_ids(texts: Path, tmp_path: Path, caplog: pytest
     seen = tmp_path / "seen.csv"
     seen.write_text("user_id,item_id\nU1,i1\nU2,i1\n", encoding="utf-8")
     with raises(DataError, Facts("mismatch", column="user_id", says="'u1'")):
-        stores.from_table(str(texts), "user", seen=str(seen), encoder="chance")
+        stores.features_from_table(str(texts), "user", seen=str(seen), encoder="chance")
     seen.write_text("user_id,item_id\nu1,i1\nU2,i1\n", encoding="utf-8")
-    result = stores.from_table(str(texts), "user", seen=str(seen), encoder=tiny_encoder())
+    result = stores.features_from_table(str(texts), "user", seen=str(seen), encoder=tiny_encoder())
     # u3 has no text, so no interactions are recorded as seen.
     assert result.seen == {"u1": {("u1", "i1")}} and "1 of the 2 users" in caplog.text and "'u2'" in caplog.text
 
@@ -106,19 +106,19 @@ def test_edit_needs_the_same_encoder(tmp_path: Path) -> None:
     users = Features("user", ["u1"], np.eye(1), MADE, ["one"])
     publish(tmp_path / "bare", [replace(users, provenance=Provenance(system="x"))])
     with raises(DataError, Facts("unsupported")):
-        stores.edit(tmp_path / "bare", "user", "u1", "two")
+        stores.edit_text(tmp_path / "bare", "user", "u1", "two")
     other = Provenance(system="x", encoder={"name": "chance", "stamp": "another"})
     publish(tmp_path / "other", [replace(users, provenance=other)])
     with raises(DataError, Facts("mismatch")):
-        stores.edit(tmp_path / "other", "user", "u1", "two")
+        stores.edit_text(tmp_path / "other", "user", "u1", "two")
     publish(tmp_path / "mute", [replace(users, texts=())])
     with raises(DataError, Facts("unknown-name")):
-        stores.edit(tmp_path / "mute", "user", "u1", "two")
+        stores.edit_text(tmp_path / "mute", "user", "u1", "two")
 
 
 def test_lookup_times(tmp_path: Path) -> None:
     publish(tmp_path, [Features("user", [f"u{n}" for n in range(50)], np.eye(50), MADE)])
-    found = stores.timed(FeatureStore.open(tmp_path), "user")
+    found = stores.measure_latency(FeatureStore.open(tmp_path), "user")
     assert set(found) == {"single_p50_us", "single_p99_us", "hundred_p50_us", "hundred_p99_us"}
     assert 0 < found["single_p50_us"] <= found["single_p99_us"]
 
@@ -136,4 +136,4 @@ def test_rejects_invalid_texts(tmp_path: Path, rows: str, facts: Facts) -> None:
     path = tmp_path / "texts.csv"
     path.write_text(rows, encoding="utf-8")
     with raises(DataError, facts):
-        stores.from_table(str(path), "user", encoder="chance")
+        stores.features_from_table(str(path), "user", encoder="chance")

@@ -28,7 +28,7 @@ AUTO, CPU, CUDA = (ModelSection(device=name) for name in ("auto", "cpu", "cuda")
 @pytest.fixture(autouse=True)
 def clear_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cached = (machine._nvidia_gpu, machine._prepare_cuda)
+    cached = (machine._has_nvidia_gpu_cached, machine._prepare_cuda)
     for function in cached:
         function.cache_clear()
     yield
@@ -113,9 +113,9 @@ def _engine(folder: Path, out: Path) -> None:
 
 
 def _text_encoder(folder: Path, out: Path) -> None:
-    from llmrec.models.text_encoder import open_encoder
+    from llmrec.models.text_encoder import load_text_encoder
 
-    open_encoder(str(folder))
+    load_text_encoder(str(folder))
 
 
 def _sequence_network(folder: Path, out: Path) -> None:
@@ -128,7 +128,7 @@ def _sequence_network(folder: Path, out: Path) -> None:
 def _rq_vae(folder: Path, out: Path) -> None:
     from llmrec.index import semantic
 
-    semantic.fit(np.zeros((4, 2), dtype=np.float32), RQVAEIndex(), 2, 2, quiet=True)
+    semantic.fit_rqvae(np.zeros((4, 2), dtype=np.float32), RQVAEIndex(), 2, 2, quiet=True)
 
 
 def _end_states(folder: Path, out: Path) -> None:
@@ -201,13 +201,13 @@ def test_half_dtype_by_capability(capability: tuple[int, int], dtype: str, monke
 def test_rejects_gpu_build_of_vllm_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
     section = EvalSection(backend="vllm")
-    monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})
-    engines.refuse_device(AUTO, section)
+    monkeypatch.setattr(engines, "package_versions", lambda: {"vllm": "0.32.0"})
+    engines.check_engine_device(AUTO, section)
     with raises(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
-        engines.refuse_device(CPU, section)
-    engines.refuse_device(CPU, EvalSection(backend="hf"))
-    monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0+cpu"})
-    engines.refuse_device(CPU, section)
+        engines.check_engine_device(CPU, section)
+    engines.check_engine_device(CPU, EvalSection(backend="hf"))
+    monkeypatch.setattr(engines, "package_versions", lambda: {"vllm": "0.32.0+cpu"})
+    engines.check_engine_device(CPU, section)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_recipe_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch, llam
 
     options: dict[str, Any] = {}
     monkeypatch.setattr(engines, "check_weights", lambda *_: None)
-    monkeypatch.setattr(engines, "lookup", lambda *_: lambda *_, **kwargs: options.update(kwargs))
+    monkeypatch.setattr(engines, "import_component", lambda *_: lambda *_, **kwargs: options.update(kwargs))
     sharing = engines_of(EvalSection(tensor_parallel=4, pipeline_parallel=2, enforce_eager=True, gpu_memory=0.5))
     folder = str(llama_folder)
     sharing._start("vllm", folder, lambda: 640)
@@ -305,11 +305,11 @@ def test_recipe_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch, llam
 def test_rejects_more_gpus_than_available(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})
-    engines.refuse_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2))
+    monkeypatch.setattr(engines, "package_versions", lambda: {"vllm": "0.32.0"})
+    engines.check_engine_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2))
     with raises(
         RecipeError, Facts("unsupported", column="eval.tensor_parallel", says=("is 4", "2 GPUs", "eval.server.url"))
     ):
-        engines.refuse_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2, pipeline_parallel=2))
+        engines.check_engine_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2, pipeline_parallel=2))
     with raises(RecipeError, Facts("contradiction", column="eval.pipeline_parallel", says="eval.backend is hf")):
-        engines.refuse_device(AUTO, EvalSection(backend="hf", pipeline_parallel=2))
+        engines.check_engine_device(AUTO, EvalSection(backend="hf", pipeline_parallel=2))

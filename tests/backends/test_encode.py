@@ -121,7 +121,7 @@ def test_catalogue_of_closed_answers_is_cached(
         )
     assert encoder.catalogue(texts, "\n") is tree and encoder.catalogue(texts, None) is not tree
     assert not list(tmp_path.rglob("*.safetensors"))
-    monkeypatch.setattr(encode, "_LARGE", 3)
+    monkeypatch.setattr(encode, "_LARGE_CATALOGUE", 3)
     many = (*texts, "Casino")
     first = encoder.catalogue(many, "\n")
     (file,) = tmp_path.rglob("*.safetensors")

@@ -16,9 +16,9 @@ from fake_cuda import FakeCuda, fake_cuda, on_cuda  # noqa: E402
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow  # noqa: E402
 from llmrec.backends.hf.backend import HFBackend  # noqa: E402
-from llmrec.train.batches import padded  # noqa: E402
+from llmrec.train.batches import pad_rows  # noqa: E402
 from llmrec.train.loss import label_loss, packed_loss  # noqa: E402
-from llmrec.train.packing import stack, tree  # noqa: E402
+from llmrec.train.packing import pack_rows, stack_sequences  # noqa: E402
 from tests.conftest import opened  # noqa: E402
 from tests.servers.client import question  # noqa: E402
 
@@ -77,8 +77,8 @@ def test_answers_of_a_model_on_a_gpu(loaded: tuple[Any, Encoder]) -> None:
 def test_losses_of_a_model_on_a_gpu(loaded: tuple[Any, Encoder]) -> None:
     model, _ = loaded
     rows = [TokenRow((5, 6, 7, *end), (*[IGNORED] * 3, *end)) for end in ((10, 11), (12, 13, 14), (15,))]
-    ids, labels = (torch.tensor(each) for each in padded(rows, 0))
-    packed = {name: torch.from_numpy(each) for name, each in asdict(stack([tree(rows)], 0)).items()}
+    ids, labels = (torch.tensor(each) for each in pad_rows(rows, 0))
+    packed = {name: torch.from_numpy(each) for name, each in asdict(stack_sequences([pack_rows(rows)], 0)).items()}
     expected = [
         float(loss(model, *inputs)[0].detach())
         for loss, inputs in ((label_loss, (ids, labels)), (packed_loss, (packed,)))

@@ -146,7 +146,7 @@ def test_unfinished_thoughts_are_an_empty_answer() -> None:
     ],
 )
 def test_without_thoughts(text: str, rest: str, ended: bool) -> None:
-    assert probe.without_thoughts(text) == (rest, ended)
+    assert probe.remove_reasoning(text) == (rest, ended)
 
 
 def chat(message: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def chat(message: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_all_message_formats() -> None:
-    read = partial(probe.completion, stop="\n", chat=True)
+    read = partial(probe.parse_completion, stop="\n", chat=True)
     assert read(chat({"content": "\n\nHeat\nFargo"})).text == "Heat"
     assert read(chat({"content": None, "refusal": "No."})).text == "No."
     assert read(chat({"content": None, "reasoning_content": "..."}, finish_reason="length")).finish_reason == "length"
@@ -163,7 +163,7 @@ def test_all_message_formats() -> None:
         read({**chat({"content": "Heat"}), "usage": {"prompt_tokens": 7, "completion_tokens": None}}).prompt_tokens == 7
     )
     plain = {"choices": [{"text": " Heat\nFargo", "finish_reason": "length"}]}
-    completion = probe.completion(plain, stop="\n", chat=False)
+    completion = probe.parse_completion(plain, stop="\n", chat=False)
     assert completion.text == " Heat" and completion.finish_reason == "stop", "a continued text keeps its leading space"
 
 
@@ -183,7 +183,7 @@ MALFORMED: list[Any] = [
 @pytest.mark.parametrize("value", MALFORMED)
 def test_malformed_answers_are_errors(value: Any) -> None:
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
-        probe.completion(value, stop=None, chat=True)
+        probe.parse_completion(value, stop=None, chat=True)
 
 
 def test_named_labels_are_exact(encoder: Encoder) -> None:
@@ -212,7 +212,9 @@ def test_labels_outside_the_top_tokens_get_a_floor(encoder: Encoder, caplog: pyt
         for label, value in zip(LABELS, scores.logprobs, strict=True):
             exact_value = logprob(ids, encoder.piece(label)[0])
             floored += exact_value not in likeliest
-            assert value == pytest.approx(exact_value if exact_value in likeliest else likeliest[-1] - probe.MARGIN)
+            assert value == pytest.approx(
+                exact_value if exact_value in likeliest else likeliest[-1] - probe.FLOOR_MARGIN
+            )
     assert 0 < floored < 100
     assert sum("20 most likely tokens" in record.message for record in caplog.records) == 1
 
@@ -220,15 +222,15 @@ def test_labels_outside_the_top_tokens_get_a_floor(encoder: Encoder, caplog: pyt
 def test_label_tokens_in_several_spellings() -> None:
     spellings = [("▁4", " 4", "4"), ("▁5", " 5", "5"), ("▁3", " 3", "3")]
     top = {" 4": -0.5, "4": -3.0, "5": -1.0}
-    labels = probe.top_labels({"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}, spellings)
-    assert labels.logprobs == (-0.5, -1.0, -3.0 - probe.MARGIN) and labels.floored == 1
+    labels = probe.parse_top_labels({"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}, spellings)
+    assert labels.logprobs == (-0.5, -1.0, -3.0 - probe.FLOOR_MARGIN) and labels.floored == 1
 
 
 def test_chat_labels_are_matched_by_text() -> None:
     top = [{"token": " 4", "logprob": math.log(0.2)}, {"token": "4", "logprob": math.log(0.3)}]
     top += [{"token": "five", "logprob": math.log(0.1)}]
     value = chat({"content": "4"}, logprobs={"content": [{"token": "4", "logprob": -1.2, "top_logprobs": top}]})
-    labels = probe.chat_labels(value, ["4", "5"])
+    labels = probe.parse_chat_labels(value, ["4", "5"])
     assert labels.logprobs == pytest.approx((math.log(0.5), math.log(0.1) - 1.0))
     assert labels.floored == 1
 
@@ -288,16 +290,16 @@ def test_titles_are_not_scored_by_first_tokens(encoder: Encoder) -> None:
 @pytest.mark.parametrize("value", [0.5, float("nan"), True, "-1"])
 def test_invalid_log_probabilities_are_malformed(value: Any) -> None:
     with pytest.raises(ValueError, match="not a log-probability"):
-        probe.by_name({"4": value}, ["4"])
+        probe.label_logprobs({"4": value}, ["4"])
 
 
 @pytest.mark.parametrize(
     "read",
     [
-        partial(probe.named_labels, ids=[1]),
-        partial(probe.top_labels, spellings=[("4",)]),
-        partial(probe.chat_labels, texts=["4"]),
-        partial(probe.tail_sums, start=1, tails=[(1, 2)]),
+        partial(probe.parse_named_labels, ids=[1]),
+        partial(probe.parse_top_labels, spellings=[("4",)]),
+        partial(probe.parse_chat_labels, texts=["4"]),
+        partial(probe.sum_candidate_logprobs, start=1, tails=[(1, 2)]),
     ],
 )
 def test_missing_log_probabilities_are_malformed(read: Callable[[Any], Any]) -> None:

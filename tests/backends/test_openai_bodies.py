@@ -16,7 +16,7 @@ import pytest
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.server import client, probe
-from llmrec.backends.server.client import ServerClient, ServerUsage, completion_body, likelihood_body, usage
+from llmrec.backends.server.client import ServerClient, ServerUsage, completion_body, likelihood_body, parse_usage
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.facts import Facts, raises
@@ -76,7 +76,7 @@ def packed(kind: str) -> bytes:
 
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_endless_body_is_cut_at_the_limit(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LARGEST", MIB)
+    monkeypatch.setattr(client, "MAX_ANSWER_BYTES", MIB)
     body = Endless()
     with raises(BackendError, Facts("unreachable", says="larger than 1 MiB (2)")):
         ask(lambda _: httpx.Response(status, stream=body))
@@ -84,7 +84,7 @@ def test_endless_body_is_cut_at_the_limit(status: int, monkeypatch: pytest.Monke
 
 
 def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LARGEST", MIB)
+    monkeypatch.setattr(client, "MAX_ANSWER_BYTES", MIB)
     # 400 MiB in 400 kB, in one piece.
     unpacker = zlib.compressobj(9, wbits=31)
     bomb = b"".join([*(unpacker.compress(b" " * MIB) for _ in range(400)), unpacker.flush()])
@@ -183,11 +183,13 @@ def test_placeholder_key_is_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("count", [10**30, -1, "many"])
 def test_invalid_usage_is_not_counted(count: object) -> None:
-    assert usage({"usage": {"prompt_tokens": count, "completion_tokens": 1}}) is None
-    assert usage({"usage": {"prompt_tokens": 3, "completion_tokens": 1}}) == Cost(prompt_tokens=3, completion_tokens=1)
+    assert parse_usage({"usage": {"prompt_tokens": count, "completion_tokens": 1}}) is None
+    assert parse_usage({"usage": {"prompt_tokens": 3, "completion_tokens": 1}}) == Cost(
+        prompt_tokens=3, completion_tokens=1
+    )
 
 
 def test_overflowing_log_probability_is_malformed() -> None:
     body = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [{"token_id:7": -(10**400)}]}}]}
     with raises(BackendError, Facts("unreachable", says="malformed answer")):
-        ask(lambda _: answer(json.dumps(body).encode()), lambda value: probe.named_labels(value, [7]))
+        ask(lambda _: answer(json.dumps(body).encode()), lambda value: probe.parse_named_labels(value, [7]))

@@ -10,7 +10,7 @@ import pytest
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.client import retry_after
+from llmrec.backends.server.client import parse_retry_after
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.conftest import make_tokenizer
@@ -112,13 +112,13 @@ def test_refusal_is_not_retried() -> None:
 
 
 def test_retry_after() -> None:
-    assert retry_after("2", now=0.0) == 2.0
-    assert retry_after("0.5", now=0.0) == 0.5
-    assert retry_after("Thu, 01 Jan 1970 00:01:40 GMT", now=40.0) == 60.0
-    assert retry_after("Thu, 01 Jan 1970 00:00:00 GMT", now=40.0) == 0.0
-    assert retry_after(None, now=0.0) is None
-    assert retry_after("soon", now=0.0) is None
-    assert retry_after("nan", now=0.0) is None
+    assert parse_retry_after("2", now=0.0) == 2.0
+    assert parse_retry_after("0.5", now=0.0) == 0.5
+    assert parse_retry_after("Thu, 01 Jan 1970 00:01:40 GMT", now=40.0) == 60.0
+    assert parse_retry_after("Thu, 01 Jan 1970 00:00:00 GMT", now=40.0) == 0.0
+    assert parse_retry_after(None, now=0.0) is None
+    assert parse_retry_after("soon", now=0.0) is None
+    assert parse_retry_after("nan", now=0.0) is None
 
 
 def test_backoff_doubles_and_respects_retry_after() -> None:

@@ -18,7 +18,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.client import FIRST_REST, ServerPool
+from llmrec.backends.server.client import FIRST_PAUSE, ServerPool
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
 from tests.conftest import make_tokenizer
@@ -64,13 +64,13 @@ def test_round_robin_and_pauses_of_a_dead_server() -> None:
         # Only one request is sent as a trial.
         assert dead.url not in {fleet.take().url for _ in range(6)}
         fleet.failed(trial, "time-out")
-    assert rests == [FIRST_REST, 2.0, 3.0, 3.0]
+    assert rests == [FIRST_PAUSE, 2.0, 3.0, 3.0]
     clock.now = dead.until
     while fleet.take() is not dead:
         pass
     fleet.answered(dead)
     assert {fleet.take().url for _ in range(3)} == set(URLS)
-    assert (dead.until, dead.rest, dead.faults) == (0.0, FIRST_REST, 0)
+    assert (dead.until, dead.rest, dead.faults) == (0.0, FIRST_PAUSE, 0)
 
 
 def test_retry_after_of_a_server_is_kept() -> None:
@@ -93,7 +93,7 @@ def test_single_faults_do_not_pause_a_server() -> None:
         fleet.failed(shaky, "status 500")
     assert shaky.until == 0.0
     fleet.failed(shaky, "status 500")
-    assert shaky.until == FIRST_REST
+    assert shaky.until == FIRST_PAUSE
 
 
 def test_if_all_servers_pause_the_first_to_return_is_used() -> None:

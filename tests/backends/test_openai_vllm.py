@@ -32,11 +32,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerSecti
     """Return a server and transformers with the same weights."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from llmrec.backends.hf.backend import HFBackend
-    from llmrec.models.load import resolve
+    from llmrec.models.load import resolve_model_folder
     from tests.conftest import encoder_of, opened
     from tests.servers.real import serving
 
-    folder = resolve(ModelSection())
+    folder = resolve_model_folder(ModelSection())
     encoder = encoder_of(folder, 1024)
     with serving(folder, tmp_path_factory.mktemp("served")) as url:
         yield ServerSection(url=url, model="films", concurrency=8), encoder, HFBackend(opened(folder)[0], encoder)

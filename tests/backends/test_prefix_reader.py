@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.backends.hf.tree import BLOCK, PrefixReader
+from llmrec.backends.hf.tree import BLOCK_TOKENS, PrefixReader
 from tests.conftest import encoder_of, opened
 from tests.servers.client import question
 
@@ -25,11 +25,19 @@ def model(qwen_folder: Path) -> Any:
 def prompts(count: int = 24) -> list[list[int]]:
     """Return prompts with a common history and with lengths near block boundaries."""
     rng = random.Random(0)
-    history = [rng.randrange(3, 250) for _ in range(3 * BLOCK)]
+    history = [rng.randrange(3, 250) for _ in range(3 * BLOCK_TOKENS)]
     rows = [
         history[: rng.randrange(1, len(history))] + [rng.randrange(3, 250)] * rng.randrange(0, 30) for _ in range(count)
     ]
-    return [*rows, history[:BLOCK], history[: BLOCK + 1], history[:BLOCK], history[: BLOCK - 1], [7], [7]]
+    return [
+        *rows,
+        history[:BLOCK_TOKENS],
+        history[: BLOCK_TOKENS + 1],
+        history[:BLOCK_TOKENS],
+        history[: BLOCK_TOKENS - 1],
+        [7],
+        [7],
+    ]
 
 
 def test_equals_a_forward_pass_of_the_prompt(model: Any) -> None:
@@ -50,38 +58,38 @@ def test_states_do_not_depend_on_earlier_prompts(model: Any) -> None:
 
 
 def test_shared_blocks_are_read_once(model: Any) -> None:
-    reader, history = PrefixReader(model), list(range(3, 3 + 2 * BLOCK))
+    reader, history = PrefixReader(model), list(range(3, 3 + 2 * BLOCK_TOKENS))
     for tail in range(10):
         reader.last([*history, 200 + tail])
-    assert reader.read == 2 * BLOCK + 10
+    assert reader.read == 2 * BLOCK_TOKENS + 10
     reader.drop()
     reader.last([*history, 200])
-    assert reader.read == 4 * BLOCK + 11
+    assert reader.read == 4 * BLOCK_TOKENS + 11
     # The last token is always read, since its state is returned.
     reader.last(history)
-    assert reader.read == 5 * BLOCK + 11
+    assert reader.read == 5 * BLOCK_TOKENS + 11
 
 
 def test_histories_of_several_users_stay_cached(model: Any) -> None:
     reader = PrefixReader(model)
     frame = [5] * 10
-    histories = [[*frame, *[20 + user] * (2 * BLOCK - 10)] for user in range(6)]
+    histories = [[*frame, *[20 + user] * (2 * BLOCK_TOKENS - 10)] for user in range(6)]
     for turn in range(4):
         for history in histories:
             reader.last([*history, 200 + turn])
-    assert reader.read == 6 * 2 * BLOCK + 24
+    assert reader.read == 6 * 2 * BLOCK_TOKENS + 24
 
 
 def test_cache_is_bounded(model: Any) -> None:
     reader = PrefixReader(model)
-    reader._room = 3 * BLOCK
+    reader._room = 3 * BLOCK_TOKENS
     for user in range(5):
-        reader.last([20 + user] * BLOCK)
+        reader.last([20 + user] * BLOCK_TOKENS)
     assert [read.ids[0] for read in reader._known] == [22, 23, 24]
 
 
 def test_tree_after_a_prompt_equals_plain_rows(model: Any) -> None:
-    reader, ids = PrefixReader(model), [*range(3, 3 + BLOCK), 9, 8]
+    reader, ids = PrefixReader(model), [*range(3, 3 + BLOCK_TOKENS), 9, 8]
     tokens, depths = [11, 12, 13], np.array([0, 1, 0])
     sees = np.array([[True, False, False], [True, True, False], [False, False, True]])
     for _ in range(2):  # the second time from the cache, which the tree must not change
@@ -90,7 +98,7 @@ def test_tree_after_a_prompt_equals_plain_rows(model: Any) -> None:
             first = model.get_decoder()(input_ids=torch.tensor([[*ids, 11, 12]])).last_hidden_state[0]
             other = model.get_decoder()(input_ids=torch.tensor([[*ids, 13]])).last_hidden_state[0]
         assert torch.allclose(states, torch.stack([first[-3], first[-2], first[-1], other[-1]]), atol=1e-4)
-    assert reader.read == len(ids) + 3 + (len(ids) - BLOCK) + 3
+    assert reader.read == len(ids) + 3 + (len(ids) - BLOCK_TOKENS) + 3
 
 
 def test_scores_do_not_depend_on_the_batch(llama_folder: Path) -> None:

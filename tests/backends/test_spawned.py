@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.backends.vllm.supervise import without_main
+from llmrec.backends.vllm.supervise import hide_main_module
 
 # Without the guard that `multiprocessing` requires of scripts.
 SCRIPT = """
 import multiprocessing, sys
-from llmrec.backends.vllm.supervise import without_main
+from llmrec.backends.vllm.supervise import hide_main_module
 
 print("script", flush=True)
-with without_main():
+with hide_main_module():
     child = multiprocessing.get_context("spawn").Process(target=print, args=("child",), kwargs={"flush": True})
     child.start()
     child.join(60)
@@ -63,8 +63,8 @@ def test_other_threads_keep_the_main_module(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
 
     def hides() -> None:
-        with without_main():
-            with without_main():
+        with hide_main_module():
+            with hide_main_module():
                 pass
             data.append(spawn.get_preparation_data("child"))
             inside.set()

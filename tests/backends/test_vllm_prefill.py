@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llmrec.backends.vllm.adapters import admitted_rank, live_rank
-from llmrec.backends.vllm.backend import EngineRequest, VLLMBackend, parameters, plan
+from llmrec.backends.vllm.adapters import loadable_rank, required_engine_rank
+from llmrec.backends.vllm.backend import EngineRequest, VLLMBackend, plan_requests, sampling_parameters
 from llmrec.models.load import load_tokenizer
 from llmrec.recipe.schema import ModelSection
 from tests.contracts.test_backends import load_hf
@@ -142,7 +142,7 @@ def test_search_by_prefills_equals_transformers(llama_folder: Path) -> None:
 def test_plan_covers_a_tree_by_disjoint_paths() -> None:
     nodes = [(), (1,), (1, 2), (1, 2, 3), (4,), (1, 5)]
     starts, ids = [0, 2, 4, 5, 7, 8, 9], [1, 4, 2, 5, 3, 8, 9, 6, 7]
-    requests, entries = plan(nodes, starts, ids, chains=True, limit=9)
+    requests, entries = plan_requests(nodes, starts, ids, chains=True, limit=9)
     assert requests == [
         EngineRequest((), (1, 2, 3), ((1, 4), (2, 5), (3,), (8, 9))),
         EngineRequest((4,), (), ((6,),)),
@@ -150,12 +150,12 @@ def test_plan_covers_a_tree_by_disjoint_paths() -> None:
     ]
     assert entries == list(range(9))
     # A request has a limit of ids; wider nodes are split.
-    requests, entries = plan(nodes, starts, ids, chains=True, limit=3)
+    requests, entries = plan_requests(nodes, starts, ids, chains=True, limit=3)
     assert [len({i for row in ask.targets for i in row}) for ask in requests] == [2, 3, 2, 1, 1]
     assert sorted(entries) == list(range(9))
-    wide, entries = plan([()], [0, 5], [1, 2, 3, 4, 5], chains=True, limit=2)
+    wide, entries = plan_requests([()], [0, 5], [1, 2, 3, 4, 5], chains=True, limit=2)
     assert [ask.targets for ask in wide] == [((1, 2),), ((3, 4),), ((5,),)] and entries == [0, 1, 2, 3, 4]
-    alone, _ = plan(nodes, starts, ids, chains=False, limit=9)
+    alone, _ = plan_requests(nodes, starts, ids, chains=False, limit=9)
     assert [ask.text for ask in alone] == nodes and not any(ask.forced for ask in alone)
 
 
@@ -163,14 +163,14 @@ def test_parameters_are_valid_for_vllm() -> None:
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
     model = SimpleNamespace(max_model_len=64, max_logprobs=128, get_vocab_size=lambda: 100)
     ask = EngineRequest((1, 2, 3), (4, 5), ((4, 6), (5,), (7, 8, 9)))
-    options = parameters(vllm, ask, prefill=True)
+    options = sampling_parameters(vllm, ask, prefill=True)
     options._validate_logprobs(model)
     # Text and forced tokens form the prompt: rows for its tokens 3 and 4, as vLLM's input processor counts.
     assert len(options.prompt_logprob_token_ids) == len(ask.text + ask.forced) - 1 - options.prompt_logprob_start == 2
     assert options.prompt_logprob_token_ids.tolist() == [[4, 6], [5, -1]]
     assert not options.skip_reading_prefix_cache
     assert (options.logprob_token_ids, options.max_tokens, options.extra_args) == ([7, 8, 9], 1, None)
-    forced = parameters(vllm, ask, prefill=False)
+    forced = sampling_parameters(vllm, ask, prefill=False)
     forced._validate_logprobs(model)
     assert forced.prompt_logprob_token_ids is None and forced.extra_args == {"llmrec_forced": [4, 5]}
     assert (forced.logprob_token_ids, forced.max_tokens) == ([4, 6, 5, 7, 8, 9], 3)
@@ -209,18 +209,18 @@ def test_live_rank_of_adapters(llama_folder: Path, tmp_path: Path) -> None:
         ("saved", {"modules_to_save": ["norm"]}, None),
     ):
         adapter_of(llama_folder, tmp_path / name, **options)
-        assert live_rank(tmp_path / name) == rank, name
+        assert loadable_rank(tmp_path / name) == rank, name
     weights = load_file(tmp_path / "rslora" / "adapter_model.safetensors")
     head = {name.replace("model.layers.0.self_attn.q_proj", "lm_head"): value for name, value in weights.items()}
     save_file(head, tmp_path / "rslora" / "adapter_model.safetensors")
-    assert live_rank(tmp_path / "rslora") is None
+    assert loadable_rank(tmp_path / "rslora") is None
     save_file(weights, tmp_path / "rslora" / "adapter_model.safetensors")
     save_file({}, tmp_path / "rslora" / "rating_head.safetensors")
-    assert live_rank(tmp_path / "rslora") is None
+    assert loadable_rank(tmp_path / "rslora") is None
     (tmp_path / "plain" / "soft_prompt.json").write_text("{}")
-    assert live_rank(tmp_path / "plain") is None
-    assert live_rank(tmp_path / "missing") is None
-    assert [admitted_rank(rank) for rank in (1, 8, 9, 300)] == [8, 8, 16, 320]
+    assert loadable_rank(tmp_path / "plain") is None
+    assert loadable_rank(tmp_path / "missing") is None
+    assert [required_engine_rank(rank) for rank in (1, 8, 9, 300)] == [8, 8, 16, 320]
 
 
 @pytest.mark.slow

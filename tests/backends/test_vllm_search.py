@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.backends.vllm.backend import EngineAnswers, EngineRequest, VLLMBackend, VLLMTree, answered
-from llmrec.decode.beam import LogprobQueries, TreeTokens, beam
+from llmrec.backends.vllm.backend import EngineAnswers, EngineRequest, VLLMBackend, VLLMTree, parse_output
+from llmrec.decode.beam import LogprobQueries, TreeTokens, beam_search
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import BackendError
-from llmrec.index.table import ItemIndex, token
-from llmrec.models.item_tokens import extended
+from llmrec.index.table import ItemIndex, level_token
+from llmrec.models.item_tokens import save_with_item_tokens
 from llmrec.recipe.schema import ModelSection
 from tests.conftest import encoder_of, make_model, opened
 from tests.decode.test_beam import FakeEngine, logprobs
@@ -63,8 +63,8 @@ def test_search_equals_a_plain_engine(
     fake, catalogue = RequestEngine(limit, forces=chains), TokenTrie.of(paths)
     out = [[item for item in barred if item < len(paths)]] * len(prompts)
     tree = VLLMTree(fake.read, chains=chains, limit=limit)
-    results = beam(tree, catalogue, prompts, k=2, width=width, excluded=out)
-    plain = beam(FakeEngine(0), catalogue, prompts, k=2, width=width, excluded=out)
+    results = beam_search(tree, catalogue, prompts, k=2, width=width, excluded=out)
+    plain = beam_search(FakeEngine(0), catalogue, prompts, k=2, width=width, excluded=out)
     assert [each.items for each in results] == [each.items for each in plain]
     for ours, theirs in zip(results, plain, strict=True):
         assert ours.scores == pytest.approx(theirs.scores, abs=1e-9)
@@ -114,7 +114,7 @@ def test_forced_chain_is_one_request(chains: bool) -> None:
 
 def test_no_targets_no_requests() -> None:
     fake = RequestEngine(4, forces=False)
-    (result,) = beam(
+    (result,) = beam_search(
         VLLMTree(fake.read, chains=False, limit=4), TokenTrie.of([(1,), (2,)]), [[3]], k=1, width=2, excluded=[[0, 1]]
     )
     assert result.items == () and not fake.rounds
@@ -127,23 +127,23 @@ def test_engine_that_ignores_forced_tokens_is_an_error() -> None:
     class Output:
         outputs = (type("Text", (), {"token_ids": [4, 9], "logprobs": [{4: Step()}, {9: Step(), 8: Step()}]})(),)
 
-    assert answered(Output(), EngineRequest((1, 2, 3), (4,), ((4,), (8,))), prefill=False) == [-1.0, -1.0]
+    assert parse_output(Output(), EngineRequest((1, 2, 3), (4,), ((4,), (8,))), prefill=False) == [-1.0, -1.0]
     with raises(BackendError, Facts("defect", column="eval.scorer", says="eval.scorer=hf")):
-        answered(Output(), EngineRequest((1, 2, 3), (5,), ((4,), (8,))), prefill=False)
+        parse_output(Output(), EngineRequest((1, 2, 3), (5,), ((4,), (8,))), prefill=False)
 
 
 FIRST, SECOND = 300, 4
 INDEX = ItemIndex(
     "semantic",
-    {f"i{n}": (token(0, n // SECOND), token(1, n % SECOND)) for n in range(60)},
-    tokens=(*(token(0, n) for n in range(FIRST)), *(token(1, n) for n in range(SECOND))),
+    {f"i{n}": (level_token(0, n // SECOND), level_token(1, n % SECOND)) for n in range(60)},
+    tokens=(*(level_token(0, n) for n in range(FIRST)), *(level_token(1, n) for n in range(SECOND))),
 )
 FILMS = ("Toy Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Heat Story")
 SETS = {
     "codes": [INDEX.encode(item) for item in INDEX.codes],
     "titles": [f"{film} {n} {film.lower()}" for film in FILMS for n in range(5)] + list(FILMS),
     # One-token items: more than the limit of one request.
-    "wide": [token(0, n) for n in range(FIRST)],
+    "wide": [level_token(0, n) for n in range(FIRST)],
 }
 REQUESTS = [
     question("Continue the list", given="Toy Story\nAlien\n", stop="\n"),
@@ -159,7 +159,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VLLMBackend
     home = tmp_path_factory.mktemp("search")
     base, target = str(make_model(home / "m")), home / "base"
     titles = {item: FILMS[n % len(FILMS)] for n, item in enumerate(INDEX.codes)}
-    extended(base, ModelSection(name=base, dtype="float32"), INDEX, titles, target, words=True, seed=0)
+    save_with_item_tokens(base, ModelSection(name=base, dtype="float32"), INDEX, titles, target, words=True, seed=0)
     encoder = encoder_of(target, 512)
     backend = VLLMBackend(str(target), encoder, dtype="float32", route="forced")
     yield backend, HFBackend(opened(target)[0], encoder)

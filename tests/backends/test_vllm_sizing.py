@@ -12,7 +12,7 @@ import pytest
 from llmrec.backends.vllm import backend, supervise
 from llmrec.backends.vllm.backend import VLLMBackend, Workload
 from llmrec.errors import EngineFailure
-from llmrec.machine import Node
+from llmrec.machine import NodeMemory
 from tests.facts import Facts, raises
 
 GIB, MIB = 2**30, 2**20
@@ -65,8 +65,10 @@ class Machine:
         modules = {"vllm": SimpleNamespace(LLM=self._llm), "torch": SimpleNamespace(cuda=gpu)}
         monkeypatch.setattr(backend, "prepare_environment", lambda: None)
         monkeypatch.setattr(backend, "require", lambda name, extra: modules.get(name) or platform)
-        monkeypatch.setattr(backend, "node_memory", lambda: Node(name="NUMA node 0", total=10 * GIB, free=free))
-        monkeypatch.setattr(supervise, "_guard", lambda: None)
+        monkeypatch.setattr(
+            backend, "read_node_memory", lambda: NodeMemory(name="NUMA node 0", total=10 * GIB, free=free)
+        )
+        monkeypatch.setattr(supervise, "_start_guard", lambda: None)
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
 
     def _llm(self, folder: str, **options: Any) -> object:
@@ -113,7 +115,7 @@ def test_no_start_without_room_for_the_smallest_cache(monkeypatch: pytest.Monkey
 def test_error_is_read_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     error = "Worker failed with error 'No kernel for this; processor. Install another', please check the stack trace"
-    monkeypatch.setattr(backend.terminal, "last_error", lambda: error)
+    monkeypatch.setattr(backend.terminal, "last_library_error", lambda: error)
     with raises(EngineFailure, Facts("failed", says="on folder: No kernel for this, processor (it requested")):
         start()
 

@@ -275,10 +275,10 @@ def test_close_does_not_wait_for_vllm(monkeypatch: pytest.MonkeyPatch, state: st
 
 
 def backend_over(watch: EngineProcesses, engine: Any) -> Any:
-    from llmrec.backends.vllm.backend import VLLMBackend, _Process
+    from llmrec.backends.vllm.backend import VLLMBackend, _SharedEngine
 
     backend = VLLMBackend.__new__(VLLMBackend)
-    backend._process, backend._adapter = _Process(watch, engine), None
+    backend._process, backend._adapter = _SharedEngine(watch, engine), None
     return backend
 
 
@@ -362,15 +362,15 @@ def test_guard_reads_all_lines_ignores_reused_ids_and_ends_on_quit() -> None:
             reading, writing = os.pipe()
             os.write(writing, text.encode())
             os.close(writing)
-            assert vllm_guard.watch(os.getppid(), reading) == expected
+            assert vllm_guard.watch_owner(os.getppid(), reading) == expected
             os.close(reading)
         # The owner ended before the guard read its lines, and another process keeps the writing end open.
         reading, writing = os.pipe()
         os.write(writing, f"{child.pid} {start}\n".encode())
-        assert vllm_guard.watch(-1, reading) == {child.pid: start}
+        assert vllm_guard.watch_owner(-1, reading) == {child.pid: start}
         os.close(reading)
         os.close(writing)
-        assert not vllm_guard.is_tracker(child.pid)
+        assert not vllm_guard.is_resource_tracker(child.pid)
     finally:
         child.kill()
         child.wait(10)

@@ -12,7 +12,7 @@ import transformers as hub
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.search import single_token_labels
-from llmrec.models.load import write
+from llmrec.models.load import write_random_model
 from llmrec.recipe.schema import ShapeSection
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import encoder_of, make_tokenizer, opened
@@ -47,7 +47,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Encoder
         return windowed(kind), Encoder(make_tokenizer(), max_length=512)
     if kind == "t5":
         shape = ShapeSection(kind="encoder-decoder", layers=2, width=32, heads=2, head_width=16, feedforward=64)
-        write(shape, tmp_path, seed=0)
+        write_random_model(shape, tmp_path, seed=0)
     folder = tmp_path if kind == "t5" else request.getfixturevalue(kind)
     return opened(folder)[0], encoder_of(folder, 512)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.recipe.schema import Split
 from tests.baselines.trained import make_dataset
 
@@ -25,4 +25,4 @@ def ring() -> SplitDataset:
         for topic, word in enumerate(WORDS)
         for number in range(5)
     }
-    return split(make_dataset(rows, "timestamp", titles), Split(kind="leave_one_out"), seed=0)
+    return split_dataset(make_dataset(rows, "timestamp", titles), Split(kind="leave_one_out"), seed=0)

@@ -10,9 +10,9 @@ from scipy.special import expit
 from llmrec.baselines import ctr
 from llmrec.baselines import rating_features as liked
 from llmrec.baselines.ctr import LikeRatio, Logistic
-from llmrec.baselines.rated import ratings
+from llmrec.baselines.rated import training_ratings
 from llmrec.baselines.tune import tune
-from llmrec.data.split import SplitDataset, split, threshold
+from llmrec.data.split import SplitDataset, liked_threshold, split_dataset
 from llmrec.metrics.probability import auc, log_loss
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Probability, Request
@@ -29,7 +29,7 @@ def _data(users: int = 200, items: int = 30) -> SplitDataset:
             yes = rng.random() < expit(of_user[user] + of_item[item])
             rows.append((f"u{user:03d}", f"i{item:02d}", 4.0 if yes else 2.0, float(step)))
     dataset = make_dataset(rows, "rating timestamp", [f"i{n:02d}" for n in range(items)], rating_scale=(1.0, 5.0))
-    return split(dataset, Split(kind="global_time", valid=0.2, test=0.2), seed=1)
+    return split_dataset(dataset, Split(kind="global_time", valid=0.2, test=0.2), seed=1)
 
 
 def _request(*values: float, item: str | None = "i01") -> Request:
@@ -43,9 +43,9 @@ def _value(answer: object) -> float:
 
 
 def test_default_threshold() -> None:
-    assert threshold((1.0, 5.0), None) == 4.0
-    assert threshold((0.5, 5.0), None) == pytest.approx(3.875)
-    assert threshold((1.0, 5.0), 3.0) == 3.0
+    assert liked_threshold((1.0, 5.0), None) == 4.0
+    assert liked_threshold((0.5, 5.0), None) == pytest.approx(3.875)
+    assert liked_threshold((1.0, 5.0), 3.0) == 3.0
 
 
 def test_like_ratio_by_hand() -> None:
@@ -70,11 +70,18 @@ def test_training_features_exclude_the_row_itself() -> None:
     other = replace(data, train=turned.drop("index").select(data.train.columns))
     tables = []
     for each in (data, other):
-        known = ratings(each, "logistic")
+        known = training_ratings(each, "logistic")
         # Share and mean of all ratings form the prior, which depends on every rating, so they are fixed here.
         counts = replace(liked.RatingCounts.of(known, None), share=0.5, mean=3.0)
         past = liked._RatingHistory.of(each, known, counts)
-        tables.append((known, np.column_stack([liked._others(known, counts, past), liked._before(past, 0.7)])))
+        tables.append(
+            (
+                known,
+                np.column_stack(
+                    [liked._leave_one_out_features(known, counts, past), liked._earlier_residual_means(past, 0.7)]
+                ),
+            )
+        )
     (known, before), (_, after) = tables
     user, item = data.train["user_id"][5], data.train["item_id"][5]
     row_itself = (known.users == known.user_index[user]) & (known.items == known.item_index[item])
@@ -99,13 +106,13 @@ def test_weights_minimize_the_penalized_loss() -> None:
         margins = (2 * truth - 1) * (features @ weights[:-1] + weights[-1])
         return float(np.logaddexp(0, -margins).mean() + penalty / 800 * (weights[:-1] ** 2).sum())
 
-    free = ctr._weights(features, truth, np.full(3, 1e-6))
+    free = ctr._fit_weights(features, truth, np.full(3, 1e-6))
     assert free == pytest.approx([1.0, -2.0, 0.0, 0.5], abs=0.45)
     for penalty in (1e-6, 1.0, 50.0):
-        weights_ = ctr._weights(features, truth, np.full(3, penalty))
+        weights_ = ctr._fit_weights(features, truth, np.full(3, penalty))
         for step in rng.normal(0, 0.01, size=(20, 4)):
             assert loss(weights_ + step, penalty) > loss(weights_, penalty) - 1e-12
-    assert np.abs(ctr._weights(features, truth, np.full(3, 1e6))[:-1]).max() < 0.01
+    assert np.abs(ctr._fit_weights(features, truth, np.full(3, 1e6))[:-1]).max() < 0.01
 
 
 def test_features_of_a_request_by_hand() -> None:
@@ -128,9 +135,9 @@ def test_features_of_a_request_by_hand() -> None:
 
 def test_training_features_equal_those_of_requests() -> None:
     data = _data(users=20)
-    known = ratings(data, "logistic")
+    known = training_ratings(data, "logistic")
     counts = liked.RatingCounts.of(known, None)
-    decayed = liked._before(liked._RatingHistory.of(data, known, counts), 0.6)
+    decayed = liked._earlier_residual_means(liked._RatingHistory.of(data, known, counts), 0.6)
     model = Logistic(Logistic.Config(features="recent", decay=0.6))
     model.fit(data)
     for user in ("u003", "u011"):
@@ -187,7 +194,7 @@ def test_users_with_equal_counts_keep_the_regression_stable(users: int) -> None:
             yes = rng.random() < expit(level[item])
             rows.append((f"u{user:03d}", f"i{item:02d}", 5.0 if yes else 1.0, float(step)))
     dataset = make_dataset(rows, "rating timestamp", [f"i{n:02d}" for n in range(20)], rating_scale=(1.0, 5.0))
-    data = split(dataset, Split(), seed=0)
+    data = split_dataset(dataset, Split(), seed=0)
     model = Logistic()
     model.fit(data)
     requests = [

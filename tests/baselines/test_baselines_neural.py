@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.baselines import neural
-from llmrec.baselines.base import Catalogue, Log, WarmItems
+from llmrec.baselines.base import Catalogue, InteractionLog, WarmItems
 from llmrec.baselines.gru4rec import GRU4Rec
 from llmrec.baselines.sasrec import SASRec
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.recipe.schema import Split
 from llmrec.types import Request
 from tests.baselines.trained import make_dataset, request
@@ -31,7 +31,7 @@ def _ring(items: int = 30, users: int = 150, length: int = 8, seed: int = 0) -> 
         for step in range(length)
     ]
     dataset = make_dataset(rows, "timestamp", {f"i{n:02d}": "t" for n in range(items)})
-    return split(dataset, Split(kind="leave_one_out"), seed=0)
+    return split_dataset(dataset, Split(kind="leave_one_out"), seed=0)
 
 
 def _request(*items: int) -> Request:
@@ -115,7 +115,7 @@ def test_history_is_cut_to_max_len(model_class: Any) -> None:
 def test_each_step_is_a_target_once(lengths: list[int], longest: int, size: int) -> None:
     users = np.repeat(np.arange(len(lengths)), lengths)
     # Each event has a different item, which identifies its position.
-    events = Log(users=users, items=np.arange(len(users)), times=users * 0.0, user_count=len(lengths))
+    events = InteractionLog(users=users, items=np.arange(len(users)), times=users * 0.0, user_count=len(lengths))
     sequences = neural.training_segments(events, longest)
     assert all(2 <= len(items) <= longest + 1 for items in sequences)
     seen = []
@@ -147,7 +147,7 @@ def _vectors(n: int, items: int, dim: int = 6) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("cells", [100, 1 << 19])
 def test_full_loss_and_gradients_equal_cross_entropy(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neural, "_CELLS", cells)
+    monkeypatch.setattr(neural, "_BLOCK_LOGITS", cells)
     vectors, table, targets = _vectors(11, 30)
     loss, of_vectors, of_table = neural.full_softmax_loss(vectors, table, targets)
     vectors.requires_grad_(True)
@@ -173,13 +173,13 @@ def _warm(popular: list[int]) -> WarmItems:
     ids = tuple(f"i{n:02d}" for n in range(len(popular)))
     catalogue = Catalogue(ids=ids, index={item: index for index, item in enumerate(ids)})
     items = np.repeat(np.arange(len(popular)), popular)
-    return WarmItems.of(Log(users=items * 0, items=items, times=items * 0.0, user_count=1), catalogue)
+    return WarmItems.of(InteractionLog(users=items * 0, items=items, times=items * 0.0, user_count=1), catalogue)
 
 
 def test_sampled_loss_and_gradients_equal_a_sampled_softmax() -> None:
     vectors, table, targets = _vectors(9, 12)
     popular = [5, 1, 1, 2, 9, 1, 3, 1, 1, 4, 1, 2]
-    loss, of_vectors, of_table = neural._Sampled(_warm(popular), 7, seed=4)(vectors, table, targets)
+    loss, of_vectors, of_table = neural._SampledSoftmaxLoss(_warm(popular), 7, seed=4)(vectors, table, targets)
     probabilities = np.array(popular) / sum(popular)
     drawn = np.random.default_rng([4, 1]).choice(12, size=7, p=probabilities)
     vectors.requires_grad_(True)

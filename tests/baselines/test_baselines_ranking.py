@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmrec.baselines import knn
-from llmrec.baselines.base import TOP, filled, recency_weights
+from llmrec.baselines.base import MAX_RANKED_ITEMS, break_ties_by_popularity, recency_weights
 from llmrec.baselines.ease import EASE
 from llmrec.baselines.knn import ItemKNN, RP3Beta
 from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
@@ -25,7 +25,7 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.ranking import TargetRank, target_rank
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Predictor, Ranking, Request
 from tests.baselines.trained import all_trained, make_dataset, request
@@ -80,7 +80,7 @@ LETTERS = {"u1": list("abcd"), "u2": list("abd"), "u3": list("bca"), "u4": list(
 )
 def test_rejects_options_out_of_range(name: str, options: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(options))):
-        lookup(BASELINES, name, "baseline").Config(**options)
+        import_component(BASELINES, name, "baseline").Config(**options)
 
 
 def test_catalogue_ranking_is_cut_after_the_tied_block() -> None:
@@ -89,14 +89,14 @@ def test_catalogue_ranking_is_cut_after_the_tied_block() -> None:
     model = Popularity()
     model.fit(_trained(many, catalogue))
     answer = _ask(model, "", None)
-    assert len(answer.items) == TOP and answer.items[:2] == ("i149", "i148")
+    assert len(answer.items) == MAX_RANKED_ITEMS and answer.items[:2] == ("i149", "i148")
     few = Popularity()
     few.fit(_trained({"u": ["i0", "i1"]}, catalogue))
     # Two items have a count; rank 100 is among the 298 items without one, which are not split.
     assert len(_ask(few, "", None).items) == 300
     random = Random()
     random.fit(_trained(many, catalogue))
-    assert len(_ask(random, "", None).items) == TOP
+    assert len(_ask(random, "", None).items) == MAX_RANKED_ITEMS
 
 
 @pytest.mark.parametrize(("candidates", "ndcg_at_10", "hr_at_10"), [(20, 0.2272, 0.5), (7, 0.5197, 1.0)])
@@ -125,7 +125,7 @@ def test_random_over_a_catalogue_is_exact_with_a_cut_list() -> None:
     requests = [Request(id=f"r{n}", user_id="u", history=history) for n in range(200)]
     answers = [answer for answer in model.answer(requests) if isinstance(answer, Ranking)]
     for answer in answers:
-        assert len(set(answer.items)) == TOP and not set(answer.items) & set(catalogue[:50])
+        assert len(set(answer.items)) == MAX_RANKED_ITEMS and not set(answer.items) & set(catalogue[:50])
         for target in ("i050", "i399"):
             assert target_rank(answer, target, 400) == TargetRank(greater=0, tied=350, missing=False)
     # The items of a list are random: each of 350 is in 200 * 100 / 350 = 57 lists on average, deviation 6.4.
@@ -287,7 +287,7 @@ def test_filler_keeps_the_order_up_to_1e8_interactions(least: float, more: float
     popular = np.array([0.0, 0.0, *sorted({*counts, 10**8 - 1, 10**8})])
     scores = np.zeros((2, len(popular)))
     scores[0, :2] = least, least * more
-    scored, unscored = filled(scores, popular)
+    scored, unscored = break_ties_by_popularity(scores, popular)
     assert scored[2:].max() < scored[0] <= scored[1]
     for row in (scored, unscored):
         assert (np.diff(row[2:]) > 0).all()
@@ -350,8 +350,8 @@ def test_dense_and_sparse_scores_are_equal(kind: Any, monkeypatch: pytest.Monkey
         small = tuned.scores(requests)
         for block in (1, 7):
             with monkeypatch.context() as patched:
-                patched.setattr(knn, "_DENSE", 1)
-                patched.setattr(knn, "_BLOCK", block)
+                patched.setattr(knn, "_MAX_DENSE_ITEMS", 1)
+                patched.setattr(knn, "_BLOCK_ITEMS", block)
                 large = tuned.scores(requests)
                 # Exactly: the sums of a request do not depend on the other requests.
                 assert np.array_equal(np.concatenate([tuned.scores([request]) for request in requests]), large)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
 from llmrec.baselines.popular import RecentPopularity
-from llmrec.baselines.tune import fitted, points, tune
-from llmrec.baselines.validation import drawn, mean_ndcgs, ranking_cases, rating_cases
+from llmrec.baselines.tune import fit_baseline, grid_combinations, tune
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases, sampling_keys
 from llmrec.data.dataset import Review
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.metrics.ranking import ndcg
@@ -38,7 +38,7 @@ def _data(kind: str = "leave_one_out", seed: int = 0) -> SplitDataset:
     first = {row[:2]: row for row in reversed(rows)}
     rows = [row for row in rows if first[row[:2]] is row]
     dataset = make_dataset(rows, "rating timestamp", [f"i{n:02d}" for n in range(25)], rating_scale=(1.0, 5.0))
-    return split(dataset, Split(kind=kind, valid=0.2, test=0.2), seed=1)  # type: ignore[arg-type]
+    return split_dataset(dataset, Split(kind=kind, valid=0.2, test=0.2), seed=1)  # type: ignore[arg-type]
 
 
 # A few grid points for each model.
@@ -70,7 +70,7 @@ def test_tuning_ignores_the_test_split(name: str) -> None:
 def test_chooses_the_best_grid_point(kind: str) -> None:
     data = _data(kind)
     result = tune("recent-popularity", data, seed=0)
-    assert [dict(trial.parameters) for trial in result.trials] == points(RecentPopularity.GRID)
+    assert [dict(trial.parameters) for trial in result.trials] == grid_combinations(RecentPopularity.GRID)
     assert result.metric == "NDCG@10"
     values = [trial.values["excluded"] for trial in result.trials]
     assert max(values) > min(values)
@@ -84,7 +84,7 @@ def test_chooses_the_best_grid_point(kind: str) -> None:
 def test_rating_baselines_are_tuned_by_rmse() -> None:
     grid = {"factors": (2, 5), "penalty": (0.05, 0.15)}
     result = tune("mf", _data(), seed=0, tables=("rating",), grid=grid)
-    assert result.metric == "RMSE" and [dict(trial.parameters) for trial in result.trials] == points(grid)
+    assert result.metric == "RMSE" and [dict(trial.parameters) for trial in result.trials] == grid_combinations(grid)
     values = {trial.values["rating"] for trial in result.trials}
     assert {t.values["rating"] for t in result.trials if t.parameters == result.parameters} == {min(values)}
 
@@ -93,7 +93,7 @@ def test_first_of_equal_points_wins() -> None:
     result = tune("item-knn", _data(), seed=0, grid={"history": (20, 30), "decay": (1.0,)})
     assert len(result.trials) == 2 and result.trials[0].values == result.trials[1].values
     assert result.parameters is result.trials[0].parameters
-    assert points({}) == [{}] and tune("popularity", _data(), seed=0).parameters == {}
+    assert grid_combinations({}) == [{}] and tune("popularity", _data(), seed=0).parameters == {}
 
 
 def test_rejects_what_cannot_be_tuned() -> None:
@@ -112,7 +112,7 @@ def test_rating_and_ranking_samples_have_the_same_users() -> None:
     data = _data()
     few = {case.request.id for case in rating_cases(data, 5)}
     assert len(few) == 5 and few == {case.request.id for case in ranking_cases(data, 5)}
-    turned = replace(data, drawn=(np.uint64(2**64 - 1) - drawn(data)))
+    turned = replace(data, drawn=(np.uint64(2**64 - 1) - sampling_keys(data)))
     assert {case.request.id for case in rating_cases(turned, 5)} == {c.request.id for c in ranking_cases(turned, 5)}
     assert few != {case.request.id for case in rating_cases(turned, 5)}
 
@@ -215,6 +215,6 @@ def test_baseline_limits_its_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equal_fit_options_reuse_the_fit() -> None:
     data = _data()
-    first = fitted("ease", {"penalty": 10.0}, data, seed=0)
-    assert fitted("ease", {"penalty": 10.0}, data, seed=0, like=[first])._model is first._model
-    assert fitted("ease", {"penalty": 20.0}, data, seed=0, like=[first])._model is not first._model
+    first = fit_baseline("ease", {"penalty": 10.0}, data, seed=0)
+    assert fit_baseline("ease", {"penalty": 10.0}, data, seed=0, like=[first])._model is first._model
+    assert fit_baseline("ease", {"penalty": 20.0}, data, seed=0, like=[first])._model is not first._model

@@ -14,7 +14,7 @@ import pytest
 import llmrec
 from llmrec.answer.opening import prediction_family
 from llmrec.errors import DataError, RecipeError
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 from llmrec.types import Request, Text
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -47,7 +47,7 @@ def parameters(name: str, llama_folder: Path) -> dict[str, Any]:
     """Return parameters that keep the fit short."""
     if (needs := BASELINES[name].needs) and find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed")
-    fields = lookup(BASELINES, name, "baseline").Config.model_fields
+    fields = import_component(BASELINES, name, "baseline").Config.model_fields
     encoder = str(llama_folder) if name == "state-tower" else tiny_encoder()
     settings = {**SHORT, "encoder": encoder, "model": str(llama_folder), "joint": 1}
     return {key: value for key, value in settings.items() if key in fields}
@@ -55,7 +55,7 @@ def parameters(name: str, llama_folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_baseline_is_an_estimator(name: str, parameters: dict[str, Any]) -> None:
-    kind = lookup(BASELINES, name, "baseline")
+    kind = import_component(BASELINES, name, "baseline")
     model = kind(**parameters, seed=3)
     assert model.get_params() == {**dict(kind().config), **parameters, "seed": 3}
     assert list(inspect.signature(kind).parameters) == list(model.get_params())

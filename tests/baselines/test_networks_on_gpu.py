@@ -52,11 +52,11 @@ def test_rq_vae_on_gpu_equals_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
     section = RQVAEIndex(hidden=(10,), dim=4, epochs=3, batch=32)
     # More codewords than vectors use, so that some are reset.
-    expected = semantic.fit(x, section, 2, 30, quiet=True)
+    expected = semantic.fit_rqvae(x, section, 2, 30, quiet=True)
     monkeypatch.setattr(semantic, "has_cuda", lambda: True)
     with fake_cuda():
-        result = semantic.fit(x, section, 2, 30, quiet=True)
-        kept = semantic.fit(x, section.model_copy(update={"device": "cpu"}), 2, 30, quiet=True)
+        result = semantic.fit_rqvae(x, section, 2, 30, quiet=True)
+        kept = semantic.fit_rqvae(x, section.model_copy(update={"device": "cpu"}), 2, 30, quiet=True)
     assert np.allclose(result.codebooks, expected.codebooks, atol=1e-4)
     assert np.array_equal(kept.codebooks, expected.codebooks)
     assert result.error == pytest.approx(expected.error, abs=1e-4)
@@ -71,4 +71,4 @@ def test_rejects_unusable_gpu(available: bool, monkeypatch: pytest.MonkeyPatch) 
         scores(SASRec, "cuda")
     x = np.zeros((4, 2), dtype=np.float32)
     with raises(RecipeError, Facts("unsupported", column="index.semantic.rqvae.device")):
-        semantic.fit(x, RQVAEIndex(device="cuda"), 2, 2)
+        semantic.fit_rqvae(x, RQVAEIndex(device="cuda"), 2, 2)

@@ -10,7 +10,7 @@ from scipy import sparse
 
 from llmrec.baselines.base import Catalogue
 from llmrec.baselines.neural import info_nce
-from llmrec.baselines.pairs import Pairs, TransitionsTuned
+from llmrec.baselines.pairs import ItemPairs, TransitionsTuned
 from llmrec.baselines.transitions import TransitionCounts, TransitionsText
 from llmrec.errors import RecipeError
 from tests.baselines.ring import TOPICS, ring
@@ -37,7 +37,7 @@ def test_pairs_are_weighted_and_exclude_known_negatives() -> None:
     gaps = (np.array([[0, 2, 0], [0, 1, 1], [0, 0, 0]]), np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0]]))
     catalogue = Catalogue(ids=("a", "b", "c"), index={"a": 0, "b": 1, "c": 2})
     steps = TransitionCounts(catalogue, tuple(sparse.csr_array(gap) for gap in gaps), np.array([2.0, 3.0, 1.0]))
-    pairs = Pairs.of(steps, apart=2, nearby=0.5)
+    pairs = ItemPairs.of(steps, apart=2, nearby=0.5)
     weights = {(int(a), int(b)): float(w) for a, b, w in zip(pairs.first, pairs.then, pairs.weights, strict=True)}
     assert weights == pytest.approx({(0, 1): 2.5 / 4, (0, 2): 0.5 / 4, (1, 2): 1 / 4})
     negatives = pairs.unknown(np.array([0, 1, 0]), np.array([1, 2, 2]))

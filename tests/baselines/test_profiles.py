@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.baselines.base import Log
+from llmrec.baselines.base import InteractionLog
 from llmrec.baselines.gru4rec import GRU4Rec
 from llmrec.baselines.neural import training_segments
 from llmrec.baselines.sasrec import SASRec
@@ -80,7 +80,9 @@ def test_each_piece_starts_with_its_user(longest: int) -> None:
     sizes = [1, 3, 7]
     items = np.arange(sum(sizes), dtype=np.int32)
     users = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
-    pieces = training_segments(Log(users, items, np.zeros(len(items)), len(sizes)), longest, np.array([100, 101, 102]))
+    pieces = training_segments(
+        InteractionLog(users, items, np.zeros(len(items)), len(sizes)), longest, np.array([100, 101, 102])
+    )
     assert all(100 <= piece[0] < 103 and (piece[1:] < 100).all() and len(piece) <= longest + 2 for piece in pieces)
     assert {int(item) for piece in pieces for item in piece[1:]} == set(items.tolist())
     assert all((users[piece[1:]] == piece[0] - 100).all() for piece in pieces)

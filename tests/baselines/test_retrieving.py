@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.knn import ItemKNN
-from llmrec.baselines.retrieve import RetrievedCandidates, candidate_recall, retrieve
+from llmrec.baselines.retrieve import RetrievedCandidates, candidate_recall, retrieve_candidates
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.ensembles.rankers import CatalogueEnsemble
@@ -34,7 +34,7 @@ SECTION = CandidateSection(kind="retrieved", retriever="item-knn", count=8)
 
 @pytest.fixture(scope="module")
 def sets() -> CandidateSets:
-    return retrieve(DATA, "test", SECTION, seed=0)
+    return retrieve_candidates(DATA, "test", SECTION, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def test_retrieves_the_best_items_without_the_history(sets: CandidateSets) -> No
     # The order of candidates does not reveal the retriever's order.
     counts = np.bincount(positions, minlength=8)
     assert counts.max() < len(positions) / 2 and (counts > 0).sum() >= 6
-    assert retrieve(DATA, "test", SECTION, seed=0).digest == sets.digest
-    assert retrieve(DATA, "test", SECTION, seed=1).digest != sets.digest
+    assert retrieve_candidates(DATA, "test", SECTION, seed=0).digest == sets.digest
+    assert retrieve_candidates(DATA, "test", SECTION, seed=1).digest != sets.digest
 
 
 def test_lists_of_some_users_equal_those_of_all(sets: CandidateSets) -> None:
     users = DATA.holdouts("test").first_users(5)
-    some = retrieve(DATA, "test", SECTION, seed=0, users=frozenset(users))
+    some = retrieve_candidates(DATA, "test", SECTION, seed=0, users=frozenset(users))
     assert some.sets == {name: items for name, items in sets.sets.items() if name.partition("|")[0] in users}
     assert len(some.sets) >= 5 < len(sets.sets)
 
@@ -143,10 +143,13 @@ def test_training_rows_have_retrieved_candidates(lists: RetrievedCandidates) -> 
 
 
 def test_equal_scores_are_drawn_at_random() -> None:
-    sets = retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0)
+    sets = retrieve_candidates(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0)
     drawn_items = {item for items in sets.sets.values() for item in items}
     assert len(drawn_items) == len(DATA.dataset.items)
-    assert retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0) == sets
+    assert (
+        retrieve_candidates(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0)
+        == sets
+    )
 
 
 def test_ceiling_counts_targets_among_their_candidates(sets: CandidateSets) -> None:
@@ -160,7 +163,7 @@ def test_ceiling_counts_targets_among_their_candidates(sets: CandidateSets) -> N
 
 def test_rejects_contradicting_options() -> None:
     with raises(RecipeError, Facts("unknown-name", column="eval.candidates.retriever", says="item-knn")):
-        retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="item-kn"), seed=0)
+        retrieve_candidates(DATA, "test", CandidateSection(kind="retrieved", retriever="item-kn"), seed=0)
     for options in ({"kind": "retrieved"}, {"kind": "uniform", "retriever": "item-knn"}):
         with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
             CandidateSection.model_validate(options)
@@ -179,7 +182,7 @@ def test_fusion_retrieves_its_best_items() -> None:
     assert isinstance(model, CatalogueEnsemble) and users is None
     # Neither the random baseline nor one with early stopping is a member.
     assert model.names == ("popularity", "item-knn", "markov-1", "transitions")
-    sets = retrieve(MANY, "test", FUSED_SECTION, seed=0, finder=FUSION)
+    sets = retrieve_candidates(MANY, "test", FUSED_SECTION, seed=0, finder=FUSION)
     assert sets.kind == "retrieved-fusion"
     for held in MANY.holdouts("test")[:20]:
         request = Request(id="r", user_id=held.user_id, history=MANY.history(held.user_id, "test"))

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from llmrec.baselines.tune import SMALL, parameters_at_grid_edge, points, search_grid, search_values
+from llmrec.baselines.tune import (
+    SMALL_GRID_SIZE,
+    grid_combinations,
+    parameters_at_grid_edge,
+    search_grid,
+    search_values,
+)
 from llmrec.recipe.schema import Section
 
 LADDER = tuple(range(12))
@@ -37,7 +43,10 @@ def test_small_grid_is_searched_completely() -> None:
     grid = {"a": (1, 2, 3), "b": ("x", "y")}
     objective = _Objective(t=lambda point: 0.0)
     search_grid(grid, {"a": 1, "b": "x"}, ["t"], objective)
-    assert list(objective.seen) == [str(point) for point in points(grid)] and len(objective.seen) <= SMALL
+    assert (
+        list(objective.seen) == [str(point) for point in grid_combinations(grid)]
+        and len(objective.seen) <= SMALL_GRID_SIZE
+    )
 
 
 @given(peak=st.tuples(st.sampled_from(LADDER), st.sampled_from(LADDER), st.sampled_from("xyz")), start=st.data())

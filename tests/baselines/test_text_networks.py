@@ -14,8 +14,8 @@ from llmrec.baselines.llm_sequence import LLMSequence
 from llmrec.baselines.sasrec_text import SASRecText
 from llmrec.data.split import SplitDataset
 from llmrec.errors import ModelError
-from llmrec.models.first_layers import first_layers
-from llmrec.models.load import BUNDLE
+from llmrec.models.first_layers import load_first_layers
+from llmrec.models.load import BUNDLE_FILE
 from llmrec.models.text_encoder import TUNING_RECORD_FILE
 from tests.baselines.test_baselines_neural import _request, _ring, _tests
 from tests.encoders import tiny_encoder
@@ -79,15 +79,15 @@ def test_ablations_change_the_scores(data: SplitDataset, llama_folder: Path, cha
 
 
 def test_first_layers_keep_their_weights(llama_folder: Path) -> None:
-    layers, folder = first_layers(str(llama_folder), 1, column="model")
-    complete, _ = first_layers(str(llama_folder), None, column="model")
+    layers, folder = load_first_layers(str(llama_folder), 1, column="model")
+    complete, _ = load_first_layers(str(llama_folder), None, column="model")
     assert len(layers.layers) == 1 and len(complete.layers) == 2 and folder == str(llama_folder)
     for one, two in zip(layers.layers[0].parameters(), complete.layers[0].parameters(), strict=True):
         assert torch.equal(one, two)
 
 
 def test_rejects_unusable_models(data: SplitDataset, llama_folder: Path, tmp_path: Path) -> None:
-    for record in (BUNDLE, TUNING_RECORD_FILE):
+    for record in (BUNDLE_FILE, TUNING_RECORD_FILE):
         tuned = shutil.copytree(llama_folder, tmp_path / record)
         (tuned / record).write_text("{}", encoding="utf-8")
         with raises(ModelError, Facts("leak", tuned, column="model", says="base model")):

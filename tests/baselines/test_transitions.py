@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmrec.baselines.content import Content
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
-from llmrec.baselines.transitions import Transitions, TransitionsText, nearest
+from llmrec.baselines.transitions import Transitions, TransitionsText, nearest_neighbour_similarities
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from tests.baselines.trained import all_trained, make_dataset, request
@@ -99,9 +99,9 @@ def test_onward_weight_raises_similar_next_items() -> None:
 
 def test_nearest_neighbours() -> None:
     vectors = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]])
-    neighbours = nearest(vectors, 2).toarray()
+    neighbours = nearest_neighbour_similarities(vectors, 2).toarray()
     assert neighbours[0].tolist() == [0.0, 0.8, 0.0, 0.0] and np.allclose(neighbours[2], [0.0, 0.6, 0.0, 0.0])
-    assert (np.diag(neighbours) == 0).all() and nearest(vectors[:1], 5).shape == (1, 1)
+    assert (np.diag(neighbours) == 0).all() and nearest_neighbour_similarities(vectors[:1], 5).shape == (1, 1)
 
 
 def test_lsa_is_deterministic_and_groups_similar_texts() -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmrec.bench.pages import benchmark_pages, result_of
+from llmrec.bench.pages import benchmark_pages, parse_benchmark_result
 from llmrec.bench.records import BenchmarkResult
 from llmrec.bench.references import Reference
 
@@ -116,5 +116,5 @@ def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
 
 def page_of(content: dict[str, Any] | BenchmarkResult, references: Mapping[str, Reference] | None = None) -> str:
     """Return the page of a suite's result."""
-    result = content if isinstance(content, BenchmarkResult) else result_of(content)
+    result = content if isinstance(content, BenchmarkResult) else parse_benchmark_result(content)
     return benchmark_pages(result, references or {})[f"{result.benchmark}.md"]

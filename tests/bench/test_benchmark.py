@@ -11,16 +11,16 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.bench.engine import FinishedBenchmark, compared
+from llmrec.bench.engine import FinishedBenchmark, compare_models
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.pages import benchmark_pages
-from llmrec.bench.recipes import VariantRow, _add, combined, points, recipe_of
+from llmrec.bench.recipes import VariantRow, _add_row, combine_rows, iterate_variants, load_variant_recipe
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
 from llmrec.bench.run import check_page, run_benchmark
 from llmrec.errors import RecipeError
-from llmrec.evaluate.compare import compare
-from llmrec.metrics.significance import holm
-from llmrec.recipe.load import kind_of_page, load_benchmark
+from llmrec.evaluate.compare import compare_values
+from llmrec.metrics.significance import holm_p_values
+from llmrec.recipe.load import detect_page_kind, load_benchmark
 from llmrec.resources import resource
 from llmrec.results import Cost, Figure, Metric, Row
 from tests.facts import Facts, raises
@@ -72,8 +72,8 @@ def ran(folder: Path) -> tuple[list[str], FinishedBenchmark]:
 def test_grid_has_every_combination_and_seed(tmp_path: Path) -> None:
     grid = "  - {name: few-shot, grid: {eval.shots.k: [1, 2], eval.shots.choice: [random, recent]}}\n"
     page = write(tmp_path, "  - {name: zero-shot}\n" + grid + "  - {name: tuned, seeds: [3, 4]}\n")
-    assert kind_of_page(page) == "benchmark"
-    found = list(points(load_benchmark(page)))
+    assert detect_page_kind(page) == "benchmark"
+    found = list(iterate_variants(load_benchmark(page)))
     assert [point.label for point in found] == [
         "zero-shot",
         *(f"few-shot, k={k}, choice={choice}" for k in (1, 2) for choice in ("random", "recent")),
@@ -108,7 +108,9 @@ def test_table_has_every_run_with_its_cost(folder: Path, ran: tuple[list[str], F
     )
     assert not any({"p", "verdict"} & set(entry) for entry in against)
     tested = results["pairs"]
-    assert [one["p"] for one in tested] == holm([one["p_raw"] for one in tested])  # one family across both tables
+    assert [one["p"] for one in tested] == holm_p_values(
+        [one["p_raw"] for one in tested]
+    )  # one family across both tables
     assert all((one["low"] <= 0 <= one["high"]) == (one["p"] > 0.05) for one in tested)
     assert all("2 planned comparisons" in each["detectable"] for each in (table, rating))
     text = files["page"].read_text(encoding="utf-8")
@@ -182,14 +184,14 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
         ("direct", "NDCG@10", "", None), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"], ["a", "b"],
     )  # fmt: skip
-    (added,) = combined([line], 100).rows
+    (added,) = combine_rows([line], 100).rows
     found = added.row.tables["direct"]
     assert found.metrics["NDCG@10"].value == pytest.approx(0.3)
     assert found.metrics["NDCG@10"].sd == pytest.approx(0.1 * 2**0.5)
     assert "signature" not in found.metrics["NDCG@10"].as_json()
     assert added.row.seeds == 2 and found.tokens_per_request == 5
     values = added.samples["direct"].values
-    assert compare("NDCG@10", values, np.array([0.0, 0.2]), line.users, resamples=9, seed=0).value == (
+    assert compare_values("NDCG@10", values, np.array([0.0, 0.2]), line.users, resamples=9, seed=0).value == (
         pytest.approx(0.2)
     )
 
@@ -210,7 +212,7 @@ def test_rejects_unknown_model_of_a_pair_before_the_first_run(tmp_path: Path, na
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in sorted(resource("eval/suites").glob("*.yaml")) if kind_of_page(page) == "benchmark"],
+    [page for page in sorted(resource("eval/suites").glob("*.yaml")) if detect_page_kind(page) == "benchmark"],
     ids=lambda page: page.stem,
 )
 def test_committed_benchmarks_are_valid(page: Path) -> None:
@@ -233,16 +235,16 @@ def test_undefined_value_is_in_the_table(tmp_path: Path) -> None:
 
 def test_rejects_seeds_with_different_requests() -> None:
     lines: dict[Any, VariantRow] = {}
-    _add(lines, VariantRow(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
+    _add_row(lines, VariantRow(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
     with raises(RecipeError, Facts("mismatch", says="eval.users")):
-        _add(lines, VariantRow(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
+        _add_row(lines, VariantRow(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
 
 
 def test_baselines_with_different_answers_are_separate_rows() -> None:
     lines: dict[Any, VariantRow] = {}
     for run, value in (("a", 1.0), ("b", 1.0 + 1e-9), ("c", 2.0), ("c", 2.0)):
         values = [{"RMSE": np.array([value])}]
-        _add(
+        _add_row(
             lines,
             VariantRow(("rating", "RMSE", "", None), "fusion", "", run, values=values, users=["u"], requests=["u|1"]),
         )
@@ -259,7 +261,7 @@ def test_comparisons_of_missing_runs_count_in_the_family(tmp_path: Path) -> None
         for name, values in zip("ab", better, strict=True)
     ]
     page = load_benchmark(write(tmp_path, "  - {name: a}\n", 'pairs: [["a", "b"], ["a", "c"], ["b", "c"]]\n'))
-    (early,), (late,) = (compared(page, combined(lines, 100, missing=missing))["pairs"] for missing in (1, 0))
+    (early,), (late,) = (compare_models(page, combine_rows(lines, 100, missing=missing))["pairs"] for missing in (1, 0))
     assert (late.level, early.level) == (0.95, pytest.approx(1 - 0.05 / 3))
     assert late.p == late.p_raw and early.p == pytest.approx(min(1.0, 3 * (early.p_raw or 0.0)))
 
@@ -312,7 +314,9 @@ def test_run_starts_from_the_run_of_its_seed(tmp_path: Path) -> None:
     more += "  - {name: taught, teacher: SFT, seeds: [3], overrides: [train.teacher.share=1]}\n"
     page.write_text(page.read_text(encoding="utf-8") + more, encoding="utf-8")
     benchmark = load_benchmark(page)
-    sections = {point.label: recipe_of(benchmark, point, Path("out")).train for point in points(benchmark)}
+    sections = {
+        point.label: load_variant_recipe(benchmark, point, Path("out")).train for point in iterate_variants(benchmark)
+    }
     starts = {label: train.start for label, train in sections.items() if train.teacher is None}
     assert starts == {"SFT": None, "one": None, "further": "out/SFT-seed4", "from one": "out/one"}
     teacher = sections["taught"].teacher

@@ -14,7 +14,7 @@ from llmrec.bench.runs import compare_runs
 from llmrec.cli.main import app
 from llmrec.errors import DataError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.runs import finished, stored_row
+from llmrec.pipeline.runs import read_finished_results, read_stored_row
 from tests.facts import Facts, raises
 
 RECIPE = """\
@@ -44,12 +44,12 @@ def test_differences_are_paired_by_user(runs: tuple[Path, Path]) -> None:
     assert result.headline == {"sequential": "NDCG@10", "rating": "RMSE"}
     (best,) = (pair for pair in result.differences if pair.best and pair.metric == "NDCG@10")
     pairs = list(zip(runs, (best.a, best.b), strict=True))
-    rows = [stored_row(folder, finished(folder).row(name)) for folder, name in pairs]
+    rows = [read_stored_row(folder, read_finished_results(folder).row(name)) for folder, name in pairs]
     a, b = (row.values["NDCG@10"] for row in rows)
     assert best.value == pytest.approx(float(np.mean(a - b))) and best.users == 12
     assert (best.a_value, best.b_value) == pytest.approx((a.mean(), b.mean()))
     assert best.low <= best.value <= best.high and best.verdict is None and best.p is None
-    assert all(name == finished(folder).standings("sequential")[0].id for folder, name in pairs)
+    assert all(name == read_finished_results(folder).standings("sequential")[0].id for folder, name in pairs)
     same = [pair for pair in result.differences if pair.a == pair.b == "sequential/baseline/popularity"]
     assert {pair.metric for pair in same} >= {"NDCG@10", "HR@10", "MRR"}
     assert {(pair.value, pair.low, pair.high) for pair in same} == {(0, 0, 0)}

@@ -15,8 +15,8 @@ from llmrec.bench import suite as suites
 from llmrec.bench.models import Models
 from llmrec.bench.run import run_benchmark
 from llmrec.data.split import SplitDataset
-from llmrec.evaluate.lists import ListMetricData, cold_figures
-from llmrec.metrics.significance import holm
+from llmrec.evaluate.lists import ListMetricData, cold_target_figures
+from llmrec.metrics.significance import holm_p_values
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.types import Case, Request
@@ -85,13 +85,13 @@ def test_only_rows_of_a_changed_recipe_are_trained_again(
 ) -> None:
     folder, first = ran
     added: list[str] = []
-    genuine = suites.make_row
+    genuine = suites.evaluate_row
 
     def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
         added.append(row.label)
         return genuine(suite, row, *rest)
 
-    monkeypatch.setattr(suites, "make_row", counted)
+    monkeypatch.setattr(suites, "evaluate_row", counted)
     again = run_benchmark(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
     assert added == [] and again["rows"] == first["rows"]
     rows = [page["rows"][0], page["rows"][1] | {"overrides": ["train.steps=2"]}, page["rows"][2]]
@@ -124,7 +124,9 @@ def test_planned_pairs_and_cold_targets(page: dict[str, Any], ran: tuple[Path, d
         figures = [rows[pair[side]]["tables"][pair["table"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
         assert pair["value"] == pytest.approx(figures[0] - figures[1])
     raw = [pair["p_raw"] for pair in results["pairs"]]
-    assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family of comparisons across both tables
+    assert [pair["p"] for pair in results["pairs"]] == holm_p_values(
+        raw
+    )  # one family of comparisons across both tables
     assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
     assert all("2 planned comparisons" in line for line in (table["detectable"] for table in results["tables"]))
     assert "both − markov-1" in page_of(results)
@@ -139,10 +141,10 @@ def test_planned_pairs_and_cold_targets(page: dict[str, Any], ran: tuple[Path, d
 def test_metrics_of_cold_targets() -> None:
     cases = [Case(request=Request(id=t, user_id=t), truth=t) for t in ("a", "b", "c")]
     background = ListMetricData(items=("a", "b", "c"), counts=np.array([0.0, 2.0, 0.0]), users=2)
-    result = cold_figures(cases, background, {"HR@10": np.array([1.0, 1.0, 0.0])}, ["HR@10"])
+    result = cold_target_figures(cases, background, {"HR@10": np.array([1.0, 1.0, 0.0])}, ["HR@10"])
     assert result == {"n": 2.0, "HR@10": 0.5}
     warm = ListMetricData(items=("a", "b", "c"), counts=np.ones(3), users=2)
-    assert cold_figures(cases, warm, {"HR@10": np.ones(3)}, ["HR@10"]) == {"n": 0.0}
+    assert cold_target_figures(cases, warm, {"HR@10": np.ones(3)}, ["HR@10"]) == {"n": 0.0}
 
 
 def test_items_outside_the_search_have_score_zero(page: dict[str, Any], ran: tuple[Path, dict[str, Any]]) -> None:

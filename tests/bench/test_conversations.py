@@ -16,12 +16,12 @@ import pytest
 from llmrec.answer.opening import open_baselines
 from llmrec.backends.fake import FakeBackend
 from llmrec.bench import conversations
-from llmrec.bench.conversations import TABLE, ConversationData, finished_row, tables_of
-from llmrec.bench.engine import Finished, compared
+from llmrec.bench.conversations import TABLE, ConversationData, conversation_tables, finished_conversation_row
+from llmrec.bench.engine import BenchmarkProgress, compare_models
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.run import run_benchmark
 from llmrec.chat import simulator
-from llmrec.chat.audience import DataUser, data_users, talks
+from llmrec.chat.audience import DataUser, data_user_conversations, data_users
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts as Known
 from llmrec.chat.fit import FitJudge
@@ -32,7 +32,7 @@ from llmrec.chat.tools import Tools
 from llmrec.cli import main as cli
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.comparisons import ChatSuite
-from llmrec.recipe.load import kind_of_page, load_chat, load_recipe
+from llmrec.recipe.load import detect_page_kind, load_chat_suite, load_recipe
 from llmrec.types import Item
 from tests.chat.shelf import MadeLists, items
 from tests.facts import Facts, raises
@@ -86,9 +86,9 @@ def test_suite_has_every_row_and_pair(ran: Path) -> None:
 
 def test_only_changed_rows_are_computed_again(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
-    genuine = conversations.Setting.held
+    genuine = conversations.SharedSetting.held
     monkeypatch.setattr(
-        conversations.Setting, "held", lambda self, row, out: held.append(row.label) or genuine(self, row, out)
+        conversations.SharedSetting, "held", lambda self, row, out: held.append(row.label) or genuine(self, row, out)
     )
     folders = {"out": ran / "out", "results": ran / "eval" / "results"}
     run_benchmark(ChatSuite(**{**PAGE, "pairs": [], "bootstrap": 50}), **folders)
@@ -106,7 +106,7 @@ def test_lists_graded_by_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         opened.append(name)
         yield None if name is None else FitJudge(FakeBackend())
 
-    monkeypatch.setattr(conversations, "grader", grader)
+    monkeypatch.setattr(conversations, "open_grader", grader)
     rows = [{"manager": "rules"}, {"manager": "rules", "ranker": "a model", "users": 3}]
     suite = ChatSuite(**{**PAGE, "rows": rows, "pairs": [["rules, graded by a model", "rules"]]})
     run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "eval" / "results")
@@ -134,7 +134,7 @@ def test_metrics_by_hand() -> None:
         **{**PAGE, "rows": [{"manager": "rules"}, {"manager": "history"}], "pairs": [["rules", "history"]]}
     )
     rules = [talk(0, "a", 1, 1), talk(0, "b", 3, 3), talk(1, "a", None, 3), talk(1, "c", 2, 2)]
-    added = finished_row(page, page.rows[0], rules)
+    added = finished_conversation_row(page, page.rows[0], rules)
     line, held = added.row.tables[TABLE], added.row.dialogues
     assert [line.metrics[f"Hit@5-in-{turns}"].value for turns in (1, 2, 3)] == [0.25, 0.5, 0.75]
     assert held is not None
@@ -142,10 +142,10 @@ def test_metrics_by_hand() -> None:
     assert (held.seconds_a_turn, held.tokens_a_turn) == (round(2 / 9, 4), round(40 / 9, 1))
     assert line.parse_rate == 1 and held.calls == {"rank": 4, "show": 9}
     bad = [rules[0].model_copy(update={"unread": 1}), *rules[1:]]
-    assert finished_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
+    assert finished_conversation_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
     history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
-    rows = [added, finished_row(page, page.rows[1], history)]
-    (pair,) = compared(page, Finished(tables_of(page, rows), rows))["pairs"]
+    rows = [added, finished_conversation_row(page, page.rows[1], history)]
+    (pair,) = compare_models(page, BenchmarkProgress(conversation_tables(page, rows), rows))["pairs"]
     # Only user a has both seeds: one hit compared with none.
     assert (pair.value, pair.n, pair.users) == (0.5, 2, 1)
 
@@ -178,10 +178,10 @@ def test_users_mention_only_known_attributes() -> None:
     facts = Known(known)
     assert facts.years == "year" and facts.numeric == {"year", "price"}
     # Years are the only numbers that users mention (as decades), so they do not mention prices.
-    assert all("price" not in simulator.knowledge_of(facts, name, (), 0).attributes for name in known)
+    assert all("price" not in simulator.sample_user_knowledge(facts, name, (), 0).attributes for name in known)
     talk = Conversation(Tools(facts, MadeLists(known)), RuleManager(), Reader(facts))
     every = [DataUser("u", name, State(), ()) for name in known]
-    lines = [line for _, held in talks(talk, every, 0, 5, ("genres",)) for line in held.lines]
+    lines = [line for _, held in data_user_conversations(talk, every, 0, 5, ("genres",)) for line in held.lines]
     # Users mention neither years nor directors.
     assert not re.search(r"\d|Vale|Quist|Marsh|Okoro", " ".join(lines)) and sum("Sci-Fi" in line for line in lines) > 2
 
@@ -200,9 +200,9 @@ def test_users_mention_only_known_attributes() -> None:
 def test_rejects_wrong_pages(changed: dict[str, Any], facts: Facts, tmp_path: Path) -> None:
     page = tmp_path / "made.yaml"
     page.write_text(json.dumps({**PAGE, **changed}), encoding="utf-8")
-    assert kind_of_page(page) == "chat"
+    assert detect_page_kind(page) == "chat"
     with raises(RecipeError, facts):
-        run_benchmark(load_chat(page), out=tmp_path / "out", results=tmp_path / "results")
+        run_benchmark(load_chat_suite(page), out=tmp_path / "out", results=tmp_path / "results")
 
 
 def test_commands_check_and_eval(
@@ -235,6 +235,6 @@ def test_language_model_as_manager(llama_folder: Path, tmp_path: Path) -> None:
     held = row["dialogues"]
     assert (held["conversations"], row["tables"][TABLE]["parse_rate"]) == (1, 1) and held["tokens_a_turn"] > 100
     assert result["pairs"][0]["n"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
-    before = conversations._model(str(model))
+    before = conversations._model_files(str(model))
     os.utime(model / "config.json", ns=(1, 1))
-    assert conversations._model(str(model)) != before and conversations._model("rules") == []
+    assert conversations._model_files(str(model)) != before and conversations._model_files("rules") == []

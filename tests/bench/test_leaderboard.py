@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from llmrec.bench import leaderboard
-from llmrec.bench.pages import read_results
-from llmrec.bench.references import Reference, load_reference
+from llmrec.bench.pages import read_benchmark_results
+from llmrec.bench.references import Reference, read_reference_file
 from llmrec.errors import DataError, LlmrecError
 from tests.bench.suites import hostile_suite, page_of, sample_reference, sample_suite
 from tests.facts import Facts, raises
@@ -171,25 +171,25 @@ def test_reads_only_suites_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "films.json").write_text(json.dumps(sample_suite()))
     (tmp_path / "a.json").write_text('{"kind": "run"}')
     (tmp_path / "c.json").write_text("[1]")
-    assert [result.benchmark for result in read_results(tmp_path)] == ["films"]
+    assert [result.benchmark for result in read_benchmark_results(tmp_path)] == ["films"]
     # A result names the files of its page, so its name must be that of its own file.
     (tmp_path / "d.json").write_text(json.dumps(sample_suite() | {"benchmark": "../films"}))
     with raises(DataError, Facts("mismatch", "d.json", says="../films")):
-        read_results(tmp_path)
+        read_benchmark_results(tmp_path)
     (tmp_path / "d.json").write_text("{")
     with raises(DataError, Facts("syntax", "d.json", says="`llmrec eval`")):
-        read_results(tmp_path)
+        read_benchmark_results(tmp_path)
 
 
 def test_committed_references_are_valid(tmp_path: Path) -> None:
     pages = sorted((ROOT / "eval" / "references").glob("*.yaml"))
-    assert pages and all(load_reference(page).rows for page in pages)
+    assert pages and all(read_reference_file(page).rows for page in pages)
     (tmp_path / "x.yaml").write_text("reference: [")
     with raises(DataError, Facts("wrong-format", "x.yaml")):
-        load_reference(tmp_path / "x.yaml")
+        read_reference_file(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_bytes(b"\xff")
     with raises(DataError, Facts("wrong-format", "x.yaml")):
-        load_reference(tmp_path / "x.yaml")
+        read_reference_file(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("texts", [SCRIPTS, FORMULAS, MARKDOWN], ids=["scripts", "formulas", "markdown"])
@@ -214,7 +214,7 @@ def _board(
     for suite in suites:
         (results / f"{suite['benchmark']}.json").write_text(json.dumps(suite))
     (tmp_path / "leaderboard.yaml").write_text(json.dumps(settings))
-    pages = leaderboard.pages_for(results, references or {"papers": sample_reference()})
+    pages = leaderboard.leaderboard_pages(results, references or {"papers": sample_reference()})
     return pages["LEADERBOARD.md"], json.loads(pages["leaderboard.json"])
 
 
@@ -317,8 +317,10 @@ def test_column_with_models_of_further_suites(tmp_path: Path) -> None:
     assert lines["Item-kNN"] == ("language model", False) and "| [0.1170](later.md) |" in text
     assert "[0.0130](later.md)" in text  # replaces the result of the column's own suite
     assert "| **0.1560** |" in text  # in no further suite with results
-    board = leaderboard.load_board(tmp_path)
-    assert board is not None and leaderboard.missing(board, read_results(tmp_path / "results")) == []
+    board = leaderboard.read_leaderboard_config(tmp_path)
+    assert (
+        board is not None and leaderboard.undescribed_models(board, read_benchmark_results(tmp_path / "results")) == []
+    )
     later["rows"] = [row for row in later["rows"] if row["name"] == "item-knn"]  # an unfinished run
     _, (table,) = _board(tmp_path, settings, films, later)
     assert [row["cells"][0]["best"] for row in table["rows"] if row["model"] == "Item-kNN"] == [False]
@@ -329,19 +331,23 @@ def test_column_with_models_of_further_suites(tmp_path: Path) -> None:
 def test_missing_descriptions_of_models(tmp_path: Path) -> None:
     settings = {**SETTINGS, "models": {"sasrec": {"title": "SASRec"}}, "left_out": []}
     _board(tmp_path, settings, sample_suite())
-    board = leaderboard.load_board(tmp_path)
+    board = leaderboard.read_leaderboard_config(tmp_path)
     assert board is not None
-    assert leaderboard.missing(board, read_results(tmp_path / "results")) == ["item-knn", "popularity", "random"]
-    assert leaderboard.load_board(tmp_path / "nowhere") is None
+    assert leaderboard.undescribed_models(board, read_benchmark_results(tmp_path / "results")) == [
+        "item-knn",
+        "popularity",
+        "random",
+    ]
+    assert leaderboard.read_leaderboard_config(tmp_path / "nowhere") is None
     (tmp_path / "leaderboard.yaml").write_text("groups: 3")
     with raises(DataError, Facts("wrong-format", "leaderboard.yaml")):
-        leaderboard.load_board(tmp_path)
+        leaderboard.read_leaderboard_config(tmp_path)
 
 
 def test_committed_leaderboard_describes_every_model() -> None:
-    board = leaderboard.load_board(ROOT / "eval")
+    board = leaderboard.read_leaderboard_config(ROOT / "eval")
     assert board is not None
-    assert leaderboard.missing(board, read_results(ROOT / "eval" / "results")) == []
+    assert leaderboard.undescribed_models(board, read_benchmark_results(ROOT / "eval" / "results")) == []
     assert set(board.featured) <= set(board.models) and len(board.featured) <= 10
     page = (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8")
     further = [name for group in board.groups for column in group.columns for name in column.further]
@@ -350,10 +356,10 @@ def test_committed_leaderboard_describes_every_model() -> None:
 
 def test_short_table_has_featured_rows_in_order(tmp_path: Path) -> None:
     _board(tmp_path, SETTINGS | {"featured": ["random", "sasrec"]}, sample_suite())
-    board = leaderboard.load_board(tmp_path)
+    board = leaderboard.read_leaderboard_config(tmp_path)
     assert board is not None
-    (matrix,) = leaderboard.matrices(board, read_results(tmp_path / "results"), {})
-    lines = leaderboard.short_grid(leaderboard.featured(board, matrix), "eval/").splitlines()
+    (matrix,) = leaderboard.leaderboard_tables(board, read_benchmark_results(tmp_path / "results"), {})
+    lines = leaderboard.short_table(leaderboard.featured(board, matrix), "eval/").splitlines()
     assert lines[0] == "| Model | [Films](eval/films.md) | Type |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| SASRec", "| Random"]
 

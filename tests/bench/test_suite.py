@@ -20,16 +20,16 @@ from llmrec.bench.engine import FinishedBenchmark
 from llmrec.bench.models import Models
 from llmrec.bench.references import reference
 from llmrec.bench.run import run_benchmark
-from llmrec.bench.suite import cases_of
+from llmrec.bench.suite import suite_cases
 from llmrec.cli import main as cli
 from llmrec.cli.check import CheckOptions, check
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.ensembles.rankers import CatalogueEnsemble
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
-from llmrec.recipe.load import kind_of_page, load_chat, load_recipe, load_suite
+from llmrec.recipe.load import detect_page_kind, load_chat_suite, load_recipe, load_suite
 from llmrec.registry import BASELINES
 from llmrec.report.wording import DASH
 from llmrec.resources import resource
@@ -102,8 +102,8 @@ def test_limit_of_users_with_several_held_out_interactions() -> None:
     data = {"source": "made-reviews", "split": {"kind": "last_share", "valid": 0.2, "test": 0.4}}
     page = Suite(**PAGE | {"data": data, "users": 3})
     table = load_split(page.data, 0)
-    every = cases_of(Suite(**PAGE | {"data": data}), table)
-    few = cases_of(page, table)
+    every = suite_cases(Suite(**PAGE | {"data": data}), table)
+    few = suite_cases(page, table)
     users = {case.request.user_id for case in few}
     assert len(users) == 3 and len(few) > 3
     assert [case.request.id for case in few] == [case.request.id for case in every if case.request.user_id in users]
@@ -145,10 +145,10 @@ def test_min_history_excludes_users() -> None:
     lengths = [len(data.history(held.user_id, "test")) for held in data.holdouts("test")]
     assert 0 in lengths
     for least in (0, 1):
-        cases = cases_of(Suite(**page, min_history=least), data)
+        cases = suite_cases(Suite(**page, min_history=least), data)
         assert len(cases) == sum(length >= least for length in lengths)
     with raises(RecipeError, Facts("too-few", column="min_history")):
-        cases_of(Suite(**page, min_history=10_000), data)
+        suite_cases(Suite(**page, min_history=10_000), data)
 
 
 def test_resume_keeps_finished_grid_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,13 +379,13 @@ def test_only_changed_rows_are_computed_again(
 ) -> None:
     folder, first = ran
     added: list[str] = []
-    genuine = suites.make_row
+    genuine = suites.evaluate_row
 
     def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
         added.append(row.baseline)
         return genuine(suite, row, *rest)
 
-    monkeypatch.setattr(suites, "make_row", counted)
+    monkeypatch.setattr(suites, "evaluate_row", counted)
     caplog.set_level("INFO")
     again = _again(folder)
     assert added == [] and again.results.rows == first.results.rows and "other settings" not in caplog.text
@@ -505,13 +505,13 @@ def test_command_writes_results_and_page(
 
 
 PAGES = sorted(resource("eval", "suites").glob("*.yaml"))
-SUITES = [page for page in PAGES if kind_of_page(page) == "suite"]
-TALKS = [page for page in PAGES if kind_of_page(page) == "chat"]
+SUITES = [page for page in PAGES if detect_page_kind(page) == "suite"]
+TALKS = [page for page in PAGES if detect_page_kind(page) == "chat"]
 
 
 @pytest.mark.parametrize("page", TALKS, ids=lambda page: page.stem)
 def test_committed_conversation_suites_are_valid(page: Path) -> None:
-    talks = load_chat(page)
+    talks = load_chat_suite(page)
     assert talks.chat == page.stem and load_recipe(talks.recipe, talks.overrides).tasks.present()
     assert {"history", "rules"} <= {row.manager for row in talks.rows} and talks.recommender in BASELINES
 
@@ -534,7 +534,7 @@ def test_committed_suites_are_valid(page: Path) -> None:
 @pytest.mark.parametrize("name", ["beauty", "toys"])
 def test_sequences_equal_those_of_the_published_results(name: str) -> None:
     suite = load_suite(str(resource("eval", "suites") / f"{name}.yaml"))
-    data = split(load(suite.data, seed=0), suite.data.split, seed=0)
+    data = split_dataset(load_data(suite.data, seed=0), suite.data.split, seed=0)
     counts = reference(f"amazon14-{name}").counts
     assert len(data.dataset.items) == counts["items"]
     assert data.dataset.interactions["user_id"].n_unique() == counts["users"]

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from llmrec.answer.known import read_known_entities
 from llmrec.chat import leading, transcripts
 from llmrec.chat.calls import Show
-from llmrec.chat.fit import PHRASES
-from llmrec.chat.options import MOST, ChatOptions
-from llmrec.chat.run import chat
+from llmrec.chat.fit import GRADE_PHRASES
+from llmrec.chat.options import MAX_LIST_LENGTH, ChatOptions
+from llmrec.chat.run import run_chat
 from llmrec.cli.main import app
 from llmrec.errors import DataError
 from tests.answer.rank_cases import toy_run
@@ -38,17 +38,17 @@ def test_conversation_is_saved_and_replayed(
     file = tmp_path / "talk.jsonl"
     monkeypatch.setattr("sys.stdin", io.StringIO("surprise me please\nmore\nwhy the first?\nbye\n\nnot read\n"))
     options = ChatOptions(model=str(run), models=("item-knn",), save=file, calls=True)
-    assert chat(options) == 0
+    assert run_chat(options) == 0
     turns = [json.loads(line) for line in file.read_text().splitlines()]
     assert [turn["user"] for turn in turns] == ["surprise me please", "more", "why the first?", "bye"]
     output = capsys.readouterr().out
     assert all(turn["text"] in output for turn in turns) and '"tool": "show"' in output
     assert len(turns[0]["items"]) == 5 and not set(turns[0]["items"]) & set(turns[1]["items"])
     again = ChatOptions(model=str(run), models=("item-knn",), replay=file)
-    assert chat(again) == 0
+    assert run_chat(again) == 0
     turns[1]["items"] = turns[0]["items"]
     file.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
-    assert chat(again) == 1 and "1 with different output" in capsys.readouterr().out
+    assert run_chat(again) == 1 and "1 with different output" in capsys.readouterr().out
 
 
 def test_learns_from_simulated_users(
@@ -56,15 +56,15 @@ def test_learns_from_simulated_users(
 ) -> None:
     file, folder = tmp_path / "talks.jsonl", tmp_path / "dual"
     options = ChatOptions(model=str(run), models=("popularity",), encoder=tiny_encoder())
-    assert chat(replace(options, simulate=20, save=file, learn=folder)) == 0
+    assert run_chat(replace(options, simulate=20, save=file, learn=folder)) == 0
     turns = transcripts.read(file)
     assert sum(turn.user is None for turn in turns) == 20 and "20 conversations" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
-    assert chat(replace(options, encoder=str(folder))) == 0
+    assert run_chat(replace(options, encoder=str(folder))) == 0
     with raises(DataError, Facts("missing-key", column="--learn")):
-        chat(replace(options, learn=folder))
+        run_chat(replace(options, learn=folder))
     with raises(DataError, Facts("contradiction", column="--simulate")):
-        chat(replace(options, simulate=2, replay=file))
+        run_chat(replace(options, simulate=2, replay=file))
 
 
 def test_tunes_a_manager(
@@ -72,7 +72,7 @@ def test_tunes_a_manager(
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(leading, "_EVALUATED", 2)
+    monkeypatch.setattr(leading, "_EVALUATED_CALLS", 2)
     page = tmp_path / "manager.yaml"
     page.write_text(
         "name: tuned\ndata: {source: made-reviews}\ntasks: {sequential: {}}\neval: {arms: []}\n"
@@ -82,20 +82,20 @@ def test_tunes_a_manager(
     )
     options = ChatOptions(model=str(run), models=("popularity",), dtype="float32")
     file = tmp_path / "talks.jsonl"
-    assert chat(replace(options, simulate=20, tune=page, save=file)) == 0
+    assert run_chat(replace(options, simulate=20, tune=page, save=file)) == 0
     output = capsys.readouterr().out
     assert "tuned, held out: " in output and "usual, in other words: " in output and "--manager runs/tuned" in output
     first, last = (float(each) for each in output.partition("held-out loss ")[2].splitlines()[0].split(", "))
     assert last < first - 0.2
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
-    assert chat(replace(options, manager="runs/tuned")) == 0 and leading.tuning.manager_weights("runs/tuned")[1]
+    assert run_chat(replace(options, manager="runs/tuned")) == 0 and leading.tuning.manager_weights("runs/tuned")[1]
     # Tuning also accepts a transcript, but this one is too short.
     transcripts.write(file, transcripts.read(file)[:9])
     with raises(DataError, Facts("too-few", column="--tune")):
-        chat(replace(options, replay=file, tune=page))
+        run_chat(replace(options, replay=file, tune=page))
     for more, kind in (({}, "missing-key"), ({"simulate": 20, "manager": "runs/tuned"}, "contradiction")):
         with raises(DataError, Facts(kind, column="--tune")):
-            chat(replace(options, tune=page, **more))
+            run_chat(replace(options, tune=page, **more))
 
 
 def test_language_model_grades_lists(
@@ -103,14 +103,14 @@ def test_language_model_grades_lists(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\nwhy the first?\n"))
     chosen = ChatOptions(model=str(run), models=("popularity",), ranker=str(llama_folder), dtype="float32", calls=True)
-    assert chat(chosen) == 0
+    assert run_chat(chosen) == 0
     output = capsys.readouterr().out
-    assert any(f"A language model calls it: {phrase}." in output for phrase in PHRASES)
+    assert any(f"A language model calls it: {phrase}." in output for phrase in GRADE_PHRASES)
 
 
 def test_model_without_items_is_refused(llama_folder: Path) -> None:
     with raises(DataError, Facts("empty", column="--items")):
-        chat(ChatOptions(model=str(llama_folder)))
+        run_chat(ChatOptions(model=str(llama_folder)))
 
 
 @pytest.mark.parametrize("more", [{"replay": True}, {}], ids=["beside --replay", "over another file"])
@@ -119,7 +119,7 @@ def test_transcript_does_not_overwrite_files(more: dict[str, bool], tmp_path: Pa
     file.write_text("dear diary\n")
     options = ChatOptions(model="nowhere", save=file, replay=file if more else None)
     with raises(DataError, Facts("contradiction" if more else "exists", column="--save")):
-        chat(options)
+        run_chat(options)
     assert file.read_text() == "dear diary\n"
 
 
@@ -135,7 +135,7 @@ def test_interrupted_conversation_is_saved(run: Path, tmp_path: Path, monkeypatc
     file = tmp_path / "talk.jsonl"
     monkeypatch.setattr("sys.stdin", Typed())
     with pytest.raises(KeyboardInterrupt):
-        chat(ChatOptions(model=str(run), models=("popularity",), save=file))
+        run_chat(ChatOptions(model=str(run), models=("popularity",), save=file))
     assert [turn.user for turn in transcripts.read(file)] == ["surprise me please"]
 
 
@@ -150,19 +150,19 @@ def test_item_texts_cannot_control_the_terminal(
     table.write_text("\n".join(["item_id,title,colour", *lines]), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("surprise me please\nwhy the first?\n"))
     options = ChatOptions(model=str(run), items=table, models=("popularity",), save=file, calls=True)
-    assert chat(options) == 0
+    assert run_chat(options) == 0
     replayed = [turn.model_copy(update={"text": "\x9b2J"}) for turn in transcripts.read(file)]
     assert len(replayed) == 2
     transcripts.write(file, replayed)
-    assert chat(ChatOptions(model=str(run), items=table, models=("popularity",), replay=file)) == 1
+    assert run_chat(ChatOptions(model=str(run), items=table, models=("popularity",), replay=file)) == 1
     output = capsys.readouterr().out
     assert "colour: ]0;mine" in output and "2 with different output" in output
     assert not [character for character in output if character != "\n" and not character.isprintable()]
 
 
 def test_list_length_is_limited(run: Path) -> None:
-    result = CliRunner().invoke(app, ["chat", str(run), "--k", str(MOST + 1)])
+    result = CliRunner().invoke(app, ["chat", str(run), "--k", str(MAX_LIST_LENGTH + 1)])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
-    assert Show(k=MOST).k == MOST
+    assert Show(k=MAX_LIST_LENGTH).k == MAX_LIST_LENGTH
     with pytest.raises(ValidationError):
-        Show(k=MOST + 1)
+        Show(k=MAX_LIST_LENGTH + 1)

@@ -14,12 +14,28 @@ from pydantic import ValidationError
 
 from llmrec.answer.rules import Quota, Rules
 from llmrec.chat import transcripts
-from llmrec.chat.calls import Explain, Filter, Forget, Search, Show, ends
+from llmrec.chat.calls import Explain, Filter, Forget, Search, Show, is_ending_call
 from llmrec.chat.conversation import Conversation, Reply
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RandomManager, RuleManager
-from llmrec.chat.simulator import NEAR, SimulatedUser, hold, knowledge_of, near
-from llmrec.chat.state import ITEM, KEPT, MOST_TURNS, MOST_WISHES, State, UserPreference, eased, fresh, learned
+from llmrec.chat.simulator import (
+    MIN_TITLE_SIMILARITY,
+    SimulatedUser,
+    is_near_title,
+    sample_user_knowledge,
+    simulate_conversation,
+)
+from llmrec.chat.state import (
+    INFERRED_WISH_TURNS,
+    ITEM,
+    MAX_PROFILE_WISHES,
+    MAX_TURNS,
+    State,
+    UserPreference,
+    drop_expired_preferences,
+    merge_preferences,
+    relax_oldest_constraint,
+)
 from llmrec.chat.tools import Tools
 from llmrec.errors import DataError, ErrorKind
 from llmrec.types import Item
@@ -164,7 +180,7 @@ def test_alternatives_stay_together() -> None:
     # One of them replaces both, and all are relaxed together.
     (reply,) = replies_to(talk, "a comedy please", state=replies[0].state)
     assert all("Comedy" in each for each in genres(reply)) and len(reply.state.profile) == 1
-    profile, out = eased(replies[0].state.profile)
+    profile, out = relax_oldest_constraint(replies[0].state.profile)
     assert out is not None and not any(wish.hard for wish in profile)
     # Alternatives of different turns are separate wishes.
     apart = (
@@ -181,11 +197,11 @@ def test_negative_bounds_never_ease() -> None:
 
 
 def test_full_profile_keeps_bans() -> None:
-    bans = [UserPreference(field="genres", op="not", value=f"g{n}") for n in range(MOST_WISHES - 3)]
+    bans = [UserPreference(field="genres", op="not", value=f"g{n}") for n in range(MAX_PROFILE_WISHES - 3)]
     soft = [UserPreference(field=ITEM, op="is", value=f"i{n}", hard=False) for n in range(3)]
     guess = UserPreference(field="genres", op="is", value="guess", source="inferred")
     hard = [UserPreference(field="genres", op="is", value=f"w{n}") for n in range(2)]
-    full = learned([*bans, *soft], [guess, *hard])
+    full = merge_preferences([*bans, *soft], [guess, *hard])
     assert full == (*bans, soft[2], *hard)
 
 
@@ -207,10 +223,10 @@ def test_stated_wishes_override_inferred_ones() -> None:
         UserPreference(field="genres", op=op, value="Horror", source=source, turn=3)
         for op, source in (("not", "said"), ("is", "inferred"))
     )
-    assert learned([stated], [guess]) == (stated,)
-    assert learned([guess], [stated]) == (stated,)
+    assert merge_preferences([stated], [guess]) == (stated,)
+    assert merge_preferences([guess], [stated]) == (stated,)
     edited = stated.model_copy(update={"source": "edited", "op": "is"})
-    assert learned([edited], [guess]) == (edited,)
+    assert merge_preferences([edited], [guess]) == (edited,)
     # A filter set by a language model counts as inferred.
     talk = conversation()
     state, _ = talk.tools.apply(Filter(field="genres", op="is", value="Horror"), State(profile=(stated,)))
@@ -218,13 +234,13 @@ def test_stated_wishes_override_inferred_ones() -> None:
 
 
 def test_inferred_wishes_expire() -> None:
-    lines = ("I loved Orbit of Glass", "I loved Paper Moon Landing", *["thanks"] * (KEPT + 1))
+    lines = ("I loved Orbit of Glass", "I loved Paper Moon Landing", *["thanks"] * (INFERRED_WISH_TURNS + 1))
     replies = replies_to(conversation(), *lines)
     inferred = [[wish for wish in reply.state.profile if wish.source == "inferred"] for reply in replies]
-    assert [bool(each) for each in inferred] == [False, *[True] * (KEPT + 1), False]
+    assert [bool(each) for each in inferred] == [False, *[True] * (INFERRED_WISH_TURNS + 1), False]
     (wish,) = inferred[1]
     assert (wish.field, wish.value, wish.hard) == ("genres", "Sci-Fi", False)
-    assert fresh([wish.model_copy(update={"source": "said"})], 1000)
+    assert drop_expired_preferences([wish.model_copy(update={"source": "said"})], 1000)
 
 
 def test_profile_can_be_read_edited_and_deleted() -> None:
@@ -267,10 +283,12 @@ def test_state_is_validated() -> None:
     (reply,) = replies_to(talk, "more please", state=state)
     assert not reply.state.profile and set(reply.items) <= set(items()) and reply.items
     long = State(
-        turn=MOST_TURNS, asked=("year",) * MOST_WISHES, profile=(UserPreference(field=ITEM, op="is", value="f01"),)
+        turn=MAX_TURNS,
+        asked=("year",) * MAX_PROFILE_WISHES,
+        profile=(UserPreference(field=ITEM, op="is", value="f01"),),
     )
     (reply,) = replies_to(talk, "surprise me", state=long)
-    assert State.model_validate(reply.state.model_dump()) == reply.state and reply.state.turn == MOST_TURNS
+    assert State.model_validate(reply.state.model_dump()) == reply.state and reply.state.turn == MAX_TURNS
 
 
 def test_long_values_and_control_characters() -> None:
@@ -343,10 +361,10 @@ def test_transcript_replay_reports_differences(tmp_path: Path) -> None:
     lines = ("a comedy, not horror", "more please", "why the first?", "bye")
     turns = list(map(transcripts.Turn.of, lines, replies_to(conversation(), *lines)))
     transcripts.write(file, [*turns, transcripts.Turn(user=None), *turns])
-    assert list(transcripts.differences(transcripts.read(file), conversation())) == []
-    assert list(transcripts.differences(transcripts.read(file), conversation(RuleManager(k=3))))
+    assert list(transcripts.replay_differences(transcripts.read(file), conversation())) == []
+    assert list(transcripts.replay_differences(transcripts.read(file), conversation(RuleManager(k=3))))
     changed = turns[0].model_copy(update={"items": ("f00",)})
-    (difference,) = transcripts.differences([changed, *turns[1:]], conversation())
+    (difference,) = transcripts.replay_differences([changed, *turns[1:]], conversation())
     assert "line 1" in difference and "items" in difference
     file.write_text(file.read_text() + '{"user": 3}\n')
     with raises(DataError, Expected("syntax", file=file.name, column="user")):
@@ -354,17 +372,19 @@ def test_transcript_replay_reports_differences(tmp_path: Path) -> None:
 
 
 def test_simulated_users_never_say_the_title() -> None:
-    assert near("I loved Cold Trails so much", "Cold Trail") and not near("I loved Cold Comfort", "Cold Trail")
-    assert 0 < NEAR < 1
+    assert is_near_title("I loved Cold Trails so much", "Cold Trail") and not is_near_title(
+        "I loved Cold Comfort", "Cold Trail"
+    )
+    assert 0 < MIN_TITLE_SIMILARITY < 1
     talk = conversation()
     facts, dice, hits = talk.tools.facts, random.Random(3), 0
     for number, target in enumerate(list(items()) * 3):
         liked = dice.sample([name for name in items() if name != target], 3)
-        knowledge = knowledge_of(facts, target, liked, number, likes=2)
+        knowledge = sample_user_knowledge(facts, target, liked, number, likes=2)
         user = SimulatedUser(knowledge, facts.numeric, number)
         likes = tuple(UserPreference(field=ITEM, op="is", value=name, hard=False) for name in liked)
-        held = hold(talk, user, target, 5, State(profile=likes))
-        assert not any(near(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
+        held = simulate_conversation(talk, user, target, 5, State(profile=likes))
+        assert not any(is_near_title(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
         assert len(held.lines) <= 5 and (held.hit is None or held.hit == len(held.lines))
         hits += held.hit is not None
     # Attributes lead to the item in most cases: there are 18 items and lists of five.
@@ -411,4 +431,4 @@ def test_any_text_gets_a_reply() -> None:
         for _ in range(3):
             reply = talk.answer(state, " ".join(dice.choice(parts) for _ in range(dice.randrange(12))))
             state = State.model_validate(reply.state.model_dump(mode="json"))
-            assert set(reply.items) <= set(items()) and ends(reply.calls[-1])
+            assert set(reply.items) <= set(items()) and is_ending_call(reply.calls[-1])

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmrec.baselines.neural import info_nce_both
-from llmrec.chat.dual_encoder import DialogueTurns, DualEncoder, contexts_of, embedders, learn, mapped, of_transcript
-from llmrec.chat.reading import title_of
-from llmrec.chat.simulator import dialogues, near, transcript
-from llmrec.chat.transcripts import Turn, differences, read, write
+from llmrec.baselines.neural import symmetric_info_nce
+from llmrec.chat.dual_encoder import (
+    DialogueTurns,
+    DualEncoder,
+    apply_linear_map,
+    build_dialogue_turns,
+    load_embedders,
+    reply_contexts,
+    train_dual_encoder,
+)
+from llmrec.chat.reading import spoken_title
+from llmrec.chat.simulator import is_near_title, random_target_conversations, transcript_turns
+from llmrec.chat.transcripts import Turn, read, replay_differences, write
 from llmrec.errors import DataError
 from llmrec.types import Item
 from tests.chat.shelf import conversation, items
@@ -30,11 +38,13 @@ def test_loss_by_hand() -> None:
     logits = np.array([[2.0, 1.2], [0.0, 0.8]])
     sums = np.log(np.exp(logits).sum(axis=1)), np.log(np.exp(logits).sum(axis=0))
     by_hand = float(np.mean([each - logits.diagonal() for each in sums]))
-    assert float(info_nce_both(contexts @ vectors.T, torch.zeros(2, 2, dtype=torch.bool))) == pytest.approx(by_hand)
+    assert float(symmetric_info_nce(contexts @ vectors.T, torch.zeros(2, 2, dtype=torch.bool))) == pytest.approx(
+        by_hand
+    )
     # The second item is masked for the first context, which then has no negative.
     left = torch.tensor([[False, True], [False, False]])
     alone = (np.log(np.exp(0.8) + 1) - 0.8 + np.log(np.exp(2) + 1) - 2) / 4
-    assert float(info_nce_both(contexts @ vectors.T, left)) == pytest.approx(alone)
+    assert float(symmetric_info_nce(contexts @ vectors.T, left)) == pytest.approx(alone)
 
 
 def test_false_negatives_are_masked() -> None:
@@ -59,18 +69,23 @@ def planted(seed: int) -> tuple[DialogueTurns, NDArray[np.float32]]:
 
 def test_learns_planted_mapping() -> None:
     cases, table = planted(0)
-    dual = learn("any", cases.part(np.arange(1200)), table)
+    dual = train_dual_encoder("any", cases.part(np.arange(1200)), table)
     late = cases.part(np.arange(1200, 1500))
 
     def right(context: NDArray[np.float32], item: NDArray[np.float32]) -> float:
-        return float((np.argmax(mapped(late.vectors, context) @ mapped(table, item).T, axis=1) == late.targets).mean())
+        return float(
+            (
+                np.argmax(apply_linear_map(late.vectors, context) @ apply_linear_map(table, item).T, axis=1)
+                == late.targets
+            ).mean()
+        )
 
     eye = np.eye(16, dtype=np.float32)
     assert right(dual.context, dual.item) > 0.5 > 0.1 > right(eye, eye)
-    again = learn("any", cases.part(np.arange(1200)), table)
+    again = train_dual_encoder("any", cases.part(np.arange(1200)), table)
     assert (again.context == dual.context).all() and (again.item == dual.item).all()
     with raises(DataError, Facts("too-few")):
-        learn("any", cases.part(np.arange(2)), table)
+        train_dual_encoder("any", cases.part(np.arange(2)), table)
 
 
 def test_saved_dual_encoder_embeds_both_sides(tmp_path: Path) -> None:
@@ -78,11 +93,13 @@ def test_saved_dual_encoder_embeds_both_sides(tmp_path: Path) -> None:
     maps = [rng.normal(size=(32, 32)).astype(np.float32) for _ in range(2)]
     dual = DualEncoder(tiny_encoder(), *maps)
     dual.save(tmp_path)
-    item_side, context_side = embedders(str(tmp_path))
-    plain, same = embedders(tiny_encoder())
+    item_side, context_side = load_embedders(str(tmp_path))
+    plain, same = load_embedders(tiny_encoder())
     texts = ["a comedy", "a western"]
-    assert np.allclose(context_side(texts), mapped(plain(texts), maps[0])) and np.allclose(same(texts), plain(texts))
-    assert np.allclose(item_side(texts), mapped(plain(texts), maps[1])) and np.allclose(
+    assert np.allclose(context_side(texts), apply_linear_map(plain(texts), maps[0])) and np.allclose(
+        same(texts), plain(texts)
+    )
+    assert np.allclose(item_side(texts), apply_linear_map(plain(texts), maps[1])) and np.allclose(
         np.linalg.norm(item_side(texts), axis=1), 1
     )
     (tmp_path / "maps.safetensors").write_bytes(b"no")
@@ -92,14 +109,18 @@ def test_saved_dual_encoder_embeds_both_sides(tmp_path: Path) -> None:
 
 def test_synthetic_dialogues_are_deterministic_without_titles(tmp_path: Path) -> None:
     talk = conversation()
-    turns = transcript(dialogues(talk, 30, seed=1))
-    assert turns == transcript(dialogues(conversation(), 30, seed=1)) != transcript(dialogues(talk, 30, seed=2))
+    turns = transcript_turns(random_target_conversations(talk, 30, seed=1))
+    assert (
+        turns
+        == transcript_turns(random_target_conversations(conversation(), 30, seed=1))
+        != transcript_turns(random_target_conversations(talk, 30, seed=2))
+    )
     begun = [turn for turn in turns if turn.user is None]
     assert len(begun) == 30 and all(turn.items[0] in items() for turn in begun)
-    titles = [title_of(item.title) for item in items().values()]
-    assert not [turn.user for turn in turns if turn.user for title in titles if near(turn.user, title)]
+    titles = [spoken_title(item.title) for item in items().values()]
+    assert not [turn.user for turn in turns if turn.user for title in titles if is_near_title(turn.user, title)]
     write(tmp_path / "talks.jsonl", turns)
-    assert read(tmp_path / "talks.jsonl") == turns and not list(differences(turns, talk))
+    assert read(tmp_path / "talks.jsonl") == turns and not list(replay_differences(turns, talk))
 
 
 def test_contexts_and_targets_of_a_transcript() -> None:
@@ -107,8 +128,8 @@ def test_contexts_and_targets_of_a_transcript() -> None:
         *(Turn(user=None, items=("f03",)), Turn(user="hi", text="hello"), Turn(user="a comedy", text="a list")),
         *(Turn(user="more"), Turn(user=None, items=("f01",)), Turn(user="horror")),
     ]
-    assert contexts_of(turns[1:4]) == ["hi", "hi hello a comedy", "a comedy a list more"]
-    cases = of_transcript(turns, list(items()), tiny_encoder())
+    assert reply_contexts(turns[1:4]) == ["hi", "hi hello a comedy", "a comedy a list more"]
+    cases = build_dialogue_turns(turns, list(items()), tiny_encoder())
     assert cases.targets.tolist() == [3, 3, 3, 1] and cases.dialogues.tolist() == [0, 0, 0, 1]
     assert cases.vectors.shape == (4, 32)
 
@@ -129,7 +150,7 @@ def test_folds_are_scored_by_models_fitted_without_them(monkeypatch: pytest.Monk
         weights = np.random.default_rng(asked.targets.tolist()).normal(size=(4, 4)).astype(np.float32)
         return DualEncoder(encoder, weights, weights)
 
-    monkeypatch.setattr(redial_learned, "learn", noted)
+    monkeypatch.setattr(redial_learned, "train_dual_encoder", noted)
     others = OtherDialogues(cases, turns, table)
     folds = others.folds
     assert len({*folds.tolist()}) == 5 and all(folds[row] == folds[row + 1] for row in range(0, count, 2))

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.backends.fake import FakeBackend, text_of
+from llmrec.backends.fake import FakeBackend, prompt_text
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.fit import PHRASES, FitJudge, Reason, expected, joined, reason, shares
+from llmrec.chat.fit import (
+    GRADE_PHRASES,
+    FitJudge,
+    Reason,
+    expected_position,
+    fuse_order_and_scores,
+    match_preferences,
+    phrase_probabilities,
+)
 from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
 from llmrec.chat.state import ITEM, ChatMessage, State, UserPreference
@@ -29,13 +37,13 @@ class Grading(FakeBackend):
         self.director, self.asked, self.offered = director, list[str](), list[tuple[str, ...]]()
 
     def _grade(self, text: str, phrase: str) -> float:
-        best = PHRASES[-1] if f"director: {self.director}" in text else PHRASES[0]
+        best = GRADE_PHRASES[-1] if f"director: {self.director}" in text else GRADE_PHRASES[0]
         return -0.1 if phrase == best else -5.0
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        self.asked += map(text_of, prompts)
+        self.asked += map(prompt_text, prompts)
         self.offered += map(tuple, candidates)
         assert closed
         return super().score(prompts, candidates, closed=closed)
@@ -50,17 +58,17 @@ def talk(judge: FitJudge | None, known: dict[str, Item] | None = None) -> Conver
 def test_score_is_the_expected_phrase() -> None:
     # Log-probabilities of .02, .04, .08, .04, .02, which normalise to .1, .2, .4, .2, .1.
     even = [-3.912023, -3.218876, -2.525729, -3.218876, -3.912023]
-    assert shares(even) == pytest.approx([0.1, 0.2, 0.4, 0.2, 0.1], abs=1e-6)
-    assert expected(even) == pytest.approx(0.5, abs=1e-6)
+    assert phrase_probabilities(even) == pytest.approx([0.1, 0.2, 0.4, 0.2, 0.1], abs=1e-6)
+    assert expected_position(even) == pytest.approx(0.5, abs=1e-6)
     # The best phrase is three times as likely as the next: (3 * 4 + 1 * 3) / 4 out of 4.
-    assert expected([-900.0, -900.0, -900.0, -2.0986123, -1.0]) == pytest.approx(15 / 16, abs=1e-6)
-    assert expected([0.0, *[-1e4] * 4]) == 0.0 and expected([*[-1e4] * 4, 0.0]) == 1.0
+    assert expected_position([-900.0, -900.0, -900.0, -2.0986123, -1.0]) == pytest.approx(15 / 16, abs=1e-6)
+    assert expected_position([0.0, *[-1e4] * 4]) == 0.0 and expected_position([*[-1e4] * 4, 0.0]) == 1.0
 
 
 def test_orders_are_joined_by_reciprocal_ranks() -> None:
     # a: 1/60 + 1/63, b: 1/61 + 1/61, c: 1/62 + 1/60, d: 1/63 + 1/62.
-    assert joined(["a", "b", "c", "d"], [0.1, 0.6, 0.9, 0.2]) == ["c", "b", "a", "d"]
-    assert joined(["a", "b"], [0.5, 0.5]) == ["a", "b"] and joined([], []) == []
+    assert fuse_order_and_scores(["a", "b", "c", "d"], [0.1, 0.6, 0.9, 0.2]) == ["c", "b", "a", "d"]
+    assert fuse_order_and_scores(["a", "b"], [0.5, 0.5]) == ["a", "b"] and fuse_order_and_scores([], []) == []
 
 
 def test_reasons_list_met_and_missed_wishes() -> None:
@@ -71,10 +79,10 @@ def test_reasons_list_met_and_missed_wishes() -> None:
     soft = UserPreference(field="director", op="is", value="Ann Vale", hard=False)
     state = State(profile=(comedy, either, ban, soft, UserPreference(field=ITEM, op="is", value="f00", hard=False)))
     # A comedy by Ann Vale, a romance by Bo Quist, and a horror comedy by Cy Marsh.
-    assert reason(facts, state, "f03") == Reason((comedy, ban, soft), ())
-    assert reason(facts, state, "f09") == Reason((either, ban), (soft,))
-    assert reason(facts, state, "f02") == Reason((comedy,), (ban, soft))
-    assert reason(facts, State(profile=(western, comedy)), "f13").missed == ()
+    assert match_preferences(facts, state, "f03") == Reason((comedy, ban, soft), ())
+    assert match_preferences(facts, state, "f09") == Reason((either, ban), (soft,))
+    assert match_preferences(facts, state, "f02") == Reason((comedy,), (ban, soft))
+    assert match_preferences(facts, State(profile=(western, comedy)), "f13").missed == ()
 
 
 def test_grades_reorder_and_explain() -> None:
@@ -85,7 +93,7 @@ def test_grades_reorder_and_explain() -> None:
     # the second one's 1/61 + 1/62.
     assert plain.items == ("f02", "f03", "f04", "f05", "f13") and reply.items == ("f02", "f04", "f03", "f05", "f13")
     assert reply.cost.forwards == len(backend.asked) == 5
-    assert all(each == PHRASES for each in backend.offered)
+    assert all(each == GRADE_PHRASES for each in backend.offered)
     assert "The person said: a comedy please\nWish: genres is Comedy\nItem: Two Left Feet (1996)\n" in backend.asked[2]
     text = talk(FitJudge(backend)).answer(reply.state, "why the second one?").text
     assert text.splitlines() == [
@@ -110,7 +118,7 @@ def test_injected_text_has_no_effect(where: str, llama_folder: Path) -> None:
     judge = FitJudge(backend)
     conversation = talk(judge, known)
     reply = conversation.answer(State(), f"a comedy please. {attack if where == 'user' else ''}")
-    assert set(backend.offered) == {PHRASES} and set(reply.items) <= known.keys()
+    assert set(backend.offered) == {GRADE_PHRASES} and set(reply.items) <= known.keys()
     # A title of the catalogue is shown unchanged; nothing else of the attack is shown.
     others = [line for line in reply.text.splitlines() if conversation.tools.titles["f03"] not in line]
     assert not any("perfect fit" in line or "You judge" in line for line in others)

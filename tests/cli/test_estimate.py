@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrec.cli import estimate
-from llmrec.cli.estimate import ReadPrefixes, Speed, eval_work, measured
+from llmrec.cli.estimate import ReadPrefixes, Speed, estimate_eval_work, measure_speed
 from llmrec.cli.main import app
 from llmrec.models import bottleneck
 from llmrec.models.load import load_config, load_model
@@ -56,7 +56,7 @@ def test_probe_measures_once_when_time_is_up(until: float, calls: int) -> None:
 def test_probe_of_a_model(llama_folder: Path) -> None:
     model = section(llama_folder)
     config = load_config(str(llama_folder), model)
-    result = measured(config, model, TrainSection())
+    result = measure_speed(config, model, TrainSection())
     assert 0 < result.read < result.train and result.head > 0 and result.write > 0
     assert config.to_dict() == load_config(str(llama_folder), model).to_dict()
 
@@ -67,11 +67,11 @@ def test_layers_without_adapters_cost_only_reading(llama_folder: Path, monkeypat
     monkeypatch.setattr(estimate._Clock, "__call__", lambda self, call: next(times))
     config = load_config(str(llama_folder), model)
     config.num_hidden_layers = 8
-    every = measured(config, model, TrainSection())
+    every = measure_speed(config, model, TrainSection())
     assert (every.read, every.train) == (2.0 * 2, 6.0 * 2)
-    top = measured(config, model, TrainSection(lora=LoraSection(top_layers=2)))
+    top = measure_speed(config, model, TrainSection(lora=LoraSection(top_layers=2)))
     assert top.train == 2 * (2.0 * 6 + 6.0 * 2) / 8
-    again = measured(config, model, TrainSection(gradient_checkpointing=True))
+    again = measure_speed(config, model, TrainSection(gradient_checkpointing=True))
     assert again.train == (6.0 + 2.0) * 2
 
 
@@ -95,24 +95,24 @@ def test_shared_prefix_of_prompts_is_read_once() -> None:
 
 
 def test_seconds_are_work_times_speed(shop: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "measured", lambda *_: SPEED)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: SPEED)
     study = build_study(load())
     encoder = encoder_of(study, str(llama_folder))
-    rows_ = estimate.train_rows(study, encoder, str(llama_folder))
-    result = estimate.estimate(study, encoder, str(llama_folder), rows_)
+    rows_ = estimate.plan_training_counts(study, encoder, str(llama_folder))
+    result = estimate.estimate_run(study, encoder, str(llama_folder), rows_)
     assert result.train_seconds == pytest.approx(rows_["padded_tokens"] * 3e-3 + rows_["target_tokens"] * 3e-4)  # type: ignore[operator]
-    work = eval_work(study, encoder)["tuned"]
+    work = estimate_eval_work(study, encoder)["tuned"]
     expected = work.read * 1e-3 + work.scored * 1e-4 + work.written * (1e-2 + 1e-4) + 6.0
     assert result.eval_seconds["tuned"] == pytest.approx(expected)
     assert result.memory_gb > 0 and result.cost is None
     assert result.stages["evaluation"] == pytest.approx(sum(result.eval_seconds.values()))
     # Only part of a repeated prompt is processed again.
-    twice = eval_work(build_study(load("tasks.rating.strategies=[expected, parsed]")), encoder)["tuned"]
+    twice = estimate_eval_work(build_study(load("tasks.rating.strategies=[expected, parsed]")), encoder)["tuned"]
     assert work.asked * 1.9 < twice.asked and work.read < twice.read < 1.5 * work.read
 
 
 def test_server_estimate_has_tokens_and_cost(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "measured", lambda *_: pytest.fail("nothing is computed here"))
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: pytest.fail("nothing is computed here"))
     server = "eval.server={model: m, price_in: 2.0, price_out: 10.0}"
     request = ["eval.backend=openai", "eval.arms=[zero-shot]", "tasks.rating.strategies=[parsed]"]
     done = CliRunner().invoke(app, ["check", "shop.yaml", "--dry-run", server, *request])
@@ -124,7 +124,7 @@ def test_server_estimate_has_tokens_and_cost(shop: Path, monkeypatch: pytest.Mon
 
 
 def test_large_run_prints_an_estimate_first(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "measured", lambda *_: SPEED)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: SPEED)
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -132,7 +132,7 @@ def test_large_run_prints_an_estimate_first(shop: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("llmrec.pipeline.run.train_stage", stop)
     monkeypatch.setattr("llmrec.pipeline.run.Session.evaluation", stop)
     assert "estimate" not in CliRunner().invoke(app, ["run", "shop.yaml", "--out", "small"]).output
-    monkeypatch.setattr("llmrec.cli.estimate.LARGE", 40)
+    monkeypatch.setattr("llmrec.cli.estimate.MIN_LARGE_INTERACTIONS", 40)
     output = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
     assert "  training " in output and "  memory " in output, output
     assert re.search(r"CPU memory +training needs [\d.]+ GiB and merging [\d.]+ GiB", output), output

@@ -69,7 +69,7 @@ def test_scheme_is_written_and_printed(recipe: Path, scheme: str) -> None:
     assert (figures["scheme"], figures["items"], figures["duplicates"]) == (scheme, 25, 0)
     assert figures["begun"] == 0 or not index.tokens
     page = Path("made/index.html").read_text(encoding="utf-8")
-    assert index_summary.SCHEMES[scheme].partition(".")[0].replace("'", "&#39;") in page
+    assert index_summary.SCHEME_SENTENCES[scheme].partition(".")[0].replace("'", "&#39;") in page
     assert {path.name for path in Path("made").iterdir()} - {"index.safetensors"} == {
         "index.json", "diagnostics.json", "index.html",
     }  # fmt: skip
@@ -140,15 +140,15 @@ def test_control_characters_are_escaped(recipe: Path) -> None:
 
 def test_index_of_a_run_is_kept_or_replaced(recipe: Path, tmp_path: Path) -> None:
     folder, study = tmp_path / "run", build_study(load_recipe(recipe, ["index.scheme=random"]))
-    index_report.write_run(study, folder)
+    index_report.write_run_index(study, folder)
     assert study.index is not None and ItemIndex.load(folder / "index").digest == study.index.digest
     assert "Report of the run" in (folder / "report" / "item-index.html").read_text(encoding="utf-8")
-    assert index_summary.line(folder).startswith("scheme random; 25 items")
+    assert index_summary.describe_run_index(folder).startswith("scheme random; 25 items")
     stamp = (folder / "index" / "index.json").stat().st_ino
-    index_report.write_run(study, folder)
+    index_report.write_run_index(study, folder)
     assert (folder / "index" / "index.json").stat().st_ino == stamp, "an existing index is not written again"
-    index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=token"])), folder)
+    index_report.write_run_index(build_study(load_recipe(recipe, ["index.scheme=token"])), folder)
     assert ItemIndex.load(folder / "index").scheme == "token"
-    assert index_summary.line(folder).startswith("scheme token")
-    index_report.write_run(build_study(load_recipe(recipe, ["index=null"])), folder)
-    assert index_summary.line(folder) == "" and not (folder / "report" / "item-index.html").exists()
+    assert index_summary.describe_run_index(folder).startswith("scheme token")
+    index_report.write_run_index(build_study(load_recipe(recipe, ["index=null"])), folder)
+    assert index_summary.describe_run_index(folder) == "" and not (folder / "report" / "item-index.html").exists()

@@ -15,7 +15,7 @@ from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.chat.options import ChatOptions
 from llmrec.cli import main
-from llmrec.cli.main import app_of
+from llmrec.cli.main import build_app
 from llmrec.entries import Command
 from llmrec.serve.options import ServeOptions
 
@@ -30,7 +30,7 @@ def handed(*arguments: str) -> RankOptions | str:
     def rank(options: RankOptions) -> None:
         result.append(options)
 
-    done = CliRunner().invoke(app_of({"rank": rank}), arguments)
+    done = CliRunner().invoke(build_app({"rank": rank}), arguments)
     return result[0] if result else done.output
 
 

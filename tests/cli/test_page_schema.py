@@ -18,7 +18,7 @@ from tests.test_cli import HEADER, rows
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init import init
+from llmrec.start.init import write_recipe
 
 RECIPES, SUITES = resource("recipes").rglob("*.yaml"), resource("eval", "suites").glob("*.yaml")
 PAGES = {"recipe": sorted(RECIPES), "suite": sorted(SUITES)}
@@ -90,7 +90,7 @@ def test_schema_describes_keys() -> None:
 def test_init_writes_the_schema_next_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("shop.csv").write_text(HEADER + "\n".join(rows()) + "\n", encoding="utf-8")
-    result = init("shop.csv")
+    result = write_recipe("shop.csv")
     text = result.recipe.read_text(encoding="utf-8")
     named = re.match(rf"{re.escape(LINE)}(\S+)\n", text)
     assert named is not None
@@ -98,5 +98,5 @@ def test_init_writes_the_schema_next_to_the_recipe(tmp_path: Path, monkeypatch: 
     assert list(Draft7Validator(stored("recipe")).iter_errors(yaml.safe_load(text))) == []
     assert load_recipe(result.recipe).name == "shop"
     Path(named[1]).write_text("mine", encoding="utf-8")
-    init("shop.csv", force=True)
+    write_recipe("shop.csv", force=True)
     assert Path(named[1]).read_text(encoding="utf-8") == "mine"

@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 from llmrec.backends.encode import Encoder
 from llmrec.cli import prompts
 from llmrec.cli.main import app
-from llmrec.cli.prompts import WIDTH, evaluated, fields, find, lines, named, rendered, rows
+from llmrec.cli.prompts import (
+    WIDTH,
+    describe_templates,
+    evaluation_prompts,
+    find_template,
+    iterate_examples,
+    render_training_example,
+    select_templates,
+    template_variables,
+)
 from llmrec.errors import RecipeError
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import Study, build_study
@@ -37,16 +46,16 @@ def study() -> Study:
 
 def block(study: Study, name: str) -> str:
     """The entry of one template in the list, with single spaces."""
-    return " ".join(" ".join(lines(study, [find(study, name)])).split())
+    return " ".join(" ".join(describe_templates(study, [find_template(study, name)])).split())
 
 
 def test_lists_have_every_template_and_fit_a_terminal(study: Study) -> None:
-    listed = list(lines(study, named(study)))
+    listed = list(describe_templates(study, select_templates(study)))
     for known in study.templates.values():
         for template in known.values():
             assert sum(line.startswith(f"  {template.id} ") for line in listed) == 1
     assert max(map(len, listed)) <= WIDTH
-    short = list(prompts.names(study))
+    short = list(prompts.format_template_names(study))
     words = " ".join(short).replace(",", " ").split()
     for known in study.templates.values():
         for template in known.values():
@@ -72,14 +81,23 @@ def test_entries_of_the_list(study: Study) -> None:
     assert "needs reviews" in missing and "cannot be used here: it shows parts of reviews" in missing
     assert "cannot be used" not in block(study, "m6-rate")
     by_taste = load_templates("ctr")["by-taste"]
-    assert fields(by_taste, "user") == ["noun", "liked.title", "disliked.title", "item.title", "fields.value"]
-    assert fields(by_taste, "target") == ["answer"]
-    assert fields(by_taste, "system") == []
+    assert template_variables(by_taste, "user") == [
+        "noun",
+        "liked.title",
+        "disliked.title",
+        "item.title",
+        "fields.value",
+    ]
+    assert template_variables(by_taste, "target") == ["answer"]
+    assert template_variables(by_taste, "system") == []
 
 
 def test_filter_by_names_and_sets(study: Study) -> None:
-    assert [t.id for t in named(study, ["rating/m6-rate", "plain"])] == ["rating/m6-rate", "explanation/plain"]
-    chosen = named(study, ["rate-next"], ["m6"])
+    assert [t.id for t in select_templates(study, ["rating/m6-rate", "plain"])] == [
+        "rating/m6-rate",
+        "explanation/plain",
+    ]
+    chosen = select_templates(study, ["rate-next"], ["m6"])
     assert {t.set for t in chosen} == {"", "m6"} and chosen[0].id == "rating/rate-next"
     assert {t.family for t in chosen} == {"rating", "sequential", "direct", "explanation"}
 
@@ -95,13 +113,17 @@ def test_filter_by_names_and_sets(study: Study) -> None:
 )
 def test_rejects_unknown_names(study: Study, names: list[str], sets: list[str], parts: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as caught:
-        named(study, names, sets)
+        select_templates(study, names, sets)
     assert all(part in str(caught.value) for part in parts)
 
 
 def test_rows_of_templates(study: Study, encoder: Encoder) -> None:
-    templates = [find(study, name) for name in ("m6-rate", "judge-one", "next-code", "m6-choose", "whether-name-title")]
-    named_one, unseen, coded, labelled, learned = (rendered(study, encoder, template) for template in templates)
+    templates = [
+        find_template(study, name) for name in ("m6-rate", "judge-one", "next-code", "m6-choose", "whether-name-title")
+    ]
+    named_one, unseen, coded, labelled, learned = (
+        render_training_example(study, encoder, template) for template in templates
+    )
     assert named_one.startswith("[rating/m6-rate, not trained on here]\n") and "«" in named_one
     assert unseen.startswith("[rating/judge-one, unseen in training]\n") and "«" in unseen
     assert coded.startswith("[sequential/next-code, not trained on here] cannot be used here: it shows item\n")
@@ -110,19 +132,19 @@ def test_rows_of_templates(study: Study, encoder: Encoder) -> None:
     # Only training uses this template.
     assert learned.startswith("[rating/whether-name-title, not trained on here]\n") and "«" in learned
     trained = islice(study.training_tasks["rating"].examples("train"), 20)
-    assert list(islice(rows(study, find(study, "rate-next")), 20)) == list(trained)
+    assert list(islice(iterate_examples(study, find_template(study, "rate-next")), 20)) == list(trained)
 
 
 def test_template_that_does_not_fit_has_a_reason(encoder: Encoder) -> None:
     summary = build_study(
         load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"])
     )
-    text = rendered(summary, encoder, find(summary, "score-one"))
+    text = render_training_example(summary, encoder, find_template(summary, "score-one"))
     assert "cannot be rendered here: tasks: past=summary" in " ".join(text.split())
 
 
 def test_diff_of_parts_and_of_a_prompt(study: Study, encoder: Encoder) -> None:
-    output = list(prompts.compare(study, encoder, "rate-next", "m6-rate"))
+    output = list(prompts.compare_templates(study, encoder, "rate-next", "m6-rate"))
     assert output[:2] == ["- rating/rate-next", "+ rating/m6-rate"]
     assert "use: seen -> named" in output and "set: none -> m6" in output
     assert "the same in both: version, shape, target" in output
@@ -135,21 +157,21 @@ def test_diff_of_parts_and_of_a_prompt(study: Study, encoder: Encoder) -> None:
 
 
 def test_diff_of_sources_without_prompts(study: Study, encoder: Encoder) -> None:
-    output = " ".join(" ".join(prompts.compare(study, encoder, "next-title", "next-code")).split())
+    output = " ".join(" ".join(prompts.compare_templates(study, encoder, "next-title", "next-code")).split())
     assert "The prompts are not compared: sequential/next-code shows item codes" in output
     assert "target - {{ item.title }} + {{ item.code }}" in output
     with raises(RecipeError, Facts("contradiction", says=("rating/rate-next", "sequential/next-title"))):
-        list(prompts.compare(study, encoder, "rate-next", "next-title"))
+        list(prompts.compare_templates(study, encoder, "rate-next", "next-title"))
 
 
 def test_diff_with_the_template_of_a_run(study: Study, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with raises(RecipeError, Facts("missing-file", tmp_path, says=bundle.FILE)):
-        list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
+        list(prompts.compare_templates(study, encoder, "rate-next", str(tmp_path)))
     known = study.templates["rating"]
     older = {**known, "rate-next": replace(known["rate-next"], user="Rate {{ item.title }}.", version=7)}
     bundle.write(replace(study, templates={**study.templates, "rating": older}), tmp_path / "merged")
-    output = list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
+    output = list(prompts.compare_templates(study, encoder, "rate-next", str(tmp_path)))
     assert output[:2] == [f"- rating/rate-next, as trained in {tmp_path}", "+ rating/rate-next, as it is now"]
     assert "version: 7 -> 1" in output and "  - Rate {{ item.title }}." in output
     assert any(line.startswith("  - Rate ") and "{" not in line for line in output)
@@ -160,16 +182,16 @@ def test_diff_with_the_template_of_a_run(study: Study, encoder: Encoder, tmp_pat
     stored["templates"]["rating"] = [t for t in stored["templates"]["rating"] if t["name"] != "rate-next"]
     file.write_text(json.dumps(stored), "utf-8")
     with raises(RecipeError, Facts("missing-key", file, says=("rating/rate-next", "its templates are list-ratings"))):
-        list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
+        list(prompts.compare_templates(study, encoder, "rate-next", str(tmp_path)))
     file.write_text("[]", "utf-8")
     with raises(RecipeError, Facts("damaged", file, says="rating")):
-        list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
+        list(prompts.compare_templates(study, encoder, "rate-next", str(tmp_path)))
 
 
 def test_evaluation_prompts_of_a_case(encoder: Encoder) -> None:
     strategies = "tasks.direct.strategies=[label, list, pointwise-yes]"
     study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, strategies]))
-    shown = evaluated(study, encoder, named(study, ["rate-next", "continue-list", "after-history"]))
+    shown = evaluation_prompts(study, encoder, select_templates(study, ["rate-next", "continue-list", "after-history"]))
     case, task = study.cases("sequential")[0], study.tasks["sequential"]
     for arm, shots in (("zero-shot", 0), ("few-shot", 1)):
         (text,) = shown[f"sequential/{arm}/likelihood/continue-list"]
@@ -183,14 +205,14 @@ def test_evaluation_prompts_of_a_case(encoder: Encoder) -> None:
     assert "Answer Yes or No." in yes and "\nA. " in yes and "\nB. " not in yes
     assert {row.partition("/")[0] for row in shown} == {"sequential", "direct", "rating"}
     with pytest.raises(RecipeError, match="no evaluation prompt to show"):
-        evaluated(study, encoder, named(study, ["m6-rate"]))
+        evaluation_prompts(study, encoder, select_templates(study, ["m6-rate"]))
     other = study.cases("sequential")[1]
     assert other.request.user_id != case.request.user_id
     row = "sequential/few-shot/likelihood/continue-list"
-    (text,) = evaluated(study, encoder, named(study, ["continue-list"]), other.request.user_id)[row]
+    (text,) = evaluation_prompts(study, encoder, select_templates(study, ["continue-list"]), other.request.user_id)[row]
     assert text.partition("\n")[2] == encoder.text(task.prompt(other.request, template="continue-list", shots=1))
     with pytest.raises(RecipeError, match="not among"):
-        evaluated(study, encoder, named(study, ["continue-list"]), "nobody")
+        evaluation_prompts(study, encoder, select_templates(study, ["continue-list"]), "nobody")
 
 
 def command(*arguments: str) -> str:

@@ -15,13 +15,13 @@ import llmrec
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import STDOUT, rank_file
 from llmrec.answer.rank.users import rank_users
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import create_baseline
 from llmrec.cli import main as cli
-from llmrec.data.cells import unguarded
+from llmrec.data.cells import unescape_cells
 from llmrec.data.requests import history_entry
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.load import dump_recipe, load_recipe
 from llmrec.types import Case, Ranking
 from tests.answer.rank_cases import jsonl, lines, toy_run
 from tests.facts import Facts, raises
@@ -34,7 +34,7 @@ BASELINES = ["tasks.sequential.baselines=[{name: markov, decay: 0.31}, item-knn,
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("classic") / "recipe.yaml"
     path.write_text(
-        dump(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])), encoding="utf-8"
+        dump_recipe(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])), encoding="utf-8"
     )
     return path
 
@@ -68,7 +68,7 @@ def test_lists_equal_those_of_the_evaluation(recipe: Path, tmp_path: Path) -> No
     rank_file(options_of(recipe, jsonl(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"))
     result = ranked(lines(tmp_path / "out.jsonl"))
     models = [
-        make("markov", parameters, seed=study.recipe.seed)
+        create_baseline("markov", parameters, seed=study.recipe.seed)
         for parameters in (study.baselines("sequential")[0].parameters, {})
     ]
     answers = []
@@ -177,7 +177,7 @@ def test_csv_guards_against_formulas(tmp_path: Path, form: str) -> None:
     }
     assert not [cell for column in texts.values() for cell in column if cell.lstrip().startswith(("=", "+", "-", "@"))]
     users = pl.Series(sorted(texts["user_id"]))
-    assert set(unguarded(users)) == set(hostile)
+    assert set(unescape_cells(users)) == set(hostile)
 
 
 def test_forms_have_the_same_lists(recipe: Path, tmp_path: Path) -> None:

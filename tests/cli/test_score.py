@@ -20,13 +20,13 @@ from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.popular import Popularity
 from llmrec.cli import console
 from llmrec.cli import main as cli
-from llmrec.data.ranked import Ranked, write_lists, write_records
+from llmrec.data.ranked import RankingRecord, write_lists, write_records
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.evaluate.scoring import Scores
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.load import dump_recipe, load_recipe
 from llmrec.types import Ranking
 from tests.answer.rank_cases import jsonl
 from tests.cli.test_rank_classic import BASELINES, CHANGES, records_of
@@ -35,7 +35,7 @@ from tests.facts import Facts, raises
 LISTS = {"u1": ["a", "b", "c"], "u2": ["d", "a"], "u3": ["b"], "u9": ["a"]}
 TRUTH = {"u1": ["b", "c", "x"], "u2": ["a"], "u4": ["a"]}
 RECORDS = [
-    Ranked(
+    RankingRecord(
         request_id=f"r-{n}", user_id=user, line=n, items=tuple(items), scores=tuple(3.0 - k for k in range(len(items)))
     )
     for n, (user, items) in enumerate(LISTS.items(), start=1)
@@ -143,7 +143,7 @@ def test_graded_relevance_is_optional(tmp_path: Path) -> None:
 
 def test_metrics_of_ranked_requests_equal_those_of_the_evaluation(tmp_path: Path) -> None:
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])
-    (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     study = build_study(recipe)
     cases = study.cases("sequential")
     requests = records_of(cases)
@@ -199,7 +199,7 @@ def test_accepts_frames_of_other_libraries(truth: Path, make: Any) -> None:
 
 
 def test_unusual_ids(tmp_path: Path) -> None:
-    record = Ranked(request_id="1", user_id="=u", line=1, items=("-1", "b"), scores=(2.0, 1.0))
+    record = RankingRecord(request_id="1", user_id="=u", line=1, items=("-1", "b"), scores=(2.0, 1.0))
     for name, form in (("r.csv", "records"), ("l.csv", "long")):
         write_lists(tmp_path / name, [record], form)  # type: ignore[arg-type]
         assert "'=u" in (tmp_path / name).read_text()
@@ -214,7 +214,7 @@ def test_failed_requests_have_no_list(truth: Path, tmp_path: Path) -> None:
     rows.insert(1, {"user_id": "u4", "rank": None, "item_id": None, "score": None, "error": "no"})
     pl.DataFrame(rows, infer_schema_length=None).write_csv(tmp_path / "all.csv")
     assert values(score(tmp_path / "all.csv", truth)) == values(score(ROWS_FRAME, truth))
-    failed = Ranked(request_id="r-4", user_id="u4", line=9, error="no")
+    failed = RankingRecord(request_id="r-4", user_id="u4", line=9, error="no")
     write_records(tmp_path / "r.jsonl", [*RECORDS, failed])
     assert values(score(tmp_path / "r.jsonl", truth)) == values(score(ROWS_FRAME, truth))
     rows[2]["score"] = math.inf
@@ -247,7 +247,7 @@ def test_command_output(truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     both = CliRunner().invoke(cli.app, [request[0], request[1], str(tmp_path / "x.run"), *request[2:]]).output
     assert "A - B" in both
-    result = json.loads(console.as_json(console.facts))
+    result = json.loads(console.format_json(console.facts))
     assert result["lists"][0]["metrics"]["HR@2"]["value"] == pytest.approx(2 / 3)
 
 

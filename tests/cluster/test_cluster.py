@@ -27,18 +27,28 @@ from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.cli.main import app
 from llmrec.cluster import actors, jobs
-from llmrec.cluster.actors import allocate, cluster, knock, rank_on
+from llmrec.cluster.actors import allocate_actors, check_cluster_address, cluster, rank_on_cluster
 from llmrec.cluster.evaluation import merge_run
-from llmrec.cluster.jobs import JOB, Job, ShardProgress, ShardResult, Worker, count_of, facts_of, published, work_all
+from llmrec.cluster.jobs import (
+    JOB_FILE,
+    Job,
+    ShardProgress,
+    ShardResult,
+    Worker,
+    choose_shard_count,
+    publish_job,
+    run_all_shards,
+    summarise_workers,
+)
 from llmrec.data.features import FeatureStore
 from llmrec.durable import sha256_of
 from llmrec.errors import LlmrecError, MissingExtra, RecipeError
 from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment, merge_augment
-from llmrec.pipeline.resume import locked
-from llmrec.pipeline.shards import finish, shard_folder, shards_of
-from llmrec.progress import under_way
+from llmrec.pipeline.resume import lock_folder
+from llmrec.pipeline.shards import finish_shard, job_folder, shard_folder
+from llmrec.progress import running_tasks
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard
@@ -69,10 +79,10 @@ def test_lost_shards_are_processed_again(tmp_path: Path, caplog: pytest.LogCaptu
         yield from (worked(number, len(passes), tokens=10) for number in keep)
 
     with caplog.at_level(logging.WARNING):
-        done = work_all(job_in(tmp_path), COUNT, spread)
+        done = run_all_shards(job_in(tmp_path), COUNT, spread)
     assert passes == [[1, 2, 3, 4, 5], [2, 3, 5], [2, 3, 5], [3]]
     assert [each.shard for each in done] == [1, 2, 3, 4, 5]
-    assert facts_of(done) == (1, 3, 50) and "the processes of 3 shards died" in caplog.text
+    assert summarise_workers(done) == (1, 3, 50) and "the processes of 3 shards died" in caplog.text
 
 
 def test_progress_of_all_shards(tmp_path: Path) -> None:
@@ -88,10 +98,10 @@ def test_progress_of_all_shards(tmp_path: Path) -> None:
             ShardProgress(3, 0.7),
         ):
             yield entry
-            seen.append(under_way()[-1].reached())
+            seen.append(running_tasks()[-1].reached())
         yield from (worked(number) for number in numbers if number > 2)
 
-    work_all(job_in(tmp_path), COUNT, spread)
+    run_all_shards(job_in(tmp_path), COUNT, spread)
     assert seen == [f"{count} of 5 shards" for count in (0, 1, 1, 1, 2, 2)]
 
 
@@ -103,8 +113,8 @@ def test_repeatedly_lost_shards_end_the_job(tmp_path: Path) -> None:
         yield from (worked(number) for number in numbers if number != 2)
 
     with raises(LlmrecError, Facts("failed", "2-of-5", says=("failed 3 times", "--shard 2/5"))):
-        work_all(job_in(tmp_path), COUNT, spread)
-    assert len(passes) == 1 + jobs.LOST
+        run_all_shards(job_in(tmp_path), COUNT, spread)
+    assert len(passes) == 1 + jobs.MAX_LOST_PASSES
 
 
 def test_failed_shard_ends_the_job_at_once(tmp_path: Path) -> None:
@@ -114,19 +124,19 @@ def test_failed_shard_ends_the_job_at_once(tmp_path: Path) -> None:
         raise AssertionError("the job went on")
 
     with raises(LlmrecError, Facts("failed", says=("shard 2/5, on node", "items.csv, row 3"))):
-        work_all(job_in(tmp_path), COUNT, spread)
+        run_all_shards(job_in(tmp_path), COUNT, spread)
 
 
 def test_number_of_shards_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
-    assert count_of(target, None, 8) == 8 and count_of(target, 3, 8) == 3
+    assert choose_shard_count(target, None, 8) == 8 and choose_shard_count(target, 3, 8) == 3
     shard_folder(target, Shard(2, 6)).mkdir(parents=True)
-    assert count_of(target, None, 8) == 6 == count_of(target, 6, 8)
+    assert choose_shard_count(target, None, 8) == 6 == choose_shard_count(target, 6, 8)
     with raises(RecipeError, Facts("mismatch", "out.jsonl.shards", column="--shards", says="into 6")):
-        count_of(target, 3, 8)
+        choose_shard_count(target, 3, 8)
     shard_folder(target, Shard(2, 4)).mkdir(parents=True)
     with raises(RecipeError, Facts("mismatch", says=("6", "4"))):
-        count_of(target, None, 8)
+        choose_shard_count(target, None, 8)
 
 
 def test_published_job_is_read_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,12 +144,12 @@ def test_published_job_is_read_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
     ranking = job_in(Path())
     page = load_recipe("recipes/movielens-100k/four-tasks.yaml", ["eval.users=7", "ray.gpus=2"])
     for job in (ranking, Job("eval", Path("runs/x"), page)):
-        with published(job) as token:
-            read = jobs.read_job(shards_of(job.target), token)
+        with publish_job(job) as token:
+            read = jobs.read_job(job_folder(job.target), token)
             assert (read.command, read.target, read.options) == (job.command, job.target.absolute(), job.options)
-            with raises(LlmrecError, Facts("busy")), published(job):
+            with raises(LlmrecError, Facts("busy")), publish_job(job):
                 pass
-        assert not (shards_of(job.target) / JOB).exists()
+        assert not (job_folder(job.target) / JOB_FILE).exists()
 
 
 def test_error_of_a_node_without_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +157,8 @@ def test_error_of_a_node_without_the_folder(tmp_path: Path, monkeypatch: pytest.
     result = Worker(tmp_path / "elsewhere", "token", 2, "node 7", 1).work(1)
     assert "all nodes share" in result.error and result.node == "node 7"
     job = job_in(tmp_path)
-    with published(job):
-        assert "all nodes share" in Worker(shards_of(job.target), "of another job", 2, "node 7", 1).work(1).error
+    with publish_job(job):
+        assert "all nodes share" in Worker(job_folder(job.target), "of another job", 2, "node 7", 1).work(1).error
     assert ShardResult.parse(result.as_json()) == result
 
 
@@ -158,17 +168,17 @@ def test_worker_waits_for_a_locked_shard(tmp_path: Path, monkeypatch: pytest.Mon
 
     def rank_shard(*_: object, ranker: object) -> Path:
         folder = shard_folder(job.target, shard)
-        with locked(folder):
+        with lock_folder(folder):
             (folder / "part").write_text("result", encoding="utf-8")
-            return finish(folder, "rank", shard, "key", ["part"], {"fresh_tokens": 12}).folder
+            return finish_shard(folder, "rank", shard, "key", ["part"], {"fresh_tokens": 12}).folder
 
-    held = locked(shard_folder(job.target, shard))
+    held = lock_folder(shard_folder(job.target, shard))
     monkeypatch.setattr(jobs, "rank_shard", rank_shard)
     monkeypatch.setattr(jobs, "open_ranker", lambda *_, **__: None)
     monkeypatch.setattr(time, "sleep", lambda _: holder.append(held.__exit__(None, None, None)))
     held.__enter__()
-    with published(job) as token:
-        result = Worker(shards_of(job.target), token, 1, "node", 1).work(1)
+    with publish_job(job) as token:
+        result = Worker(job_folder(job.target), token, 1, "node", 1).work(1)
     assert (result.error, result.tokens, len(holder)) == ("", 12, 1)
 
 
@@ -192,21 +202,23 @@ def test_worker_ranks_as_one_process_with_one_engine(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(run, "PART", 2)
+    monkeypatch.setattr(run, "PART_SIZE", 2)
     requests = jsonl(tmp_path / "in.jsonl", records(9, candidates=3, history=2))
     rank_options = options(llama_folder, requests, tmp_path / "out.jsonl", items=items_csv(tmp_path), batch=2)
     single = rank_file(replace(rank_options, out=tmp_path / "whole.jsonl"))
     job = Job("rank", rank_options.target, rank_options)
-    with published(job) as token:
-        worker = Worker(shards_of(job.target), token, 4, "node", 1)
-        done = work_all(job, 4, lambda numbers: (worker.work(number) for number in reversed(numbers)))
-    assert started == ["hf", "hf"] and facts_of(done)[2] == single["prompt_tokens"] + single["completion_tokens"]
+    with publish_job(job) as token:
+        worker = Worker(job_folder(job.target), token, 4, "node", 1)
+        done = run_all_shards(job, 4, lambda numbers: (worker.work(number) for number in reversed(numbers)))
+    assert (
+        started == ["hf", "hf"] and summarise_workers(done)[2] == single["prompt_tokens"] + single["completion_tokens"]
+    )
     assert merge_rank(rank_options.target)["sha256"] == single["sha256"] == sha256_of(rank_options.target)
 
 
 def test_worker_ranks_by_an_ensemble(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    monkeypatch.setattr(run, "PART", 2)
+    monkeypatch.setattr(run, "PART_SIZE", 2)
     users = [{"id": f"r{n}", "history": [f"k{n + 1:02d}", f"k{n + 11:02d}"]} for n in range(7)]
     requests = jsonl(tmp_path / "in.jsonl", users)
     rank_options = RankOptions(
@@ -214,9 +226,9 @@ def test_worker_ranks_by_an_ensemble(trained_run: Path, tmp_path: Path, monkeypa
     )
     single = rank_file(replace(rank_options, out=tmp_path / "whole.jsonl"))
     job = Job("rank", rank_options.target, rank_options)
-    with published(job) as token:
-        worker = Worker(shards_of(job.target), token, 3, "node", 1)
-        work_all(job, 3, lambda numbers: (worker.work(number) for number in reversed(numbers)))
+    with publish_job(job) as token:
+        worker = Worker(job_folder(job.target), token, 3, "node", 1)
+        run_all_shards(job, 3, lambda numbers: (worker.work(number) for number in reversed(numbers)))
     assert single["ranked"] == len(users)
     assert merge_rank(rank_options.target)["sha256"] == single["sha256"] == sha256_of(rank_options.target)
 
@@ -231,9 +243,9 @@ def test_restart_drops_old_results_once(llama_folder: Path, tmp_path: Path, monk
     again, stamp = replace(rank_options, restart=True, shards=3), rank_options.target.stat().st_mtime_ns
     # Failures before the start keep the old results: an invalid address, and a job in progress.
     with pytest.raises(LlmrecError):
-        rank_on(again, "unknown:0")
-    with published(Job("rank", rank_options.target, rank_options)), raises(LlmrecError, Facts("busy")):
-        rank_on(again, "local")
+        rank_on_cluster(again, "unknown:0")
+    with publish_job(Job("rank", rank_options.target, rank_options)), raises(LlmrecError, Facts("busy")):
+        rank_on_cluster(again, "local")
     assert all(folder.exists() for folder in old) and rank_options.target.stat().st_mtime_ns == stamp
 
     @contextmanager
@@ -249,9 +261,9 @@ def test_restart_drops_old_results_once(llama_folder: Path, tmp_path: Path, monk
         return [worked(number) for number in range(1, count + 1)]
 
     monkeypatch.setattr(actors, "cluster", cluster)
-    monkeypatch.setattr(actors, "work_all", work_all)
+    monkeypatch.setattr(actors, "run_all_shards", work_all)
     with pytest.raises(typer.Exit):
-        rank_on(again, "local")
+        rank_on_cluster(again, "local")
     assert rank_options.target.stat().st_mtime_ns > stamp and shard_folder(rank_options.target, Shard(3, 3)).exists()
 
 
@@ -260,10 +272,13 @@ def test_worker_keeps_its_engine(llama_folder: Path, tmp_path: Path, started: li
     recipe_ = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", max_tokens=3)
     single = augment(recipe_, tmp_path / "whole", quiet=True)
     job = Job("augment", tmp_path / "store", recipe_)
-    with published(job) as token:
-        worker = Worker(shards_of(job.target), token, 2, "node", 1)
-        done = work_all(job, 2, lambda numbers: (worker.work(number) for number in numbers))
-    assert started == ["hf", "hf"] and facts_of(done)[2] == single.cost.prompt_tokens + single.cost.completion_tokens
+    with publish_job(job) as token:
+        worker = Worker(job_folder(job.target), token, 2, "node", 1)
+        done = run_all_shards(job, 2, lambda numbers: (worker.work(number) for number in numbers))
+    assert (
+        started == ["hf", "hf"]
+        and summarise_workers(done)[2] == single.cost.prompt_tokens + single.cost.completion_tokens
+    )
     merge_augment(job.target, quiet=True)
     assert FeatureStore.open(job.target).stamp == FeatureStore.open(single.folder).stamp
 
@@ -274,9 +289,9 @@ def test_worker_evaluates_as_one_process(llama_folder: Path, tmp_path: Path, sta
     recipe_ = recipe(llama_folder)
     pipeline.run(recipe_, tmp_path / "whole", quiet=True, may_train=False)
     job = Job("eval", tmp_path / "run", recipe_)
-    with published(job) as token:
-        worker = Worker(shards_of(job.target), token, 2, "node", 1)
-        work_all(job, 2, lambda numbers: (worker.work(number) for number in numbers))
+    with publish_job(job) as token:
+        worker = Worker(job_folder(job.target), token, 2, "node", 1)
+        run_all_shards(job, 2, lambda numbers: (worker.work(number) for number in numbers))
     merge_run(job.target, quiet=True)
     assert started == ["hf", "hf"] and figures(job.target) == figures(tmp_path / "whole")
 
@@ -292,7 +307,7 @@ def test_worker_evaluates_as_one_process(llama_folder: Path, tmp_path: Path, sta
     ],
 )
 def test_one_cpu_stays_free(nodes: list[dict[str, float]], options_: dict[str, Any], count: int, gpus: float) -> None:
-    allocation = allocate(nodes, RaySection(**options_))
+    allocation = allocate_actors(nodes, RaySection(**options_))
     assert (allocation.actors, allocation.gpus, allocation.nodes) == (count, gpus, len(nodes))
     assert sum(node["CPU"] for node in nodes) - allocation.actors * allocation.cpus >= 1
 
@@ -300,28 +315,28 @@ def test_one_cpu_stays_free(nodes: list[dict[str, float]], options_: dict[str, A
 def test_rejects_cluster_without_a_free_cpu() -> None:
     for nodes, options_ in (([{"CPU": 1.0}], {}), ([{"CPU": 4.0}], {"gpus": 1}), ([{"CPU": 4.0}], {"cpus": 4})):
         with raises(RecipeError, Facts("exhausted", column="--ray", says="one CPU is reserved")):
-            allocate(nodes, RaySection(**options_))
+            allocate_actors(nodes, RaySection(**options_))
     section = RaySection(actors=6)
     with raises(RecipeError, Facts("exhausted", column="--ray", says="requested: 6")):
-        allocate([{"CPU": 4}], section, least=6)
-    assert allocate([{"CPU": 4}], section).actors == 3
+        allocate_actors([{"CPU": 4}], section, least=6)
+    assert allocate_actors([{"CPU": 4}], section).actors == 3
 
 
 def test_rejects_invalid_and_unreachable_addresses() -> None:
     for address in ("ray://head:10001", "head", ":1", "http://head:6379", "head:port"):
         with raises(RecipeError, Facts("bad-value", column="--ray", says="HOST:PORT")):
-            knock(address)
+            check_cluster_address(address)
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         with raises(LlmrecError, Facts("unreachable", column="--ray")):
-            knock(f"127.0.0.1:{free.getsockname()[1]}")
+            check_cluster_address(f"127.0.0.1:{free.getsockname()[1]}")
 
 
 def test_rejects_server_that_is_not_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "_ANSWER", 0.2)
     facts = Facts("unreachable", column="--ray", says="not a Ray head node")
     with closing(socket.create_server(("127.0.0.1", 0))) as mute, raises(LlmrecError, facts):
-        knock(f"127.0.0.1:{mute.getsockname()[1]}")
+        check_cluster_address(f"127.0.0.1:{mute.getsockname()[1]}")
 
 
 def test_missing_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +351,7 @@ def test_ray_and_one_shard_exclude_each_other(tmp_path: Path) -> None:
         with raises(RecipeError, Facts("contradiction", column="--shard")):
             CliRunner().invoke(app, words, catch_exceptions=False)
     with raises(RecipeError, Facts("unsupported", column="--out")):
-        rank_on(options(tmp_path, tmp_path / "in.jsonl", Path("-")), "local")
+        rank_on_cluster(options(tmp_path, tmp_path / "in.jsonl", Path("-")), "local")
 
 
 @pytest.mark.slow

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 from llmrec.cli.main import app
 from llmrec.cli.run import RunOptions
 from llmrec.cluster import local
-from llmrec.cluster.local import environments_of
+from llmrec.cluster.local import process_environments
 from llmrec.data.features import FeatureStore
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import engines
 from llmrec.pipeline.augmenting import augment
 from llmrec.pipeline.shards import shard_folder
-from llmrec.processes import Program, started
+from llmrec.processes import Program, start_programs
 from llmrec.records import Shard
 from tests.augment_recipe import augmenting_recipe
 from tests.cluster.test_shards import BASE, figures, recipe
@@ -67,37 +67,39 @@ def test_gpus_of_each_process(
 ) -> None:
     gpus(*names, visible=visible)
     recipe_ = recipe(Path("model"), f"eval.tensor_parallel={parallel}", "eval.backend=vllm")
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments_of(recipe_, count)] == devices
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in process_environments(recipe_, count)] == devices
 
 
 def test_rejects_too_few_and_mixed_gpus(gpus: Callable[..., None]) -> None:
     gpus(*["A"] * 3)
     with raises(RecipeError, Facts("unsupported", column="--launch", says=("need 4 GPUs", "3 are", "--launch 3"))):
-        environments_of(recipe(Path("model")), 4)
+        process_environments(recipe(Path("model")), 4)
     pairs = recipe(Path("model"), "eval.tensor_parallel=2", "eval.backend=vllm")
     with raises(RecipeError, Facts("unsupported", column="--launch", says=("2 GPUs each", "--launch 1"))):
-        environments_of(pairs, 2)
+        process_environments(pairs, 2)
     gpus("A", "B")
     with raises(RecipeError, Facts("unsupported", column="--launch", says=("A, B", "CUDA_VISIBLE_DEVICES"))):
-        environments_of(recipe(Path("model")), 2)
+        process_environments(recipe(Path("model")), 2)
 
 
 def test_no_gpus_without_a_local_engine_on_a_gpu(gpus: Callable[..., None]) -> None:
     gpus("A", "B")
     server = "eval.server={url: 'http://127.0.0.1:1/v1', model: m}"
     for changed in (("model.device=cpu",), ("eval.backend=openai", server)):
-        assert not any("CUDA_VISIBLE_DEVICES" in each for each in environments_of(recipe(Path("model"), *changed), 3))
+        assert not any(
+            "CUDA_VISIBLE_DEVICES" in each for each in process_environments(recipe(Path("model"), *changed), 3)
+        )
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(engines, "device", lambda _: "cpu")
-    monkeypatch.setattr(local.machine, "processor", lambda: type("P", (), {"usable": 8}))
-    environments = environments_of(recipe(Path("model")), 3)
+    monkeypatch.setattr(local.machine, "read_processor", lambda: type("P", (), {"usable": 8}))
+    environments = process_environments(recipe(Path("model")), 3)
     assert [each["OMP_NUM_THREADS"] for each in environments] == ["2"] * 3
     assert not any("CUDA_VISIBLE_DEVICES" in each for each in environments)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert environments_of(recipe(Path("model")), 2)[0]["OMP_NUM_THREADS"] == "5"
+    assert process_environments(recipe(Path("model")), 2)[0]["OMP_NUM_THREADS"] == "5"
 
 
 _WAITS = "import time; time.sleep(600)"
@@ -127,7 +129,7 @@ def test_killed_process_stops_all_processes_and_its_children(tmp_path: Path) -> 
 
     programs = [program(_WAITS, tmp_path / "1"), program(_LEAVES, tmp_path / "2")]
     before = set(psutil.Process().children())
-    with pytest.raises(ProcessEnded) as caught, started(programs) as output:
+    with pytest.raises(ProcessEnded) as caught, start_programs(programs) as output:
         list(output)
     assert (caught.value.first.process, caught.value.first.status) == (1, -signal.SIGKILL)
     assert "was stopped by SIGKILL" in caught.value.first.why and not set(psutil.Process().children()) - before
@@ -137,8 +139,8 @@ def test_killed_process_stops_all_processes_and_its_children(tmp_path: Path) -> 
 def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
     worker = "from llmrec.processes import end_with_parent; end_with_parent(); print(1, flush=True); " + _WAITS
     parent = (
-        "from pathlib import Path; from llmrec.processes import Program, started\n"
-        f"with started([Program(('-c', {worker!r}), {{}}, Path({str(tmp_path / 'log')!r}))]) as lines:\n"
+        "from pathlib import Path; from llmrec.processes import Program, start_programs\n"
+        f"with start_programs([Program(('-c', {worker!r}), {{}}, Path({str(tmp_path / 'log')!r}))]) as lines:\n"
         "    import psutil; next(lines)\n"
         "    print(psutil.Process().children()[0].pid, flush=True)\n"
         "    list(lines)"
@@ -210,7 +212,7 @@ def test_run_writes_texts_with_all_processes(llama_folder: Path, tmp_path: Path)
     recipe_ = augmenting_recipe(llama_folder, batch=2, model_dtype="float32")
     recipe_ = recipe_.model_copy(update={"eval": recipe_.eval.model_copy(update={"arms": ()})})
     single = augment(recipe_, tmp_path / "whole", quiet=True)
-    done = local.run_here(recipe_, tmp_path / "run", RunOptions(recipe="not read", launch=2))
+    done = local.run_locally(recipe_, tmp_path / "run", RunOptions(recipe="not read", launch=2))
     assert FeatureStore.open(tmp_path / "run" / "features").stamp == FeatureStore.open(single.folder).stamp
     assert shard_folder(tmp_path / "run" / "features", Shard(2, 2)).exists() and done.rows
 
@@ -224,7 +226,7 @@ def test_killed_worker_is_one_error_with_its_log(
 
     monkeypatch.setattr(local.processes, "Program", killed)
     with pytest.raises(LlmrecError, match="process 2 of 2 was stopped by SIGKILL") as caught:
-        local.evaluate_here(recipe(llama_folder), tmp_path / "run", 2)
+        local.evaluate_locally(recipe(llama_folder), tmp_path / "run", 2)
     assert Path(str(caught.value.file)).name == "process-2.log" and "last message" in str(caught.value)
 
 
@@ -244,7 +246,7 @@ def test_signal_stops_all_processes(llama_folder: Path, tmp_path: Path) -> None:
 
 def test_error_of_a_worker_is_raised(tmp_path: Path) -> None:
     with raises(LlmrecError, Facts("failed", says=("nowhere does not exist", "process-1.log"))):
-        local.evaluate_here(recipe(tmp_path / "nowhere"), tmp_path / "run", 1)
+        local.evaluate_locally(recipe(tmp_path / "nowhere"), tmp_path / "run", 1)
 
 
 def test_launch_and_shard_exclude_each_other(llama_folder: Path, tmp_path: Path) -> None:
@@ -252,4 +254,4 @@ def test_launch_and_shard_exclude_each_other(llama_folder: Path, tmp_path: Path)
     with pytest.raises(LlmrecError, match="--shard and --launch"):
         CliRunner().invoke(app, ["eval", "recipes/movielens-100k/four-tasks.yaml", *options], catch_exceptions=False)
     with raises(LlmrecError, Facts("unsupported", column="eval.arms")):
-        local.evaluate_here(recipe(llama_folder, "eval.arms=[]"), tmp_path / "run", 2)
+        local.evaluate_locally(recipe(llama_folder, "eval.arms=[]"), tmp_path / "run", 2)

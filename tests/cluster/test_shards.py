@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends.cache import AnswerStore, Stored
+from llmrec.backends.cache import AnswerStore, StoredAnswer
 from llmrec.cluster.evaluation import evaluate_shard, merge_run
 from llmrec.data.features import FeatureStore
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import augmenting
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.shards import finish, reusable_shard, shard_folder, verify_shards
+from llmrec.pipeline.shards import finish_shard, reusable_shard, shard_folder, verify_shards
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
@@ -52,7 +52,7 @@ def shard(target: Path, index: int, count: int = 3, key: str = "k", folder: Path
     folder = folder or shard_folder(target, part)
     folder.mkdir(parents=True)
     (folder / "part").write_text(f"results of shard {part}", encoding="utf-8")
-    return finish(folder, "rank", part, key, ["part"], {"form": "records"}).folder
+    return finish_shard(folder, "rank", part, key, ["part"], {"form": "records"}).folder
 
 
 def test_shards_are_sorted_by_number(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_rejects_incomplete_or_changed_jobs(tmp_path: Path, harm: Callable[[Path
 def test_joined_stores_keep_the_first_answer(tmp_path: Path) -> None:
     def store(name: str, usage: int, **answers: str) -> Path:
         opened = AnswerStore(tmp_path / name)
-        opened.put((key, Stored(seconds=1.0, answer=text)) for key, text in answers.items())
+        opened.put((key, StoredAnswer(seconds=1.0, answer=text)) for key, text in answers.items())
         opened.spend("server", Cost(prompt_tokens=usage, completion_tokens=1))
         opened.close()
         return tmp_path / name
@@ -131,10 +131,10 @@ def test_joined_stores_keep_the_first_answer(tmp_path: Path) -> None:
 def test_answers_of_another_store_are_copied_on_demand(tmp_path: Path) -> None:
     further, path = tmp_path / "run.sqlite", tmp_path / "shard.sqlite"
     store = AnswerStore(further)
-    store.put((key, Stored(seconds=1.0, answer=key)) for key in ("a", "b"))
+    store.put((key, StoredAnswer(seconds=1.0, answer=key)) for key in ("a", "b"))
     store.close()
     shard = AnswerStore(path, further)
-    shard.put([("b", Stored(seconds=1.0, answer="new"))])
+    shard.put([("b", StoredAnswer(seconds=1.0, answer="new"))])
     assert {key: each["answer"] for key, each in shard.get(["a", "b", "c"]).items()} == {"a": "a", "b": "new"}
     shard.close()
     alone = AnswerStore(path, tmp_path / "nowhere.sqlite")

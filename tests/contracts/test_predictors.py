@@ -18,13 +18,13 @@ from pydantic import ValidationError
 
 from llmrec.baselines import base as ranked
 from llmrec.baselines.base import Trainable
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import create_baseline
 from llmrec.data.dataset import Dataset, Review
-from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.data.split import SplitDataset, request_id, split_dataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.recipe.schema import Split
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, import_component
 from llmrec.tasks.family import family_of
 from llmrec.types import (
     Answer,
@@ -85,7 +85,7 @@ READING = {
 }  # they represent items by their texts
 # They tune a text encoder.
 TUNING = {"transitions-tuned"}
-STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
+STOCHASTIC = {name for name in ALL if import_component(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
 
@@ -112,7 +112,7 @@ def _dataset(order_seed: int | None = None) -> Dataset:
 
 @cache
 def _split(kind: str, order_seed: int | None = None) -> SplitDataset:
-    return split(_dataset(order_seed), Split(kind=kind, valid=0.2, test=0.2), seed=3)  # type: ignore[arg-type]
+    return split_dataset(_dataset(order_seed), Split(kind=kind, valid=0.2, test=0.2), seed=3)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def _fitted(name: str, data: SplitDataset, *, seed: int = 5, **settings: Any) -> Any:
-    predictor = make(name, _settings(name) | settings, seed=seed)
+    predictor = create_baseline(name, _settings(name) | settings, seed=seed)
     predictor.learn(data)
     return predictor
 
@@ -217,9 +217,9 @@ def test_every_baseline_is_tested() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_baseline_is_a_trainable_predictor(name: str) -> None:
-    predictor = lookup(BASELINES, name, "baseline")()
+    predictor = import_component(BASELINES, name, "baseline")()
     assert isinstance(predictor, Predictor) and isinstance(predictor, Trainable)
-    assert predictor.name == name == lookup(BASELINES, name, "baseline").name
+    assert predictor.name == name == import_component(BASELINES, name, "baseline").name
     with pytest.raises(RuntimeError, match=rf"{name}.*fit"):
         predictor.answer([_for(name)])
     assert _shared(name).answer([]) == []
@@ -238,7 +238,7 @@ def test_catalogue_scores(name: str, data: SplitDataset) -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_config_and_grid(name: str) -> None:
-    baseline = lookup(BASELINES, name, "baseline")
+    baseline = import_component(BASELINES, name, "baseline")
     config = baseline.Config()
     assert isinstance(baseline.stochastic, bool) and baseline.Config(**config.model_dump()) == config
     for key, field in baseline.Config.model_fields.items():
@@ -256,8 +256,8 @@ def test_config_and_grid(name: str) -> None:
 
 def _others(name: str) -> list[dict[str, Any]]:
     """Return two configs in which all parameters of `AT_ANSWER` differ from the defaults of the suite."""
-    grid = lookup(BASELINES, name, "baseline").GRID
-    answering = lookup(BASELINES, name, "baseline").AT_ANSWER
+    grid = import_component(BASELINES, name, "baseline").GRID
+    answering = import_component(BASELINES, name, "baseline").AT_ANSWER
     return [{key: grid[key][end] for key in grid if key in answering} for end in (0, -1)]
 
 
@@ -267,7 +267,7 @@ def test_with_config_equals_another_fit(name: str, data: SplitDataset) -> None:
     requests, predictor = _requests(name, data), _shared(name)
     before = predictor.answer(requests)
     # Otherwise a parameter of the answers would not be tested.
-    assert lookup(BASELINES, name, "baseline").GRID.keys() >= predictor.AT_ANSWER
+    assert import_component(BASELINES, name, "baseline").GRID.keys() >= predictor.AT_ANSWER
     differs = False
     for parameters in _others(name) if predictor.AT_ANSWER else ():
         config = type(predictor._config)(**_settings(name) | parameters)
@@ -303,9 +303,9 @@ def test_with_config_rejects_parameters_of_the_fit(name: str) -> None:
 )
 def test_rejects_invalid_parameters(name: str, parameters: dict[str, Any], kind: Any, says: tuple[str, ...]) -> None:
     with raises(RecipeError, Facts(kind, column="here", says=says)):
-        make(name, parameters, seed=0, where="here")
+        create_baseline(name, parameters, seed=0, where="here")
     with raises(RecipeError, Facts("unknown-name", says="(did you mean 'markov'?)")):
-        make("markof", parameters, seed=0, where="here")
+        create_baseline("markof", parameters, seed=0, where="here")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -564,7 +564,7 @@ def test_memory_does_not_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     items = {f"i{n}": Item(item_id=f"i{n}", title="t") for n in range(2000)}
     data = _split("leave_one_out")
     predictor = _fitted(name, replace(data, dataset=replace(data.dataset, items=items)))
-    monkeypatch.setattr(ranked, "_CELLS", 2000 * 16)
+    monkeypatch.setattr(ranked, "_BLOCK_SCORES", 2000 * 16)
 
     def peak(count: int) -> int:
         requests = [_for(name, id=f"r{n}", history=(Event(item_id=f"i{n % 30}"),)) for n in range(count)]

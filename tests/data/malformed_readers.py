@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.recipe.schema import DataSection
 
 USERS, ITEMS = 6, 6
@@ -73,7 +73,7 @@ class Reader:
     def read(self, file: Path) -> str:
         """Return the fingerprint of a table, or of the data set in the folder of a file."""
         path = file.parent if self.streamed and file.suffix != ".zip" else file
-        return load(DataSection(source=self.source, path=str(path)), seed=0).fingerprint
+        return load_data(DataSection(source=self.source, path=str(path)), seed=0).fingerprint
 
     def good(self) -> bytes:
         if isinstance(self.form, Grid):

@@ -9,8 +9,8 @@ import pytest
 
 import llmrec
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
-from llmrec.data.stats import baskets, moments_shared, statistics
+from llmrec.data.split import SplitDataset, split_dataset
+from llmrec.data.stats import basket_warning, statistics, tied_history_share
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Item
@@ -42,21 +42,21 @@ def bought(*, at_once: bool = True, time: bool = True) -> pl.DataFrame:
 def cut(kind: str, frame: pl.DataFrame) -> SplitDataset:
     items = {name: Item(item_id=name, title=name) for name in frame["item_id"].unique()}
     dataset = Dataset(name="shop", noun="items", interactions=frame, items=items)
-    return split(dataset, Split(kind=kind), seed=0)  # type: ignore[arg-type]
+    return split_dataset(dataset, Split(kind=kind), seed=0)  # type: ignore[arg-type]
 
 
 def test_leave_one_out_splits_baskets_and_reports_it() -> None:
     data = cut("leave_one_out", bought())
     # One item of the last basket is for test and one for validation; both have the third in their history.
-    assert moments_shared(data) == 1.0 == statistics(data)["tied_with_history"]
-    assert "100% of the held-out interactions of shop" in baskets(data) and "last_basket" in baskets(data)
+    assert tied_history_share(data) == 1.0 == statistics(data)["tied_with_history"]
+    assert "100% of the held-out interactions of shop" in basket_warning(data) and "last_basket" in basket_warning(data)
 
 
 def test_single_events_are_no_baskets() -> None:
     data = cut("leave_one_out", bought(at_once=False))
-    assert moments_shared(data) == 0.0 and baskets(data) == ""
+    assert tied_history_share(data) == 0.0 and basket_warning(data) == ""
     untimed = cut("leave_one_out", bought(time=False))
-    assert moments_shared(untimed) is None and baskets(untimed) == ""
+    assert tied_history_share(untimed) is None and basket_warning(untimed) == ""
 
 
 def test_baskets_are_held_out() -> None:
@@ -64,7 +64,7 @@ def test_baskets_are_held_out() -> None:
     assert (data.test.height, data.valid.height) == (USERS * EACH, USERS * EACH)
     assert set(data.test["timestamp"]) == {300.0} and set(data.valid["timestamp"]) == {200.0}
     assert set(data.train["timestamp"]) == {0.0, 100.0}
-    assert moments_shared(data) == 0.0 and baskets(data) == ""
+    assert tied_history_share(data) == 0.0 and basket_warning(data) == ""
 
 
 def test_users_with_few_baskets_stay_in_training() -> None:
@@ -93,7 +93,7 @@ def test_data_without_baskets(frame: pl.DataFrame, facts: Facts) -> None:
 
 def test_init_and_check_mention_baskets(tmp_path: Path) -> None:
     bought().write_csv(tmp_path / "shop.csv")
-    result = start.init(str(tmp_path / "shop.csv"), out=tmp_path / "shop.yaml", name="shop", backend="hf")
+    result = start.write_recipe(str(tmp_path / "shop.csv"), out=tmp_path / "shop.yaml", name="shop", backend="hf")
     assert "last_basket" in result.found
     recipe = {
         "name": "shop",

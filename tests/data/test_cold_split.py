@@ -13,18 +13,18 @@ from data_cases import Row, dataset, pairs, seeds, shuffled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmrec.baselines.base import Catalogue, Log, counts
-from llmrec.data.split import SplitDataset, split
+from llmrec.baselines.base import Catalogue, InteractionLog, item_counts
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError
-from llmrec.pipeline.leaks import training_interactions
+from llmrec.pipeline.leaks import audit_training_interactions
 from llmrec.recipe.schema import Split
 from tests.facts import Facts, raises
 
 
 def cut(rows: list[Row], seed: int = 0, *, timed: bool = True, **keys: Any) -> SplitDataset:
     section = Split(**{"kind": "cold_items", "valid": 0.25, "test": 0.25} | keys)
-    return split(dataset(rows, timed=timed), section, seed=seed)
+    return split_dataset(dataset(rows, timed=timed), section, seed=seed)
 
 
 def drawn(rows: list[Row], seed: int, **keys: Any) -> SplitDataset:
@@ -61,7 +61,7 @@ def test_cold_items_are_in_no_training_history_or_count(seed: int, repeats: bool
             history = {event.item_id for event in data.history(held.user_id, name)}
             assert history and not history & data.cold and held.item_id not in history
     catalogue = Catalogue.of(data)
-    popular = counts(Log.of(data, catalogue), catalogue)
+    popular = item_counts(InteractionLog.of(data, catalogue), catalogue)
     assert not popular[catalogue.indices(sorted(data.cold))].any()
     # The catalogue keeps them.
     assert data.cold <= set(data.dataset.items)
@@ -78,7 +78,7 @@ def test_held_out_users_have_a_cold_and_a_warm_item(seed: int, repeats: bool) ->
         for (user,), rows in held.group_by("user_id"):
             assert sorted(rows["cold"].to_list()) == [False, True]
             assert rows["timestamp"].min() >= last[user]
-    assert training_interactions(data).verdict != "leak"
+    assert audit_training_interactions(data).verdict != "leak"
     # The items of test are not those of validation.
     of = {name: {row.item_id for row in data.holdouts(name)} & data.cold for name in ("valid", "test")}
     assert of["valid"] and of["test"] and not of["valid"] & of["test"]
@@ -144,12 +144,12 @@ def test_items_first_seen_after_a_date() -> None:
 
 def test_audit_finds_cold_items_in_training() -> None:
     data = cut(many(5))
-    assert training_interactions(data).verdict != "leak"
+    assert audit_training_interactions(data).verdict != "leak"
     item = sorted(data.cold)[0]
     row = data.train[:1].with_columns(pl.lit(item).cast(data.train["item_id"].dtype).alias("item_id"))
-    result = training_interactions(replace(data, train=pl.concat([data.train, row])))
+    result = audit_training_interactions(replace(data, train=pl.concat([data.train, row])))
     assert result.verdict == "leak" and item in result.examples[0]
-    both = training_interactions(replace(data, valid=pl.concat([data.valid, data.test])))
+    both = audit_training_interactions(replace(data, valid=pl.concat([data.valid, data.test])))
     assert both.verdict == "leak" and "both splits" in both.examples[0]
 
 

@@ -10,8 +10,8 @@ import pytest
 from data_cases import dicts, lines
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.markup import has_markup, plain
-from llmrec.data.sets.table import load
+from llmrec.data.read.markup import has_markup, remove_markup
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from tests.facts import Facts, raises
@@ -76,7 +76,7 @@ def write(path: Path, raw: bytes) -> Path:
 
 
 def read(year: int, path: Path, **keys: Any) -> Dataset:
-    return load(DataSection(source=f"amazon-{year}", path=str(path), **keys), seed=0)
+    return load_data(DataSection(source=f"amazon-{year}", path=str(path), **keys), seed=0)
 
 
 @pytest.fixture
@@ -242,4 +242,4 @@ def test_fingerprint_depends_neither_on_order_nor_on_spelling(beauty: Path) -> N
     ],
 )
 def test_plain_text_of_html(raw: str, text: str) -> None:
-    assert plain(raw) == text
+    assert remove_markup(raw) == text

@@ -6,7 +6,7 @@ from data_cases import dataset, random_rows, seeds, shuffled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.dataset import SCHEMA, Dataset, apply, core
+from llmrec.data.dataset import SCHEMA, Dataset, filter_dataset, k_core
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Filter
 from llmrec.types import Item
@@ -16,7 +16,7 @@ from tests.facts import Facts, raises
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_core_is_the_largest_subset(seed: int, user_core: int, item_core: int) -> None:
     rows = dataset(random_rows(seed)).interactions
-    kept = core(rows, user_core=user_core, item_core=item_core)
+    kept = k_core(rows, user_core=user_core, item_core=item_core)
     for column, least in (("user_id", user_core), ("item_id", item_core)):
         assert all(count >= least for count in kept.group_by(column).len()["len"])
     # One row at a time, in another order: the k-core is unique.
@@ -37,26 +37,26 @@ def test_core_is_the_largest_subset(seed: int, user_core: int, item_core: int) -
 def test_min_rating_drops_rows_items_and_users() -> None:
     data = dataset([("a", "x", 5.0, 1.0), ("a", "y", 4.0, 2.0), ("b", "z", 1.0, 3.0)])
     data = Dataset(**{**data.__dict__, "users": {"a": {"age": "9"}, "b": {}}})
-    kept = apply(data, Filter(min_rating=4))
+    kept = filter_dataset(data, Filter(min_rating=4))
     assert kept.interactions["item_id"].to_list() == ["x", "y"]
     assert list(kept.items) == ["x", "y"] and list(kept.users) == ["a"]
 
 
 def test_no_filter_changes_nothing() -> None:
     data = dataset(random_rows(1))
-    assert apply(data, Filter()) is data
+    assert filter_dataset(data, Filter()) is data
 
 
 def test_empty_result_names_the_keys() -> None:
     with raises(DataError, Facts("too-few", column="data.filter", says=("min_rating=5", "user_core=9"))):
-        apply(dataset([("a", "x", 5.0, 1.0), ("a", "y", 4.0, 2.0)]), Filter(min_rating=5, user_core=9))
+        filter_dataset(dataset([("a", "x", 5.0, 1.0), ("a", "y", 4.0, 2.0)]), Filter(min_rating=5, user_core=9))
 
 
 def test_min_rating_without_ratings() -> None:
     rows = pl.DataFrame({"user_id": ["a"], "item_id": ["x"]})
     data = Dataset(name="clicks", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
     with raises(DataError, Facts("contradiction", "clicks", column="data.filter.min_rating")):
-        apply(data, Filter(min_rating=3))
+        filter_dataset(data, Filter(min_rating=3))
 
 
 def test_dataset_conforms_columns() -> None:

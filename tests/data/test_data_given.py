@@ -11,8 +11,8 @@ from data_cases import pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.sets.table import SPELLED, load
-from llmrec.data.split import SplitDataset, request_of, split
+from llmrec.data.sets.table import PART_SPELLINGS, load_data
+from llmrec.data.split import SplitDataset, request_of, split_dataset
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.load import load_recipe
@@ -48,7 +48,7 @@ def several(folder: Path, rows: list[Row], **keys: Any) -> DataSection:
 
 
 def cut(section: DataSection, seed: int = 0) -> SplitDataset:
-    return split(load(section, seed=seed), section.split, seed=seed)
+    return split_dataset(load_data(section, seed=seed), section.split, seed=seed)
 
 
 def fails(section: DataSection, facts: Facts) -> None:
@@ -81,7 +81,7 @@ def test_row_order_and_seed_do_not_matter(tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("spelling", [" Train ", "VALIDATION", "dev"])
 def test_spellings_of_parts(tmp_path: Path, spelling: str) -> None:
-    part = SPELLED[spelling.strip().lower()]
+    part = PART_SPELLINGS[spelling.strip().lower()]
     rows = [(*row[:-1], spelling if row[-1] == part else row[-1]) for row in ROWS]
     assert cut(one(tmp_path, rows)).fingerprint == cut(one(tmp_path, ROWS)).fingerprint
 

@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.files import Member, plain_name
-from llmrec.data.read.table import blocks
+from llmrec.data.read.files import DataFile, normalise_file_name
+from llmrec.data.read.table import read_blocks
 from llmrec.data.read.text import TextFormat
 from llmrec.data.sets import pages as sets
-from llmrec.data.sets.locate import captured
-from llmrec.data.sets.pages import Counts
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.sets.locate import match_wildcard
+from llmrec.data.sets.pages import DatasetSize
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.errors import DataError, ErrorKind, RecipeError
 from llmrec.recipe.schema import Columns, DataSection, Split
 from llmrec.registry import SOURCES
@@ -139,11 +139,11 @@ SETS: Mapping[str, Files] = {
     "lastfm-1k": LASTFM_1K,
     "mind": MIND,
 }
-KNOWN = {page.name: page for page in sets.published()}
+KNOWN = {page.name: page for page in sets.known_formats()}
 
 
 def read(source: str, path: Path | None, **keys: Any) -> Dataset:
-    return load(DataSection(source=source, path=str(path) if path else None, **keys), seed=0)
+    return load_data(DataSection(source=source, path=str(path) if path else None, **keys), seed=0)
 
 
 def titles(data: Dataset) -> dict[str, str]:
@@ -260,7 +260,7 @@ def test_mind_orders_history_before_clicks(tmp_path: Path) -> None:
     assert not data.has_time and titles(data)["N1"] == "Title & 1"
     assert data.items["N1"].fields == {"category": "news", "subcategory": "world"}
     assert data.fingerprint.startswith("b2d4f45355dc")
-    cut = split(data, Split(), seed=0)
+    cut = split_dataset(data, Split(), seed=0)
     assert [held.item_id for held in cut.holdouts("test")] == ["N4"]
     assert [event.item_id for event in cut.history("U1", "valid")] == ["N1", "N2", "N5"]
 
@@ -369,7 +369,10 @@ def test_row_order_does_not_matter(tmp_path: Path, source: str) -> None:
     moved = {**files, main: b"".join(head + body)}
     one, other = read(source, folder(tmp_path / "a", files)), read(source, folder(tmp_path / "b", moved))
     assert one.fingerprint == other.fingerprint
-    cuts = [split(data, Split(kind="global_time", valid=0.0, test=0.34), seed=0).fingerprint for data in (one, other)]
+    cuts = [
+        split_dataset(data, Split(kind="global_time", valid=0.0, test=0.34), seed=0).fingerprint
+        for data in (one, other)
+    ]
     assert cuts[0] == cuts[1]
 
 
@@ -463,7 +466,7 @@ def test_damaged_and_empty_files(tmp_path: Path) -> None:
 
 def test_endless_line_is_rejected_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.read.text.BLOCK", 64)
-    monkeypatch.setattr("llmrec.data.read.text.LONGEST", 200)
+    monkeypatch.setattr("llmrec.data.read.text.MAX_LINE_BYTES", 200)
     path = folder(tmp_path, {**YELP, "yelp_academic_dataset_review.json": b'{"user_id": "' + b"x" * 1000})
     with raises(DataError, Facts("too-large", REVIEWS, says="200 bytes")):
         read("yelp", path)
@@ -503,7 +506,7 @@ def test_written_rows_are_read_back(
     form = TextFormat(kind={"csv": "delimited", "python": "dicts"}.get(kind, kind), quoted=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmrec.data.read.text.BLOCK", size)
-        results = list(blocks(Member("x", path), form, {"b": "text", "a": "text"}))
+        results = list(read_blocks(DataFile("x", path), form, {"b": "text", "a": "text"}))
     assert [row for block in results for row in block.frame.iter_rows(named=True)] == values
     if kind != "csv":
         step = 2 if gaps else 1
@@ -557,15 +560,15 @@ def test_repeated_rows_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("published", "counted", "same"),
     [
-        (Counts(10, 20, 30, ""), Counts(10, 20, 31, ""), False),
-        (Counts(None, None, 30, ""), Counts(1, 2, 30, ""), True),
-        (Counts(94_800, 25_600, 814_600, "", rounded=True), Counts(94_762, 25_612, 814_586, ""), True),
-        (Counts(94_800, 25_600, 814_600, "", rounded=True), Counts(94_762, 25_612, 814_686, ""), False),
-        (Counts(253, 356, 2_500, "", rounded=True), Counts(253, 356, 2_535, ""), True),
-        (Counts(253, 356, 2_500, "", rounded=True), Counts(254, 356, 2_500, ""), False),
+        (DatasetSize(10, 20, 30, ""), DatasetSize(10, 20, 31, ""), False),
+        (DatasetSize(None, None, 30, ""), DatasetSize(1, 2, 30, ""), True),
+        (DatasetSize(94_800, 25_600, 814_600, "", rounded=True), DatasetSize(94_762, 25_612, 814_586, ""), True),
+        (DatasetSize(94_800, 25_600, 814_600, "", rounded=True), DatasetSize(94_762, 25_612, 814_686, ""), False),
+        (DatasetSize(253, 356, 2_500, "", rounded=True), DatasetSize(253, 356, 2_535, ""), True),
+        (DatasetSize(253, 356, 2_500, "", rounded=True), DatasetSize(254, 356, 2_500, ""), False),
     ],
 )
-def test_agreement(published: Counts, counted: Counts, same: bool) -> None:
+def test_agreement(published: DatasetSize, counted: DatasetSize, same: bool) -> None:
     assert published.agrees(counted) is same
 
 
@@ -573,8 +576,8 @@ def test_published_counts_belong_to_files_that_a_source_reads() -> None:
     for source, known in KNOWN.items():
         patterns = [pattern for layout in known.layouts for pattern in layout.events.files]
         for file in known.counts.files if known.counts else ():
-            assert any(captured(pattern, file) is not None for pattern in patterns), (source, file)
-            assert plain_name(file) == file
+            assert any(match_wildcard(pattern, file) is not None for pattern in patterns), (source, file)
+            assert normalise_file_name(file) == file
 
 
 PAGE = """
@@ -637,9 +640,9 @@ def test_malformed_page_is_rejected(
 def test_user_page_with_base(tmp_path: Path) -> None:
     page = tmp_path / "mine.yaml"
     page.write_text("base: movielens-10m\nnoun: films\n", encoding="utf-8")
-    assert sets.known(str(page)).noun == "films" and sets.known(str(page)).scale == (0.5, 5.0)
+    assert sets.read_known_format(str(page)).noun == "films" and sets.read_known_format(str(page)).scale == (0.5, 5.0)
     with pytest.raises(DataError) as caught:
-        load(DataSection(source=str(page)), seed=0)
+        load_data(DataSection(source=str(page)), seed=0)
     assert caught.value.column == "data.path"
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from eval.benchmarks.make_reviews import generate, main, to_csv
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split
@@ -30,17 +30,17 @@ def test_seed_changes_table() -> None:
 
 
 def test_source() -> None:
-    data = load(SECTION, seed=0)
+    data = load_data(SECTION, seed=0)
     assert (data.name, data.noun, data.made) == ("made-reviews", "kitchen products", True)
     assert data.rating_scale == (1.0, 5.0) and data.interactions["text"].null_count() == 0
     item = data.items["k01"]
     assert set(item.fields) == {"category", "brand", "price"} and item.fields["brand"] in item.title
     assert data.provenance["source"] == "made-reviews"
-    assert load(SECTION.model_copy(update={"noun": "things"}), seed=0).noun == "things"
-    assert statistics(split(data, Split(), seed=0))["test"] == 120
+    assert load_data(SECTION.model_copy(update={"noun": "things"}), seed=0).noun == "things"
+    assert statistics(split_dataset(data, Split(), seed=0))["test"] == 120
 
 
 @pytest.mark.parametrize("keys", [{"path": "x.csv"}, {"items": "x.csv"}, {"columns": Columns(user="u")}])
 def test_rejects_files(keys: dict[str, object]) -> None:
     with raises(DataError, Facts("contradiction", column="data")):
-        load(SECTION.model_copy(update=keys), seed=0)
+        load_data(SECTION.model_copy(update=keys), seed=0)

@@ -86,7 +86,7 @@ WATCH = _Watch()
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Run in an empty folder and check that no canary is created; lower the Parquet limit, for fast bombs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parquet, "FREE_BYTES", 2**27)
+    monkeypatch.setattr(parquet, "ALWAYS_ALLOWED_BYTES", 2**27)
     logging.disable(logging.WARNING)
     previous = signal.signal(signal.SIGALRM, WATCH.ring)
     yield

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.sets import locate, published
-from llmrec.data.sets.pages import known
+from llmrec.data.sets.pages import read_known_format
 from llmrec.data.sets.published import movie_title
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
 from tests.facts import Facts, raises
@@ -75,11 +75,11 @@ def encoded(files: Mapping[str, str]) -> dict[str, str | bytes]:
 
 
 def hundred(path: Path | None = None, **keys: object) -> Dataset:
-    return load(DataSection(source="movielens-100k", path=str(path) if path else None, **keys), seed=0)  # type: ignore[arg-type]
+    return load_data(DataSection(source="movielens-100k", path=str(path) if path else None, **keys), seed=0)  # type: ignore[arg-type]
 
 
 def small(path: Path | None = None) -> Dataset:
-    return load(DataSection(source="movielens-small", path=str(path) if path else None), seed=0)
+    return load_data(DataSection(source="movielens-small", path=str(path) if path else None), seed=0)
 
 
 @pytest.fixture
@@ -211,8 +211,8 @@ def serve(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 def test_download_once(tmp_path: Path, empty_cache: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = archive(tmp_path / "made.zip", encoded(OFFICIAL)).read_bytes()
-    page = known("movielens-100k").model_copy(update={"md5": hashlib.md5(raw).hexdigest()})
-    monkeypatch.setattr(published, "known", lambda name: page)
+    page = read_known_format("movielens-100k").model_copy(update={"md5": hashlib.md5(raw).hexdigest()})
+    monkeypatch.setattr(published, "read_known_format", lambda name: page)
     urls = serve(raw)
     assert hundred().fingerprint == hundred().fingerprint
     assert urls == ["https://files.grouplens.org/datasets/movielens/ml-100k.zip"]
@@ -304,7 +304,7 @@ def test_documented_commands_convert_the_archive(tmp_path: Path) -> None:
     def parts(source: str, path: Path, **keys: object) -> dict[str, dict[str, list[str]]]:
         values = {"source": source, "path": str(path), "filter": {"item_core": 8}, "split": keys}
         section = DataSection.model_validate(values)
-        data = split(load(section, seed=0), section.split, seed=0)
+        data = split_dataset(load_data(section, seed=0), section.split, seed=0)
         items: dict[str, dict[str, list[str]]] = {}
         for name, frame in (("train", data.train), ("valid", data.valid), ("test", data.test)):
             for user, item in frame.select("user_id", "item_id").iter_rows():

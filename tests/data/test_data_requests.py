@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from llmrec.data import ranked
 from llmrec.data.assemble import digest_items, read_items
-from llmrec.data.ranked import Ranked, read_part, write_part, write_records
+from llmrec.data.ranked import RankingRecord, read_part, write_part, write_records
 from llmrec.data.read.files import read_bytes
 from llmrec.data.request_file import RequestRow, open_requests
-from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.data.requests import RankRequest, parse_request, request_identity
 from llmrec.errors import DataError
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -37,7 +37,7 @@ ITEMS = {
 
 
 def read(record: dict[str, Any], items: Any = ITEMS) -> RankRequest:
-    return read_request(record, 7, items)
+    return parse_request(record, 7, items)
 
 
 # --------------------------------------------------------------------------- one request
@@ -152,10 +152,10 @@ def test_timestamps() -> None:
 def test_row_number_replaces_missing_id() -> None:
     for blank in ({}, {"id": None}, {"id": " "}, {"id": float("nan")}):
         assert read({"candidates": ["1"], **blank}).id == "7"
-        assert identity(blank, 7) == ("7", None)
-    assert identity({"id": 3.0, "user_id": "u"}, 7) == ("3", "u")
-    assert identity({"id": "\x01", "user_id": "u"}, 7) == (None, "u")
-    assert identity(None, 7) == (None, None)
+        assert request_identity(blank, 7) == ("7", None)
+    assert request_identity({"id": 3.0, "user_id": "u"}, 7) == ("3", "u")
+    assert request_identity({"id": "\x01", "user_id": "u"}, 7) == (None, "u")
+    assert request_identity(None, 7) == (None, None)
 
 
 values = st.recursive(
@@ -172,7 +172,7 @@ values = st.recursive(
 def test_any_json_object_is_a_request_or_an_error(record: dict[str, Any]) -> None:
     for items in (ITEMS, None):
         try:
-            request = read_request(record, 1, items)
+            request = parse_request(record, 1, items)
         except DataError as error:
             assert "\n" not in str(error)
             continue
@@ -215,7 +215,7 @@ def rows_of(path: Path) -> list[RequestRow]:
 
 
 def test_malformed_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.read.text.LONGEST", 200)
+    monkeypatch.setattr("llmrec.data.read.text.MAX_LINE_BYTES", 200)
     lines = [
         b'\xef\xbb\xbf{"candidates": ["1"]}',
         b"",
@@ -307,7 +307,7 @@ def test_parquet_with_lists_structs_or_texts(tmp_path: Path) -> None:
         rows = rows_of(path)
         assert [row.line for row in rows] == [1, 2]
         assert rows[0].record is not None and rows[0].record["id"] == 1
-        requests = [read_request(row.record or {}, row.line, ITEMS | {"3": ITEMS["2"]}) for row in rows]
+        requests = [parse_request(row.record or {}, row.line, ITEMS | {"3": ITEMS["2"]}) for row in rows]
         assert requests[0].candidates[0] == ITEMS["1"]
     pq.write_table(pa.table({"candidates": pa.array([b"ok", b"\xff"]).cast(pa.string(), safe=False)}), path)
     rows = rows_of(path)
@@ -362,7 +362,7 @@ def test_malformed_files(tmp_path: Path) -> None:
 
 
 RANKED = [
-    Ranked(
+    RankingRecord(
         request_id="=cmd()",
         user_id="-1",
         line=1,
@@ -373,8 +373,8 @@ RANKED = [
         prompt_tokens=9,
         completion_tokens=4,
     ),
-    Ranked(request_id=None, user_id=None, line=3, error="not JSON"),
-    Ranked(request_id="\u2028ü", user_id="u", line=4, items=("x",), scores=(0.0,), titles=("y\u2029",)),
+    RankingRecord(request_id=None, user_id=None, line=3, error="not JSON"),
+    RankingRecord(request_id="\u2028ü", user_id="u", line=4, items=("x",), scores=(0.0,), titles=("y\u2029",)),
 ]
 
 
@@ -403,7 +403,7 @@ def test_rankings_are_written_deterministically(tmp_path: Path, name: str) -> No
         write_records(path, iter(RANKED))
     assert first.read_bytes() == second.read_bytes()
     assert list(first.parent.iterdir()) == [first]
-    columns = list(Ranked.__dataclass_fields__)
+    columns = list(RankingRecord.__dataclass_fields__)
     if "parquet" in name:
         frame = pl.read_parquet(first)
         assert frame.columns == columns

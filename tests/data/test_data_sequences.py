@@ -12,8 +12,8 @@ from data_cases import archive, dataset, folder, random_rows, seeds
 from hypothesis import given
 
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.sets.table import load, located
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.sets.table import load_data, resolve_data_paths
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split
 from tests.facts import Facts, raises
@@ -38,7 +38,7 @@ KEEP = {"duplicates": "keep_last", **GIVEN}
 
 
 def read(source: str, path: Path, **keys: Any) -> Dataset:
-    return load(DataSection(source=source, path=str(path), **keys), seed=0)
+    return load_data(DataSection(source=source, path=str(path), **keys), seed=0)
 
 
 def orders(data: Dataset) -> dict[str, list[str]]:
@@ -60,7 +60,7 @@ def test_sequences(tmp_path: Path) -> None:
     assert data.items["i1"].fields == {"genres": "A, B"} and data.items["i3"].fields == {"genres": ""}
     assert not data.has_time and data.rating_scale is None and data.name == "shop" and data.provenance["rows"] == "8"
     assert data.fingerprint.startswith("14df0771bc3e")
-    cut = split(data, Split(), seed=0)
+    cut = split_dataset(data, Split(), seed=0)
     assert {(held.user_id, held.item_id) for held in cut.holdouts("test")} == {("u2", "i3"), ("u3", "i4")}
 
 
@@ -128,7 +128,7 @@ def test_missing_sequences(tmp_path: Path) -> None:
     with raises(DataError, Facts("missing-file", tmp_path, column="data.path", says="sequences.txt.gz")):
         read("sequences", folder(tmp_path, {"items.tsv": SEQUENCES["items.tsv"]}))
     with raises(DataError, Facts("missing-key", column="data.path")):
-        load(DataSection(source="sequences"), seed=0)
+        load_data(DataSection(source="sequences"), seed=0)
     with raises(DataError, Facts("empty", "sequences.txt")):
         read("sequences", folder(tmp_path / "x", {"sequences.txt": "\n \n"}))
     with raises(DataError, Facts("contradiction", column="data.columns")):
@@ -136,7 +136,7 @@ def test_missing_sequences(tmp_path: Path) -> None:
 
 
 def cut(data: Dataset) -> SplitDataset:
-    return split(data, Split(kind="given"), seed=0)
+    return split_dataset(data, Split(kind="given"), seed=0)
 
 
 def test_samples(tmp_path: Path) -> None:
@@ -295,18 +295,18 @@ def test_relative_paths_in_llmrec_data(tmp_path: Path, monkeypatch: pytest.Monke
     section = DataSection(source="sequences", path="some_sequences", items="about.csv")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LLMREC_DATA", raising=False)
-    assert located(section) == section
+    assert resolve_data_paths(section) == section
     (tmp_path / "kept" / "some_sequences").mkdir(parents=True)
     monkeypatch.setenv("LLMREC_DATA", str(tmp_path / "kept"))
     (tmp_path / "kept" / "about.csv").touch()
-    assert located(section).path == str(tmp_path / "kept" / "some_sequences")
-    assert located(section).items == str(tmp_path / "kept" / "about.csv")
+    assert resolve_data_paths(section).path == str(tmp_path / "kept" / "some_sequences")
+    assert resolve_data_paths(section).items == str(tmp_path / "kept" / "about.csv")
     (tmp_path / "about.csv").touch()
     (tmp_path / "some_sequences").mkdir()
-    assert located(section) == section
+    assert resolve_data_paths(section) == section
     names = {"path": "rows.csv", "items": "items.csv", "users": "users.csv"}
     tables = DataSection.model_validate({"source": "table", **names, "columns": {"user_fields": ["age"]}})
     for name in names.values():
         (tmp_path / "kept" / name).touch()
-    result = located(tables)
+    result = resolve_data_paths(tables)
     assert [result.path, result.items, result.users] == [str(tmp_path / "kept" / name) for name in names.values()]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64, hash_one
-from llmrec.data.split import SplitDataset, request_id, split
-from llmrec.data.stats import statistics, tied_last_share, wide_cutoffs
+from llmrec.data.split import SplitDataset, request_id, split_dataset
+from llmrec.data.stats import statistics, tied_last_share, wide_cutoff_warning
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Item
@@ -26,7 +26,7 @@ def cut(
     rows: list[Row], kind: str = "leave_one_out", seed: int = 0, *, timed: bool = True, **keys: float
 ) -> SplitDataset:
     shares = keys or {"valid": 0.2, "test": 0.2}
-    return split(dataset(rows, timed=timed), Split(kind=kind, **shares), seed=seed)  # type: ignore[arg-type]
+    return split_dataset(dataset(rows, timed=timed), Split(kind=kind, **shares), seed=seed)  # type: ignore[arg-type]
 
 
 def cut_where_it_can_be(rows: list[Row], kind: str, seed: int, *, timed: bool = True) -> SplitDataset:
@@ -124,7 +124,7 @@ def test_ties_in_file_order() -> None:
     pairs_in_file = ("ud", "vx", "ue", "ua", "uc", "vz", "vy")
     rows = [(user, item, 3.0, 5.0 if item == "e" else 7.0) for user, item in pairs_in_file]
     for seed in range(3):
-        data = split(dataset(rows), Split(ties="file"), seed=seed)
+        data = split_dataset(dataset(rows), Split(ties="file"), seed=seed)
         assert [event.item_id for event in data.history("u", "test")] == ["e", "d", "a"]
         assert sorted(pairs(data.test)) == [("u", "c"), ("v", "y")]
 
@@ -289,7 +289,7 @@ ROWS: list[Row] = [
 
 
 def test_statistics_by_hand() -> None:
-    figures = statistics(split(dataset(ROWS), Split(), seed=0))
+    figures = statistics(split_dataset(dataset(ROWS), Split(), seed=0))
     assert (figures["users"], figures["items"], figures["interactions"]) == (3, 4, 7)
     assert figures["density"] == pytest.approx(7 / 12)
     assert figures["ratings"] == {"1": 1, "4.5": 2, "5": 4}
@@ -303,14 +303,14 @@ def test_statistics_by_hand() -> None:
 
 
 def test_statistics_are_json() -> None:
-    data = split(dataset(random_rows(1, users=30)), Split(kind="user_disjoint"), seed=0)
+    data = split_dataset(dataset(random_rows(1, users=30)), Split(kind="user_disjoint"), seed=0)
     assert json.loads(json.dumps(statistics(data)))["split"] == "user_disjoint"
 
 
 def test_without_ratings_and_times() -> None:
     frame = pl.DataFrame({"user_id": ["a"] * 3, "item_id": ["x", "y", "z"], "text": ["t", None, None]})
     items = {item: Item(item_id=item, title="Same") for item in "xyz"}
-    figures = statistics(split(Dataset(name="d", noun="n", interactions=frame, items=items), Split(), seed=0))
+    figures = statistics(split_dataset(Dataset(name="d", noun="n", interactions=frame, items=items), Split(), seed=0))
     assert figures["tied_last_share"] is None and figures["ratings"] == {} and figures["rating_scale"] is None
     assert (figures["with_text"], figures["shared_titles"]) == (1, 3)
 
@@ -328,6 +328,6 @@ def test_hashes_are_stable_and_separate_parts() -> None:
 
 
 def test_cutoffs_beyond_the_ranking_are_reported() -> None:
-    warning = wide_cutoffs((50, 1, 20), 20)
+    warning = wide_cutoff_warning((50, 1, 20), 20)
     assert "20 items are ranked" in warning and "HR@20 is always 1" in warning
-    assert wide_cutoffs((1, 10), 20) == ""
+    assert wide_cutoff_warning((1, 10), 20) == ""

@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.read.delimited import Delimited, delimited
+from llmrec.data.read.delimited import DelimitedReader, read_delimited
 from llmrec.data.read.files import InMemoryFile
 from llmrec.data.read.table import read_table
 from llmrec.data.read.text import TextFormat
-from llmrec.data.sets.table import load
-from llmrec.data.split import scale_of, split
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import scale_of, split_dataset
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.schema import Columns, DataSection, Filter, Split
@@ -36,7 +36,7 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init import init
+from llmrec.start.init import write_recipe
 
 HEAD = "user_id,item_id,rating,timestamp\n"
 GOOD = HEAD + "a,x,5,1\na,y,4,2\na,z,3,3\nb,x,2,4\n"
@@ -51,7 +51,7 @@ def write(folder: Path, text: str | bytes, name: str = "data.csv") -> Path:
 
 def fails(path: Path, facts: Facts, **keys: object) -> None:
     with raises(DataError, replace(facts, file=facts.file or path)):
-        load(section(path, **keys), seed=0)
+        load_data(section(path, **keys), seed=0)
 
 
 # --------------------------------------------------------------------------- valid tables
@@ -81,7 +81,7 @@ def test_formats_give_same_data(tmp_path: Path, ending: str) -> None:
             "text": ["two, parts", "plain", 'said "so"'],
         }
     )
-    data = load(section(rows_of(frame, tmp_path / f"data.{ending}"), noun="films"), seed=0)
+    data = load_data(section(rows_of(frame, tmp_path / f"data.{ending}"), noun="films"), seed=0)
     assert data.interactions.rows() == [
         ("1", "7", 4.5, 3.0, "two, parts"),
         ("1", "8", 1.0, 2.0, "plain"),
@@ -96,14 +96,14 @@ def test_ids_of_other_types_in_parquet(tmp_path: Path) -> None:
     frame = pl.DataFrame({"user_id": [1.0, 2.0], "item_id": [7, 8], "rating": [3, 4], "timestamp": [1, 2]})
     frame = frame.with_columns(pl.col("item_id").cast(pl.String).cast(pl.Categorical))
     frame.write_parquet(tmp_path / "data.parquet")
-    data = load(section(tmp_path / "data.parquet"), seed=0)
+    data = load_data(section(tmp_path / "data.parquet"), seed=0)
     assert data.interactions["user_id"].to_list() == ["1", "2"]
     assert data.interactions["item_id"].to_list() == ["7", "8"]
 
 
 def test_line_breaks_in_texts(tmp_path: Path) -> None:
     text = 'user_id,item_id,text\r\na,x,"one\r\ntwo"\r\na,y,\r\n\r\nb,x,three\r\n'
-    data = load(section(write(tmp_path, "\ufeff" + text)), seed=0)
+    data = load_data(section(write(tmp_path, "\ufeff" + text)), seed=0)
     assert data.interactions["text"].to_list() == ["one\r\ntwo", None, "three"]
 
 
@@ -115,16 +115,16 @@ field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 def test_quoted_fields(rows: list[tuple[str, str, str]]) -> None:
     frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "c": pl.String}, orient="row")
     raw = frame.write_csv(quote_style="always").encode()
-    assert delimited(InMemoryFile("x", raw), CSV).frame.equals(frame)
+    assert read_delimited(InMemoryFile("x", raw), CSV).frame.equals(frame)
 
 
 @given(st.lists(st.tuples(*[st.text("ab é映;", max_size=4)] * 3), min_size=1, max_size=5))
 def test_fast_reader_equals_careful_reader(rows: list[tuple[str, str, str]]) -> None:
     plain = "\n".join(["h,i,j", *[",".join(row) for row in rows]]) + "\n"
-    one = delimited(InMemoryFile("x", plain.encode()), CSV)
+    one = read_delimited(InMemoryFile("x", plain.encode()), CSV)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Delimited, "_fast", lambda *_: None)
-        other = delimited(InMemoryFile("x", plain.encode()), CSV)
+        patch.setattr(DelimitedReader, "_fast", lambda *_: None)
+        other = read_delimited(InMemoryFile("x", plain.encode()), CSV)
     assert one.lines is None and other.lines is not None
     assert one.frame.equals(other.frame)
     assert [one.where(n) for n in range(len(rows))] == [other.where(n) for n in range(len(rows))]
@@ -133,7 +133,7 @@ def test_fast_reader_equals_careful_reader(rows: list[tuple[str, str, str]]) -> 
 def test_times(tmp_path: Path) -> None:
     def seconds(*values: str) -> list[float]:
         text = "user_id,item_id,timestamp\n" + "".join(f"a,x{n},{value}\n" for n, value in enumerate(values))
-        return load(section(write(tmp_path, text)), seed=0).interactions["timestamp"].to_list()
+        return load_data(section(write(tmp_path, text)), seed=0).interactions["timestamp"].to_list()
 
     assert seconds("1.5", "-2", "3e3") == [1.5, -2.0, 3000.0]
     assert seconds("1970-01-02", "1970-01-01T00:00:01", "1970-01-01 01:00:00+01:00") == [86400.0, 1.0, 0.0]
@@ -149,7 +149,7 @@ def test_times_in_parquet(tmp_path: Path) -> None:
         ([5, 6], [5.0, 6.0]),
     ):
         pl.DataFrame({**base, "timestamp": values}).write_parquet(tmp_path / "data.parquet")
-        data = load(section(tmp_path / "data.parquet"), seed=0)
+        data = load_data(section(tmp_path / "data.parquet"), seed=0)
         assert data.interactions["timestamp"].to_list() == expected
 
 
@@ -157,7 +157,7 @@ def test_named_columns_table_of_items_and_fields(tmp_path: Path) -> None:
     main = write(tmp_path, "who,what,stars,when,shop\na,1,3,1,N\na,2,4,2,S\nb,1,5,3,S\nb,3,1,4,S\n")
     items = write(tmp_path, "what\tname\tkind\n1\tOne\tbig\n2\tTwo\t\n3\tThree\tsmall\n4\tUnused\t\n", "items.tsv")
     columns = Columns(user="who", item="what", rating="stars", time="when", title="name", fields=("kind", "shop"))
-    data = load(section(main, items=str(items), columns=columns, rating_scale=(0, 10)), seed=0)
+    data = load_data(section(main, items=str(items), columns=columns, rating_scale=(0, 10)), seed=0)
     assert {key: (item.title, dict(item.fields)) for key, item in data.items.items()} == {
         "1": ("One", {"kind": "big", "shop": "N"}),
         "2": ("Two", {"kind": "", "shop": "S"}),
@@ -171,11 +171,14 @@ def test_table_of_users(tmp_path: Path) -> None:
     main = write(tmp_path, "who,item_id,region\na,x,N\na,y,N\nb,x,S\nc,y,\n")
     users = write(tmp_path, "who,gender,mail\nb,f,b@b\na,,a@a\nz,m,z@z\n", "users.csv")
     columns = Columns(user="who", user_fields=("gender", "region"))
-    data = load(section(main, users=str(users), columns=columns), seed=0)
+    data = load_data(section(main, users=str(users), columns=columns), seed=0)
     # Blank cells, other columns, and users without interactions are skipped.
     assert data.users == {"a": {"region": "N"}, "b": {"gender": "f", "region": "S"}}
     assert data.provenance["path"] == f"{main}; {users}"
-    assert load(section(main, columns=Columns(user="who", user_fields=("region",))), seed=0).users.keys() == {"a", "b"}
+    assert load_data(section(main, columns=Columns(user="who", user_fields=("region",))), seed=0).users.keys() == {
+        "a",
+        "b",
+    }
 
 
 def test_malformed_table_of_users(tmp_path: Path) -> None:
@@ -183,7 +186,7 @@ def test_malformed_table_of_users(tmp_path: Path) -> None:
     columns = Columns(user_fields=("gender",))
     users = write(tmp_path, "user_id,gender\na,f\nb,m\na,m\n", "users.csv")
     fails(main, Facts("duplicate", users, 3, "user_id", 4, "user 'a'"), users=str(users), columns=columns)
-    kept = load(section(main, users=str(users), columns=columns, duplicates="keep_last"), seed=0)
+    kept = load_data(section(main, users=str(users), columns=columns, duplicates="keep_last"), seed=0)
     assert kept.users["a"] == {"gender": "m"}
     write(tmp_path, "user_id,gender\na,f\nb,m\n", "users.csv")
     wrong = Columns(user_fields=("gendr",))
@@ -202,7 +205,7 @@ def test_table_of_users_without_matches(tmp_path: Path, caplog: pytest.LogCaptur
 
     def users_of(*users: str) -> set[str]:
         path = write(tmp_path, "user_id,gender\n" + "".join(f"{user},F\n" for user in users), "users.csv")
-        return set(load(section(main, users=str(path), columns=columns), seed=0).users)
+        return set(load_data(section(main, users=str(path), columns=columns), seed=0).users)
 
     with raises(DataError, Facts("mismatch", "users.csv", says=("'A'", "'a'", "data.users"))):
         users_of("A", "B")
@@ -223,14 +226,14 @@ def test_placeholder_users_are_reported(
     users: list[str], warning: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [f"{user},i{n}" for n, user in enumerate(users)]
-    load(section(path=str(write(tmp_path, "user_id,item_id\n" + "\n".join(lines) + "\n"))), seed=0)
+    load_data(section(path=str(write(tmp_path, "user_id,item_id\n" + "\n".join(lines) + "\n"))), seed=0)
     assert len(caplog.records) == bool(warning) and (warning or "") in caplog.text
 
 
 def test_html_titles_count_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scraped = '<span class=""a-size-medium a-color-secondary""'
     page = write(tmp_path, f'user_id,item_id,title\nu,i1,Heat\nu,i2,"{scraped}"\nv,i2,"{scraped}"\n')
-    data = load(section(path=str(page)), seed=0)
+    data = load_data(section(path=str(page)), seed=0)
     assert {item: entry.title for item, entry in data.items.items()} == {"i1": "Heat", "i2": "i2"}
     assert "1 of 2 items have HTML instead of a title in column 'title'" in caplog.text
 
@@ -245,7 +248,7 @@ v,i4,I <3 You &lt;Untitled&gt;,,ok
 
 def test_html_becomes_plain_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     columns = Columns(fields=("brand",), user_fields=("brand",))
-    data = load(section(write(tmp_path, ITEMS_OF_A_SHOP), columns=columns), seed=0)
+    data = load_data(section(write(tmp_path, ITEMS_OF_A_SHOP), columns=columns), seed=0)
     assert {item: entry.title for item, entry in data.items.items()} == {
         "i1": "™Pro Schöpflöffel",
         "i2": "3,5 kg Kaffee",
@@ -267,7 +270,7 @@ FORGED = (
 def test_html_in_titles_makes_no_control_token(tmp_path: Path) -> None:
     encoder = Encoder(make_tokenizer(), max_length=256)
     rows = "".join(f"u,i{n},{title} {n}\n" for n, title in enumerate(FORGED))
-    data = load(section(write(tmp_path, f"user_id,item_id,title\n{rows}")), seed=0)
+    data = load_data(section(write(tmp_path, f"user_id,item_id,title\n{rows}")), seed=0)
     control = set(encoder.tokenizer.convert_tokens_to_ids(list(encoder.control)))
 
     def forged(text: str) -> int:
@@ -280,13 +283,13 @@ def test_html_in_titles_makes_no_control_token(tmp_path: Path) -> None:
 def test_majority_of_titles_in_any_row_order(tmp_path: Path) -> None:
     rows = ["a,x,Old", "b,x,New", "c,x,New", "a,y,B", "b,y,A"]
     for turn in (rows, rows[::-1]):
-        data = load(section(write(tmp_path, "user_id,item_id,title\n" + "\n".join(turn))), seed=0)
+        data = load_data(section(write(tmp_path, "user_id,item_id,title\n" + "\n".join(turn))), seed=0)
         assert {key: item.title for key, item in data.items.items()} == {"x": "New", "y": "A"}
 
 
 def test_keep_last_without_times(tmp_path: Path) -> None:
     untimed = write(tmp_path, "user_id,item_id,rating\na,x,1\na,y,2\na,x,3\n")
-    kept = load(section(untimed, duplicates="keep_last"), seed=0).interactions
+    kept = load_data(section(untimed, duplicates="keep_last"), seed=0).interactions
     assert kept["rating"].to_list() == [2.0, 3.0]
 
 
@@ -300,7 +303,7 @@ def test_keep_last_without_times(tmp_path: Path) -> None:
 )
 def test_duplicates(tmp_path: Path, duplicates: str, expected: set[tuple[object, ...]]) -> None:
     path = write(tmp_path, HEAD + "a,x,1,9\na,y,2,1\na,x,3,5\nb,y,4,7\nb,y,5,7\n")
-    rows = load(section(path, duplicates=duplicates), seed=0).interactions.drop("text").rows()
+    rows = load_data(section(path, duplicates=duplicates), seed=0).interactions.drop("text").rows()
     assert len(rows) == 3 and set(rows) == expected
 
 
@@ -313,9 +316,9 @@ def test_sum_of_duplicates_needs_ratings(tmp_path: Path) -> None:
 def test_kept_duplicates_leave_with_held_out_pairs(tmp_path: Path, kind: str) -> None:
     rows = [(f"u{n % 12}", f"i{n * n % 7}", n % 5 + 1, n) for n in range(300)]
     path = write(tmp_path, HEAD + "".join(f"{user},{item},{stars},{at}\n" for user, item, stars, at in rows))
-    data = load(section(path, duplicates="keep_all"), seed=0)
+    data = load_data(section(path, duplicates="keep_all"), seed=0)
     assert data.interactions.height == len(rows) > len({row[:2] for row in rows})
-    parts = split(data, Split(kind=kind), seed=0)  # type: ignore[arg-type]
+    parts = split_dataset(data, Split(kind=kind), seed=0)  # type: ignore[arg-type]
     held = [pair for part in (parts.valid, parts.test) for pair in part.select("user_id", "item_id").iter_rows()]
     shown = [pair for part in (parts.train, parts.known) for pair in part.select("user_id", "item_id").iter_rows()]
     assert len(held) == len(set(held)) and not set(held) & set(shown)
@@ -331,7 +334,7 @@ def test_duplicate_items(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     films = write(tmp_path, "item_id,title\nx,One\ny,Two\nz,Three\nx,Other\n", "films.csv")
     for duplicates, title in (("keep_first", "One"), ("keep_last", "Other"), ("sum", "Other")):
-        data = load(section(path, items=str(films), duplicates=duplicates), seed=0)
+        data = load_data(section(path, items=str(films), duplicates=duplicates), seed=0)
         assert data.items["x"].title == title
 
 
@@ -354,12 +357,12 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return Stored()
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    data = load(section("hf://some/reviews:test"), seed=0)
-    assert load(section("hf://some/reviews"), seed=0).name == "some/reviews" == data.name
+    data = load_data(section("hf://some/reviews:test"), seed=0)
+    assert load_data(section("hf://some/reviews"), seed=0).name == "some/reviews" == data.name
     assert requests == [("some/reviews", "test"), ("some/reviews", "train")]
     assert data.interactions["item_id"].to_list() == ["1", "2"]
     with raises(DataError, Facts("unreachable", "hf://absent", column="data.path", says="no such set")):
-        load(section("hf://absent"), seed=0)
+        load_data(section("hf://absent"), seed=0)
 
 
 # --------------------------------------------------------------------------- malformed tables
@@ -433,7 +436,7 @@ def test_missing_files(tmp_path: Path) -> None:
     fails(tmp_path / "folder.csv", Facts("missing-file", says="a folder with no table"))
     fails(write(tmp_path, GOOD), Facts("missing-file", "gone.csv"), items=str(tmp_path / "gone.csv"))
     with raises(DataError, Facts("missing-key", column="data.path", says="data.path=FILE")):
-        load(DataSection(source="table"), seed=0)
+        load_data(DataSection(source="table"), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +482,7 @@ def test_rejects_dates_beyond_the_calendar(tmp_path: Path, caplog: pytest.LogCap
     fails(tmp_path / "data.parquet", Facts("bad-value", row=2, column="day"), columns=Columns(fields=("day",)))
     all_rows = Filter(where="user_id == 'a'")
     fails(tmp_path / "data.parquet", Facts("bad-value", column="day"), columns=Columns(time="day"), filter=all_rows)
-    assert load(section(tmp_path / "data.parquet", filter=all_rows), seed=0).interactions.height == 2
+    assert load_data(section(tmp_path / "data.parquet", filter=all_rows), seed=0).interactions.height == 2
     assert "'day' is excluded" in caplog.text and "row 2" in caplog.text
 
 
@@ -487,7 +490,7 @@ def test_rejects_dates_beyond_the_calendar(tmp_path: Path, caplog: pytest.LogCap
 def test_rejects_objects_without_keys(tmp_path: Path, name: str, text: str) -> None:
     fails(write(tmp_path, text, name), Facts("empty"))
     with raises(DataError, Facts("empty", name)):
-        init(str(tmp_path / name), out=tmp_path / "t.yaml")
+        write_recipe(str(tmp_path / name), out=tmp_path / "t.yaml")
 
 
 def test_rejects_parquet_that_is_not_utf8(tmp_path: Path) -> None:
@@ -503,7 +506,7 @@ def test_unknown_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "user,movie,rating\na,x,1\na,y,2\n")
     parts = ("did you mean 'user'", "user, movie, rating", "data.columns.user=")
     with raises(DataError, Facts("missing-column", path, column="user_id", says=parts)) as caught:
-        load(section(path), seed=0)
+        load_data(section(path), seed=0)
     assert caught.value.row is None and caught.value.line is None
     named = {"user": "user", "item": "movie"}
     for columns, column, says in (
@@ -520,12 +523,12 @@ def test_rejects_repeated_column(tmp_path: Path) -> None:
 
 def test_ids_replace_missing_titles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     main = write(tmp_path, "user_id,item_id,name\na,x,X\na,y,\n")
-    data = load(section(main, columns=Columns(title="name")), seed=0)
+    data = load_data(section(main, columns=Columns(title="name")), seed=0)
     assert {item: entry.title for item, entry in data.items.items()} == {"x": "X", "y": "y"}
     assert "1 of 2 items have no title in column 'name'" in caplog.text and "'y'" in caplog.text
     main = write(tmp_path, "user_id,item_id\na,x\na,y\n")
     items = write(tmp_path, "item_id,title\nx,X\ny,\n", "items.csv")
-    assert load(section(main, items=str(items)), seed=0).items["y"].title == "y"
+    assert load_data(section(main, items=str(items)), seed=0).items["y"].title == "y"
     blank = write(tmp_path, "item_id,title\nx,\ny, \n", "items.csv")
     fails(main, Facts("missing-value", blank, column="title", says="data.columns.title"), items=str(blank))
 
@@ -545,12 +548,12 @@ def test_rejects_single_item(tmp_path: Path) -> None:
 def test_rating_scale_ignores_held_out_ratings(tmp_path: Path) -> None:
     rows = ["user_id,item_id,rating,timestamp", *(f"{u},{i},{2 + i % 3},{i}" for u in "abc" for i in range(4))]
     rows += ["a,v,1,8", "a,t,9,9"]  # validation and test of a: the lowest and the highest rating of all
-    data = load(section(write(tmp_path, "\n".join(rows))), seed=0)
-    parts = split(data, Split(), seed=0)
+    data = load_data(section(write(tmp_path, "\n".join(rows))), seed=0)
+    parts = split_dataset(data, Split(), seed=0)
     assert {9.0} <= set(parts.test["rating"]) and {1.0} <= set(parts.valid["rating"])
     assert scale_of(parts) == (2.0, 4.0) and find_scale(parts).labels == ("2", "3", "4")
     assert statistics(parts)["rating_scale"] == [2.0, 4.0]
-    named = split(load(section(tmp_path / "data.csv", rating_scale=(0, 10)), seed=0), Split(), seed=0)
+    named = split_dataset(load_data(section(tmp_path / "data.csv", rating_scale=(0, 10)), seed=0), Split(), seed=0)
     assert scale_of(named) == (0.0, 10.0)
 
 
@@ -558,12 +561,12 @@ def test_the_rating_scale(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     fails(path, Facts("bad-value", None, 1, "rating", 2, ("from 1 to 4", "data.rating_scale")), rating_scale=(1, 4))
     with raises(DataError, Facts("bad-value", column="data.rating_scale")):
-        load(section(path, rating_scale=(5, 1)), seed=0)
+        load_data(section(path, rating_scale=(5, 1)), seed=0)
 
 
 def test_unknown_source() -> None:
     with raises(RecipeError, Facts("unknown-name", column="data.source", says="did you mean 'movielens-100k'")):
-        load(DataSection(source="movielens100k"), seed=0)
+        load_data(DataSection(source="movielens100k"), seed=0)
 
 
 def test_read_table_keeps_every_value_as_text(tmp_path: Path) -> None:

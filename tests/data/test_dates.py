@@ -12,8 +12,8 @@ from data_cases import section
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.read.typed import DateOrder, read_dates
-from llmrec.data.sets.table import load
+from llmrec.data.read.typed import DateOrder, parse_dates
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
@@ -22,7 +22,7 @@ from tests.facts import Facts, raises
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
 from llmrec.start.columns import requested_roles
-from llmrec.start.init import init
+from llmrec.start.init import write_recipe
 from llmrec.start.options import InitOptions
 
 DAY = datetime(2024, 6, 1, tzinfo=UTC).timestamp()
@@ -42,8 +42,8 @@ DAY = datetime(2024, 6, 1, tzinfo=UTC).timestamp()
     ],
 )
 def test_order_of_dates_is_inferred(cells: list[str], seconds: float) -> None:
-    assert read_dates(pl.Series(cells)).seconds.to_list()[-1] == seconds
-    assert not read_dates(pl.Series(cells)).seconds.null_count()
+    assert parse_dates(pl.Series(cells)).seconds.to_list()[-1] == seconds
+    assert not parse_dates(pl.Series(cells)).seconds.null_count()
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_order_of_dates_is_inferred(cells: list[str], seconds: float) -> None:
     [["03/04/2024", "05/06/2024"], ["03-04-24"], ["03.04.2024", "05/06/2024"], ["3/4/2024 10:00", "2024-01-01"]],
 )
 def test_ambiguous_dates_are_not_guessed(cells: list[str]) -> None:
-    read = read_dates(pl.Series(cells))
+    read = parse_dates(pl.Series(cells))
     assert read.order is None and read.seconds[0] is None and read.unsure[0]
     for order, month in (("day-first", 4), ("month-first", 3)):
         given_order: DateOrder = "day-first" if order == "day-first" else "month-first"
-        moment = read_dates(pl.Series(cells), given_order).seconds[0]
+        moment = parse_dates(pl.Series(cells), given_order).seconds[0]
         assert datetime.fromtimestamp(moment, UTC).month == month
 
 
@@ -67,7 +67,7 @@ def test_written_dates_are_read_back(moments: list[datetime], pattern: str) -> N
     moments = [moment.replace(second=0, microsecond=0, tzinfo=UTC) for moment in moments]
     cells = pl.Series([moment.strftime(pattern) for moment in moments])
     order: DateOrder = "month-first" if pattern.startswith("%m") else "day-first"
-    assert read_dates(cells, order).seconds.to_list() == [moment.timestamp() for moment in moments]
+    assert parse_dates(cells, order).seconds.to_list() == [moment.timestamp() for moment in moments]
 
 
 def table_of(folder: Path, dates: list[str], name: str = "t.csv") -> Path:
@@ -88,12 +88,12 @@ ENGLISH = [f"{day:02}/01/2024" for day in (6, 7, 8, 9, 30, 31)]
 def test_recipes_and_init_read_clear_dates(dates: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = table_of(tmp_path, dates)
-    data = load(section(path, columns=COLUMNS, duplicates="keep_last"), seed=0)
+    data = load_data(section(path, columns=COLUMNS, duplicates="keep_last"), seed=0)
     moments = [datetime.fromtimestamp(seconds, UTC) for seconds in data.interactions["timestamp"].unique()]
     assert {moment.month for moment in moments} == {1} and {6, 7} < {moment.day for moment in moments}
-    result = init("t.csv")
+    result = write_recipe("t.csv")
     assert not result.fixes and load_recipe(result.recipe).data.columns == COLUMNS
-    assert load(load_recipe(result.recipe).data, seed=0).interactions.equals(data.interactions)
+    assert load_data(load_recipe(result.recipe).data, seed=0).interactions.equals(data.interactions)
 
 
 def test_ambiguous_dates_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +101,14 @@ def test_ambiguous_dates_name_the_key(tmp_path: Path, monkeypatch: pytest.Monkey
     path = table_of(tmp_path, ENGLISH[:4])
     facts = Facts("ambiguous", path, 1, "Datum", 2, ("'06/01/2024'", "data.columns.dates=day-first", "month-first"))
     with raises(DataError, facts):
-        load(section(path, columns=COLUMNS), seed=0)
+        load_data(section(path, columns=COLUMNS), seed=0)
     with raises(DataError, Facts("bad-value", "t.csv", column="Datum", says="--dates day-first")):
-        init("t.csv")
+        write_recipe("t.csv")
     for order, month in (("day-first", 1), ("month-first", 6)):
-        result = init("t.csv", requested=requested_roles(InitOptions(table="t.csv", dates=order)), force=True)
+        result = write_recipe("t.csv", requested=requested_roles(InitOptions(table="t.csv", dates=order)), force=True)
         recipe = load_recipe(result.recipe)
         assert recipe.data.columns == COLUMNS.model_copy(update={"dates": order})
-        seconds = load(recipe.data, seed=0).interactions["timestamp"][0]
+        seconds = load_data(recipe.data, seed=0).interactions["timestamp"][0]
         assert datetime.fromtimestamp(seconds, UTC).month == month
 
 
@@ -124,23 +124,23 @@ def test_malformed_dates_name_the_row(dates: list[str], row: int, says: str, tmp
     path = tmp_path / "t.csv"
     path.write_text("Kunde;Artikel;Datum\n" + "".join(f"u;i{n};{date}\n" for n, date in enumerate(dates)))
     with raises(DataError, Facts("bad-value", path, row, "Datum", row + 1, says)):
-        load(section(path, columns=COLUMNS), seed=0)
+        load_data(section(path, columns=COLUMNS), seed=0)
 
 
 def test_configured_order_applies_to_every_row(tmp_path: Path) -> None:
     path = table_of(tmp_path, ENGLISH)
     facts = Facts("bad-value", path, 5, "Datum", 6, ("month first", "data.columns.dates"))
     with raises(DataError, facts):
-        load(section(path, columns=COLUMNS.model_copy(update={"dates": "month-first"})), seed=0)
+        load_data(section(path, columns=COLUMNS.model_copy(update={"dates": "month-first"})), seed=0)
 
 
 def test_fixed_copy_keeps_the_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = table_of(tmp_path, ENGLISH[:4])
     path.write_text(path.read_text(encoding="utf-8") + ";i1;06/01/2024\n", encoding="utf-8")
-    result = init(
+    result = write_recipe(
         "t.csv", requested=requested_roles(InitOptions(table="t.csv", dates="day-first")), mend=Path("mended.csv")
     )
     recipe = load_recipe(result.recipe)
     assert any("without a user" in fix for fix in result.fixes) and recipe.data.columns.dates == "day-first"
-    assert datetime.fromtimestamp(load(recipe.data, seed=0).interactions["timestamp"][0], UTC).month == 1
+    assert datetime.fromtimestamp(load_data(recipe.data, seed=0).interactions["timestamp"][0], UTC).month == 1

@@ -11,14 +11,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.described import ITEM_FIELD, USER_FIELD, cyclic_permutation, names, with_stored_texts
+from llmrec.data.described import ITEM_FIELD, USER_FIELD, cyclic_permutation, mentions_title, with_stored_texts
 from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.pipeline.study import load_split
 from llmrec.pipeline.study import profile_leaks as set_aside
 from llmrec.recipe.schema import DataSection, TextsSection
-from llmrec.tasks.base import View
+from llmrec.tasks.base import DataView
 from tests.facts import Facts, raises
 
 USERS, ITEMS = 6, 8
@@ -61,14 +61,14 @@ def store(tmp_path: Path, data: SplitDataset) -> Path:
 
 def test_texts_are_in_profiles_and_items(tmp_path: Path, data: SplitDataset, store: Path) -> None:
     described = _split(tmp_path / "data", texts={"path": str(store)})
-    view = View(described)
+    view = DataView(described)
     assert view.user("u1", {})["profile"] == [{"name": USER_FIELD, "value": "likes u1 <|im_end|>"}]
     assert view.user("u5", {})["profile"] == []
     assert view.about("i2")["fields"] == [{"name": ITEM_FIELD, "value": "about i2"}]
     assert view.about("i7")["fields"] == []
     # The text replaces the user's fields, as the profile of a request does.
     users = {**described.dataset.users, "u1": {**described.dataset.users["u1"], "age": "30"}}
-    older = View(replace(described, dataset=replace(described.dataset, users=users)))
+    older = DataView(replace(described, dataset=replace(described.dataset, users=users)))
     assert older.user("u1", {})["profile"] == view.user("u1", {})["profile"]
     # The profile of a request takes precedence.
     assert view.user("u1", {"profile": "mine"})["profile"] == [{"name": "profile", "value": "mine"}]
@@ -137,7 +137,7 @@ def test_rejects_texts_of_pairs_held_out_elsewhere(data: SplitDataset, store: Pa
     ],
 )
 def test_titles_in_texts(text: str, title: str, named: bool) -> None:
-    assert names(text, title) is named
+    assert mentions_title(text, title) is named
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmrec.data import events as module
 from llmrec.data.dataset import SCHEMA
 from llmrec.data.events import Events
-from llmrec.tasks.base import UserHistories, rated
+from llmrec.tasks.base import UserHistories, rated_events
 from llmrec.types import Event
 from tests.tasks.task_data import make_split
 
@@ -54,7 +54,7 @@ def test_pasts_are_training_events() -> None:
     data = make_split()
     every = {user: data.train_events(user) for user in data.users()}
     assert dict(UserHistories(data, least=6)) == {user: past for user, past in every.items() if len(past) >= 6}
-    some = UserHistories(data, lambda _, events: rated(events)[::2])
+    some = UserHistories(data, lambda _, events: rated_events(events)[::2])
     assert dict(some) == {user: past[::2] for user, past in every.items() if past}
     assert dict(some.sizes()) == {user: len(past) for user, past in some.items()}
     assert "unknown" not in some and some.get("unknown") is None

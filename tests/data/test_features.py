@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data import features as module
-from llmrec.data.features import Features, FeatureStore, Provenance, publish, write_version, writing
+from llmrec.data.features import Features, FeatureStore, Provenance, lock_store, publish, write_version
 from llmrec.errors import DataError, LlmrecError
 from tests.facts import Facts, raises
 
@@ -85,7 +85,7 @@ def test_other_folders_are_not_deleted(tmp_path: Path) -> None:
 
 def test_concurrent_writes_are_rejected(tmp_path: Path) -> None:
     publish(tmp_path, [some()])
-    with writing(tmp_path), raises(LlmrecError, Facts("busy", tmp_path)):
+    with lock_store(tmp_path), raises(LlmrecError, Facts("busy", tmp_path)):
         publish(tmp_path, [some(6)])
     publish(tmp_path, [some(6)])
     assert len(FeatureStore.open(tmp_path).ids("user")) == 6
@@ -101,7 +101,7 @@ def test_fallback_of_unknown_ids(tmp_path: Path) -> None:
 
 
 def test_rejects_numbers_too_large_for_half_precision(tmp_path: Path) -> None:
-    with writing(tmp_path) as folder, raises(DataError, Facts("too-large", says="float32")):
+    with lock_store(tmp_path) as folder, raises(DataError, Facts("too-large", says="float32")):
         write_version(folder, [Features("user", ["a"], np.array([[1e5]]), MADE)], dtype="float16")
 
 

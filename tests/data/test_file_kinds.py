@@ -17,9 +17,9 @@ import pytest
 from data_cases import section, zipped
 
 from llmrec.data.read import files
-from llmrec.data.read.delimited import preamble
-from llmrec.data.read.table import of_atomic, read_table
-from llmrec.data.sets.table import load
+from llmrec.data.read.delimited import count_preamble_lines
+from llmrec.data.read.table import find_atomic_file, read_table
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_recipe
@@ -74,7 +74,7 @@ def test_kinds_of_files_give_same_table(kind: str, tmp_path: Path) -> None:
     assert table.frame.select(pl.all().cast(pl.String)).equals(ROWS)
     assert len(table.sha256) == 64
     # `init` reads the same rows.
-    result = start.init(str(tmp_path / name), out=tmp_path / "recipe.yaml", name="mine")
+    result = start.write_recipe(str(tmp_path / name), out=tmp_path / "recipe.yaml", name="mine")
     assert "user_id" in result.found and f"{ROWS.height} rows" in result.found
 
 
@@ -86,7 +86,7 @@ def test_large_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
             sizes.append(size)
             return super().read(size)
 
-    monkeypatch.setitem(files.STREAMS, ".gz", lambda stored: Stream(TEXT))
+    monkeypatch.setitem(files.DECOMPRESSORS, ".gz", lambda stored: Stream(TEXT))
     path = tmp_path / "rows.csv.gz"
     path.write_bytes(b"x" * 10**6)
     assert files.read_bytes(path)[0] == TEXT
@@ -96,7 +96,7 @@ def test_large_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
 def test_part_of_a_recbole_file_has_plain_names(tmp_path: Path) -> None:
     path = tmp_path / "rows.inter"
     path.write_bytes(ATOMIC)
-    result = profile.peek(path, limit=100, part=4000)
+    result = profile.read_sample(path, limit=100, part=4000)
     assert not result.whole and result.table.frame.columns == ["user_id", "item_id", "rating"]
 
 
@@ -137,7 +137,7 @@ def test_lines_above_the_header_are_skipped(
     ],
 )
 def test_possible_headers_are_not_skipped(text: str) -> None:
-    lines = preamble(text, ",")
+    lines = count_preamble_lines(text, ",")
     assert lines == (1 if text.startswith("user_id\n") else 0)
 
 
@@ -154,10 +154,10 @@ def test_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert table.frame.equals(ROWS) and table.name == str(path)
         assert str(table.where(12)) == str(read_table(folder / "part-1.parquet").where(2))
     monkeypatch.chdir(tmp_path)
-    assert load(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
+    assert load_data(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
     monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
     monkeypatch.chdir(folder)
-    assert load(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
+    assert load_data(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
     with raises(DataError, Facts("missing-file", says="matches no table")):
         read_table(tmp_path / "events" / "*.tsv")
     (tmp_path / "none").mkdir()
@@ -239,20 +239,20 @@ def test_recbole_files_of_a_data_set(tmp_path: Path) -> None:
     (folder / "shop.link").write_text("item_id:token\tentity_id:token\n1\tm.08gjyx\n")
     assert read_table(folder).frame.select(pl.all().cast(pl.String)).equals(ROWS)
     for path in (folder, folder / "shop.inter"):
-        result = start.init(str(path), out=tmp_path / "mine.yaml", force=True)
+        result = start.write_recipe(str(path), out=tmp_path / "mine.yaml", force=True)
         data = load_recipe(result.recipe).data
         assert data.items == str(folder / "shop.item") and data.columns.title == "movie_title"
         assert data.columns.fields == ("class",) and "shop.user contains user data" in result.found
     # A sorted copy is ignored.
     (folder / "shop.sorted.inter").write_bytes(ATOMIC)
-    assert of_atomic(folder, ".inter") == folder / "shop.inter"
+    assert find_atomic_file(folder, ".inter") == folder / "shop.inter"
     (folder / "shop.sorted.inter").unlink()
     # The parts of a split share the files of items and users.
-    assert of_atomic(folder / "shop.inter", ".user") == folder / "shop.user"
+    assert find_atomic_file(folder / "shop.inter", ".user") == folder / "shop.user"
     (folder / "shop.inter").rename(folder / "shop.train.inter")
-    assert of_atomic(folder / "shop.train.inter", ".item") == folder / "shop.item"
+    assert find_atomic_file(folder / "shop.train.inter", ".item") == folder / "shop.item"
     (folder / "shop.test.inter").write_bytes(ATOMIC)
-    assert of_atomic(folder, ".inter") is None
+    assert find_atomic_file(folder, ".inter") is None
 
 
 def test_default_column_can_be_ignored(tmp_path: Path) -> None:
@@ -261,7 +261,9 @@ def test_default_column_can_be_ignored(tmp_path: Path) -> None:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     frame.write_csv(tmp_path / "rows.csv")
     roles = RequestedRoles(rating="none", time="none", text="none")
-    recipe = load_recipe(start.init(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", requested=roles).recipe)
+    recipe = load_recipe(
+        start.write_recipe(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", requested=roles).recipe
+    )
     assert recipe.data.columns == Columns(user="user_id", item="item_id", rating="none", time="none", text="none")
     data = load_split(recipe.data, recipe.seed)
     assert not data.dataset.has_time

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval.benchmarks.goodreads_sequences import convert
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from tests.facts import Facts, raises
@@ -45,7 +45,7 @@ def test_converts_histories_and_books(folder: Path, tmp_path: Path) -> None:
     assert convert(folder, tmp_path / "out") == (2, 7)
     assert (tmp_path / "out" / "sequences.txt").read_text(encoding="utf-8") == "ada 90 70 10\nbo 10 20 70 90\n"
     section = DataSection(source="sequences", path=str(tmp_path / "out"), columns=Columns(fields=("description",)))
-    items = load(section, seed=0).items
+    items = load_data(section, seed=0).items
     assert {item: entry.title for item, entry in items.items()} == {
         "70": "Dune", "10": 'Define "Normal"', "90": "Émile", "20": "It",
     }  # fmt: skip

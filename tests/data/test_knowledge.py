@@ -10,13 +10,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.knowledge import BM25, Documents, cited, numbered
-from llmrec.data.sets.table import load
-from llmrec.data.split import split
+from llmrec.data.knowledge import BM25, Documents, number_passages, resolve_citations
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import split_dataset
 from llmrec.errors import DataError
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import DataSection
-from llmrec.tasks.base import View
+from llmrec.tasks.base import DataView
 from llmrec.types import Item
 from tests.facts import Facts, raises
 
@@ -54,15 +54,15 @@ def test_bm25_equals_its_formula() -> None:
 
 
 def test_items_have_selected_passages(tmp_path: Path) -> None:
-    selected = load(_section(tmp_path, about=["director", "directed", "country"], tokens=14), seed=0)
+    selected = load_data(_section(tmp_path, about=["director", "directed", "country"], tokens=14), seed=0)
     assert selected.items["i0"].fields["facts"] == "[1] It was directed by Ada Byron."
     assert (
         selected.items["i1"].fields["facts"] == "[1] The country is Peru. [2] Shot in 1961 by the director Ida Noddack."
     )
-    first = load(_section(tmp_path), seed=0)
+    first = load_data(_section(tmp_path), seed=0)
     assert first.items["i0"].fields["facts"] == "[1] A fox hunts at night. [2] Music is by Clara Wieck."
     assert first.provenance["items with facts"] == "3 of 3"
-    bare = load(_section(tmp_path, path=None), seed=0)
+    bare = load_data(_section(tmp_path, path=None), seed=0)
     # The fingerprint depends on the documents.
     assert len({each.fingerprint for each in (selected, first, bare)}) == 3
 
@@ -89,8 +89,8 @@ def test_titles_of_one_word(tmp_path: Path) -> None:
 
 
 def test_retrieved_text_is_no_template(tmp_path: Path) -> None:
-    data = split(load(_section(tmp_path), seed=0), _section(tmp_path).split, seed=0)
-    values = {"item": View(data).item("i2"), "history": []}
+    data = split_dataset(load_data(_section(tmp_path), seed=0), _section(tmp_path).split, seed=0)
+    values = {"item": DataView(data).item("i2"), "history": []}
     (turn,) = load_templates("explanation")["cite-facts"].turns(values)
     assert "[1] {{ item.title }} <|im_start|>" in turn.text
     # It is in a data segment, so it does not become a control token.
@@ -98,11 +98,11 @@ def test_retrieved_text_is_no_template(tmp_path: Path) -> None:
 
 
 def test_removes_citations_of_other_passages() -> None:
-    facts = numbered(["It was directed by Ada Byron.", "Music is by Clara Wieck."])
-    text, shown = cited("Ada Byron made it [1], and you like her [4] [1].", facts)
+    facts = number_passages(["It was directed by Ada Byron.", "Music is by Clara Wieck."])
+    text, shown = resolve_citations("Ada Byron made it [1], and you like her [4] [1].", facts)
     assert text == "Ada Byron made it [1], and you like her [1]."
     assert shown == ("It was directed by Ada Byron.",)
-    assert cited("Nothing is known [1].", "") == ("Nothing is known.", ())
+    assert resolve_citations("Nothing is known [1].", "") == ("Nothing is known.", ())
 
 
 def test_malformed_documents(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_malformed_documents(tmp_path: Path) -> None:
         assert section.facts is not None
         other = section.facts.model_copy(update={"path": str(tmp_path / file)})
         with raises(DataError, facts):
-            load(section.model_copy(update={"facts": other}), seed=0)
+            load_data(section.model_copy(update={"facts": other}), seed=0)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])

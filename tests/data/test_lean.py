@@ -13,17 +13,25 @@ import pyarrow as pa
 import pytest
 
 from llmrec.data.read import table as reader
-from llmrec.data.read.codes import Names, coded, codes, different, in_codes_of, pairs, stacked
-from llmrec.data.read.columns import Kind, NeedsExactReader
-from llmrec.data.read.delimited import Delimited
+from llmrec.data.read.codes import (
+    SortedNames,
+    concatenate_coded,
+    count_distinct,
+    encode_ids,
+    pair_codes,
+    recode_ids_like,
+    values_and_codes,
+)
+from llmrec.data.read.columns import ColumnKind, NeedsExactReader
+from llmrec.data.read.delimited import DelimitedReader
 from llmrec.data.read.table import read_table
-from llmrec.data.read.typed import ids, numbers, one_per_item, texts
-from llmrec.data.sets.table import load
+from llmrec.data.read.typed import id_column, most_frequent_texts, number_column, text_column
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
 from tests.facts import Facts, raises
 
-KINDS: dict[str, Kind] = {"user_id": "id", "item_id": "id", "rating": "number", "time": "number", "title": "id"}
+KINDS: dict[str, ColumnKind] = {"user_id": "id", "item_id": "id", "rating": "number", "time": "number", "title": "id"}
 ROWS = [
     (f"u{n % 7}", f"i{n * n % 11}", n % 5 + 1, 100 + n, f"Film {n * n % 11}, the", "x" * (n % 3)) for n in range(120)
 ]
@@ -48,14 +56,14 @@ def test_block_size_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert table.sha256 == expected.sha256 and table.where(100) == expected.where(100)
     assert isinstance(table.frame["user_id"].dtype, pl.Enum) and table.frame["time"].dtype == pl.Float64
     for name in ("user_id", "item_id"):
-        assert same(ids(table, name), ids(expected, name))
+        assert same(id_column(table, name), id_column(expected, name))
     for name in ("rating", "time"):
-        assert numbers(table, name, name).equals(numbers(expected, name, name))
-    assert one_per_item(table, ids(table, "item_id"), "title") == one_per_item(
-        expected, ids(expected, "item_id"), "title"
+        assert number_column(table, name, name).equals(number_column(expected, name, name))
+    assert most_frequent_texts(table, id_column(table, "item_id"), "title") == most_frequent_texts(
+        expected, id_column(expected, "item_id"), "title"
     )
     with pytest.raises(LookupError, match="note"):
-        texts(table, "note")
+        text_column(table, "note")
 
 
 @pytest.mark.parametrize("block", [1, 64])
@@ -68,7 +76,7 @@ def test_quoted_rows_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("llmrec.data.read.text.BLOCK", block)
     for columns in (None, {"user_id": "id", "title": "id", "rating": "number"}):
         table = read_table(path, columns)
-        assert all(same(texts(table, name), texts(expected, name)) for name in expected.frame.columns)
+        assert all(same(text_column(table, name), text_column(expected, name)) for name in expected.frame.columns)
         assert [table.where(row) for row in range(30)] == [expected.where(row) for row in range(30)]
     assert expected.where(4).line == 7 and expected.frame["title"][5] == "x\n\n,\ny"
 
@@ -113,8 +121,10 @@ def test_objects_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bloc
     assert table.unread == {"note", "tags"} and table.frame.columns == expected.frame.columns
     assert table.sha256 == expected.sha256 and table.where(100) == expected.where(100)
     assert isinstance(table.frame["user_id"].dtype, pl.Enum) and table.frame["rating"].dtype == pl.Float64
-    assert same(ids(table, "user_id"), ids(expected, "user_id")) and same(ids(table, "title"), ids(expected, "title"))
-    assert numbers(table, "time", "time").equals(numbers(expected, "time", "time"))
+    assert same(id_column(table, "user_id"), id_column(expected, "user_id")) and same(
+        id_column(table, "title"), id_column(expected, "title")
+    )
+    assert number_column(table, "time", "time").equals(number_column(expected, "time", "time"))
 
 
 def nested(rows: list[tuple[object, ...]]) -> bytes:
@@ -126,7 +136,7 @@ def nested(rows: list[tuple[object, ...]]) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
-PATHS: dict[str, Kind] = {"user.id": "id", "at.item.sku": "id", "rating": "number", "time": "number"}
+PATHS: dict[str, ColumnKind] = {"user.id": "id", "at.item.sku": "id", "rating": "number", "time": "number"}
 
 
 def test_nested_values_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +147,8 @@ def test_nested_values_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert table.unread >= {"user.tags", "title"} and table.frame.columns == expected.frame.columns
     assert isinstance(table.frame["user.id"].dtype, pl.Enum)
     for name in ("user.id", "at.item.sku"):
-        assert same(ids(table, name), ids(expected, name))
-    assert numbers(table, "time", "time").equals(numbers(expected, "time", "time"))
+        assert same(id_column(table, name), id_column(expected, name))
+    assert number_column(table, "time", "time").equals(number_column(expected, "time", "time"))
 
 
 Change = Callable[[bytes], bytes]
@@ -151,7 +161,7 @@ def careful(*_: object) -> None:
 def _outcome(section: DataSection) -> str:
     """Return the fingerprint of the table or the error."""
     try:
-        return load(section, seed=0).fingerprint
+        return load_data(section, seed=0).fingerprint
     except DataError as error:
         return f"{error.kind}: {error}"
 
@@ -200,7 +210,7 @@ def test_unusual_objects(
     values = {"source": "table", "path": str(path), "columns": columns, "duplicates": "keep_last"}
     section = DataSection.model_validate(values)
     outcome = _outcome(section)
-    monkeypatch.setattr("llmrec.data.read.objects._gathered", careful)
+    monkeypatch.setattr("llmrec.data.read.objects._read_in_blocks", careful)
     assert outcome == _outcome(section)
 
 
@@ -223,14 +233,14 @@ def test_unusual_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: 
     path.write_bytes(change(written(ROWS)))
     section = DataSection(source="table", path=str(path), columns={"time": "time"}, duplicates="keep_last")
     outcome = _outcome(section)
-    monkeypatch.setattr(Delimited, "_fast", lambda *_: None)
+    monkeypatch.setattr(DelimitedReader, "_fast", lambda *_: None)
     assert outcome == _outcome(section)
 
 
 def test_rejects_tables_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.tsv"
     path.write_bytes(written(ROWS))
-    monkeypatch.setattr(reader, "_ROW", 2**40)
+    monkeypatch.setattr(reader, "_ROW_BYTES", 2**40)
     with raises(DataError, Facts("too-large", "rows.tsv", column="data.path", says="GiB are free")):
         read_table(path, KINDS)
 
@@ -251,26 +261,30 @@ def test_parquet_by_columns(tmp_path: Path, kind: type[pl.DataType]) -> None:
     frame.write_parquet(tmp_path / "rows.parquet", row_group_size=37)
     table, expected = read_table(tmp_path / "rows.parquet", KINDS), read_table(tmp_path / "rows.parquet")
     assert table.unread == {"note"} and table.sha256 == expected.sha256 and table.unusable == expected.unusable
-    assert same(ids(table, "user_id"), ids(expected, "user_id")) and same(ids(table, "title"), ids(expected, "title"))
-    assert numbers(table, "time", "time").equals(numbers(expected, "time", "time"))
+    assert same(id_column(table, "user_id"), id_column(expected, "user_id")) and same(
+        id_column(table, "title"), id_column(expected, "title")
+    )
+    assert number_column(table, "time", "time").equals(number_column(expected, "time", "time"))
 
 
 def test_codes_are_positions_of_sorted_values() -> None:
     series = pl.Series("a", ["b", "ä", "b", "", "a"])
-    values, numbers = codes(series)
+    values, numbers = values_and_codes(series)
     assert values.to_list() == sorted(set(series)) and [values[int(n)] for n in numbers] == series.to_list()
-    assert coded(coded(series)).equals(coded(series)) and not len(codes(pl.Series("a", [], pl.String))[1])
-    names = Names(values)
+    assert encode_ids(encode_ids(series)).equals(encode_ids(series)) and not len(
+        values_and_codes(pl.Series("a", [], pl.String))[1]
+    )
+    names = SortedNames(values)
     assert [names.code(name) for name in (*values, "zz", "0")] == [0, 1, 2, 3, None, None]
-    both = stacked("a", [coded(series), coded(pl.Series("a", ["c", "b"]))])
-    assert both.to_list() == [*series, "c", "b"] and codes(both)[0].to_list() == ["", "a", "b", "c", "ä"]
+    both = concatenate_coded("a", [encode_ids(series), encode_ids(pl.Series("a", ["c", "b"]))])
+    assert both.to_list() == [*series, "c", "b"] and values_and_codes(both)[0].to_list() == ["", "a", "b", "c", "ä"]
 
 
 def test_pairs_of_codes() -> None:
     users, items = pl.Series(["a", "a", "b", "a"]), pl.Series(["x", "y", "x", "x"])
-    numbers = pairs(users, items)
+    numbers = pair_codes(users, items)
     assert numbers[0] == numbers[3] and len(np.unique(numbers)) == 3
-    assert different(numbers) == different(numbers[:3]) == 3
-    frame = pl.DataFrame({"user_id": coded(users), "item_id": coded(items)})
-    other = in_codes_of(pl.DataFrame({"user_id": ["b", "c"], "item_id": ["x", "x"]}), frame)
-    assert pairs(other["user_id"], other["item_id"]).tolist() == [numbers[2]]
+    assert count_distinct(numbers) == count_distinct(numbers[:3]) == 3
+    frame = pl.DataFrame({"user_id": encode_ids(users), "item_id": encode_ids(items)})
+    other = recode_ids_like(pl.DataFrame({"user_id": ["b", "c"], "item_id": ["x", "x"]}), frame)
+    assert pair_codes(other["user_id"], other["item_id"]).tolist() == [numbers[2]]

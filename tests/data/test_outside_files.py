@@ -15,8 +15,8 @@ import polars as pl
 import pytest
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.sheets import sheets_of
-from llmrec.data.sets.table import load
+from llmrec.data.read.sheets import list_sheets
+from llmrec.data.sets.table import load_data
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import DataSection
@@ -30,7 +30,7 @@ CREATE = "CREATE TABLE events (user_id TEXT, item_id TEXT, rating DOUBLE PRECISI
 
 
 def loaded(path: object, **keys: Any) -> Dataset:
-    return load(DataSection(source="table", path=str(path), duplicates="keep_last", **keys), seed=0)
+    return load_data(DataSection(source="table", path=str(path), duplicates="keep_last", **keys), seed=0)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_rejects_cell_far_outside_the_table(tmp_path: Path, reference: str) -> N
             archive.writestr(name, content)
     with raises(LlmrecError, Facts("too-large", "shop.xlsx", says="a cell is far outside the table")):
         loaded(book)
-    assert sheets_of(book) == [f"{book}#Orders"]
+    assert list_sheets(book) == [f"{book}#Orders"]
 
 
 def test_large_numbers_of_spreadsheets_are_no_ids(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from data_cases import archive, folder
 
-from llmrec.data.sets.pages import known, published
-from llmrec.data.sets.recognise import source_of, sources_with
+from llmrec.data.sets.pages import known_formats, read_known_format
+from llmrec.data.sets.recognise import recognise_source, sources_with_columns
 from llmrec.errors import DataError
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
@@ -32,7 +32,7 @@ from llmrec.start import init as start
     ],
 )
 def test_data_sets_by_columns(columns: list[str], named: str) -> None:
-    sources = sources_with(columns)
+    sources = sources_with_columns(columns)
     assert (named in sources) if named else not sources
     assert set(sources) <= set(SOURCES)
 
@@ -41,7 +41,7 @@ def test_init_reports_columns_of_a_data_set(tmp_path: Path) -> None:
     events = [(user, (user * 3 + step) % 9, 1 + step, 100 * step) for user in range(9) for step in range(4)]
     rows = "".join(",".join(map(str, event)) + "\n" for event in events)
     (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + rows, encoding="utf-8")
-    result = start.init(str(tmp_path / "ratings.csv"), out=tmp_path / "r.yaml", name="r", backend="hf")
+    result = start.write_recipe(str(tmp_path / "ratings.csv"), out=tmp_path / "r.yaml", name="r", backend="hf")
     assert "the columns are the same as in movielens-" in result.found and "data.source" in result.found
 
 
@@ -115,7 +115,7 @@ def written(path: Path, files: Mapping[str, str], kind: str) -> Path:
 def test_init_writes_source_of_data_set(name: str, kind: str, tmp_path: Path) -> None:
     source, files = SETS[name]
     path = written(tmp_path / name, files, kind)
-    result = start.init(str(path), out=tmp_path / "r.yaml", backend="hf")
+    result = start.write_recipe(str(path), out=tmp_path / "r.yaml", backend="hf")
     recipe = load_recipe(result.recipe)
     assert (recipe.data.source, recipe.data.path) == (source, str(path))
     assert f"files of {source}" in result.found and "no column" not in result.found
@@ -128,22 +128,24 @@ def test_file_without_header(tmp_path: Path) -> None:
     for name, file in (("ml-1m", "ratings.dat"), ("ml-100k", "u.data"), ("toys", "sequences.txt")):
         source, files = SETS[name]
         path = written(tmp_path / name, files, "folder") / file
-        recipe = load_recipe(start.init(str(path), out=tmp_path / f"{name}.yaml", backend="hf").recipe)
+        recipe = load_recipe(start.write_recipe(str(path), out=tmp_path / f"{name}.yaml", backend="hf").recipe)
         assert (recipe.data.source, recipe.data.path) == (source, str(path))
     # Recognised under any name, as published by S3-Rec.
     (tmp_path / "toys" / "sequences.txt").rename(tmp_path / "toys" / "Beauty.txt")
-    assert source_of(tmp_path / "toys" / "Beauty.txt") == "sequences"
+    assert recognise_source(tmp_path / "toys" / "Beauty.txt") == "sequences"
 
 
 def test_data_set_by_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "films", SETS["ml-latest-small"][1], "folder")
-    assert source_of(path) == "movielens-latest"
-    small = known("movielens-small")
+    assert recognise_source(path) == "movielens-latest"
+    small = read_known_format("movielens-small")
     assert small.counts is not None
     counts = small.counts.model_copy(update={"files": {"ratings.csv": (USERS, ITEMS, len(EVENTS))}})
-    pages = [small.model_copy(update={"counts": counts}) if page.name == small.name else page for page in published()]
-    monkeypatch.setattr("llmrec.data.sets.recognise.published", lambda: pages)
-    assert source_of(path) == "movielens-small"
+    pages = [
+        small.model_copy(update={"counts": counts}) if page.name == small.name else page for page in known_formats()
+    ]
+    monkeypatch.setattr("llmrec.data.sets.recognise.known_formats", lambda: pages)
+    assert recognise_source(path) == "movielens-small"
 
 
 def test_samples_have_a_split(tmp_path: Path) -> None:
@@ -153,8 +155,8 @@ def test_samples_have_a_split(tmp_path: Path) -> None:
         for part, size in (("train", 3), ("valid", 4), ("test", 5))
     }
     path = written(tmp_path / "s", parts, "folder")
-    assert source_of(path) == "samples"
-    recipe = load_recipe(start.init(str(path), out=tmp_path / "r.yaml", backend="hf").recipe)
+    assert recognise_source(path) == "samples"
+    recipe = load_recipe(start.write_recipe(str(path), out=tmp_path / "r.yaml", backend="hf").recipe)
     assert (recipe.data.source, recipe.data.split.kind) == ("samples", "given")
 
 
@@ -168,16 +170,16 @@ def test_samples_have_a_split(tmp_path: Path) -> None:
     ],
 )
 def test_other_folders_are_tables(files: dict[str, str], tmp_path: Path) -> None:
-    assert source_of(written(tmp_path / "f", files, "folder")) is None
+    assert recognise_source(written(tmp_path / "f", files, "folder")) is None
 
 
 @pytest.mark.parametrize("text", ["user\titem\na\tx\nb\ty\n", "a,x\nb,y,z\n", "the first words\nthe last ones\n", ""])
 def test_other_texts_are_no_sequences(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    assert source_of(tmp_path / "t.txt") is None
+    assert recognise_source(tmp_path / "t.txt") is None
 
 
 def test_named_columns_require_a_table(tmp_path: Path) -> None:
     path = written(tmp_path / "ml-1m", SETS["ml-1m"][1], "folder")
     with raises(DataError, Facts("missing-file", says="with no table")):
-        start.init(str(path), out=tmp_path / "r.yaml", requested=start.RequestedRoles(user="a", item="b"))
+        start.write_recipe(str(path), out=tmp_path / "r.yaml", requested=start.RequestedRoles(user="a", item="b"))

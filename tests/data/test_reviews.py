@@ -12,9 +12,9 @@ import pytest
 
 from llmrec.data import derived
 from llmrec.data.dataset import Dataset
-from llmrec.data.derived import extract, pseudonyms, sentences
-from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, split, with_review_part
+from llmrec.data.derived import pseudonyms, score_keyphrases, split_sentences
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import SplitDataset, split_dataset, with_review_part
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, ExplanationSection, Filter, Split
 from llmrec.tasks.explanation import ExplanationTask
@@ -44,11 +44,11 @@ def dataset(file: Path) -> Dataset:
 
 @pytest.fixture(scope="module", params=["leave_one_out", "user_disjoint"])
 def data(request: pytest.FixtureRequest, dataset: Dataset) -> SplitDataset:
-    return split(dataset, Split(kind=request.param), seed=0)
+    return split_dataset(dataset, Split(kind=request.param), seed=0)
 
 
 def section_data(path: Path, **keys: object) -> Dataset:
-    return load(DataSection.model_validate({"source": "amazon-reviews", "path": str(path), **keys}), seed=0)
+    return load_data(DataSection.model_validate({"source": "amazon-reviews", "path": str(path), **keys}), seed=0)
 
 
 def derived_texts(data: SplitDataset) -> str:
@@ -101,7 +101,7 @@ def test_later_review_of_duplicates(tmp_path: Path) -> None:
 def test_titles_of_a_table(file: Path, tmp_path: Path) -> None:
     table = tmp_path / "items.csv"
     table.write_text("item_id,title\n" + "".join(f"B{n:02d},Thing {n}\n" for n in range(12)), encoding="utf-8")
-    data = split(section_data(file, items=str(table)), Split(), seed=0)
+    data = split_dataset(section_data(file, items=str(table)), Split(), seed=0)
     assert data.dataset.items["B03"].title == "Thing 3"
     assert "titles" not in data.dataset.provenance["derived"]
     assert set(data.dataset.users["U00"]) == {"name"}
@@ -128,7 +128,7 @@ def test_rejects_other_files(tmp_path: Path) -> None:
     with raises(DataError, Facts("empty", "none.json")):
         section_data(tmp_path / "none.json")
     with raises(DataError, Facts("missing-key", column="data.path")):
-        load(DataSection(source="amazon-reviews"), seed=0)
+        load_data(DataSection(source="amazon-reviews"), seed=0)
     with raises(DataError, Facts("contradiction", column="data.columns")):
         section_data(path, columns={"user": "reviewerID"})
 
@@ -155,14 +155,14 @@ def test_titles_have_words_of_training_reviews(data: SplitDataset) -> None:
 
 
 def test_derived_texts_do_not_depend_on_held_out_reviews(dataset: Dataset) -> None:
-    before = split(dataset, Split(), seed=0)
+    before = split_dataset(dataset, Split(), seed=0)
     other = {
         pair: replace(review, text="Other words entirely.", phrases=("other words", "strap"), headline="other")
         if pair in before.held_out
         else review
         for pair, review in dataset.reviews.items()
     }
-    after = split(replace(dataset, reviews=other), Split(), seed=0)
+    after = split_dataset(replace(dataset, reviews=other), Split(), seed=0)
     assert after.held_out == before.held_out
     assert after.dataset.items == before.dataset.items and after.dataset.users == before.dataset.users
     for pair, review in before.dataset.reviews.items():
@@ -171,7 +171,7 @@ def test_derived_texts_do_not_depend_on_held_out_reviews(dataset: Dataset) -> No
 
 
 def test_removed_pairs_are_not_in_titles(dataset: Dataset) -> None:
-    data = split(dataset, Split(), seed=0)
+    data = split_dataset(dataset, Split(), seed=0)
     shown = derived_texts(data)
     pairs = data.train.select("user_id", "item_id").iter_rows()
     pair = next(pair for pair in pairs if any(mark in shown for mark in marks(*pair)))
@@ -210,7 +210,7 @@ def test_pseudonyms_depend_on_seed_and_user() -> None:
     ],
 )
 def test_sentences(text: str, cut: list[str]) -> None:
-    assert sentences(text) == cut
+    assert split_sentences(text) == cut
 
 
 def test_text_column_is_part_of_the_review(data: SplitDataset) -> None:
@@ -224,7 +224,7 @@ def test_text_column_is_part_of_the_review(data: SplitDataset) -> None:
 
 
 def test_data_without_reviews(dataset: Dataset) -> None:
-    plain = split(replace(dataset, reviews={}, derives=frozenset()), Split(), seed=0)
+    plain = split_dataset(replace(dataset, reviews={}, derives=frozenset()), Split(), seed=0)
     assert with_review_part(plain, "headline") is plain
     assert plain.dataset.items["B00"].title == "B00"
 
@@ -236,7 +236,7 @@ def test_phrases_are_cached_and_damaged_files_replaced(tmp_path: Path, monkeypat
     assert phrases[1] == () and any("guitar" in phrase for phrase in phrases[0])
     (kept,) = (tmp_path / "keyphrases").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(derived, "_of", lambda *_: pytest.fail("extracted again"))
+        patch.setattr(derived, "_extract_keyphrases", lambda *_: pytest.fail("extracted again"))
         assert derived.keyphrases(texts) == phrases
     for damage in ("{", json.dumps([["one"]]), "7"):
         kept.write_text(damage, encoding="utf-8")
@@ -250,15 +250,15 @@ def test_phrases_equal_the_reference_implementation() -> None:
         "buckle of the Fender strap is solid. I bought it for $15."
     )
     # The scores that the reference implementation of the paper gives this text.
-    assert extract(text)[:7] == [
+    assert score_keyphrases(text)[:7] == [
         (pytest.approx(score, abs=5e-5), phrase)
         for score, phrase in (
             *((0.0919, "fender strap"), (0.1158, "leather strap"), (0.1166, "strap"), (0.1419, "guitar strap")),
             *((0.1483, "leather"), (0.1523, "thick"), (0.1776, "guitar")),
         )
     ]
-    assert extract("") == extract("ok 123 the") == []
-    alike = [phrase for _, phrase in extract("Good strings, good string")]
+    assert score_keyphrases("") == score_keyphrases("ok 123 the") == []
+    alike = [phrase for _, phrase in score_keyphrases("Good strings, good string")]
     assert set(alike) == {"good", "string", "good string"}
 
 
@@ -278,7 +278,7 @@ def explanation_rows() -> list[dict[str, Any]]:
 
 
 def explanations(path: Path | None, **keys: object) -> Any:
-    return load(DataSection.model_validate({"source": "explanations", "path": path and str(path), **keys}), seed=0)
+    return load_data(DataSection.model_validate({"source": "explanations", "path": path and str(path), **keys}), seed=0)
 
 
 def test_explanations(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_explanations(tmp_path: Path) -> None:
 
 def test_prompt_of_explanations_shows_profiles_and_no_explanation(tmp_path: Path) -> None:
     data = explanations(write(tmp_path / "rows.jsonl", explanation_rows()), noun="books")
-    parts = split(data, Split(kind="user_disjoint", valid=0.2, test=0.3), seed=0)
+    parts = split_dataset(data, Split(kind="user_disjoint", valid=0.2, test=0.3), seed=0)
     task = make(ExplanationTask, parts, ExplanationSection(templates=("plain",)), load_templates("explanation"), seed=0)
     assert task.cases("test")
     for case in task.cases("test"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.read.tables import Table
 from llmrec.data.read.where import filter_rows
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import DataSection, Filter
 from tests.facts import Facts, raises
@@ -166,8 +166,8 @@ def test_errors_count_rows_of_the_file(tmp_path: Path) -> None:
         return DataSection.model_validate(values)
 
     with raises(DataError, Facts("bad-value", path, row=3, line=5, column="rating")):
-        load(section("event == 'buy'"), seed=0)
-    data = load(section("event == 'buy' and rating != 'x'"), seed=0)
+        load_data(section("event == 'buy'"), seed=0)
+    data = load_data(section("event == 'buy' and rating != 'x'"), seed=0)
     assert data.interactions.select("user_id", "item_id").rows() == [("u1", "i1"), ("u2", "i2")]
     assert data.provenance["where"] == "event == 'buy' and rating != 'x'" and data.provenance["rows"] == "2"
 
@@ -186,7 +186,7 @@ def test_filters_every_part_of_a_split(tmp_path: Path) -> None:
             "filter": {"where": "event == 'buy'"},
         }
     )
-    data = load(section, seed=0)
+    data = load_data(section, seed=0)
     assert data.given is not None and data.given.test == {(f"u{n}", f"e{n}") for n in (1, 3, 5)}
     assert len(data.interactions) == 6
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
-from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam_search
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.types import SearchResult
 from tests.decode.trees import branching
@@ -117,7 +117,7 @@ PROMPTS = [(1, 2, 3), (4,), (5, 5)]
 def test_equals_a_plain_beam(paths: list[tuple[int, ...]], seed: int, width: int, barred: set[int]) -> None:
     barred_items = {item for item in barred if item < len(paths)}
     excluded = [sorted(barred_items), [], list(range(len(paths)))]
-    results = beam(FakeEngine(seed), TokenTrie.of(paths), PROMPTS, k=width, width=width, excluded=excluded)
+    results = beam_search(FakeEngine(seed), TokenTrie.of(paths), PROMPTS, k=width, width=width, excluded=excluded)
     for prompt, result, barred_ids in zip(PROMPTS, results, excluded, strict=True):
         expected = reference(seed, prompt, paths, width, set(barred_ids))[:width]
         assert list(result.items) == [item for _, item in expected]
@@ -131,7 +131,7 @@ def test_certified_results_are_optimal(
     out = sorted(item for item in barred if item < len(paths))
     tree = TokenTrie.of(paths)
     for exact in (False, True):
-        (result,) = beam(FakeEngine(seed), tree, [(1, 2)], k=k, width=width, excluded=[out], exact=exact)
+        (result,) = beam_search(FakeEngine(seed), tree, [(1, 2)], k=k, width=width, excluded=[out], exact=exact)
         best = [item for item in ranked(seed, (1, 2), paths) if item not in out]
         assert len(result.items) == min(k, len(best)) == len(set(result.items))
         assert not set(result.items) & set(out)
@@ -147,14 +147,14 @@ def test_full_width_finds_the_best(paths: list[tuple[int, ...]], seed: int) -> N
     tree = TokenTrie.of(paths)
     widest = max(end - start for start, end in zip(tree.starts, tree.starts[1:], strict=False))
     engine = FakeEngine(seed)
-    (result,) = beam(engine, tree, [(3,)], k=5, width=max(widest, len(paths)))
+    (result,) = beam_search(engine, tree, [(3,)], k=5, width=max(widest, len(paths)))
     assert result.certified and list(result.items) == ranked(seed, (3,), paths)[:5]
 
 
 @given(paths=PATHS, seed=SEEDS, width=st.integers(1, 8))
 def test_forward_passes_are_bounded_by_branches(paths: list[tuple[int, ...]], seed: int, width: int) -> None:
     tree, engine = TokenTrie.of(paths), FakeEngine(seed)
-    beam(engine, tree, [(1,)], k=1, width=width)
+    beam_search(engine, tree, [(1,)], k=1, width=width)
     # A prefix shared by all paths takes one more forward pass.
     alike = len({path[0] for path in paths}) == 1
     assert engine.forwards <= branching(tree) + 1 + alike
@@ -166,22 +166,22 @@ def test_work_for_codes_of_equal_length(width: int) -> None:
     """One pass for the prompts, and one for the kept tokens at each depth except the last."""
     codes = np.array([(a, b, c) for a in range(6) for b in range(6) for c in range(6)])
     tree, engine = TokenTrie.of(codes), FakeEngine(1)
-    beam(engine, tree, [(1,), (2, 3)], k=1, width=width)
+    beam_search(engine, tree, [(1,), (2, 3)], k=1, width=width)
     assert engine.forwards == tree.depth == branching(tree)
     assert engine.fed == 2 * (min(width, 6) + min(width, 36))
 
 
 def test_one_item_and_one_token() -> None:
     for paths in ([(1,)], [(1, 2, 3)], [(1,), (2,)]):
-        (result,) = beam(FakeEngine(0), TokenTrie.of(paths), [(4,)], k=3, width=1)
+        (result,) = beam_search(FakeEngine(0), TokenTrie.of(paths), [(4,)], k=3, width=1)
         assert len(result.items) == len(paths) and result.short and result.certified
-    (none,) = beam(FakeEngine(0), TokenTrie.of([(1,), (2,)]), [(4,)], k=1, width=1, excluded=[[0, 1]])
+    (none,) = beam_search(FakeEngine(0), TokenTrie.of([(1,), (2,)]), [(4,)], k=1, width=1, excluded=[[0, 1]])
     assert none == SearchResult(
         items=(), scores=(), certified=True, width=1, short="only 0 of 2 items are valid results"
     )
     for k, width in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            beam(FakeEngine(0), TokenTrie.of([(1,)]), [(4,)], k=k, width=width)
+            beam_search(FakeEngine(0), TokenTrie.of([(1,)]), [(4,)], k=k, width=width)
 
 
 def test_the_engine_is_closed_when_it_fails() -> None:
@@ -191,7 +191,7 @@ def test_the_engine_is_closed_when_it_fails() -> None:
 
     engine = Failing(0)
     with pytest.raises(RuntimeError):
-        beam(engine, TokenTrie.of([(1, 2), (1, 3)]), [(4,)], k=1, width=1)
+        beam_search(engine, TokenTrie.of([(1, 2), (1, 3)]), [(4,)], k=1, width=1)
     assert not engine.is_open
 
 
@@ -202,24 +202,26 @@ def test_exact_search_ends_with_invalid_scores(broken: float) -> None:
             return np.full(len(targets.tokens), broken)
 
     paths = [(a, b, END) for a in range(5) for b in range(6)]
-    (result,) = beam(Broken(0), TokenTrie.of(paths), [(4,)], k=3, width=3, exact=True)
+    (result,) = beam_search(Broken(0), TokenTrie.of(paths), [(4,)], k=3, width=3, exact=True)
     assert not all(map(math.isfinite, result.scores))
 
 
 def test_exact_search_ends_at_the_maximal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmrec.decode import beam as module
 
-    monkeypatch.setattr(module, "WIDEST", 4)
+    monkeypatch.setattr(module, "MAX_WIDTH", 4)
     paths = [(a, b, END) for a in range(8) for b in range(8)]
-    results = [beam(FakeEngine(seed), TokenTrie.of(paths), [(1,)], k=3, width=3, exact=True)[0] for seed in range(8)]
+    results = [
+        beam_search(FakeEngine(seed), TokenTrie.of(paths), [(1,)], k=3, width=3, exact=True)[0] for seed in range(8)
+    ]
     assert {result.width for result in results if not result.certified} == {4}
 
 
 @given(paths=PATHS, seed=SEEDS, exact=st.booleans())
 def test_tokens_do_not_depend_on_the_batch(paths: list[tuple[int, ...]], seed: int, exact: bool) -> None:
     tree = TokenTrie.of(paths)
-    together = beam(FakeEngine(seed), tree, PROMPTS, k=2, width=2, exact=exact)
+    together = beam_search(FakeEngine(seed), tree, PROMPTS, k=2, width=2, exact=exact)
     for prompt, result in zip(PROMPTS, together, strict=True):
         engine = FakeEngine(seed)
-        (alone,) = beam(engine, tree, [prompt], k=2, width=2, exact=exact)
+        (alone,) = beam_search(engine, tree, [prompt], k=2, width=2, exact=exact)
         assert result.tokens == alone.tokens == engine.fed

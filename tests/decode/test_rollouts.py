@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.stats import chisquare
 
 from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens
-from llmrec.decode.rollouts import Group, Way, rollouts
+from llmrec.decode.rollouts import RolloutGroup, RolloutMethod, sample_rollouts
 from llmrec.decode.token_tree import TokenTrie
 
-WAYS: tuple[Way, ...] = ("beam", "sampled", "without-replacement")
+WAYS: tuple[RolloutMethod, ...] = ("beam", "sampled", "without-replacement")
 # Six items, and branchings after none, one and two tokens; the middle of (3, 1, 2) is forced.
 PATHS = ((1, 1), (1, 2), (2,), (3, 1, 2), (3, 1, 3), (3, 4))
 SIZE, MANY = 6, 3000
@@ -46,10 +46,12 @@ def engine(seed: int = 0) -> Markov:
     return Markov(np.random.default_rng(seed).normal(size=(SIZE, SIZE)))
 
 
-def draw(way: Way, prompts: list[list[int]], count: int, temperature: float = 1.0, first: int = 0) -> list[Group]:
+def draw(
+    way: RolloutMethod, prompts: list[list[int]], count: int, temperature: float = 1.0, first: int = 0
+) -> list[RolloutGroup]:
     seeds = [first + n for n in range(len(prompts))]
     tree = TokenTrie.of(PATHS)
-    return rollouts(engine(), tree, prompts, way=way, count=count, temperature=temperature, seeds=seeds)
+    return sample_rollouts(engine(), tree, prompts, way=way, count=count, temperature=temperature, seeds=seeds)
 
 
 def policy(last: int, temperature: float = 1.0) -> NDArray[np.float64]:
@@ -66,7 +68,7 @@ def policy(last: int, temperature: float = 1.0) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_groups_have_distinct_items_and_normalized_weights(way: Way) -> None:
+def test_groups_have_distinct_items_and_normalized_weights(way: RolloutMethod) -> None:
     for count in (2, 4, 9):
         for group in draw(way, [[0], [5], [2, 3]], count):
             assert len(set(group.items.tolist())) == len(group.items) <= min(count, len(PATHS))
@@ -116,7 +118,7 @@ def test_draws_with_replacement_are_counted() -> None:
 
 
 @pytest.mark.parametrize("way", ["sampled", "without-replacement"])
-def test_mean_over_groups_is_unbiased(way: Way) -> None:
+def test_mean_over_groups_is_unbiased(way: RolloutMethod) -> None:
     values = np.array([0.0, 1.0, 5.0, -2.0, 3.0, 0.5])
     true = float(policy(0) @ values)
     means = [float(group.weights @ values[group.items]) for group in draw(way, [[0]] * MANY, 4)]
@@ -125,7 +127,7 @@ def test_mean_over_groups_is_unbiased(way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_draws_depend_on_prompt_and_seed_only(way: Way) -> None:
+def test_draws_depend_on_prompt_and_seed_only(way: RolloutMethod) -> None:
     together = draw(way, [[0], [5], [1, 2], [0]], 3)
     for n, prompt in enumerate([[0], [5], [1, 2], [0]]):
         (alone,) = draw(way, [prompt], 3, first=n)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree, PlainTree
-from llmrec.decode.beam import LogprobQueries, TreeTokens, beam
+from llmrec.decode.beam import LogprobQueries, TreeTokens, beam_search
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.types import SearchResult
 from tests.conftest import encoder_of, opened
@@ -158,7 +158,7 @@ def test_token_tree_equals_plain_forwards(kind: type, name: str, request: pytest
 def test_search_is_optimal_for_any_paths(
     kind: type, untied: Any, paths: list[tuple[int, ...]], prompts: list[list[int]], k: int
 ) -> None:
-    results = beam(kind(untied, PAD), TokenTrie.of(paths), prompts, k=k, width=25)
+    results = beam_search(kind(untied, PAD), TokenTrie.of(paths), prompts, k=k, width=25)
     for prompt, result in zip(prompts, results, strict=True):
         assert_best(result, ranked(untied, prompt, paths), k)
 
@@ -167,7 +167,7 @@ def test_search_is_optimal_for_any_paths(
 def test_equals_the_beam_search_of_transformers(name: str, width: int, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     prompts = [(5, 6, 7, 8), (40, 41), (*range(1, 13),)]
-    results = beam(MaskedTree(model, PAD), TokenTrie.of(FULL), prompts, k=width, width=width)
+    results = beam_search(MaskedTree(model, PAD), TokenTrie.of(FULL), prompts, k=width, width=width)
     for prompt, result in zip(prompts, results, strict=True):
         reference = constrained(model, prompt, width)
         assert set(reference) == {FULL[item] for item in result.items}
@@ -204,7 +204,7 @@ def constrained(model: Any, prompt: Sequence[int], width: int) -> dict[tuple[int
 def test_each_token_is_computed_once(untied: Any, width: int) -> None:
     """Computed once: the prompts, and the beam's tokens at each depth except the last; each has one row of logits."""
     engine, prompts = MaskedTree(untied, PAD), [(5, 6, 7), (40,), (1,) * 9]
-    beam(engine, TokenTrie.of(FULL), prompts, k=1, width=width)
+    beam_search(engine, TokenTrie.of(FULL), prompts, k=1, width=width)
     read = len(prompts) * (min(width, 6) + min(width, 30))
     assert engine.tokens == sum(map(len, prompts)) + read
     assert engine.forwards == 3
@@ -223,11 +223,11 @@ def test_prompt_reuses_the_previous_one(untied: Any, change: str) -> None:
         "other": ((first[0] + 1, *first[1:]), 0),
     }[change]
     tree, engine = TokenTrie.of(FULL), MaskedTree(untied, PAD, warm=True)
-    beam(engine, tree, [first], k=10, width=10)
+    beam_search(engine, tree, [first], k=10, width=10)
     before = engine.tokens
-    (warm,) = beam(engine, tree, [second], k=10, width=10)
+    (warm,) = beam_search(engine, tree, [second], k=10, width=10)
     cold_engine = MaskedTree(untied, PAD)
-    (cold,) = beam(cold_engine, tree, [second], k=10, width=10)
+    (cold,) = beam_search(cold_engine, tree, [second], k=10, width=10)
     assert engine.tokens - before == cold_engine.tokens - known
     assert warm.items == cold.items
     assert warm.scores == pytest.approx(cold.scores, abs=1e-4)
@@ -236,7 +236,7 @@ def test_prompt_reuses_the_previous_one(untied: Any, change: str) -> None:
 def test_wider_search_reads_the_prompt_once(untied: Any) -> None:
     prompt = tuple(np.random.default_rng(2).integers(1, 90, 60).tolist())
     engine = MaskedTree(untied, PAD, warm=True)
-    (result,) = beam(engine, TokenTrie.of(FULL), [prompt], k=3, width=3, exact=True)
+    (result,) = beam_search(engine, TokenTrie.of(FULL), [prompt], k=3, width=3, exact=True)
     assert result.certified and result.width > 3, "a prompt that needs more than three prefixes"
     runs = int(np.log2(result.width // 3)) + 1
     kept = sum(min(3 << n, 6) + min(3 << n, 30) for n in range(runs))
@@ -248,7 +248,7 @@ def test_batch_drops_the_previous_prompt(untied: Any) -> None:
     prompt = (5, 6, 7, 8)
     for prompts in ([prompt], [prompt, (9,)], [prompt]):
         before = engine.tokens
-        beam(engine, tree, prompts, k=3, width=3)
+        beam_search(engine, tree, prompts, k=3, width=3)
         assert engine.tokens - before == sum(map(len, prompts)) + 6 * len(prompts)
 
 

@@ -16,9 +16,9 @@ from llmrec.baselines.sasrec import SASRec
 from llmrec.baselines.tune import tune
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import split_validation_users
-from llmrec.ensembles.cells import CandidateScores, Kind
-from llmrec.ensembles.rankers import CatalogueEnsemble, Member
-from llmrec.ensembles.weights import EnsembleTrial, Weights, limits, logit, pool
+from llmrec.ensembles.cells import CandidateScores, ScoreScale
+from llmrec.ensembles.rankers import CatalogueEnsemble, CatalogueMember
+from llmrec.ensembles.weights import EnsembleTrial, Weights, fit_logit, fit_pool, with_confidence_limits
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.metrics.ranking import ndcg
@@ -64,13 +64,13 @@ def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(result / result.sum(axis=1, keepdims=True))
 
 
-def _member(name: str, values: NDArray[np.float64], kind: Kind = "logits") -> Member:
-    return Member(name, _Table(name, {f"r{row}": each for row, each in enumerate(values)}), kind)
+def _member(name: str, values: NDArray[np.float64], kind: ScoreScale = "logits") -> CatalogueMember:
+    return CatalogueMember(name, _Table(name, {f"r{row}": each for row, each in enumerate(values)}), kind)
 
 
 def _cells(
     raw: Sequence[NDArray[np.float64]],
-    kinds: Sequence[Kind] = ("logits", "logits"),
+    kinds: Sequence[ScoreScale] = ("logits", "logits"),
     *,
     truth: NDArray[np.int64] | None = None,
     had: NDArray[np.bool_] | None = None,
@@ -144,7 +144,7 @@ def test_chosen_form_is_fitted_alone() -> None:
         assert fusion.fitted.form == each.form and fusion.tried == (each,)
     assert fusion.fitted.parts == (0.0, 1.0)
     # A member without a weight is not called.
-    mute = Member("one", _Table("one", {}), "logits")
+    mute = CatalogueMember("one", _Table("one", {}), "logits")
     alone = CatalogueEnsemble("both", [mute, fusion.parts[1]], filtered=True)
     alone.weights = fusion.weights
     assert np.array_equal(alone.scores([cases[0].request]), fusion.scores([cases[0].request]))
@@ -164,7 +164,9 @@ def test_rejects_users_that_selected_a_member() -> None:
             counting = Popularity(seed=0)
             counting.fit(data)
             fusion = CatalogueEnsemble(
-                "both", [Member("popularity", counting, "counts"), Member(name, part, "logits")], filtered=True
+                "both",
+                [CatalogueMember("popularity", counting, "counts"), CatalogueMember(name, part, "logits")],
+                filtered=True,
             )
             if shared:
                 with raises(LlmrecError, Facts(kind="leak", says=(name, "reserve other users"))):
@@ -187,10 +189,10 @@ def test_maximum_likelihood_recovers_the_weights(form: str) -> None:
     fusion.fit(cases)
     column = {item: index for index, item in enumerate(ITEMS)}
     known = _cells([one, other], truth=np.array([column[str(case.truth)] for case in cases]))
-    result = (logit if form == "logit" else pool)(known, repeats=False)
+    result = (fit_logit if form == "logit" else fit_pool)(known, repeats=False)
     assert result.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)
     if form == "logit":
-        result = limits(known, result, [case.request.user_id for case in cases], repeats=False)
+        result = with_confidence_limits(known, result, [case.request.user_id for case in cases], repeats=False)
         low, high = result.low, result.high
         assert low[0] < 1.2 < high[0] and low[1] < 0.6 < high[1] and high[0] - low[0] < 0.2
 

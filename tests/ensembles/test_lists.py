@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.ensembles import base as module
-from llmrec.ensembles.base import _Base
-from llmrec.ensembles.cells import CandidateScores, Kind
+from llmrec.ensembles.base import _BaseEnsemble
+from llmrec.ensembles.cells import CandidateScores, ScoreScale
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
-from llmrec.ensembles.trees import Setting
-from llmrec.ensembles.weights import EnsembleTrial, Form, Weights, extend_base, preferred, ranker
+from llmrec.ensembles.trees import TreeSetting
+from llmrec.ensembles.weights import EnsembleTrial, Form, Weights, extend_base, fit_ranker, select_form
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -63,14 +63,14 @@ def _cases(rng: np.random.Generator, logits: NDArray[np.float64], *, catalogue: 
     return cases
 
 
-def _member(name: str, rows: NDArray[np.float64], kind: Kind = "logits", **more: Any) -> ListMember:
+def _member(name: str, rows: NDArray[np.float64], kind: ScoreScale = "logits", **more: Any) -> ListMember:
     return ListMember(name, _Table(name, rows, **more), kind)
 
 
 @pytest.fixture
 def no_trees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try linear ensembles only: trees take most of the time of a fit."""
-    monkeypatch.setattr(module, "learned", lambda cells, folds: None)
+    monkeypatch.setattr(module, "tune_ranker", lambda cells, folds: None)
 
 
 def _three(rng: np.random.Generator, count: int) -> list[NDArray[np.float64]]:
@@ -93,7 +93,7 @@ def test_member_with_few_cases_is_added_to_a_fitted_ensemble() -> None:
         # Members of the base are not tried alone.
         assert {each.name for each in joined.tried} == {"logit", "pool", "new", "base", "base and new"}
         known, _ = joined.known(few)
-        before = _Base(base, joined.names, [case.request.user_id for case in few]).as_is(np.arange(len(few)))
+        before = _BaseEnsemble(base, joined.names, [case.request.user_id for case in few]).as_is(np.arange(len(few)))
         extended = extend_base(known, before, [2])
         assert extended.form == weights.form and extended.parts[2] > 0.1
         assert extended.parts[0] / extended.parts[1] == pytest.approx(weights.parts[0] / weights.parts[1])
@@ -105,19 +105,19 @@ def test_member_with_few_cases_is_added_to_a_fitted_ensemble() -> None:
 def test_only_new_trees_need_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ensemble that is extended may be a ranker too."""
     pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
-    rng, setting, passed = np.random.default_rng(1), Setting("lambdarank", 5), []
+    rng, setting, passed = np.random.default_rng(1), TreeSetting("lambdarank", 5), []
     one, two, new = _three(rng, USERS)
     cases = _cases(rng, one + two + new)
     base = ListEnsemble("base", [_member("one", one), _member("two", two)])
     base.fit(cases)
-    base.weights = ranker(base.known(cases)[0], setting=setting)
+    base.weights = fit_ranker(base.known(cases)[0], setting=setting)
 
     def recorded(values: Any, trees: Any, users: Sequence[str]) -> Any:
         passed.append(trees)
-        return preferred(values, trees, users)
+        return select_form(values, trees, users)
 
-    monkeypatch.setattr(module, "learned", lambda cells, folds: (setting, np.zeros(len(cells.starts) - 1)))
-    monkeypatch.setattr(module, "preferred", recorded)
+    monkeypatch.setattr(module, "tune_ranker", lambda cells, folds: (setting, np.zeros(len(cells.starts) - 1)))
+    monkeypatch.setattr(module, "select_form", recorded)
     joined = ListEnsemble("joined", [*base.parts, _member("new", new)])
     joined.fit(cases, base_ensembles=[base])
     assert ("ranker", "base") in {(each.form, each.name) for each in joined.tried}
@@ -233,7 +233,7 @@ def test_union_of_lists_is_ranked_without_candidates() -> None:
 
 
 @pytest.mark.parametrize(("kind", "left_out"), [("counts", 1.0), ("logits", 2.0), ("beams", 0.0)])
-def test_missing_items_rank_below_the_last_item(kind: Kind, left_out: float) -> None:
+def test_missing_items_rank_below_the_last_item(kind: ScoreScale, left_out: float) -> None:
     first, second = np.array([[8.0, 4.0, 2.0] + [0.5] * 9]), np.array([[0.5] * 9 + [8.0, 4.0, 2.0]])
     request = Request(id="0", user_id="u", history=(), candidates=None)
     weights = Weights("pool", (0.7, 0.3), 0.0)

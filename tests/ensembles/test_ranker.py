@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 
 from llmrec.ensembles import weights as forms
 from llmrec.ensembles.cells import CandidateScores
-from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import record_of, restored
-from llmrec.ensembles.trees import ROUNDS, Setting, Trees, chosen, fit
+from llmrec.ensembles.context import ContextFeatures
+from llmrec.ensembles.members import restore_weights, weights_record
+from llmrec.ensembles.trees import TREE_COUNTS, Trees, TreeSetting, fit_trees, select_setting
 from llmrec.ensembles.weights import (
-    Fit,
+    FitFunction,
     Weights,
-    alone,
     extend_base,
-    learned,
-    logit,
-    pool,
-    preferred,
-    ranker,
-    setting_of,
+    fit_logit,
+    fit_pool,
+    fit_ranker,
+    fit_single_member,
+    parse_tree_setting,
+    select_form,
+    tune_ranker,
 )
 from llmrec.errors import ModelError
 from llmrec.pipeline.leaks import changed_features, with_random_holdouts
@@ -57,10 +57,10 @@ def _cells(
     )
 
 
-def _linear(cells: CandidateScores) -> dict[tuple[str, str], Fit]:
+def _linear(cells: CandidateScores) -> dict[tuple[str, str], FitFunction]:
     """All forms except trees."""
-    fits = {("logit", "logit"): partial(logit, repeats=False), ("pool", "pool"): partial(pool, repeats=False)}
-    fits |= {("alone", name): partial(alone, member=n, repeats=False) for n, name in enumerate(cells.names)}
+    fits = {("logit", "logit"): partial(fit_logit, repeats=False), ("pool", "pool"): partial(fit_pool, repeats=False)}
+    fits |= {("alone", name): partial(fit_single_member, member=n, repeats=False) for n, name in enumerate(cells.names)}
     return {key: lambda rows, start, fit=fit: fit(cells.of(rows), start) for key, fit in fits.items()}
 
 
@@ -83,19 +83,19 @@ USERS = [f"u{n}" for n in range(CASES)]
 def test_ranker_learns_what_weights_cannot() -> None:
     rng = np.random.default_rng(0)
     cells, fresh = _switched(rng), _switched(rng)
-    result = learned(cells, FOLDS)
+    result = tune_ranker(cells, FOLDS)
     assert result is not None
     setting, values = result
     linear = _linear(cells)
     every = np.arange(CASES)
     fitted = {form: fit(every, None) for form, fit in linear.items()}
-    crossed = {form: forms.crossed(cells, fit, fitted[form], FOLDS) for form, fit in linear.items()}
+    crossed = {form: forms.cross_fitted_ndcgs(cells, fit, fitted[form], FOLDS) for form, fit in linear.items()}
     assert values.mean() > max(item.mean() for item in crossed.values()) + 0.03
     # The cross-fitted value equals that of new users.
-    weights = ranker(cells, setting=setting)
+    weights = fit_ranker(cells, setting=setting)
     assert fresh.ndcg(weights.scores(fresh)).mean() == pytest.approx(values.mean(), abs=0.02)
     assert weights.trees is not None and weights.trees.gains["long"] > 0.01
-    assert preferred({**crossed, "ranker": values}, "ranker", USERS) == "ranker"
+    assert select_form({**crossed, "ranker": values}, "ranker", USERS) == "ranker"
 
 
 def test_noise_gains_nothing() -> None:
@@ -104,7 +104,7 @@ def test_noise_gains_nothing() -> None:
     count = 600
     members = [rng.normal(0, 1, (count, ITEMS)) for _ in range(3)]
     cells = _cells(members, rng.integers(0, ITEMS, count))
-    result = learned(cells, FOLDS[:count])
+    result = tune_ranker(cells, FOLDS[:count])
     assert result is not None
     random = (1 / np.log2(np.arange(2, 12))).sum() / ITEMS
     assert result[1].mean() == pytest.approx(random, abs=3 * result[1].std() / count**0.5)
@@ -119,21 +119,21 @@ def test_trees_need_a_gain_of_one_standard_error() -> None:
     users = [str(n) for n in range(400)]
     for gain, chosen_form in ((0.5, "weights"), (2.0, "ranker")):
         values = {"member": base - 0.1, "weights": base, "ranker": base + noise + gain * error}
-        assert preferred(values, "ranker", users) == chosen_form
-        assert preferred({"member": base - 0.1, "weights": base}, None, users) == "weights"
+        assert select_form(values, "ranker", users) == chosen_form
+        assert select_form({"member": base - 0.1, "weights": base}, None, users) == "weights"
     # The same gain is less certain if the cases of a user are correlated.
     alike = np.repeat(rng.normal(0, 0.2, 10), 40)
     alike -= alike.mean()
     values = {"weights": base, "ranker": base + alike + 2 * error}
-    assert preferred(values, "ranker", users) == "ranker"
-    assert preferred(values, "ranker", [str(n // 40) for n in range(400)]) == "weights"
+    assert select_form(values, "ranker", users) == "ranker"
+    assert select_form(values, "ranker", [str(n // 40) for n in range(400)]) == "weights"
 
 
 def test_setting_is_evaluated_on_other_folds() -> None:
     """The best of many settings without effect is not better on folds that did not choose it."""
     rng = np.random.default_rng(1)
-    values = {Setting("binary", count): rng.normal(0, 1, CASES) for count in range(200)}
-    setting, apart = chosen(values, FOLDS)
+    values = {TreeSetting("binary", count): rng.normal(0, 1, CASES) for count in range(200)}
+    setting, apart = select_setting(values, FOLDS)
     assert values[setting].mean() > 2 / CASES**0.5
     assert abs(apart.mean()) < 2 / CASES**0.5
 
@@ -147,7 +147,7 @@ def test_trees_equal_lightgbm() -> None:
     features[rng.random(len(features)) < 0.3, 1] = np.nan
     labels = (np.nan_to_num(features[:, 0]) + np.isnan(features[:, 1]) > 0.5).astype(np.int8)
     for objective in ("lambdarank", "binary", "regression"):
-        booster = fit(features, labels, np.full(300, 10), Setting(objective, 20))
+        booster = fit_trees(features, labels, np.full(300, 10), TreeSetting(objective, 20))
         trees = Trees(booster.model_to_string(), tuple("abcd"))
         other = features.copy()
         other[::7, 3] = np.nan  # never missing in training
@@ -169,7 +169,7 @@ def test_damaged_trees_are_one_error() -> None:
     rng = np.random.default_rng(3)
     features = rng.normal(0, 1, (2000, 3)).astype(np.float32)
     labels = (features[:, 0] > 0).astype(np.int8)
-    text = fit(features, labels, np.full(200, 10), Setting("binary", 5)).model_to_string()
+    text = fit_trees(features, labels, np.full(200, 10), TreeSetting("binary", 5)).model_to_string()
     refused = 0
     for seed in range(100):
         random = np.random.default_rng(seed)
@@ -191,22 +191,22 @@ def test_damaged_trees_are_one_error() -> None:
 
 def test_weights_are_restored_from_their_record() -> None:
     cells = _switched(np.random.default_rng(5))
-    trees = ranker(cells, setting=Setting("lambdarank", ROUNDS[1]))
+    trees = fit_ranker(cells, setting=TreeSetting("lambdarank", TREE_COUNTS[1]))
     joined = Weights("logit", (0.0, 0.3), base=trees, scale=0.9)
     for weights in (trees, joined, Weights("pool", (0.4, 0.6), -2.0)):
-        record = FusionWeights.model_validate_json(record_of(weights, cells.names).model_dump_json())
-        assert np.array_equal(restored(record).scores(cells), weights.scores(cells))
-    record = record_of(trees, cells.names)
+        record = FusionWeights.model_validate_json(weights_record(weights, cells.names).model_dump_json())
+        assert np.array_equal(restore_weights(record).scores(cells), weights.scores(cells))
+    record = weights_record(trees, cells.names)
     assert record.trees is not None and sum(feature.gain or 0 for feature in record.features) == pytest.approx(1)
     damaged = record.model_copy(update={"trees": record.trees.model_copy(update={"text": "no base64"})})
     with raises(ModelError, Facts(kind="damaged")):
-        restored(damaged)
+        restore_weights(damaged)
 
 
 def test_contributions_sum_to_the_score() -> None:
     cells = _switched(np.random.default_rng(7))
     cells = replace(cells, in_history=np.arange(len(cells.in_history)) % 7 == 0).of(np.arange(20))
-    trees = ranker(_switched(np.random.default_rng(5)), setting=Setting("lambdarank", 20))
+    trees = fit_ranker(_switched(np.random.default_rng(5)), setting=TreeSetting("lambdarank", 20))
     for weights, names in (
         (trees, {"m0", "m1", "long"}),
         (Weights("logit", (0.4, -0.6), -2.0), {"m0", "m1", "in history"}),
@@ -232,7 +232,7 @@ def test_members_are_added_to_a_ranker() -> None:
     more = replace(
         cells, names=("m0", "m1", "m2"), kinds=("logits",) * 3, raw=np.vstack([cells.raw, third.astype(np.float32)])
     )
-    base = replace(ranker(cells, setting=Setting("lambdarank", 40)), parts=(0.5, 0.5, 0.0))
+    base = replace(fit_ranker(cells, setting=TreeSetting("lambdarank", 40)), parts=(0.5, 0.5, 0.0))
     few, rest = more.of(np.arange(100)), more.of(np.arange(100, CASES))
     both = extend_base(few, base, [2])
     assert both.base == base and both.parts[2] > 0.3 and both.scale > 0.3
@@ -240,9 +240,9 @@ def test_members_are_added_to_a_ranker() -> None:
 
 
 def test_setting_is_restored_from_its_name() -> None:
-    setting = Setting("lambdarank", 40)
-    assert setting_of(forms.EnsembleTrial("ranker", setting.name, 0.1)) == setting
-    assert setting_of(forms.EnsembleTrial("logit", "logit", 0.1)) is None
+    setting = TreeSetting("lambdarank", 40)
+    assert parse_tree_setting(forms.EnsembleTrial("ranker", setting.name, 0.1)) == setting
+    assert parse_tree_setting(forms.EnsembleTrial("logit", "logit", 0.1)) is None
 
 
 def test_features_do_not_depend_on_held_out_data() -> None:
@@ -256,7 +256,7 @@ def test_features_do_not_depend_on_held_out_data() -> None:
     for one, two, leak in ((data, other, False), (*leaky, True)):
         cells = []
         for known in (one, two):
-            context = Context(known)
+            context = ContextFeatures(known)
             codes = np.tile(np.arange(len(context.ids)), len(requests))
             rows = np.repeat(np.arange(len(requests)), len(context.ids))
             features = context.features(requests, rows, codes)

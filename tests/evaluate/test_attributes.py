@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import llmrec
 from llmrec.data.dataset import Dataset
 from llmrec.errors import RecipeError
-from llmrec.evaluate.slices import attribute_slices, attributes_of
+from llmrec.evaluate.slices import attribute_slices, user_attributes
 from llmrec.metrics.signature import parse_signature
-from llmrec.report.breakdowns import in_words
+from llmrec.report.breakdowns import slice_title
 from llmrec.results import Results
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -40,7 +40,7 @@ def test_values_are_slices_in_order_of_frequency() -> None:
         "user:gender=m": [0],
         "user:gender:none": [2, 3],
     }
-    assert attributes_of(people(values)) == ("gender",) and attributes_of(people({"u0": ""})) == ()
+    assert user_attributes(people(values)) == ("gender",) and user_attributes(people({"u0": ""})) == ()
 
 
 def test_more_than_eight_words_keep_the_seven_most_frequent() -> None:
@@ -82,7 +82,7 @@ def test_each_case_is_in_one_slice(values: dict[str, str]) -> None:
     assert np.sum(list(result.values()), axis=0).tolist() == [1] * 30
     for name in result:
         assert parse_signature(f"MRR|slice:{name}|split:s|llmrec:1").slice == name
-        assert "\n" not in in_words(name)
+        assert "\n" not in slice_title(name)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_each_case_is_in_one_slice(values: dict[str, str]) -> None:
     ],
 )
 def test_titles_of_slices(name: str, title: str) -> None:
-    assert in_words(name) == title
+    assert slice_title(name) == title
 
 
 # --------------------------------------------------------------------------- of a run

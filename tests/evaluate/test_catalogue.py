@@ -18,7 +18,7 @@ from scipy.stats import mannwhitneyu
 
 from llmrec.baselines.popular import Popularity, Random
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import evaluate_catalogue, rank_catalogue
 from llmrec.evaluate.figures import EvalProtocol
@@ -184,7 +184,7 @@ def data() -> SplitDataset:
         name: Item(item_id=name, title=name, fields={"genres": genres[int(name[1:]) % 4]})
         for name in sorted(set(frame["item_id"]))
     }
-    return split(Dataset(name="made", noun="things", interactions=frame, items=items), Split(), seed=0)
+    return split_dataset(Dataset(name="made", noun="things", interactions=frame, items=items), Split(), seed=0)
 
 
 def _skewed(n: int) -> NDArray[np.float64]:

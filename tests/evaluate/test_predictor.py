@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.compare import compare
+from llmrec.evaluate.compare import compare_values
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.predictor import Evaluated, evaluate
+from llmrec.evaluate.predictor import EvaluationResult, evaluate
 from llmrec.metrics.stats import verdict
 from llmrec.records import Reliability
 from llmrec.results import Failure
@@ -38,7 +38,7 @@ class Canned:
 
 def measured(
     answers: Sequence[Answer], cases: Sequence[Case], family: str, fallback: Callable[[Request], float] | None = None
-) -> Evaluated:
+) -> EvaluationResult:
     kind = family_of(family).answer
     return evaluate(Canned(answers), cases, name=family, kind=kind, protocol=PROTOCOL, fallback=fallback)
 
@@ -164,7 +164,7 @@ def test_yes_no_answers_of_one_class_have_no_auc() -> None:
     assert "undefined" not in result.figures.metrics["LogLoss"].as_json()
     json.dumps(result.figures.as_json(), allow_nan=False)
     with raises(LlmrecError, Facts("too-few", says="GAUC")):
-        compare("GAUC", result.values["GAUC"], result.values["GAUC"], ["u"] * 3, resamples=10, seed=0)
+        compare_values("GAUC", result.values["GAUC"], result.values["GAUC"], ["u"] * 3, resamples=10, seed=0)
 
 
 @pytest.mark.parametrize("metric", ["AUC", "GAUC"])
@@ -182,16 +182,16 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
         for edge, noise in ((0.5, rng.normal(0, 0.3, 800)), (0.1, rng.normal(0, 0.3, 800)))
     ]
     stored = [np.array(json.loads(json.dumps(list(row.values[metric])))) for row in rows]
-    result = compare(metric, *stored, users, resamples=300, seed=0)
+    result = compare_values(metric, *stored, users, resamples=300, seed=0)
     value = [row.figures.metrics[metric].value for row in rows]
     assert result.value == pytest.approx(value[0] - value[1])
     assert verdict(result) == "shown"
-    assert compare(metric, stored[0], stored[0], users, resamples=300, seed=0).value == 0
+    assert compare_values(metric, stored[0], stored[0], users, resamples=300, seed=0).value == 0
     flipped = np.copysign(stored[1], -stored[1])
     with raises(LlmrecError, Facts("mismatch", says="AUC")):
-        compare(metric, stored[0], flipped, users, resamples=10, seed=0)
+        compare_values(metric, stored[0], flipped, users, resamples=10, seed=0)
     # With two seeds, the mean of the metrics is compared, not the metric of the mean answer.
-    both = compare(metric, np.stack(stored), stored[1], users, resamples=300, seed=0)
+    both = compare_values(metric, np.stack(stored), stored[1], users, resamples=300, seed=0)
     assert both.value == pytest.approx(result.value / 2)
 
 
@@ -213,5 +213,5 @@ def test_interval_of_rare_hits_is_asymmetric() -> None:
 
 def test_rmse_is_compared_by_root_means() -> None:
     a, b = np.array([1.0, 9.0, 4.0, 4.0]), np.array([4.0, 16.0, 9.0, 1.0])
-    result = compare("RMSE", a, b, ["u0", "u1", "u2", "u3"], resamples=200, seed=0)
+    result = compare_values("RMSE", a, b, ["u0", "u1", "u2", "u3"], resamples=200, seed=0)
     assert result.value == pytest.approx(np.sqrt(a.mean()) - np.sqrt(b.mean()))

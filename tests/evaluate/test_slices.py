@@ -15,7 +15,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.evaluate.slices import FEW, slice_figures, slices_of, target_slices
+from llmrec.evaluate.slices import SMALL_SLICE, case_slices, slice_figures, target_slices
 from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric
 from llmrec.tasks.family import family_of
@@ -60,7 +60,7 @@ def members(slices: dict[str, NDArray[np.bool_]]) -> dict[str, list[int]]:
 def test_slices_by_hand() -> None:
     # Training counts: a 8, b 6, c 1, d 0. a and b make 14 of 17, which is the first share of at least .8.
     cases = [case("u0", "a", 7), case("u1", "c", 1), case("u2", "d", 60), case("u9", "b", 0)]
-    result = slices_of(cases, split_of(TRAIN))
+    result = case_slices(cases, split_of(TRAIN))
     assert members(result) == {
         "item:cold-below-5": [1, 2],
         "item:warm-from-5": [0, 3],
@@ -98,21 +98,21 @@ def test_targets_are_binned_by_training_interactions_words_and_history() -> None
 @pytest.mark.parametrize(("counts", "head"), [((6, 2, 2), [0, 1, 2]), ((8, 1, 1), [0])])
 def test_items_tied_with_the_last_head_item_are_head_items(counts: tuple[int, ...], head: list[int]) -> None:
     train = [(f"u{n}", item) for item, count in zip("abc", counts, strict=True) for n in range(count)]
-    result = slices_of([case("u0", item, 1) for item in "abc"], split_of(train))
+    result = case_slices([case("u0", item, 1) for item in "abc"], split_of(train))
     assert members(result)["item:head-0.8"] == head
 
 
 def test_held_out_rows_do_not_change_slices() -> None:
     cases = [case("u0", "d", 2), case("u1", "a", 2)]
-    before = slices_of(cases, split_of(TRAIN))
-    after = slices_of(cases, split_of(TRAIN, [(f"v{n}", "d") for n in range(50)] + [("u1", "e")] * 9))
+    before = case_slices(cases, split_of(TRAIN))
+    after = case_slices(cases, split_of(TRAIN, [(f"v{n}", "d") for n in range(50)] + [("u1", "e")] * 9))
     assert members(before) == members(after)
 
 
 @given(rows=st.lists(st.tuples(st.sampled_from(["u0", "u1", "u2"]), st.sampled_from("abcde"), st.integers(0, 60))))
 def test_each_case_is_in_one_slice_per_kind(rows: list[tuple[str, str, int]]) -> None:
     cases = [case(*row) for row in rows]
-    result = slices_of(cases, split_of(TRAIN))
+    result = case_slices(cases, split_of(TRAIN))
     for kinds in (("item:cold", "item:warm"), ("item:head", "item:long"), ("history:",), ("activity:",)):
         slices = [member for name, member in result.items() if name.startswith(kinds)]
         if slices:
@@ -126,12 +126,12 @@ def test_metrics_of_slices_are_means_of_their_cases() -> None:
     values = np.random.default_rng(0).random(90)
     row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR", seen="included"))}
     figures = slice_figures({"MRR": values}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL)
-    slices = slices_of(cases, split_of(TRAIN))
+    slices = case_slices(cases, split_of(TRAIN))
     assert [figure.name for figure in figures] == list(slices)
     for figure in figures:
         member = slices[figure.name]
         assert figure.n == member.sum()
-        assert figure.small == (figure.n < FEW)
+        assert figure.small == (figure.n < SMALL_SLICE)
         if figure.n:
             metric = figure.metrics["MRR"]
             assert metric.value == pytest.approx(values[member].mean())
@@ -171,7 +171,7 @@ def test_rmse_by_slices_of_the_rated_item() -> None:
 
 def test_cases_without_an_item_have_no_item_slices() -> None:
     cases = [Case(request=Request(id="r", user_id="u0"), truth="some text")]
-    assert not any(name.startswith("item:") for name in slices_of(cases, split_of(TRAIN)))
+    assert not any(name.startswith("item:") for name in case_slices(cases, split_of(TRAIN)))
 
 
 def test_slices_by_age_are_quarters_of_held_out_rows() -> None:
@@ -180,14 +180,14 @@ def test_slices_by_age_are_quarters_of_held_out_rows() -> None:
     times = pl.Series("timestamp", [80.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0])
     data = replace(data, test=data.test.with_columns(times))
     cases = [case(user, "d", 1) for user in users]
-    assert not [name for name in slices_of(cases, data) if name.startswith("age")]
+    assert not [name for name in case_slices(cases, data) if name.startswith("age")]
 
-    result = slices_of(cases, replace(data, kind="global_time"))
+    result = case_slices(cases, replace(data, kind="global_time"))
 
     ages = {name: rows for name, rows in members(result).items() if name.startswith("age")}
     assert [sorted(times[row] for row in rows) for rows in ages.values()] == [[n, n + 10.0] for n in (10, 30, 50, 70)]
     # A sample of users does not change the edges.
-    some = slices_of(cases[:3], replace(data, kind="global_time"))
+    some = case_slices(cases[:3], replace(data, kind="global_time"))
     assert [int(some[name].sum()) for name in ages] == [2, 0, 0, 1]
     untimed = replace(data, kind="global_time", test=data.test.with_columns(timestamp=pl.lit(None, dtype=pl.Float64)))
-    assert not [name for name in slices_of(cases, untimed) if name.startswith("age")]
+    assert not [name for name in case_slices(cases, untimed) if name.startswith("age")]

@@ -24,12 +24,12 @@ from llmrec.exports.card import (
     Example,
     FamilyAgreement,
     TaskSettings,
-    body_of,
-    literal,
     metadata,
-    render,
+    render_card,
+    request_body,
+    safe_literal,
 )
-from llmrec.report.results import results_of
+from llmrec.report.results import parse_results
 from llmrec.results import Results
 
 Hostile = Callable[[dict[str, Any], list[str]], dict[str, Any]]
@@ -124,7 +124,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_front_matter_is_read_by_the_hub_library() -> None:
     hub = pytest.importorskip("huggingface_hub", reason="the train extra is not installed")
-    text = render(make_card(base=BaseFacts(name="x", hub="org/base", licence="mit", languages=("en", "de"))))
+    text = render_card(make_card(base=BaseFacts(name="x", hub="org/base", licence="mit", languages=("en", "de"))))
     card = hub.ModelCard(text)
     parsed = card.data.to_dict()
     assert parsed["license"] == "mit"
@@ -146,7 +146,7 @@ def test_front_matter_is_read_by_the_hub_library() -> None:
 )
 def test_licences(licence: str | None, base: str | None, expected: dict[str, str]) -> None:
     card = make_card(licence=licence, base=BaseFacts(name="b", licence=base))
-    header, body = parts(render(card))
+    header, body = parts(render_card(card))
     assert {key: header[key] for key in header if key.startswith("license")} == expected
     section = body.partition("## Licence")[2]
     assert f"Base model b: {base or 'unknown: fill in'}." in section
@@ -161,8 +161,8 @@ def test_local_names_are_not_in_the_metadata() -> None:
 
 
 def test_results_have_baselines_intervals_and_signatures(results: dict[str, Any]) -> None:
-    parsed = results_of(results)
-    text = render(make_card(results=parsed, measured_dtype="bfloat16"))
+    parsed = parse_results(results)
+    text = render_card(make_card(results=parsed, measured_dtype="bfloat16"))
     section = text.partition("## Evaluation")[2].partition("## Effect of the export")[0]
     for row in parsed.rows:
         metric = row.metrics[parsed.headline[row.task]]
@@ -172,7 +172,7 @@ def test_results_have_baselines_intervals_and_signatures(results: dict[str, Any]
     assert "The best model is a baseline" in section and "The best model is a language model" in section
     assert "One seed only." in section
     assert "evaluation used" not in section
-    assert "evaluation used bfloat16 weights; this folder contains float32" in render(
+    assert "evaluation used bfloat16 weights; this folder contains float32" in render_card(
         make_card(results=parsed, measured_dtype="bfloat16", dtype="float32")
     )
 
@@ -180,26 +180,26 @@ def test_results_have_baselines_intervals_and_signatures(results: dict[str, Any]
 def test_card_describes_data_and_terms() -> None:
     reviews = DataFacts(name="made-reviews", source="made-reviews", users=120, items=40, interactions=1442,
                         parts=(1202, 120, 120), split="leave one out", filters="none", made=True)  # fmt: skip
-    body = parts(render(make_card(data=(*make_card().data, reviews))))[1]
+    body = parts(render_card(make_card(data=(*make_card().data, reviews))))[1]
     section = body.partition("## Data")[2].partition("## Evaluation")[0]
     assert "98 114 for training, 943 for validation and 943 for test" in section
     assert "GroupLens research licence" in section and "unknown: fill in" in section
     assert section.count("not real reviews") == 1
     assert "is not included" in section
-    assert "items.parquet" in parts(render(make_card(with_items=True)))[1]
+    assert "items.parquet" in parts(render_card(make_card(with_items=True)))[1]
 
 
 def test_card_shows_the_loss_of_a_quantised_run() -> None:
-    section = render(make_card(agreement=AGREEMENT, method="qlora")).partition("## Effect of the export")[2]
+    section = render_card(make_card(agreement=AGREEMENT, method="qlora")).partition("## Effect of the export")[2]
     assert "trained on a quantised base" in section
     assert "| Rating prediction | RMSE | 50 | 1.0500 | 1.0600 | +0.0100 [−0.002, +0.021] |" in section
     assert "−0.0044" in section and "0.46" in section
-    unmeasured = render(make_card(method="qlora")).partition("## Effect of the export")[2]
+    unmeasured = render_card(make_card(method="qlora")).partition("## Effect of the export")[2]
     assert "Not measured." in unmeasured and "changes the model slightly" in unmeasured
 
 
 def test_card_of_an_adapter_loads_the_base() -> None:
-    text = render(make_card(adapter_only=True))
+    text = render_card(make_card(adapter_only=True))
     header, body = parts(text)
     assert (header["library_name"], header["base_model_relation"]) == ("peft", "adapter")
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in blocks(body, "python")[0]
@@ -208,7 +208,7 @@ def test_card_of_an_adapter_loads_the_base() -> None:
 
 @pytest.mark.parametrize("address", ["it's; $(rm x) `y`", "me/films"])
 def test_folder_names_are_quoted_in_commands(address: str) -> None:
-    text = render(make_card(address=address, example=replace(EXAMPLE, candidates=("A", "B"))))
+    text = render_card(make_card(address=address, example=replace(EXAMPLE, candidates=("A", "B"))))
     rank, serve, request = blocks(text, "sh")
     assert shlex.split(serve) == ["vllm", "serve", address, "--max-model-len", "2048"]
     assert shlex.split(rank.splitlines()[1])[3] == address
@@ -223,16 +223,16 @@ def test_folder_names_are_quoted_in_commands(address: str) -> None:
 def test_example_of_a_list_continues_text() -> None:
     example = replace(EXAMPLE, given="Alien\nHeat\n", text="<|im_start|>Alien\nHeat\n", stop="\n")
     card = make_card(example=example)
-    path, body = body_of(card)
+    path, body = request_body(card)
     assert path == "/v1/completions"
     assert (body["prompt"], body["stop"]) == (example.text, ["\n"])
-    script = blocks(render(card), "python")[0]
+    script = blocks(render_card(card), "python")[0]
     assert 'text += "Alien\\nHeat\\n"' in script and 'stop_strings=["\\n"]' in script
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",))))
 def test_literal_is_json_and_python(text: str) -> None:
-    written = literal({"a": [text]})
+    written = safe_literal({"a": [text]})
     assert json.loads(written) == ast.literal_eval(written) == {"a": [text]}
     assert not set("<>&`'\n") & set(written)
 
@@ -261,13 +261,13 @@ def test_hostile_texts_do_not_become_markup(results: dict[str, Any], payloads: l
         ": x",
     ]
     plain = MarkdownIt("commonmark", {"html": True}).enable("table")
-    kinds = [token.type for token in plain.parse(parts(render(make_card(results=results_of(results))))[1])]
+    kinds = [token.type for token in plain.parse(parts(render_card(make_card(results=parse_results(results))))[1])]
     assert "html_block" not in kinds
     for start in range(0, len(payloads), 12):
         texts = [*payloads[start : start + 12], *extra]
-        parsed = results_of(hostile(results, texts))
+        parsed = parse_results(hostile(results, texts))
         for shift in range(0, len(texts), 4):
-            text = render(_all_hostile(parsed, texts[shift:] + texts[:shift]))
+            text = render_card(_all_hostile(parsed, texts[shift:] + texts[:shift]))
             header, body = parts(text)
             known = {"license", "license_name", "library_name", "pipeline_tag", "tags"}
             assert header.keys() <= known | {"base_model", "base_model_relation"}

@@ -26,13 +26,13 @@ from llmrec.errors import DataError, LlmrecError
 from llmrec.exports import agreement, card_facts, export
 from llmrec.exports import files as placing
 from llmrec.exports.export import Exported
-from llmrec.exports.files import verify
+from llmrec.exports.files import is_unchanged_export
 from llmrec.exports.options import ExportOptions
 from llmrec.machine import Memory
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import audit as audits
 from llmrec.pipeline import bundle, runs
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.load import dump_recipe, load_recipe
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.resources import resource
 from tests.answer import rank_cases
@@ -101,7 +101,7 @@ def test_folder_is_complete_without_the_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "films"
     done = write(run, out, check_users=4)
     assert {file.name for file in out.iterdir()} == MODEL_FILES == set(done.files)
-    assert verify(out)
+    assert is_unchanged_export(out)
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=out, check=True)
     assert (out / "model.safetensors").read_bytes() == (run / "merged" / "model.safetensors").read_bytes()
     shutil.rmtree(run)
@@ -214,7 +214,7 @@ def test_rejects_secrets_and_paths_in_a_recipe(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("LLMREC_CACHE", "/srv/secret/folder")
     changed = load_recipe(run / "recipe.yaml").model_copy(update={"description": f"Made {text}."})
-    (run / "recipe.yaml").write_text(dump(changed), encoding="utf-8")
+    (run / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
     with raises(LlmrecError, Facts("unsafe", "README.md")) as error:
         write(run, tmp_path / "films")
     assert TOKEN not in str(error.value)
@@ -226,12 +226,12 @@ def test_base_model_is_named_without_local_paths(tmp_path: Path, monkeypatch: py
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
     converted = str(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct.Q4_1")
     for name in ("SmolLM2-135M-Instruct", hub, converted):
-        result = card_facts.origin(ModelSection(name=name), converted)
+        result = card_facts.base_facts(ModelSection(name=name), converted)
         assert (result.hub, result.licence) == (hub, "apache-2.0") and "quantised" in result.note
     snapshot = tmp_path / "hub" / "snapshots" / ("ab" * 20)
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# x\n", encoding="utf-8")
-    result = card_facts.origin(ModelSection(name="org/base", revision="main"), str(snapshot))
+    result = card_facts.base_facts(ModelSection(name="org/base", revision="main"), str(snapshot))
     assert (result.hub, result.revision, result.licence, result.languages) == (
         "org/base",
         "ab" * 20,
@@ -241,7 +241,7 @@ def test_base_model_is_named_without_local_paths(tmp_path: Path, monkeypatch: py
     assert not result.note
     (snapshot / "README.md").write_text("---\n[broken\n---\n", encoding="utf-8")
     (snapshot / "config.json").write_text('{"license": "gemma"}', encoding="utf-8")
-    result = card_facts.origin(ModelSection(name=str(snapshot)), str(snapshot))
+    result = card_facts.base_facts(ModelSection(name=str(snapshot)), str(snapshot))
     assert (result.hub, result.name, result.licence) == (None, "ab" * 20, "gemma")
 
 
@@ -275,8 +275,8 @@ def test_merged_weights_equal_base_and_adapter(
 def test_weights_are_merged_again_for_another_dtype(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmrec.train import lora
 
-    merge, calls = lora.merge, []
-    monkeypatch.setattr(lora, "merge", lambda *args: calls.append(args) or merge(*args))
+    merge, calls = lora.merge_adapter, []
+    monkeypatch.setattr(lora, "merge_adapter", lambda *args: calls.append(args) or merge(*args))
     assert write(run, tmp_path / "same", dtype="float32").dtype == "float32"
     assert calls == []
     done = write(run, tmp_path / "half", dtype="bfloat16", check_users=2)
@@ -294,7 +294,7 @@ def test_weights_are_merged_again_for_another_dtype(run: Path, tmp_path: Path, m
 
 def test_rejects_a_check_that_exceeds_memory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tight = Memory(total=2**40, available=2**18)
-    monkeypatch.setattr("llmrec.exports.agreement.memory", lambda: tight)
+    monkeypatch.setattr("llmrec.exports.agreement.read_memory", lambda: tight)
     with raises(LlmrecError, Facts("exhausted", column="--check-users", says="--check-users 0")):
         write(run, tmp_path / "out", dtype="bfloat16", check_users=2)
     done = write(run, tmp_path / "out", dtype="bfloat16", check_users=0)
@@ -383,7 +383,7 @@ def test_rejects_incomplete_and_changed_runs(run: Path, tmp_path: Path) -> None:
     with raises(LlmrecError, Facts("missing-file", tmp_path, says="recipe.yaml")):
         write(tmp_path, tmp_path / "out")
     other = load_recipe(run / "recipe.yaml", ["train.steps=7"])
-    (run / "recipe.yaml").write_text(dump(other), encoding="utf-8")
+    (run / "recipe.yaml").write_text(dump_recipe(other), encoding="utf-8")
     with raises(LlmrecError, Facts("mismatch", run / "train.json", column="train", says="lora and 7 steps")):
         write(run, tmp_path / "out")
     (run / "train.json").write_text("{", encoding="utf-8")
@@ -419,7 +419,7 @@ def test_missing_data_is_needed_for_check_and_items_only(tmp_path: Path, llama_f
 
 def test_changed_recipe_is_noted(run: Path, tmp_path: Path) -> None:
     other = load_recipe(run / "recipe.yaml", ["train.learning_rate=0.5"])
-    (run / "recipe.yaml").write_text(dump(other), encoding="utf-8")
+    (run / "recipe.yaml").write_text(dump_recipe(other), encoding="utf-8")
     done = write(run, tmp_path / "out")
     assert "have changed since training" in done.notes[0]
     assert done.notes[0] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -457,7 +457,7 @@ def test_existing_folder_needs_force(run: Path, tmp_path: Path) -> None:
     with raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")):
         write(run, tmp_path / "out")
     write(run, tmp_path / "out", force=True, licence="mit")
-    assert verify(tmp_path / "out") and (tmp_path / "out" / "LICENSE").is_file()
+    assert is_unchanged_export(tmp_path / "out") and (tmp_path / "out" / "LICENSE").is_file()
     (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for folder in (tmp_path / "out", tmp_path / "link", run):
@@ -480,7 +480,7 @@ def test_temporary_folders_of_running_processes_stay(tmp_path: Path) -> None:
     fill(tmp_path / f"output.llmrec-tmp-{gone}", "another name")
     with (
         raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")),
-        placing.placing(tmp_path / "out", force=False),
+        placing.replacing_folder(tmp_path / "out", force=False),
     ):
         pass
     # A folder that a dead process moved aside is restored.
@@ -513,10 +513,10 @@ def answered(run: Path, out: Path) -> str:
     """Answer the example of the card with the hf backend."""
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend
-    from llmrec.exports.card_facts import sample_prompt
+    from llmrec.exports.card_facts import example_prompt
 
     loaded, bundled = load_recipe(run / "recipe.yaml"), bundle.read(str(out))
-    sample = sample_prompt(
+    sample = example_prompt(
         loaded.tasks.present(), bundled.templates, noun=bundled.noun, scale=bundled.rating_scale, seed=loaded.seed
     )
     encoder = Encoder(load_tokenizer(str(out), section(out)), max_length=512)
@@ -564,7 +564,7 @@ def test_command_reports_the_export(run: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "sequential: validation loss" in done.output and "largest difference of a logit" in done.output
-    assert str(out) in done.output and verify(out)
+    assert str(out) in done.output and is_unchanged_export(out)
 
 
 @pytest.mark.slow
@@ -637,14 +637,14 @@ def test_failed_push_keeps_the_folder(
     with raises(LlmrecError, Facts("unreachable", column="--push", says=says)) as error:
         write(run, tmp_path / "out", push="me/films")
     assert TOKEN not in str(error.value) and "complete" in str(error.value)
-    assert verify(tmp_path / "out") and not hub.files
+    assert is_unchanged_export(tmp_path / "out") and not hub.files
 
 
 def test_private_push_rejects_a_public_repository(run: Path, tmp_path: Path, hub: Hub) -> None:
     hub.repositories["me/films"] = False
     with raises(LlmrecError, Facts("contradiction", column="--push", says=("me/films", "--public"))):
         write(run, tmp_path / "out", push="me/films")
-    assert verify(tmp_path / "out") and not hub.files
+    assert is_unchanged_export(tmp_path / "out") and not hub.files
 
 
 def test_push_is_checked_first(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmrec.errors import LlmrecError
-from llmrec.exports.options import refuse_untuned
+from llmrec.exports.options import check_fine_tuned
 from tests.facts import Facts, raises
 
 RECIPE = """\
@@ -31,14 +31,14 @@ def make_run(folder: Path, arms: str) -> Path:
 def test_error_names_the_fix(tmp_path: Path, arms: str, column: str | None, says: str) -> None:
     run = make_run(tmp_path, arms)
     with raises(LlmrecError, Facts("unsupported", run, column=column, says=says)):
-        refuse_untuned(run)
+        check_fine_tuned(run)
     (run / "train.json").write_text("{}")
-    refuse_untuned(run)
+    check_fine_tuned(run)
 
 
 def test_runs_to_be_tuned_are_accepted(tmp_path: Path) -> None:
-    refuse_untuned(make_run(tmp_path, "[zero-shot, tuned]"))
-    refuse_untuned(tmp_path / "nothing")
+    check_fine_tuned(make_run(tmp_path, "[zero-shot, tuned]"))
+    check_fine_tuned(tmp_path / "nothing")
 
 
 def test_error_imports_no_library(tmp_path: Path) -> None:

@@ -61,14 +61,14 @@ def test_scores_equal_those_of_a_cpu(llama_folder: Path) -> None:
 def test_packed_training_equals_that_of_a_cpu(method: str, llama_folder: Path, tmp_path: Path) -> None:
     """Under an explicit mask, the path where cuDNN's attention gives gradients that are no numbers."""
     from llmrec.train import lora, sft
-    from llmrec.train.batches import plan
+    from llmrec.train.batches import plan_steps
     from tests.train.test_packing import user_rows
 
     assert has_cuda() and not torch.backends.cuda.cudnn_sdp_enabled()
     section = ModelSection(name=str(llama_folder), dtype="float32")
     train = TrainSection(steps=6, learning_rate=1e-3, valid_every=50, packing="tree", method=method)
     encoder = Encoder(load_tokenizer(str(llama_folder), section), max_length=256)
-    steps = plan(iter(user_rows()[:60]), steps=6, batch_tokens=400, seed=0, width=100)
+    steps = plan_steps(iter(user_rows()[:60]), steps=6, batch_tokens=400, seed=0, width=100)
     losses = []
     for device in DEVICES:
         torch.manual_seed(0)
@@ -92,5 +92,7 @@ def test_networks_train_as_on_a_cpu() -> None:
     assert isinstance(neural.SequenceConfig().half, bool)
     x = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
     section = RQVAEIndex(hidden=(10,), dim=4, epochs=3, batch=32)
-    fits = [semantic.fit(x, section.model_copy(update={"device": device}), 2, 30, quiet=True) for device in DEVICES]
+    fits = [
+        semantic.fit_rqvae(x, section.model_copy(update={"device": device}), 2, 30, quiet=True) for device in DEVICES
+    ]
     assert fits[1].error == pytest.approx(fits[0].error, abs=1e-2)

@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.schema import Split
 from llmrec.types import Item
@@ -48,7 +48,7 @@ def synthetic(users: int = 60, items: int = 40, seed: int = 0, *, shuffle: int |
         keys = list(catalogue)
         random.Random(shuffle).shuffle(keys)
         catalogue = {key: catalogue[key] for key in keys}
-    return split(Dataset("toy", "things", frame, catalogue), Split(), seed=0)
+    return split_dataset(Dataset("toy", "things", frame, catalogue), Split(), seed=0)
 
 
 def trained(pairs: Iterable[tuple[str, str]], items: Mapping[str, Item]) -> SplitDataset:

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.errors import DataError
-from llmrec.index.diagnostics import Depth, RangeSummary, diagnose, examples, nearest, neighbours
-from llmrec.index.table import ItemIndex, item_token, token
+from llmrec.index.diagnostics import Depth, RangeSummary, diagnose, example_items, largest_code_groups, nearest_items
+from llmrec.index.table import ItemIndex, item_token, level_token
 from tests.facts import Facts, raises
 
-TOKENS = (*(token(0, n) for n in range(3)), *(token(1, n) for n in range(4)))
+TOKENS = (*(level_token(0, n) for n in range(3)), *(level_token(1, n) for n in range(4)))
 
 
 def index_of(*codes: tuple[int, ...], **more: object) -> ItemIndex:
     """Return an index of items i0, i1, ...; each number is a token of its level."""
-    pieces = {f"i{n}": tuple(token(level, n) for level, n in enumerate(code)) for n, code in enumerate(codes)}
+    pieces = {f"i{n}": tuple(level_token(level, n) for level, n in enumerate(code)) for n, code in enumerate(codes)}
     tokens = sorted({*TOKENS, *(piece for code in pieces.values() for piece in code)})
     return ItemIndex("semantic", pieces, tokens=tuple(tokens), **more)  # type: ignore[arg-type]
 
@@ -76,8 +76,8 @@ def test_one_token_an_item() -> None:
 
 
 def test_item_token_level_is_last() -> None:
-    tokens = (item_token(0), item_token(1), token(1, 0), token(0, 0))
-    codes = {f"i{n}": (token(0, 0), token(1, 0), item_token(n)) for n in range(2)}
+    tokens = (item_token(0), item_token(1), level_token(1, 0), level_token(0, 0))
+    codes = {f"i{n}": (level_token(0, 0), level_token(1, 0), item_token(n)) for n in range(2)}
     result = diagnose(ItemIndex("category", codes, tokens=tokens, settings={"item_token": True}))
     assert [level.name for level in result.levels] == ["a", "b", "item"] and result.hybrid
 
@@ -94,58 +94,58 @@ def test_text_codes_have_characters_and_first_words() -> None:
 
 
 def test_counts_duplicates() -> None:
-    codes = {"i0": (token(0, 0),), "i1": (token(0, 1),)}
-    index = ItemIndex("external", codes, tokens=(token(0, 0), token(0, 1)))
+    codes = {"i0": (level_token(0, 0),), "i1": (level_token(0, 1),)}
+    index = ItemIndex("external", codes, tokens=(level_token(0, 0), level_token(0, 1)))
     # The index itself rejects duplicates.
     codes["i1"] = codes["i0"]
     assert diagnose(index).duplicates == 1
 
 
 def test_neighbours_are_the_largest_groups() -> None:
-    groups = neighbours(FOUR, TITLES, members=2, counts={"i2": 5, "i1": 1})
+    groups = largest_code_groups(FOUR, TITLES, members=2, counts={"i2": 5, "i1": 1})
     (group,) = groups
     assert (group.length, group.prefix, group.size) == (1, "<a_0>", 3)
     assert [entry.title for entry in group.entries] == ["Heat", "Aliens"]
-    assert neighbours(FOUR, TITLES, prefixes=0) == ()
+    assert largest_code_groups(FOUR, TITLES, prefixes=0) == ()
 
 
 def test_neighbours_of_numbers_are_ranges() -> None:
     numbers = ItemIndex("sequential", {f"i{n}": (str(1000 - n),) for n in range(10)})
-    groups = neighbours(numbers, {"i9": "First"}, prefixes=2, members=3)
+    groups = largest_code_groups(numbers, {"i9": "First"}, prefixes=2, members=3)
     assert [group.prefix for group in groups] == ["991–993", "998–1000"]
     assert [entry.title for entry in groups[0].entries] == ["First", "i8", "i7"]
-    assert [len(group.entries) for group in neighbours(numbers, {}, members=99)] == [10]
-    assert neighbours(ItemIndex("title", {"i0": ("Heat",), "i1": ("12",)}), {}) == ()
+    assert [len(group.entries) for group in largest_code_groups(numbers, {}, members=99)] == [10]
+    assert largest_code_groups(ItemIndex("title", {"i0": ("Heat",), "i1": ("12",)}), {}) == ()
 
 
 def test_prefixes_name_their_categories() -> None:
-    codes = {f"i{n}": (token(0, n // 4), token(1, n // 2 % 2), item_token(n % 2)) for n in range(8)}
+    codes = {f"i{n}": (level_token(0, n // 4), level_token(1, n // 2 % 2), item_token(n % 2)) for n in range(8)}
     tokens = tuple(sorted({piece for code in codes.values() for piece in code}))
     index = ItemIndex("category", codes, tokens, {"names": [["Tools"], ["Saws", "Drills"]]})
-    assert [group.said for group in neighbours(index, {})] == [
+    assert [group.said for group in largest_code_groups(index, {})] == [
         *("Tools", "no category"),
         *("Tools > Saws", "Tools > Drills", "no category > Saws", "no category > Drills"),
     ]
-    assert {group.said for group in neighbours(FOUR, TITLES)} == {""}
+    assert {group.said for group in largest_code_groups(FOUR, TITLES)} == {""}
 
 
 def test_nearest_items_share_the_longest_prefix() -> None:
     index = index_of((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2))
-    assert [entry.item for entry in nearest(index, "i0", {})] == ["i1", "i4"]
-    assert [entry.item for entry in nearest(index, "i0", {}, most=1)] == ["i1"]
-    assert [entry.item for entry in nearest(index, "i2", {})] == ["i0", "i1", "i4"]
-    assert nearest(index, "i3", {}) == ()
+    assert [entry.item for entry in nearest_items(index, "i0", {})] == ["i1", "i4"]
+    assert [entry.item for entry in nearest_items(index, "i0", {}, most=1)] == ["i1"]
+    assert [entry.item for entry in nearest_items(index, "i2", {})] == ["i0", "i1", "i4"]
+    assert nearest_items(index, "i3", {}) == ()
     with raises(DataError, Facts("unknown-name", says="'i9'")):
-        nearest(index, "i9", {})
+        nearest_items(index, "i9", {})
 
 
 def test_examples_are_requested_items_and_evenly_spaced_ones() -> None:
     index = index_of(*((n // 4, n % 4) for n in range(10)))
-    assert [entry.item for entry in examples(index, {}, 3, ["i7"])] == ["i7", "i0", "i4"]
-    assert [entry.item for entry in examples(index, TITLES, 99)] == [f"i{n}" for n in range(10)]
-    assert [entry.title for entry in examples(index, TITLES, 1, ["i1", "i3"])] == ["Aliens", "i3"]
+    assert [entry.item for entry in example_items(index, {}, 3, ["i7"])] == ["i7", "i0", "i4"]
+    assert [entry.item for entry in example_items(index, TITLES, 99)] == [f"i{n}" for n in range(10)]
+    assert [entry.title for entry in example_items(index, TITLES, 1, ["i1", "i3"])] == ["Aliens", "i3"]
     with raises(DataError, Facts("unknown-name", says="did you mean 'i9'")):
-        examples(index, {}, 3, ["i99"])
+        example_items(index, {}, 3, ["i99"])
 
 
 codes_of = st.sets(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=40)

@@ -10,7 +10,7 @@ from catalogues import check_codes, trained
 
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.table import ItemIndex, build, item_token
+from llmrec.index.table import ItemIndex, build_item_index, item_token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -40,7 +40,7 @@ def filed_catalogue(values: Mapping[str, str] = FILED, train: list[tuple[str, st
 
 def build_index(data: SplitDataset, *, seed: int = 0, item_token: bool = False, **options: Any) -> ItemIndex:
     section = {"scheme": "category", "item_token": item_token, "category": options}
-    index = build(IndexSection.model_validate(section), data, seed=seed)
+    index = build_item_index(IndexSection.model_validate(section), data, seed=seed)
     check_codes(index)
     return index
 

@@ -20,7 +20,7 @@ from scipy.sparse.linalg import ArpackNoConvergence
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index import collaborative
-from llmrec.index.table import ItemIndex, build, item_token, token
+from llmrec.index.table import ItemIndex, build_item_index, item_token, level_token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -35,7 +35,7 @@ def chosen(histories: Mapping[str, Sequence[str]], more: Sequence[str] = ()) -> 
 
 def build_index(data: SplitDataset, *, seed: int = 0, item_token: bool = False, **shape: int) -> ItemIndex:
     section = {"scheme": "collaborative", "item_token": item_token, "collaborative": shape}
-    index = build(IndexSection.model_validate(section), data, seed=seed)
+    index = build_item_index(IndexSection.model_validate(section), data, seed=seed)
     assert index.codes.keys() == data.dataset.items.keys()
     proper(index)
     return index
@@ -75,7 +75,7 @@ def mixed(users: int = 80, items: int = 60, seed: int = 0) -> SplitDataset:
 )
 def test_planted_blocks_are_found(noise: float, sizes: tuple[int, ...]) -> None:
     index = build_index(blocks(0, sizes=sizes, noise=noise), clusters=4, leaf=max(sizes))
-    clusters = {item: pieces[0] for item, pieces in index.codes.items() if pieces[0] != token(0, 4)}
+    clusters = {item: pieces[0] for item, pieces in index.codes.items() if pieces[0] != level_token(0, 4)}
     pairs = {(item.partition("-")[0], first) for item, first in clusters.items()}
     assert len(pairs) == 4 == len({first for _, first in pairs}) and len(clusters) > 0.9 * sum(sizes)
     assert index.figures["depth"] == 1
@@ -114,9 +114,9 @@ def test_spectrum_equals_dense_eigenvectors(size: int, monkeypatch: pytest.Monke
         raise ArpackNoConvergence("no convergence", np.empty(0), np.empty((size, 0)))
 
     users = sparse.csr_array(dense)
-    spectra = [collaborative._spectrum(users, 3)]
+    spectra = [collaborative._leading_eigenvectors(users, 3)]
     monkeypatch.setattr(collaborative, "eigsh", fails)
-    spectra.append(collaborative._spectrum(users, 3))
+    spectra.append(collaborative._leading_eigenvectors(users, 3))
     for vectors in spectra:
         # The vectors span the same subspace, in the same order.
         np.testing.assert_allclose(np.abs(np.linalg.svd(expected.T @ vectors)[1]), 1, atol=1e-6)
@@ -133,7 +133,7 @@ def test_repeated_interactions_count_once() -> None:
 def test_seed_changes_only_the_order_within_leaves() -> None:
     one, two = (build_index(mixed(), seed=seed, clusters=3, leaf=8) for seed in (0, 1))
     assert one.codes != two.codes
-    warm = [item for item, pieces in one.codes.items() if pieces[0] != token(0, 3)]
+    warm = [item for item, pieces in one.codes.items() if pieces[0] != level_token(0, 3)]
     assert all(one.codes[item][:-1] == two.codes[item][:-1] for item in warm)
 
 
@@ -146,15 +146,15 @@ def test_complete_graph_is_deterministic() -> None:
 
 def test_items_without_interactions_have_a_separate_branch() -> None:
     index = build_index(mixed(), clusters=3, leaf=8)
-    cold = {item for item, pieces in index.codes.items() if pieces[0] == token(0, 3)}
+    cold = {item for item, pieces in index.codes.items() if pieces[0] == level_token(0, 3)}
     assert cold == {"never", "nowhere"} and index.figures["untrained"] == 2
-    assert index.codes["alone"][0] != token(0, 3) and index.figures["isolated"] == 1
+    assert index.codes["alone"][0] != level_token(0, 3) and index.figures["isolated"] == 1
 
 
 def test_catalogue_without_interactions() -> None:
     index = build_index(chosen({}, [f"i{n}" for n in range(30)]), clusters=3, leaf=4)
     assert index.figures["leaves"] == 0 and index.figures["inside"] == 0
-    assert {pieces[0] for pieces in index.codes.values()} == {token(0, 3)}
+    assert {pieces[0] for pieces in index.codes.values()} == {level_token(0, 3)}
     # One path of length 1, three of length 2, then longer ones; four items per path.
     assert Counter(len(pieces) - 1 for pieces in index.codes.values()) == {1: 4, 2: 12, 3: 14}
 
@@ -162,7 +162,7 @@ def test_catalogue_without_interactions() -> None:
 def test_isolated_items_are_distributed_evenly() -> None:
     index = build_index(chosen({f"u{n}": [f"i{n}"] for n in range(20)}), clusters=4, leaf=5)
     assert index.figures["isolated"] == 20 and index.figures["leaves"] == 4
-    assert Counter(pieces[0] for pieces in index.codes.values()) == {token(0, n): 5 for n in range(4)}
+    assert Counter(pieces[0] for pieces in index.codes.values()) == {level_token(0, n): 5 for n in range(4)}
 
 
 def test_too_large_last_level_is_cut_in_spectral_order() -> None:
@@ -201,7 +201,7 @@ def test_rejects_too_small_tree() -> None:
 def test_tokens_are_listed_by_level() -> None:
     index = build_index(mixed(), clusters=3, leaf=8)
     levels = int(index.settings["levels"])
-    clusters = [token(level, n) for level in range(levels) for n in range(4 if level == 0 else 3)]
+    clusters = [level_token(level, n) for level in range(levels) for n in range(4 if level == 0 else 3)]
     assert list(index.tokens) == clusters + [item_token(n) for n in range(8)]
     assert levels == max(index.figures["depth"], 1)
 
@@ -226,7 +226,7 @@ def test_extension_fills_all_codes_and_then_fails() -> None:
     room = 8 * sum(3**level for level in range(int(index.settings["levels"]))) - 2
     full = index.extend(new(room))
     proper(full)
-    assert full.tokens == index.tokens and {full.codes[item][0] for item in new(room)} == {token(0, 3)}
+    assert full.tokens == index.tokens and {full.codes[item][0] for item in new(room)} == {level_token(0, 3)}
     with raises(
         DataError,
         Facts("exhausted", column="index.collaborative.leaf", says=(f"of {room + 1} new items", f"only {room} of")),

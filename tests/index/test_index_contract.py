@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmrec.errors import DataError, ErrorKind
 from llmrec.guard import is_item_token
-from llmrec.index.table import ItemIndex, build, token
+from llmrec.index.table import ItemIndex, build_item_index, level_token
 from llmrec.index.titles import title_key
 from llmrec.recipe.schema import IndexSection
 from llmrec.registry import INDEXES
@@ -43,7 +43,9 @@ NEW = {
 
 
 def new_index(name: str, *, seed: int = 0, shuffle: int | None = None) -> ItemIndex:
-    return build(IndexSection.model_validate(SECTIONS[name]), synthetic(shuffle=shuffle), seed=seed, embed=embed)
+    return build_item_index(
+        IndexSection.model_validate(SECTIONS[name]), synthetic(shuffle=shuffle), seed=seed, embed=embed
+    )
 
 
 @cache
@@ -89,7 +91,7 @@ def test_codes_ignore_held_out_interactions(name: str) -> None:
     section, data = IndexSection.model_validate(SECTIONS[name]), synthetic()
     other = other_held_out(data)
     assert other.test["item_id"].to_list() != data.test["item_id"].to_list()
-    assert build(section, other, seed=0, embed=embed).digest == index_of(name).digest
+    assert build_item_index(section, other, seed=0, embed=embed).digest == index_of(name).digest
 
 
 def test_extension_keeps_known_codes(name: str) -> None:
@@ -121,7 +123,9 @@ def test_saved_index_is_loaded_unchanged(name: str, tmp_path: Path) -> None:
 
 
 def test_decode_ignores_spaces_between_tokens() -> None:
-    index = ItemIndex("x", {"i": (token(0, 3), token(1, 12))}, tokens=(token(0, 3), token(1, 12)))
+    index = ItemIndex(
+        "x", {"i": (level_token(0, 3), level_token(1, 12))}, tokens=(level_token(0, 3), level_token(1, 12))
+    )
     assert index.encode("i") == "<a_3><b_12>"
     assert index.decode(" <a_3> <b_12>\n") == "i"
     assert index.decode("<a_3><b_1>") is None and index.decode("<a_3>") is None
@@ -180,7 +184,7 @@ def test_rejects_stored_codes_without_tokens(tmp_path: Path) -> None:
 )
 def test_any_titles_get_different_codes(titles: list[str]) -> None:
     items = {str(n): Item(item_id=str(n), title=title) for n, title in enumerate(titles)}
-    index = build(IndexSection(), trained([], items), seed=0)
+    index = build_item_index(IndexSection(), trained([], items), seed=0)
     assert len({title_key(index.encode(item)) for item in items}) == len(items)
     assert all(index.decode(index.encode(item)) == item for item in items)
     half = dict(list(items.items())[: len(items) // 2])

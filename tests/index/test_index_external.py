@@ -14,7 +14,7 @@ from catalogues import trained
 from llmrec.data.split import SplitDataset
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, ErrorKind
-from llmrec.index.table import ItemIndex, build
+from llmrec.index.table import ItemIndex, build_item_index
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
 from tests.facts import Facts, raises
@@ -25,7 +25,7 @@ def catalogue(names: Sequence[str]) -> SplitDataset:
 
 
 def read(path: Path, names: Sequence[str] = "xyz") -> ItemIndex:
-    index = build(IndexSection(scheme="external", path=str(path)), catalogue(names), seed=0)
+    index = build_item_index(IndexSection(scheme="external", path=str(path)), catalogue(names), seed=0)
     assert index.codes.keys() == {*names}
     assert all(index.decode(index.encode(item)) == item for item in index.codes)
     assert index.settings["sha256"] == sha256_of(path) and str(path) not in json.dumps(dict(index.settings))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from llmrec.errors import DataError
 from llmrec.guard import is_item_token
 from llmrec.index.numbers import user_tokens
-from llmrec.index.table import ItemIndex, build, item_token, user_token
+from llmrec.index.table import ItemIndex, build_item_index, item_token, user_token
 from llmrec.pipeline.indexing import build_index
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
@@ -22,15 +22,15 @@ from tests.index.test_index_plain import histories
 
 def test_numbers_are_split_into_tokens_of_digits() -> None:
     data = histories("abcxy", "bcdxz", "aedxy")
-    text = build(IndexSection(scheme="sequential"), data, seed=0)
-    cut = build(IndexSection(scheme="sequential", digits=2), data, seed=0)
+    text = build_item_index(IndexSection(scheme="sequential"), data, seed=0)
+    cut = build_item_index(IndexSection(scheme="sequential", digits=2), data, seed=0)
     assert text.codes["a"] == ("1001",) and cut.codes["a"] == ("<a_10>", "<b_1>")
     for item, (number,) in text.codes.items():
         assert cut.codes[item] == (f"<a_{int(number[:2])}>", f"<b_{int(number[2:])}>")
         assert isinstance(cut.encode(item), Code) and not isinstance(text.encode(item), Code)
         assert cut.decode(cut.encode(item)) == item
     assert len(cut.tokens) == 200
-    thirds = build(IndexSection(scheme="random", digits=3, first=998), data, seed=0)
+    thirds = build_item_index(IndexSection(scheme="random", digits=3, first=998), data, seed=0)
     # Numbers from 998 to 1005: the longest has four digits, so each has two tokens, the first with leading zeros.
     assert {pieces[0] for pieces in thirds.codes.values()} == {"<a_0>", "<a_1>"}
     assert {len(pieces) for pieces in thirds.codes.values()} == {2}
@@ -38,7 +38,7 @@ def test_numbers_are_split_into_tokens_of_digits() -> None:
 
 def test_extension_takes_the_next_numbers_until_none_is_left() -> None:
     data = histories("abcxy", "bcdxz", "aedxy")
-    index = build(IndexSection(scheme="random", digits=1, first=1), data, seed=0)
+    index = build_item_index(IndexSection(scheme="random", digits=1, first=1), data, seed=0)
     assert len(index.codes) == 8 and index.tokens == tuple(f"<a_{n}>" for n in range(10))
     one = index.extend({"new": Item(item_id="new", title="new")})
     assert one.codes["new"] == ("<a_9>",) and one.tokens == index.tokens

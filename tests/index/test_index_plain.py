@@ -6,9 +6,9 @@ import polars as pl
 import pytest
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
-from llmrec.index.numbers import user_order
-from llmrec.index.table import ItemIndex, build
+from llmrec.data.split import SplitDataset, split_dataset
+from llmrec.index.numbers import sort_users
+from llmrec.index.table import ItemIndex, build_item_index
 from llmrec.index.titles import title_key
 from llmrec.recipe.schema import IndexSection, Split
 from llmrec.types import Item
@@ -20,11 +20,11 @@ def titled(*titles: str, **fields: tuple[str, ...]) -> SplitDataset:
         for n, title in enumerate(titles)
     }
     rows = pl.DataFrame({"user_id": ["u"] * len(items), "item_id": list(items), "timestamp": range(len(items))})
-    return split(Dataset("titled", "things", rows, items), Split(), seed=0)
+    return split_dataset(Dataset("titled", "things", rows, items), Split(), seed=0)
 
 
 def codes(data: SplitDataset, **section: object) -> list[str]:
-    index = build(IndexSection.model_validate(section), data, seed=0)
+    index = build_item_index(IndexSection.model_validate(section), data, seed=0)
     return [index.encode(item) for item in data.dataset.items]
 
 
@@ -48,7 +48,7 @@ def test_a_title_cannot_spell_out_an_item_token() -> None:
 
 
 def test_extension_differs_from_known_titles() -> None:
-    index = build(IndexSection(), titled("Heat", "Fargo", "Jaws"), seed=0)
+    index = build_item_index(IndexSection(), titled("Heat", "Fargo", "Jaws"), seed=0)
     more = index.extend({"new": Item(item_id="new", title="HEAT"), "other": Item(item_id="other", title="Rocky")})
     assert more.encode("new") == "HEAT (2)" and more.encode("other") == "Rocky"
 
@@ -60,12 +60,12 @@ def histories(*sequences: str) -> SplitDataset:
     ]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     items = {letter: Item(item_id=letter, title=letter) for letter in sorted(set("".join(sequences)))}
-    return split(Dataset("letters", "letters", frame, items), Split(), seed=0)
+    return split_dataset(Dataset("letters", "letters", frame, items), Split(), seed=0)
 
 
 def numbered(data: SplitDataset, **section: object) -> str:
     """Return the items in the order of their numbers."""
-    index = build(IndexSection.model_validate({"scheme": "sequential", **section}), data, seed=0)
+    index = build_item_index(IndexSection.model_validate({"scheme": "sequential", **section}), data, seed=0)
     assert sorted(int(index.encode(item)) for item in index.codes) == list(range(1001, 1001 + len(index.codes)))
     return "".join(sorted(index.codes, key=lambda item: int(index.encode(item))))
 
@@ -80,14 +80,14 @@ def test_numbers_follow_training_histories() -> None:
 
 def test_order_of_users() -> None:
     histories = {"u2": ["a"], "u10": ["b"], "u1": ["c", "d"]}
-    assert user_order(histories, "user", 0) == ["u1", "u2", "u10"]
-    assert user_order(histories, "shortest", 0) == ["u2", "u10", "u1"]
-    assert user_order(histories, "longest", 0) == ["u1", "u2", "u10"]
+    assert sort_users(histories, "user", 0) == ["u1", "u2", "u10"]
+    assert sort_users(histories, "shortest", 0) == ["u2", "u10", "u1"]
+    assert sort_users(histories, "longest", 0) == ["u1", "u2", "u10"]
 
 
 def test_random_numbers_are_shuffled() -> None:
     data = histories(*("abcdefghij" for _ in range(3)))
-    index = build(IndexSection(scheme="random", first=5), data, seed=0)
+    index = build_item_index(IndexSection(scheme="random", first=5), data, seed=0)
     assert sorted(int(index.encode(item)) for item in "abcdefghij") == list(range(5, 15))
     assert [index.encode(item) for item in "abcdefghij"] != [str(n) for n in range(5, 15)]
 

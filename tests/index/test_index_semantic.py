@@ -13,10 +13,10 @@ from catalogues import trained
 from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.semantic import encode, nearest
-from llmrec.index.table import ItemIndex, build, item_token, token
+from llmrec.index.semantic import encode_vectors, nearest_codes
+from llmrec.index.table import ItemIndex, build_item_index, item_token, level_token
 from llmrec.recipe.schema import IndexSection, Split
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -45,7 +45,7 @@ def index_of(
     data: SplitDataset, *, embed: Any = hashed, seed: int = 0, item_token: bool = False, **semantic: Any
 ) -> ItemIndex:
     section = {"scheme": "semantic", "item_token": item_token, "semantic": {"levels": 2, "codes": 8} | semantic}
-    return build(IndexSection.model_validate(section), data, seed=seed, embed=embed)
+    return build_item_index(IndexSection.model_validate(section), data, seed=seed, embed=embed)
 
 
 @pytest.mark.parametrize(("repair", "balance"), [("extra_level", 0.0), ("last_level", 2.0)])
@@ -60,8 +60,8 @@ def test_equal_codes_are_numbered_by_training_popularity() -> None:
     data = titled(["a", "a", "a", "b"], times=[1, 3, 2, 1])
     index = index_of(data, balance=0)
     first = index.codes["i000"][:2]
-    assert [index.codes[f"i00{n}"] for n in range(3)] == [(*first, token(2, n)) for n in (2, 0, 1)]
-    assert index.codes["i003"][2] == token(2, 0)
+    assert [index.codes[f"i00{n}"] for n in range(3)] == [(*first, level_token(2, n)) for n in (2, 0, 1)]
+    assert index.codes["i003"][2] == level_token(2, 0)
     assert index.figures["collisions"] == 0.75 and index.figures["largest_bucket"] == 3
 
 
@@ -146,7 +146,7 @@ def test_encoder_gets_titles_and_fields() -> None:
         "c": Item(item_id="c", title="Soap"),
     }
     frame = pl.DataFrame({"user_id": ["u", "u", "u"], "item_id": ["a", "b", "c"], "timestamp": [1, 2, 3]})
-    data = split(Dataset("t", "things", frame, items), Split(), seed=0)
+    data = split_dataset(Dataset("t", "things", frame, items), Split(), seed=0)
     index_of(data, embed=listening)
     assert seen == ["a", "Lip Balm. brand: Nivea. categories: Skin > Lips", "Soap"]
     index = index_of(data, embed=listening, fields=("categories",))
@@ -202,14 +202,14 @@ def test_extension_takes_the_next_count_and_then_the_nearest_code_with_room() ->
     prefix = index.codes["i003"][:2]
     new = {f"n{n}": Item(item_id=f"n{n}", title="b") for n in range(3)}
     more = index.extend(new, embed=hashed)
-    assert [more.codes[f"n{n}"] for n in range(2)] == [(*prefix, token(2, n)) for n in (1, 2)]
+    assert [more.codes[f"n{n}"] for n in range(2)] == [(*prefix, level_token(2, n)) for n in (1, 2)]
     # All counter tokens of this code are in use; the first token is kept.
     assert more.codes["n2"][0] == prefix[0] and more.codes["n2"][1] != prefix[1]
     x = hashed(["b"])
     x /= np.linalg.norm(x)
     first, last = index.arrays["codebooks"]
     rest = x[0] - first[int(prefix[0][3:-1])]
-    by_distance = [token(1, int(n)) for n in np.argsort(np.square(rest - last).sum(1))]
+    by_distance = [level_token(1, int(n)) for n in np.argsort(np.square(rest - last).sum(1))]
     assert by_distance[0] == prefix[1]
     full = [piece for piece in by_distance if sum(c[:2] == (prefix[0], piece) for c in index.codes.values()) == 3]
     assert more.codes["n2"][1] == next(piece for piece in by_distance[1:] if piece not in full)
@@ -241,6 +241,8 @@ def test_rqvae_quantizes_encoded_vectors() -> None:
     x = hashed([f"t{n}" for n in range(60)])
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     weights = {name: array for name, array in index.arrays.items() if name != "codebooks"}
-    codes = nearest(encode(weights, x), index.arrays["codebooks"])
+    codes = nearest_codes(encode_vectors(weights, x), index.arrays["codebooks"])
     assert index.arrays["codebooks"].shape == (2, 6, 4) and weights["encoder.0.weight"].shape == (8, 12)
-    assert [pieces[:2] for pieces in index.codes.values()] == [(token(0, a), token(1, b)) for a, b in codes.tolist()]
+    assert [pieces[:2] for pieces in index.codes.values()] == [
+        (level_token(0, a), level_token(1, b)) for a, b in codes.tolist()
+    ]

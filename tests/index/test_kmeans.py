@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from llmrec.index.semantic import Floats, bounded, kmeans, nearest, perplexity, reconstructed, residual_kmeans
+from llmrec.index.semantic import (
+    Floats,
+    assign_with_limit,
+    kmeans,
+    nearest_codes,
+    perplexity,
+    reconstruct_vectors,
+    residual_kmeans,
+)
 
 
 def mixture(
@@ -61,8 +69,8 @@ def test_codewords_sum_to_the_reconstruction() -> None:
         total += result.codebooks[level][result.codes[:, level]]
         errors.append(np.square(x - total).sum())
     assert all(after < before for before, after in pairwise(errors))
-    np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), total, atol=1e-5)
-    np.testing.assert_array_equal(nearest(x, result.codebooks), result.codes)
+    np.testing.assert_allclose(reconstruct_vectors(result.codes, result.codebooks), total, atol=1e-5)
+    np.testing.assert_array_equal(nearest_codes(x, result.codebooks), result.codes)
 
 
 def test_codes_are_the_nearest_centroids() -> None:
@@ -70,7 +78,7 @@ def test_codes_are_the_nearest_centroids() -> None:
     x, codebooks = rng.normal(size=(50, 5)).astype(np.float32), rng.normal(size=(2, 7, 5)).astype(np.float32)
     first = np.square(x[:, None] - codebooks[0]).sum(2).argmin(1)
     second = np.square((x - codebooks[0][first])[:, None] - codebooks[1]).sum(2).argmin(1)
-    np.testing.assert_array_equal(nearest(x, codebooks), np.stack([first, second], 1))
+    np.testing.assert_array_equal(nearest_codes(x, codebooks), np.stack([first, second], 1))
 
 
 @pytest.mark.parametrize("balance", [1.0, 2.0, 7.5])
@@ -95,10 +103,10 @@ def test_opening_is_kept_if_it_ends_better(monkeypatch: pytest.MonkeyPatch) -> N
 
     def cost() -> float:
         result = residual_kmeans(x, 1, 64)
-        return float(np.square(x - reconstructed(result.codes, result.codebooks)).sum())
+        return float(np.square(x - reconstruct_vectors(result.codes, result.codebooks)).sum())
 
     opened = cost()
-    monkeypatch.setattr("llmrec.index.semantic._OPENING", 64)
+    monkeypatch.setattr("llmrec.index.semantic._INITIAL_SIZE_LIMIT", 64)
     assert opened < 0.98 * cost()
 
 
@@ -116,7 +124,7 @@ def test_equal_vectors_and_few_vectors(n: int, k: int, balance: float) -> None:
     # Rounded products of these values make distances of equal vectors slightly positive or negative.
     x = np.tile(np.random.default_rng(n).normal(size=40), (n, 1)).astype(np.float32)
     result = residual_kmeans(x, 3, k, balance=balance)
-    np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), x, atol=1e-6)
+    np.testing.assert_allclose(reconstruct_vectors(result.codes, result.codebooks), x, atol=1e-6)
     if not balance:
         assert len(np.unique(result.codes, axis=0)) == 1
     else:
@@ -128,7 +136,7 @@ def test_equal_vectors_and_few_vectors(n: int, k: int, balance: float) -> None:
 def test_fewer_vectors_than_codes() -> None:
     x = np.random.default_rng(6).normal(size=(20, 4)).astype(np.float32)
     result = residual_kmeans(x, 1, 64)
-    np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), x, atol=1e-6)
+    np.testing.assert_allclose(reconstruct_vectors(result.codes, result.codebooks), x, atol=1e-6)
     assert len(np.unique(result.codes)) == 20
 
 
@@ -150,21 +158,21 @@ def test_bounded_assignment_is_nearly_optimal(most: int) -> None:
     rng = np.random.default_rng(most)
     # Nearly all rows prefer the same columns.
     costs = (rng.random((200, 10)) + np.linspace(0, 1, 10)).astype(np.float32)
-    codes = bounded(costs, most)
+    codes = assign_with_limit(costs, most)
     assert np.bincount(codes).max() <= most
     assert costs[np.arange(200), codes].sum() <= least(costs, most) + 200 * 1e-3 * np.ptp(costs)
 
 
 def test_bounded_assignment_by_hand() -> None:
     costs = np.array([[0, 5], [0, 1], [0, 3], [0, 1]], np.float32)
-    assert bounded(costs, 2).tolist() == [0, 1, 0, 1]
-    assert bounded(np.zeros((4, 2), np.float32), 2).tolist() == [0, 0, 1, 1]
+    assert assign_with_limit(costs, 2).tolist() == [0, 1, 0, 1]
+    assert assign_with_limit(np.zeros((4, 2), np.float32), 2).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("bid", [-1e-3, 1e-30])
 def test_bounded_assignment_ends_with_tiny_bids(bid: float) -> None:
     # Rounding errors give such bids: each is a difference of products near zero.
-    codes = bounded(np.array([[0, 0, 1]] * 6, np.float32), 2, bid=bid)
+    codes = assign_with_limit(np.array([[0, 0, 1]] * 6, np.float32), 2, bid=bid)
     assert np.bincount(codes).tolist() == [2, 2, 2]
 
 
@@ -173,7 +181,7 @@ def test_any_costs_are_assigned(data: st.DataObject, n: int, k: int, values: int
     cells = data.draw(st.lists(st.integers(0, values), min_size=n * k, max_size=n * k))
     costs = np.array(cells, np.float32).reshape(n, k)
     most = data.draw(st.integers(-(-n // k), n))
-    codes = bounded(costs, most)
+    codes = assign_with_limit(costs, most)
     assert np.bincount(codes, minlength=k).max() <= most and codes.min() >= 0
     # Many equal costs are the hardest case of an auction: bids grow before it ends.
     assert costs[np.arange(n), codes].sum() <= least(costs, most) + n * 0.3 * max(1, values)

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.index.semantic import Floats, Network, encode, fit, forward, nearest, perplexity, residual_kmeans, untrained
+from llmrec.index.semantic import (
+    Floats,
+    RQVAENetwork,
+    compute_losses,
+    create_network,
+    encode_vectors,
+    fit_rqvae,
+    nearest_codes,
+    perplexity,
+    residual_kmeans,
+)
 from llmrec.recipe.schema import RQVAEIndex
 
 torch = pytest.importorskip("torch")
@@ -15,9 +25,9 @@ torch = pytest.importorskip("torch")
 SMALL = RQVAEIndex(hidden=(10,), dim=4, epochs=30, batch=64, learning_rate=3e-3)
 
 
-def network(seed: int = 0) -> Network:
+def network(seed: int = 0) -> RQVAENetwork:
     """Return a network in double precision, with codewords about as long as the encodings."""
-    initial = untrained(6, SMALL, 3, 5, seed)
+    initial = create_network(6, SMALL, 3, 5, seed)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([1, 0.5, 0.25])[:, None, None]
     codebooks = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) * lengths
@@ -25,7 +35,7 @@ def network(seed: int = 0) -> Network:
     def double(layers: Any) -> list[tuple[Any, Any]]:
         return [(w.detach().double().requires_grad_(), b.detach().double().requires_grad_()) for w, b in layers]
 
-    return Network(double(initial.encoder), double(initial.decoder), codebooks.requires_grad_())
+    return RQVAENetwork(double(initial.encoder), double(initial.decoder), codebooks.requires_grad_())
 
 
 def batch(n: int = 7) -> Any:
@@ -42,7 +52,7 @@ def relu_net(layers: Any, h: Any) -> Any:
 
 def test_losses_equal_the_paper() -> None:
     net, x = network(), batch()
-    losses, codes = forward(net, x)
+    losses, codes = compute_losses(net, x)
     rest = relu_net(net.encoder, x.numpy())
     total, distance = np.zeros_like(rest), 0.0
     for level, codewords in enumerate(net.codebooks.detach().numpy()):
@@ -56,7 +66,7 @@ def test_losses_equal_the_paper() -> None:
     assert losses.commitment.item() == pytest.approx(distance)
 
 
-def gradients_reached(net: Network) -> tuple[bool, bool, bool]:
+def gradients_reached(net: RQVAENetwork) -> tuple[bool, bool, bool]:
     """Return whether the encoder, the decoder and the codebooks have gradients."""
 
     def any_of(layers: Any) -> bool:
@@ -72,7 +82,7 @@ def gradients_reached(net: Network) -> tuple[bool, bool, bool]:
 )
 def test_each_loss_has_gradients_in_its_part_only(name: str, reached: tuple[bool, bool, bool]) -> None:
     net = network()
-    getattr(forward(net, batch())[0], name).backward()
+    getattr(compute_losses(net, batch())[0], name).backward()
     assert gradients_reached(net) == reached
 
 
@@ -89,7 +99,7 @@ def difference(value: Any, tensor: Any, position: tuple[int, ...], step: float =
 
 def test_codebook_gradients_equal_finite_differences() -> None:
     net, x = network(), batch()
-    losses, codes = forward(net, x)
+    losses, codes = compute_losses(net, x)
     losses.codebook.backward()
     rests, rest = [], torch.from_numpy(relu_net(net.encoder, x.numpy()))
     for level in range(3):
@@ -108,7 +118,7 @@ def test_codebook_gradients_equal_finite_differences() -> None:
 
 def test_commitment_gradients_equal_finite_differences() -> None:
     net, x = network(), batch()
-    losses, codes = forward(net, x)
+    losses, codes = compute_losses(net, x)
     losses.commitment.backward()
     chosen = [net.codebooks[n][codes[:, n]].detach() for n in range(3)]
 
@@ -126,9 +136,9 @@ def test_commitment_gradients_equal_finite_differences() -> None:
 
 def test_reconstruction_gradient_is_straight_through() -> None:
     net, x = network(), batch()
-    forward(net, x)[0].reconstruction.backward()
+    compute_losses(net, x)[0].reconstruction.backward()
     z = torch.from_numpy(relu_net(net.encoder, x.numpy()))
-    codes = nearest(z.float().numpy(), net.codebooks.detach().float().numpy())
+    codes = nearest_codes(z.float().numpy(), net.codebooks.detach().float().numpy())
     total = sum(net.codebooks[n][torch.from_numpy(codes[:, n])].detach() for n in range(3)).requires_grad_()
 
     def decoded() -> Any:
@@ -154,10 +164,10 @@ def vectors(n: int = 600, dim: int = 24) -> Floats:
 
 def test_training_lowers_the_loss_and_uses_the_codes() -> None:
     x = vectors()
-    result = fit(x, SMALL.model_copy(update={"epochs": 60, "hidden": (32,), "dim": 8}), 3, 16, quiet=True)
+    result = fit_rqvae(x, SMALL.model_copy(update={"epochs": 60, "hidden": (32,), "dim": 8}), 3, 16, quiet=True)
     assert result.loss[1] < 0.5 * result.loss[0]
     assert result.error < 0.2
-    codes = nearest(encode(result.weights, x), result.codebooks)
+    codes = nearest_codes(encode_vectors(result.weights, x), result.codebooks)
     for level in range(3):
         assert len(np.unique(codes[:, level])) >= 0.8 * 16
     assert perplexity(codes[:, 0], 16) > 6
@@ -166,7 +176,7 @@ def test_training_lowers_the_loss_and_uses_the_codes() -> None:
 def test_weights_depend_on_the_seed() -> None:
     x = vectors(200)
     section = SMALL.model_copy(update={"epochs": 3})
-    once, twice, other = (fit(x, section, 2, 8, seed=seed, quiet=True) for seed in (1, 1, 2))
+    once, twice, other = (fit_rqvae(x, section, 2, 8, seed=seed, quiet=True) for seed in (1, 1, 2))
     np.testing.assert_array_equal(once.codebooks, twice.codebooks)
     for name, weight in once.weights.items():
         np.testing.assert_array_equal(weight, twice.weights[name])
@@ -175,18 +185,18 @@ def test_weights_depend_on_the_seed() -> None:
 
 def test_numpy_encoding_equals_torch() -> None:
     x = vectors(50)
-    result = fit(x, SMALL.model_copy(update={"epochs": 1, "hidden": (12, 9)}), 2, 4, quiet=True)
+    result = fit_rqvae(x, SMALL.model_copy(update={"epochs": 1, "hidden": (12, 9)}), 2, 4, quiet=True)
     layers = [(result.weights[f"encoder.{n}.weight"], result.weights[f"encoder.{n}.bias"]) for n in range(3)]
     h = torch.from_numpy(x)
     for n, (weight, bias) in enumerate(layers):
         h = torch.nn.functional.linear(h, torch.from_numpy(weight), torch.from_numpy(bias))
         h = torch.relu(h) if n < 2 else h
-    np.testing.assert_allclose(encode(result.weights, x), h.numpy(), atol=1e-5)
-    assert encode(result.weights, x).shape == (50, SMALL.dim)
+    np.testing.assert_allclose(encode_vectors(result.weights, x), h.numpy(), atol=1e-5)
+    assert encode_vectors(result.weights, x).shape == (50, SMALL.dim)
 
 
 def test_few_equal_vectors() -> None:
-    result = fit(np.ones((5, 6), np.float32), SMALL.model_copy(update={"epochs": 2}), 2, 16, quiet=True)
+    result = fit_rqvae(np.ones((5, 6), np.float32), SMALL.model_copy(update={"epochs": 2}), 2, 16, quiet=True)
     assert np.isfinite(result.codebooks).all() and np.isfinite(result.error)
 
 
@@ -194,7 +204,7 @@ def test_first_codewords_are_residual_kmeans_of_the_first_batch() -> None:
     x = vectors(100)
     # A tiny learning rate keeps the first codewords.
     section = SMALL.model_copy(update={"epochs": 1, "batch": 100, "learning_rate": 1e-9})
-    result = fit(x, section, 2, 8, seed=5, quiet=True)
+    result = fit_rqvae(x, section, 2, 8, seed=5, quiet=True)
     rows = x[np.random.default_rng([5, 7]).permutation(100)]
-    expected = residual_kmeans(encode(result.weights, rows), 2, 8, seed=5, iterations=10)
+    expected = residual_kmeans(encode_vectors(result.weights, rows), 2, 8, seed=5, iterations=10)
     np.testing.assert_allclose(result.codebooks, expected.codebooks, atol=1e-4)

@@ -14,11 +14,11 @@ from typing import Any
 import polars as pl
 from tokenizer_families import all_tokens
 
-from llmrec.data.candidates import draw
+from llmrec.data.candidates import sample_candidates
 from llmrec.data.dataset import Dataset, Review
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.guard import clean
-from llmrec.index.table import build
+from llmrec.index.table import build_item_index
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import (
     CandidateSection,
@@ -35,7 +35,7 @@ from llmrec.recipe.schema import (
 from llmrec.tasks.ctr import CtrTask
 from llmrec.tasks.direct import DirectTask, asks_for
 from llmrec.tasks.explanation import ExplanationTask
-from llmrec.tasks.rating import RatingTask, learned_only
+from llmrec.tasks.rating import RatingTask, is_training_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Example, Item, Prompt
@@ -260,7 +260,7 @@ def dataset(fill_name: str, items: int = COUNT, users: int = USERS) -> SplitData
         f"i{n:03d}": Item(item_id=f"i{n:03d}", title=_shown(fill.title(n)), fields={"genres": fill.field(n)})
         for n in range(items)
     }
-    data = split(
+    data = split_dataset(
         Dataset(
             name="hostile",
             noun=fill.profile(0) or "items",
@@ -299,16 +299,20 @@ def templates(family: str) -> dict[str, Template]:
 
 def asking(family: str) -> dict[str, Template]:
     """Return the templates for evaluation; some rating templates are only for training."""
-    return {name: t for name, t in templates(family).items() if family != "rating" or not learned_only(t)}
+    return {name: t for name, t in templates(family).items() if family != "rating" or not is_training_only(t)}
 
 
 @cache
 def task(family: str, fill_name: str) -> Any:
     kind, section = FAMILIES[family]
     data = dataset(fill_name)
-    stored = draw(data, "test", CandidateSection(count=20), seed=0) if family in ("direct", "sequential") else None
+    stored = (
+        sample_candidates(data, "test", CandidateSection(count=20), seed=0)
+        if family in ("direct", "sequential")
+        else None
+    )
     # Titles used as codes are data too.
-    index = build(IndexSection(), data, seed=0)
+    index = build_item_index(IndexSection(), data, seed=0)
     seen = tuple(name for name, template in templates(family).items() if template.use != "unseen")
     changed = section.model_copy(update={"templates": seen})
     return make(kind, data, changed, templates(family), seed=0, candidates=stored, index=index)

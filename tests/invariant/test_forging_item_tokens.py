@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import split
-from llmrec.guard import is_item_token, without_item_tokens
-from llmrec.index.table import ItemIndex, item_token, token, user_token
+from llmrec.data.split import split_dataset
+from llmrec.guard import break_item_tokens, is_item_token
+from llmrec.index.table import ItemIndex, item_token, level_token, user_token
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import SequentialSection, Split
@@ -23,7 +23,7 @@ from tests.conftest import make_tokenizer
 from tests.tasks.making import make
 
 TOKENS = (
-    *(token(level, n) for level in range(3) for n in range(4)),
+    *(level_token(level, n) for level in range(3) for n in range(4)),
     *(name(n) for name in (item_token, user_token) for n in range(4)),
 )
 SPELT = (
@@ -65,10 +65,10 @@ def test_data_never_becomes_an_item_token(text: str, encoder: Encoder) -> None:
 )
 def test_adjacent_values_never_form_an_item_token(parts: list[str]) -> None:
     for cut in range(len(parts) + 1):
-        one, two = without_item_tokens("".join(parts[:cut])), without_item_tokens("".join(parts[cut:]))
+        one, two = break_item_tokens("".join(parts[:cut])), break_item_tokens("".join(parts[cut:]))
         joined = one + two
         assert not any(name in joined for name in TOKENS)
-        assert without_item_tokens(one) == one
+        assert break_item_tokens(one) == one
 
 
 def test_code_is_written_as_its_tokens(encoder: Encoder) -> None:
@@ -85,7 +85,7 @@ def test_code_is_written_as_its_tokens(encoder: Encoder) -> None:
 
 def test_ordinary_titles_are_unchanged() -> None:
     for title in ("I <3 you", "a < b > c", "<b>bold</b>", "5 > 3", "Heat (1995)", "<3", "x <- y"):
-        assert without_item_tokens(title) == title
+        assert break_item_tokens(title) == title
 
 
 @pytest.mark.parametrize("name", ["continue-codes", "next-code", "profile-list"])
@@ -95,8 +95,8 @@ def test_task_writes_only_its_codes(name: str, encoder: Encoder) -> None:
     rows = [(f"u{u}", f"i{(u + n) % 8}", float(n)) for u in range(4) for n in range(6)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     users = {f"u{u}": {"about": f"likes <a_{u}> and <item_{u}>"} for u in range(4)}
-    data = split(Dataset("forged", "<a_1> things", frame, items, users), Split(), seed=0)
-    codes = {f"i{n}": (token(0, n % 4), token(1, n // 4)) for n in range(8)}
+    data = split_dataset(Dataset("forged", "<a_1> things", frame, items, users), Split(), seed=0)
+    codes = {f"i{n}": (level_token(0, n % 4), level_token(1, n // 4)) for n in range(8)}
     index = ItemIndex("x", codes, tokens=TOKENS)
     task = make(SequentialTask, data, SequentialSection(), load_templates("sequential"), seed=0, index=index)
     known: list[Any] = [encoder.tokenizer.convert_tokens_to_ids(list(codes[f"i{n}"])) for n in range(8)]

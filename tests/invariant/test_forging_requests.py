@@ -18,7 +18,7 @@ from llmrec.answer.strategy import TaskStrategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.request_file import open_requests
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.data.requests import RankRequest, parse_request
 from llmrec.errors import DataError
 from llmrec.guard import clean
 from llmrec.index.table import ItemIndex
@@ -114,7 +114,7 @@ def _read(fill: str, folder: Path) -> list[RankRequest]:
     path.write_text("".join(json.dumps(record) + "\n" for record in _records(_texts(fill), "new-")), encoding="ascii")
     rows = list(open_requests(path))
     assert not any(row.error for row in rows)
-    return [read_request(row.record or {}, row.line, CATALOGUE) for row in rows]
+    return [parse_request(row.record or {}, row.line, CATALOGUE) for row in rows]
 
 
 @cache
@@ -185,4 +185,4 @@ def test_rejects_invalid_characters() -> None:
     for text in ("Heat\0", "Heat\ud800"):
         for record in ({"candidates": [{"title": text}]}, {"candidates": ["known"], "profile": text}):
             with raises(DataError, Facts("encoding")):
-                read_request(record, 1, CATALOGUE)
+                parse_request(record, 1, CATALOGUE)

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import (
     CtrSection,
@@ -61,7 +61,7 @@ def data(name: Name) -> SplitDataset:
     }
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     dataset = Dataset(name="small", noun="films", interactions=frame, items=items, rating_scale=(1.0, 5.0))
-    return split(dataset, Split(), seed=0)
+    return split_dataset(dataset, Split(), seed=0)
 
 
 def questions(family: str, name: Name) -> tuple[list[Prompt], list[tuple[str, ...]]]:

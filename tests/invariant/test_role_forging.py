@@ -34,7 +34,7 @@ import llmrec
 from llmrec import guard
 from llmrec.backends.encode import Encoder
 from llmrec.guard import clean, control_tokens, neutralise
-from llmrec.models.load import load_tokenizer, resolve
+from llmrec.models.load import load_tokenizer, resolve_model_folder
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Role, Segment
 from tests.facts import Facts, raises
@@ -65,7 +65,7 @@ def _tokenizer(name: str, request: pytest.FixtureRequest) -> Any:
         folder = str(request.getfixturevalue("llama_folder"))
         return load_tokenizer(folder, ModelSection(name=folder))
     if name == "smollm2":
-        return load_tokenizer(resolve(ModelSection()), ModelSection())
+        return load_tokenizer(resolve_model_folder(ModelSection()), ModelSection())
     return tokenizer_of(name)
 
 
@@ -276,13 +276,13 @@ def test_invisible_joiners_are_removed() -> None:
 def test_neutralising_takes_few_rounds(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = part * (200_000 // len(part))
     rounds: list[int] = []
-    breaks = guard._breaks
+    breaks = guard._break_positions
 
     def counted(seen: str, control: Any) -> list[int]:
         rounds.append(len(seen))
         return breaks(seen, control)
 
-    monkeypatch.setattr(guard, "_breaks", counted)
+    monkeypatch.setattr(guard, "_break_positions", counted)
     control = ("<|im_start|>", "<|im_end|>", "[INST]", *(f"<unused{n}>" for n in range(6000)))
     broken = neutralise(text, control)
     assert len(rounds) <= 3 and max(rounds, default=0) <= 2 * len(text)

@@ -15,28 +15,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset, Review
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.predictor import background_of, evaluate
+from llmrec.evaluate.predictor import evaluate, explanation_reference
 from llmrec.metrics import explained
 from llmrec.metrics.explained import (
     ExplanationReference,
-    Words,
-    _common,
-    background,
-    copied,
+    WordSequence,
+    _common_subsequence_length,
+    build_explanation_reference,
+    count_mentioned_features,
+    count_unsupported_features,
+    detect_copies,
     feature_coverage,
     feature_diversity,
     feature_match,
-    features_of,
-    hallucinated,
     hallucination_statistic,
-    library,
-    named,
+    index_training_texts,
+    lowercase_words,
+    mentioned_features,
     unique_sentences,
-    words_of,
 )
-from llmrec.metrics.stats import interval_of
+from llmrec.metrics.stats import statistic_interval
 from llmrec.recipe.schema import Split
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
@@ -57,7 +57,7 @@ def test_features_match_complete_words_in_order() -> None:
         "",
         "price: sound price",
     ]
-    assert features_of(texts, VOCABULARY) == [{SOUND, BATTERY, LIFE}, set(), {BATTERY}, set(), {PRICE, SOUND}]
+    assert mentioned_features(texts, VOCABULARY) == [{SOUND, BATTERY, LIFE}, set(), {BATTERY}, set(), {PRICE, SOUND}]
 
 
 def test_match_uses_the_feature_of_the_same_reference() -> None:
@@ -107,7 +107,7 @@ USERS, ITEMS, TEXTS = ([row[0] for row in TRAIN], [row[1] for row in TRAIN], [ro
 
 def known() -> ExplanationReference:
     features = {(user, item): feature for user, item, _, feature in TRAIN if feature}
-    return background(USERS, ITEMS, TEXTS, features | {("u", "c"): "sound", ("w", "a"): "comfort"})
+    return build_explanation_reference(USERS, ITEMS, TEXTS, features | {("u", "c"): "sound", ("w", "a"): "comfort"})
 
 
 def test_features_of_items_come_from_training() -> None:
@@ -124,9 +124,9 @@ def test_counts_hallucinations() -> None:
     assert features is not None
     texts = ["sound and price", "sound and price", "battery life", "comfort", "sound"]
     items = ["a", "b", "b", "a", "never-seen"]
-    counts = hallucinated(features_of(texts, features.vocabulary), items, features.of_item)
+    counts = count_unsupported_features(mentioned_features(texts, features.vocabulary), items, features.of_item)
     assert counts.tolist() == [[2, 0], [2, 1], [1, 1], [0, 0], [1, 1]]
-    rate = interval_of(hallucination_statistic(counts, ["u", "u", "v", "v", "w"]), 3, resamples=200, seed=0)
+    rate = statistic_interval(hallucination_statistic(counts, ["u", "u", "v", "v", "w"]), 3, resamples=200, seed=0)
     assert rate.value == pytest.approx(3 / 6)
     assert rate.low < 0.5 < rate.high
     assert hallucination_statistic(np.zeros((2, 2)), ["u", "v"])(np.array([[0, 1]])).tolist() == [0.0]
@@ -135,16 +135,18 @@ def test_counts_hallucinations() -> None:
 def test_requests_without_a_feature_are_excluded_from_the_match_only() -> None:
     features = known().features
     assert features is not None
-    result = named(["good sound", "price", "it offers comfort"], ["u", "x", "w"], ["c", "b", "a"], features)
+    result = count_mentioned_features(
+        ["good sound", "price", "it offers comfort"], ["u", "x", "w"], ["c", "b", "a"], features
+    )
     assert result.known.tolist() == [0, 2] and result.match.tolist() == [1.0, 1.0]
     assert result.coverage == pytest.approx(2 / 3) and result.diversity == 0.0
     assert result.counts.tolist() == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_no_features_without_training_features() -> None:
-    assert background(USERS, ITEMS, TEXTS).features is None
-    assert background(USERS, ITEMS, TEXTS, {("w", "a"): "comfort"}).features is None
-    assert background(USERS, ITEMS, TEXTS, {("u", "a"): "!?"}).features is None
+    assert build_explanation_reference(USERS, ITEMS, TEXTS).features is None
+    assert build_explanation_reference(USERS, ITEMS, TEXTS, {("w", "a"): "comfort"}).features is None
+    assert build_explanation_reference(USERS, ITEMS, TEXTS, {("u", "a"): "!?"}).features is None
 
 
 # --------------------------------------------------------------------------- copies
@@ -154,7 +156,7 @@ SENTENCE = "the sound of this small speaker fills a large room"
 
 
 def test_finds_copies_above_the_threshold() -> None:
-    shelf = library(["It arrived late. " + SENTENCE.capitalize() + "!", "Great.", "a b c d e f g h i j"])
+    shelf = index_training_texts(["It arrived late. " + SENTENCE.capitalize() + "!", "Great.", "a b c d e f g h i j"])
     texts = {
         SENTENCE: True,  # a sentence of a longer review
         SENTENCE.upper() + "...": True,
@@ -167,19 +169,21 @@ def test_finds_copies_above_the_threshold() -> None:
         "?!": False,
         "words that do not occur in training": False,
     }
-    assert copied(list(texts), shelf).tolist() == list(texts.values())
+    assert detect_copies(list(texts), shelf).tolist() == list(texts.values())
 
 
 def test_repeated_words_are_counted() -> None:
-    shelf = library(["very very very very good"])
-    assert copied(["very good very good very", "very very very very good", "very good"], shelf).tolist() == [
+    shelf = index_training_texts(["very very very very good"])
+    assert detect_copies(["very good very good very", "very very very very good", "very good"], shelf).tolist() == [
         *(False, True, False)
     ]
-    assert alike(words_of("very good very good very"), words_of("very very very very good")) == pytest.approx(0.6)
+    assert alike(
+        lowercase_words("very good very good very"), lowercase_words("very very very very good")
+    ) == pytest.approx(0.6)
 
 
-def alike(a: Words, b: Words) -> float:
-    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
+def alike(a: WordSequence, b: WordSequence) -> float:
+    return 2 * _common_subsequence_length(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 _TEXT = st.lists(st.sampled_from("abcdefg"), max_size=14).map(" ".join)
@@ -191,12 +195,14 @@ _TEXT = st.lists(st.sampled_from("abcdefg"), max_size=14).map(" ".join)
     threshold=st.sampled_from([0.5, 0.75, 0.9, 1.0]),
 )
 def test_index_equals_all_pairs(training: list[str], texts: list[str], threshold: float) -> None:
-    best = [max((alike(words_of(text), words_of(other)) for other in training), default=0.0) for text in texts]
-    with mock.patch.object(explained, "COPIED", threshold):
-        result = copied(texts, library(training)).tolist()
+    best = [
+        max((alike(lowercase_words(text), lowercase_words(other)) for other in training), default=0.0) for text in texts
+    ]
+    with mock.patch.object(explained, "COPY_THRESHOLD", threshold):
+        result = detect_copies(texts, index_training_texts(training)).tolist()
         assert result == [each >= threshold - 1e-9 for each in best]
         # The order of the training texts does not matter.
-        assert copied(texts, library(training[::-1])).tolist() == result
+        assert detect_copies(texts, index_training_texts(training[::-1])).tolist() == result
 
 
 # --------------------------------------------------------------------------- in an evaluation
@@ -282,20 +288,20 @@ def reviews() -> SplitDataset:
     rows = [(f"u{n}", item, float(k), f"text {n} {item}") for n in range(4) for k, item in enumerate("abcd")]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "text"], orient="row")
     items = {item: Item(item_id=item, title=item) for item in "abcd"}
-    return split(Dataset(name="r", noun="things", interactions=frame, items=items), Split(), seed=0)
+    return split_dataset(Dataset(name="r", noun="things", interactions=frame, items=items), Split(), seed=0)
 
 
 def test_background_of_a_split_has_no_held_out_texts() -> None:
     data = reviews()
-    training = background_of(data)
+    training = explanation_reference(data)
     train, test = data.train["text"].to_list(), data.test["text"].to_list()
-    assert copied(train, training.texts).all() and not copied(test, training.texts).any()
+    assert detect_copies(train, training.texts).all() and not detect_copies(test, training.texts).any()
     assert training.features is None
     # Held-out features annotate requests, but are not in the vocabulary.
     parts = {
         name: getattr(data, name).with_columns(feature=pl.lit(f"{name} word")) for name in ("train", "valid", "test")
     }
-    features = background_of(replace(data, **parts)).features
+    features = explanation_reference(replace(data, **parts)).features
     assert features is not None
     assert features.vocabulary == {("train", "word")}
     assert set(features.annotated.values()) == {("train", "word"), ("valid", "word"), ("test", "word")}
@@ -310,8 +316,8 @@ def test_full_reviews_are_searched_for_features_and_copies() -> None:
     parts = {name: getattr(data, name).with_columns(feature=pl.lit(None, pl.String)) for name in ("valid", "test")}
     other = pl.col("item_id") != pair[1]
     parts["train"] = data.train.with_columns(feature=pl.when(other).then(pl.lit("hinge")))
-    training = background_of(replace(data, **parts, dataset=replace(data.dataset, reviews=texts)))
-    assert copied(["another about its hinge", "Never to be read."], training.texts).tolist() == [True, False]
+    training = explanation_reference(replace(data, **parts, dataset=replace(data.dataset, reviews=texts)))
+    assert detect_copies(["another about its hinge", "Never to be read."], training.texts).tolist() == [True, False]
     assert training.features is not None
     assert training.features.vocabulary == {("hinge",)} and training.features.of_item[pair[1]] == {("hinge",)}
-    assert background_of(replace(data, **parts)).features.of_item[pair[1]] == frozenset()  # type: ignore[union-attr]
+    assert explanation_reference(replace(data, **parts)).features.of_item[pair[1]] == frozenset()  # type: ignore[union-attr]

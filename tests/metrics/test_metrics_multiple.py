@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.significance import holm, holm_adjusted, holm_levels, required_resamples, signflip
+from llmrec.metrics.significance import holm_adjusted, holm_levels, holm_p_values, required_resamples, sign_flip_test
 from llmrec.metrics.stats import ALPHA, BootstrapDifference, StatisticName
 
 _P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.025, 0.03, 0.05, 0.3, 1.0]), min_size=1, max_size=8)
@@ -16,19 +16,19 @@ _P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.025, 0.03, 0.05
 def test_levels_by_hand() -> None:
     # .01 <= .05 / 4 and .015 <= .05 / 3 are rejected, .03 > .05 / 2 is not, and the procedure stops there.
     assert holm_levels([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.025, 0.05 / 3, 0.0125, 0.025])
-    assert holm([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.06, 0.045, 0.04, 0.06])
+    assert holm_p_values([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.06, 0.045, 0.04, 0.06])
     assert holm_levels([0.001, 0.04]) == [0.025, 0.05]
     # Both adjusted p are .04, reached at the first step; .03 is above that step's level, .025, yet is rejected.
-    assert holm([0.02, 0.03]) == pytest.approx([0.04, 0.04])
+    assert holm_p_values([0.02, 0.03]) == pytest.approx([0.04, 0.04])
     assert holm_levels([0.02, 0.03]) == [0.025, 0.05]
-    assert holm([]) == holm_levels([]) == []
+    assert holm_p_values([]) == holm_levels([]) == []
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        holm([1.2])
+        holm_p_values([1.2])
 
 
 @given(_P)
 def test_adjusted_p_and_level_agree(p_values: list[float]) -> None:
-    for p, adjusted, level in zip(p_values, holm(p_values), holm_levels(p_values), strict=True):
+    for p, adjusted, level in zip(p_values, holm_p_values(p_values), holm_levels(p_values), strict=True):
         assert (adjusted <= ALPHA) == (p <= level + 1e-15)
 
 
@@ -58,7 +58,7 @@ def _family(rng: np.random.Generator) -> list[BootstrapDifference]:
             a, b = rng.exponential(1, n) * np.exp(effect / 8), rng.exponential(1, n)
         statistic: StatisticName = "root_mean" if kind == 3 else "mean"
         result.append(
-            signflip(a, b, resamples=int(rng.choice([60, 300])), seed=int(rng.integers(99)), statistic=statistic)
+            sign_flip_test(a, b, resamples=int(rng.choice([60, 300])), seed=int(rng.integers(99)), statistic=statistic)
         )
     return result
 
@@ -81,7 +81,7 @@ def test_verdict_and_interval_agree() -> None:
 
 def test_interval_away_from_zero_is_not_changed() -> None:
     rng = np.random.default_rng(1)
-    family = [signflip(rng.normal(mean, 1, 80), np.zeros(80), resamples=3000, seed=0) for mean in (1.0, 0.9, 0.0)]
+    family = [sign_flip_test(rng.normal(mean, 1, 80), np.zeros(80), resamples=3000, seed=0) for mean in (1.0, 0.9, 0.0)]
     for sampled, result, level in zip(family, holm_adjusted(family), (0.05 / 3, 0.025, 0.05), strict=True):
         assert (result.low, result.high) == (sampled.at(1 - level).low, sampled.at(1 - level).high)
         assert result.level == pytest.approx(1 - level) and result.p_raw == sampled.p

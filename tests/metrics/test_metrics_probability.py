@@ -14,7 +14,7 @@ from llmrec.metrics.probability import (
     calibration_error,
     gauc,
     log_loss,
-    reliability,
+    reliability_curve,
 )
 
 _ANSWERS = st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]), st.integers(0, 1)), min_size=1, max_size=25)
@@ -81,7 +81,7 @@ def test_calibration_and_reliability_by_hand() -> None:
     # Two answers of each probability share a bin: means .1 and .9, shares 0.5 and 1.
     scores, labels = [0.1, 0.1, 0.9, 0.9], [0, 1, 1, 1]
     assert calibration_error(scores, labels) == pytest.approx((2 * 0.4 + 2 * 0.1) / 4)
-    assert reliability(scores, labels) == (CalibrationBin(2, 0.1, 0.5), CalibrationBin(2, 0.9, 1.0))
+    assert reliability_curve(scores, labels) == (CalibrationBin(2, 0.1, 0.5), CalibrationBin(2, 0.9, 1.0))
     assert calibration_error([1.0, 0.0], [1, 0]) == 0.0
     assert calibration_error([0.3] * 10, [1] * 3 + [0] * 7) == pytest.approx(0.0)
 
@@ -93,7 +93,7 @@ def test_calibration_does_not_depend_on_order(answers: list[tuple[float, int]], 
     assert 0 <= value <= 1
     order = np.random.default_rng(seed).permutation(len(scores))
     assert calibration_error(scores[order], labels[order]) == pytest.approx(value, abs=1e-12)
-    bins = reliability(scores, labels)
+    bins = reliability_curve(scores, labels)
     assert sum(each.n for each in bins) == len(scores)
     total = sum(each.n / len(scores) * abs(each.said - each.so) for each in bins)
     assert total == pytest.approx(value, abs=1e-12)
@@ -103,7 +103,7 @@ def test_bins_have_equal_mass() -> None:
     scores = np.linspace(0, 1, 100, endpoint=False)
     labels = np.zeros(100)
     labels[45:] = 1
-    assert [each.n for each in reliability(scores, labels)] == [10] * 10
+    assert [each.n for each in reliability_curve(scores, labels)] == [10] * 10
     by_hand = np.mean([abs(scores[n : n + 10].mean() - labels[n : n + 10].mean()) for n in range(0, 100, 10)])
     assert calibration_error(scores, labels) == pytest.approx(by_hand)
 

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.multi_target import Pairs, RelevantRanks, match_relevant
+from llmrec.metrics.multi_target import RelevantRanks, RequestItemValues, match_relevant
 from tests.facts import Facts, raises
 
 
-def _pairs(rows: Sequence[tuple[int, int, float]]) -> Pairs:
+def _pairs(rows: Sequence[tuple[int, int, float]]) -> RequestItemValues:
     request, item, value = zip(*rows, strict=True) if rows else ((), (), ())
-    return Pairs(np.array(request, dtype=np.int64), np.array(item, dtype=np.int64), np.array(value, dtype=np.float64))
+    return RequestItemValues(
+        np.array(request, dtype=np.int64), np.array(item, dtype=np.int64), np.array(value, dtype=np.float64)
+    )
 
 
 def _one(scores: dict[int, float], gains: dict[int, float]) -> RelevantRanks:
@@ -99,7 +101,7 @@ def test_rejects_malformed_tables() -> None:
     with pytest.raises(ValueError, match="request indices"):
         match_relevant(_pairs([(0, -1, 1.0)]), good, 1)
     with pytest.raises(ValueError, match="same shape"):
-        match_relevant(Pairs(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
+        match_relevant(RequestItemValues(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
     with pytest.raises(ValueError, match="at least 1"):
         multi_target.ndcg(match_relevant(good, good, 1), 0)
 
@@ -161,7 +163,7 @@ def test_expectation_equals_mean_over_orders_of_ties(
     assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in uncut]), abs=1e-12)
 
 
-def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pairs]:
+def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[RequestItemValues, RequestItemValues]:
     """Make n requests with rankings of up to 40 items and up to 8 relevant ones, of which some are not ranked."""
     ranked, relevant = [], []
     for request in range(n):
@@ -182,7 +184,7 @@ def test_renaming_and_reordering_change_nothing(seed: int, levels: int) -> None:
     moved = []
     for table in (ranked, relevant):
         rows = rng.permutation(len(table.item))
-        moved.append(Pairs(users[table.request[rows]], items[table.item[rows]], table.value[rows]))
+        moved.append(RequestItemValues(users[table.request[rows]], items[table.item[rows]], table.value[rows]))
     after = match_relevant(moved[0], moved[1], 6)
     for metric in _METRICS.values():
         for k in (1, 20):
@@ -194,7 +196,7 @@ def test_one_target_equals_the_single_target_metrics() -> None:
     for levels in (0, 3):
         ranked, _ = _random(rng, 200, levels=levels)
         targets = rng.integers(0, 50, 200)
-        judged = match_relevant(ranked, Pairs(np.arange(200), targets, np.ones(200)), 200)
+        judged = match_relevant(ranked, RequestItemValues(np.arange(200), targets, np.ones(200)), 200)
         greater, tied = np.zeros(200, dtype=np.int64), np.zeros(200, dtype=np.int64)
         for request, target in enumerate(targets):
             scores = ranked.value[ranked.request == request]

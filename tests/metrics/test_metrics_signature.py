@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.metrics.signature import Signature, parse_signature, signature
-from llmrec.registry import better, metric_of
+from llmrec.registry import find_metric, metric_direction
 
 RANKED = "NDCG@10|gain:binary|ties:expected|cand:uniform-20|seen:excluded|split:leave_one_out|llmrec:0.1.0"
 
@@ -71,12 +71,12 @@ def test_parses_or_rejects_any_text(text: str) -> None:
 
 
 def test_kinds_and_directions() -> None:
-    entries = [metric_of(name) for name in ("MAP@5", "ILD@10", "MAE", "GAUC", "ROUGE-2", "FMR")]
+    entries = [find_metric(name) for name in ("MAP@5", "ILD@10", "MAE", "GAUC", "ROUGE-2", "FMR")]
     assert [entry and entry.kind for entry in entries] == ["ranking", "lists", "rating", "probability", "text", "text"]
-    assert metric_of("AUC@5") is None and metric_of("") is None
+    assert find_metric("AUC@5") is None and find_metric("") is None
     lower = {"RMSE", "MAE", "LogLoss", "ECE", "Gini@10", "PopularityLift@5", "DIV", "Hallucination", "CopyRate"}
     names = [*lower, "AUC", "NDCG@10", "Coverage@10", "Gini", "ROUGE-L", "FMR", "FCR", "USR"]
-    assert {name for name in names if better(name) == "lower"} == lower
+    assert {name for name in names if metric_direction(name) == "lower"} == lower
 
 
 @pytest.mark.parametrize("metric", ["NDCG", "NDCG@0", "ndcg@10", "AUC@1", ""])

@@ -16,8 +16,15 @@ from numpy.typing import ArrayLike
 
 from eval.benchmarks.calibration import KINDS, MODELS, calibrate, familywise, keeps, run_like, swapped
 from llmrec.evaluate.compare import Contrast
-from llmrec.metrics.significance import attainable, detectable, detectable_line, flip_p, over_users_and_seeds, signflip
-from llmrec.metrics.stats import Difference, StatisticName, interval, paired, verdict
+from llmrec.metrics.significance import (
+    add_seed_variance,
+    attainable_p_value,
+    describe_detectable_effects,
+    detectable_effect,
+    sign_flip_p_value,
+    sign_flip_test,
+)
+from llmrec.metrics.stats import Difference, StatisticName, bootstrap_interval, paired_difference, verdict
 
 _DIFFERENCES = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.0, 0.25, 0.5, 1.0, 1.7]), min_size=1, max_size=9)
 
@@ -37,49 +44,49 @@ def _every_sign(differences: list[float]) -> float:
 
 def test_p_by_hand() -> None:
     # Of 16 patterns of 1, 2, 3, 4 only all plus and all minus reach a sum of 10.
-    assert flip_p([1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(2 / 16)
+    assert sign_flip_p_value([1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(2 / 16)
     # A sum of 8 is also reached if only 1 has the opposite sign.
-    assert flip_p([-1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(4 / 16)
-    assert flip_p([0, 0, 0], resamples=10, seed=0) == 1.0
-    assert flip_p([5.0, 0, 0], resamples=10, seed=0) == 1.0
+    assert sign_flip_p_value([-1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(4 / 16)
+    assert sign_flip_p_value([0, 0, 0], resamples=10, seed=0) == 1.0
+    assert sign_flip_p_value([5.0, 0, 0], resamples=10, seed=0) == 1.0
 
 
 @given(differences=_DIFFERENCES)
 def test_p_of_few_users_is_exact(differences: list[float]) -> None:
-    assert flip_p(differences, resamples=1, seed=0) == pytest.approx(_every_sign(differences))
+    assert sign_flip_p_value(differences, resamples=1, seed=0) == pytest.approx(_every_sign(differences))
 
 
 def test_p_of_hits_equals_the_exact_mcnemar_test() -> None:
     differences = np.concatenate([np.ones(60), -np.ones(35), np.zeros(9905)])
     expected = scipy.stats.binomtest(60, 95).pvalue
-    assert flip_p(differences, resamples=1, seed=0) == pytest.approx(expected)
+    assert sign_flip_p_value(differences, resamples=1, seed=0) == pytest.approx(expected)
 
 
 def test_sampled_p_is_near_the_exact_p() -> None:
     rng = np.random.default_rng(0)
     differences = rng.normal(0.35, 1, 40)
-    result = flip_p(differences, resamples=20_000, seed=0)
+    result = sign_flip_p_value(differences, resamples=20_000, seed=0)
     theirs = scipy.stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=1
     ).pvalue
     assert result == pytest.approx(theirs, abs=0.005)
     tied = np.concatenate([differences, rng.choice([-0.5, 0.5], 300)])
-    p = flip_p(tied, resamples=20_000, seed=0)
+    p = sign_flip_p_value(tied, resamples=20_000, seed=0)
     normal = 2 * scipy.stats.norm.sf(abs(tied.sum()) / np.sqrt(np.sum(tied**2)))
     assert p == pytest.approx(normal, abs=0.01)
 
 
 @given(differences=_DIFFERENCES, seed=st.integers(0, 9), scale=st.sampled_from([1e-300, 1e-3, 1.0, 1e200]))
 def test_p_does_not_depend_on_order_sign_or_unit(differences: list[float], seed: int, scale: float) -> None:
-    p = flip_p(differences, resamples=1, seed=0)
+    p = sign_flip_p_value(differences, resamples=1, seed=0)
     assert 0 < p <= 1
     order = np.random.default_rng(seed).permutation(len(differences))
-    assert flip_p(-scale * np.array(differences)[order], resamples=1, seed=0) == pytest.approx(p)
+    assert sign_flip_p_value(-scale * np.array(differences)[order], resamples=1, seed=0) == pytest.approx(p)
 
 
 def test_p_of_many_users_does_not_depend_on_order() -> None:
     differences = np.random.default_rng(0).normal(0.05, 1, 500)
-    one, other = (flip_p(each, resamples=500, seed=3) for each in (differences, differences[::-1]))
+    one, other = (sign_flip_p_value(each, resamples=500, seed=3) for each in (differences, differences[::-1]))
     assert one == other
 
 
@@ -89,21 +96,21 @@ def test_attainable_level_is_the_largest_possible_p(differences: list[float]) ->
     outcomes = [float(np.mean(sums >= total - 1e-9)) for total in np.unique(sums)]
     for alpha in (0.05, 0.3):
         expected = max((p for p in outcomes if p <= alpha + 1e-12), default=0.0)
-        assert attainable(differences, alpha=alpha) == pytest.approx(expected, abs=1e-12)
+        assert attainable_p_value(differences, alpha=alpha) == pytest.approx(expected, abs=1e-12)
 
 
 def test_attainable_level_of_many_values_is_alpha() -> None:
-    assert attainable(np.random.default_rng(0).normal(size=100)) == 0.05
+    assert attainable_p_value(np.random.default_rng(0).normal(size=100)) == 0.05
 
 
 # ------------------------------------------------------------------ the interval
 
 
 def _flipped(*arms: ArrayLike, resamples: int, seed: int, statistic: StatisticName = "mean") -> Difference:
-    return signflip(*arms, resamples=resamples, seed=seed, statistic=statistic).at()
+    return sign_flip_test(*arms, resamples=resamples, seed=seed, statistic=statistic).at()
 
 
-BOTH = pytest.mark.parametrize("compare", [paired, _flipped])
+BOTH = pytest.mark.parametrize("compare", [paired_difference, _flipped])
 
 
 @BOTH
@@ -114,15 +121,15 @@ def test_pairing_removes_the_shared_part(compare: Callable[..., Difference]) -> 
     assert result.value == pytest.approx(0.3, abs=0.1)
     assert 0 < result.low < result.value < result.high < 0.5
     # The bootstrap counts both tails.
-    assert result.p == pytest.approx((2 if compare is paired else 1) / 2001)
+    assert result.p == pytest.approx((2 if compare is paired_difference else 1) / 2001)
     assert verdict(result) == "shown"
 
 
 @pytest.mark.parametrize("statistic", ["mean", "root_mean"])
 def test_interval_of_many_users_equals_the_bootstrap(statistic: Literal["mean", "root_mean"]) -> None:
     a, b = np.random.default_rng(0).gamma(1, 1, size=(2, 2000))
-    flipped = signflip(a, b, resamples=5000, seed=0, statistic=statistic).at()
-    resampled = paired(a, b, resamples=5000, seed=0, statistic=statistic)
+    flipped = sign_flip_test(a, b, resamples=5000, seed=0, statistic=statistic).at()
+    resampled = paired_difference(a, b, resamples=5000, seed=0, statistic=statistic)
     assert flipped.value == pytest.approx(resampled.value)
     half = (resampled.high - resampled.low) / 2
     assert [flipped.low, flipped.high] == pytest.approx([resampled.low, resampled.high], abs=0.1 * half)
@@ -140,8 +147,8 @@ def test_requests_of_one_user_are_swapped_together(statistic: Literal["mean", "r
     rng = np.random.default_rng(1)
     level = rng.random((2, 40))
     users = [f"u{n}" for n in range(40) for _ in range(25)]
-    many = signflip(*np.repeat(level, 25, axis=1), resamples=2000, seed=0, users=users, statistic=statistic).at()
-    once = signflip(*level, resamples=2000, seed=0, statistic=statistic).at()
+    many = sign_flip_test(*np.repeat(level, 25, axis=1), resamples=2000, seed=0, users=users, statistic=statistic).at()
+    once = sign_flip_test(*level, resamples=2000, seed=0, statistic=statistic).at()
     assert many.value == pytest.approx(once.value)
     assert many.p == pytest.approx(once.p, abs=0.03)
     assert many.high - many.low == pytest.approx(once.high - once.low, rel=0.1)
@@ -219,17 +226,17 @@ def test_widened_intervals_of_few_users_have_better_coverage() -> None:
     for trial in range(600):
         values = rng.normal(1, 1, 12)
         for widen in missed:
-            result = interval(values, resamples=300, seed=trial, widen=widen)
+            result = bootstrap_interval(values, resamples=300, seed=trial, widen=widen)
             missed[widen] += not result.low <= 1 <= result.high
     assert missed[True] / 600 <= 0.075 < missed[False] / 600
 
 
 def test_many_users_are_not_widened() -> None:
     values = np.random.default_rng(0).random(3000)
-    plain, wide = (interval(values, resamples=500, seed=0, widen=each) for each in (False, True))
+    plain, wide = (bootstrap_interval(values, resamples=500, seed=0, widen=each) for each in (False, True))
     assert wide.low == pytest.approx(plain.low, abs=1e-4)
     for n in (1, 2, 3):
-        result = interval(values[:n], resamples=200, seed=0, method="bca", widen=True)
+        result = bootstrap_interval(values[:n], resamples=200, seed=0, method="bca", widen=True)
         assert values[:n].min() <= result.low <= result.high <= values[:n].max()
 
 
@@ -244,19 +251,19 @@ def test_variance_over_seeds_keeps_the_level() -> None:
         user, shift = rng.normal(0, 0.5, 100), rng.normal(0, 0.05, 3)
         a = user + shift[:, None] + rng.normal(0, 0.1, (3, 100))
         b = user + rng.normal(0, 0.1, 100)
-        result = signflip(a.mean(axis=0), b, resamples=200, seed=trial)
-        both = over_users_and_seeds(result, a.mean(axis=1), b.mean(keepdims=True), seed=trial)
+        result = sign_flip_test(a.mean(axis=0), b, resamples=200, seed=trial)
+        both = add_seed_variance(result, a.mean(axis=1), b.mean(keepdims=True), seed=trial)
         assert both.value == result.value and both.p >= result.p
         alone += result.p <= 0.05
         wrong += both.p <= 0.05
     assert alone > 100 and wrong < 30
     # One seed has no variance, and neither have equal values.
-    assert over_users_and_seeds(result, [0.1], [0.2], seed=0) is result
-    assert over_users_and_seeds(result, [0.1, 0.1], [0.2], seed=0) is result
+    assert add_seed_variance(result, [0.1], [0.2], seed=0) is result
+    assert add_seed_variance(result, [0.1, 0.1], [0.2], seed=0) is result
     # Rows with equal numbers of seeds are paired, so that the effect of a seed on both cancels out.
-    shared = over_users_and_seeds(result, [0.1, 0.2, 0.3], [0.0, 0.1, 0.2], seed=0)
+    shared = add_seed_variance(result, [0.1, 0.2, 0.3], [0.0, 0.1, 0.2], seed=0)
     assert np.allclose(shared.draws, result.draws)
-    wide = over_users_and_seeds(result, [0.1, 0.2, 0.3], [0.0, 0.1], seed=0)
+    wide = add_seed_variance(result, [0.1, 0.2, 0.3], [0.0, 0.1], seed=0)
     assert np.ptp(wide.draws) > np.ptp(result.draws)
 
 
@@ -268,13 +275,13 @@ def test_detectable_difference_by_formula() -> None:
     a, b = rng.normal(size=(2, 400))
     sd = np.std(a - b, ddof=1)
     t = scipy.stats.t(399).ppf
-    assert detectable(a, b) == pytest.approx((t(0.975) + t(0.8)) * sd / 20)
-    assert detectable(a, b, comparisons=5) == pytest.approx((t(0.995) + t(0.8)) * sd / 20)
-    assert detectable([1.0, 1.0], [0.0, 0.0]) is None
-    assert detectable([1.0], [0.0]) is None
+    assert detectable_effect(a, b) == pytest.approx((t(0.975) + t(0.8)) * sd / 20)
+    assert detectable_effect(a, b, comparisons=5) == pytest.approx((t(0.995) + t(0.8)) * sd / 20)
+    assert detectable_effect([1.0, 1.0], [0.0, 0.0]) is None
+    assert detectable_effect([1.0], [0.0]) is None
     users = [f"u{n}" for n in range(400) for _ in range(8)]
-    together = detectable(np.repeat(a, 8), np.repeat(b, 8), users=users)
-    assert together == pytest.approx(detectable(a, b))
+    together = detectable_effect(np.repeat(a, 8), np.repeat(b, 8), users=users)
+    assert together == pytest.approx(detectable_effect(a, b))
 
 
 @pytest.mark.parametrize("statistic", ["mean", "root_mean"])
@@ -282,21 +289,23 @@ def test_detectable_difference_has_eighty_percent_power(statistic: Literal["mean
     rng = np.random.default_rng(3)
     n, shown = 150, 0
     trial_a, trial_b = rng.gamma(2, 1, n * 400), rng.gamma(2, 1, n * 400)
-    lift = detectable(trial_a[: n * 20], trial_b[: n * 20], statistic=statistic)
+    lift = detectable_effect(trial_a[: n * 20], trial_b[: n * 20], statistic=statistic)
     assert lift is not None
     lift *= math.sqrt(20)  # of n users instead of 20 n
     factor = 1 + (2 * lift / math.sqrt(2) if statistic == "root_mean" else lift / 2)
     for trial in range(400):
         part = slice(trial * n, (trial + 1) * n)
-        result = signflip(trial_a[part] * factor, trial_b[part], resamples=300, seed=trial, statistic=statistic).at()
+        result = sign_flip_test(
+            trial_a[part] * factor, trial_b[part], resamples=300, seed=trial, statistic=statistic
+        ).at()
         shown += verdict(result) == "shown"
     assert 0.7 <= shown / 400 <= 0.88
 
 
 def test_detectable_line() -> None:
-    assert detectable_line("NDCG@10", [0.0123, 0.02], users=22363, comparisons=5).startswith(
+    assert describe_detectable_effects("NDCG@10", [0.0123, 0.02], users=22363, comparisons=5).startswith(
         "With 22,363 users and 5 planned comparisons, a true difference in NDCG@10 of 0.012 to 0.02 would be "
     )
-    assert "leave 0 outside an unadjusted" in detectable_line("RMSE", [0.0123], users=9, comparisons=0)
-    assert "of 0.012 would" in detectable_line("RMSE", [0.0123, None], users=9, comparisons=1)
-    assert "is unknown" in detectable_line("RMSE", [None], users=9, comparisons=1)
+    assert "leave 0 outside an unadjusted" in describe_detectable_effects("RMSE", [0.0123], users=9, comparisons=0)
+    assert "of 0.012 would" in describe_detectable_effects("RMSE", [0.0123, None], users=9, comparisons=1)
+    assert "is unknown" in describe_detectable_effects("RMSE", [None], users=9, comparisons=1)

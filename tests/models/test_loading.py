@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from llmrec.errors import LlmrecError, ModelError
 from llmrec.models.load import check_weights, load_model
-from llmrec.models.text_encoder import encode_texts, open_encoder
+from llmrec.models.text_encoder import encode_texts, load_text_encoder
 from llmrec.pipeline import bundle
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.lora import load_trainable
@@ -224,4 +224,4 @@ def test_pickled_weights_are_not_loaded(folder: Path, tmp_path: Path) -> None:
 def test_damaged_text_encoder_is_rejected(change: Change, folder: Path) -> None:
     change(folder)
     with raises(ModelError, Facts("damaged", folder, column="index.semantic.encoder")):
-        open_encoder(str(folder))
+        load_text_encoder(str(folder))

@@ -13,14 +13,14 @@ import transformers as hub
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
-from llmrec.models.item_tokens import extended
+from llmrec.models.item_tokens import save_with_item_tokens
 from llmrec.models.load import load_model, load_tokenizer
-from llmrec.models.tensors import named_tables
-from llmrec.models.traits import is_paired
+from llmrec.models.tensors import vocabulary_tables
+from llmrec.models.traits import is_encoder_decoder
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan, target_rows
-from llmrec.train.loss import paired_loss
+from llmrec.train.batches import plan_steps, target_rows
+from llmrec.train.loss import encoder_decoder_loss
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_model, make_tokenizer, section
 from tests.facts import Facts, raises
@@ -66,7 +66,7 @@ def plain_scores(model: Any, encoder: Encoder, question: Prompt) -> list[float]:
     ids, sums = encoder.prompt(question), []
     for text in CANDIDATES:
         tail = encoder.continuation(question, text, closed=True)
-        if is_paired(model.config):
+        if is_encoder_decoder(model.config):
             inputs, start = {"input_ids": [ids], "decoder_input_ids": [[0, *tail[:-1]]]}, 0
         else:
             inputs, start = {"input_ids": [[*ids, *tail]]}, len(ids) - 1
@@ -150,7 +150,7 @@ def loss_on_words(model: Any, known: int) -> float:
 def test_item_tokens_keep_the_model_and_learn_in_every_table(kind: str, tmp_path: Path) -> None:
     folder, known = paired(kind, tmp_path), len(make_tokenizer())
     before = loss_on_words(load_model(str(folder), section(folder)), known)
-    extended(str(folder), section(folder), INDEX, TITLES, tmp_path / "grown", words=True, seed=0)
+    save_with_item_tokens(str(folder), section(folder), INDEX, TITLES, tmp_path / "grown", words=True, seed=0)
     grown = load_model(str(tmp_path / "grown"), section(folder))
     assert loss_on_words(grown, known) == pytest.approx(before, abs=1e-5)
     tokenizer = load_tokenizer(str(tmp_path / "grown"), section(folder))
@@ -161,13 +161,13 @@ def test_item_tokens_keep_the_model_and_learn_in_every_table(kind: str, tmp_path
     assert loss_on_words(model, known) == pytest.approx(before, abs=1e-5)
     encoder = Encoder(tokenizer, max_length=256)
     rows = [row for example in lists(60) for row in target_rows(example, encoder, 256)]
-    fit(model, encoder, plan(iter(rows), steps=3, batch_tokens=256, seed=0), train, tmp_path / "run")
-    lora.merge(str(tmp_path / "grown"), section(folder), tmp_path / "run" / "adapter", tmp_path / "merged")
+    fit(model, encoder, plan_steps(iter(rows), steps=3, batch_tokens=256, seed=0), train, tmp_path / "run")
+    lora.merge_adapter(str(tmp_path / "grown"), section(folder), tmp_path / "run" / "adapter", tmp_path / "merged")
     merged = load_model(str(tmp_path / "merged"), section(folder))
     with torch.no_grad():
-        live, saved = (float(paired_loss(each.eval(), **pairs(rows[:3]))[0]) for each in (model, merged))
+        live, saved = (float(encoder_decoder_loss(each.eval(), **pairs(rows[:3]))[0]) for each in (model, merged))
     assert live == pytest.approx(saved, rel=1e-4)
-    for (name, table), (_, start) in zip(named_tables(merged), named_tables(grown), strict=True):
+    for (name, table), (_, start) in zip(vocabulary_tables(merged), vocabulary_tables(grown), strict=True):
         # An untied BART has a table that nothing reads.
         unread = kind == "bart-untied" and name == "model.shared"
         assert unread or float((table.weight[new] - start.weight[new]).detach().abs().max()) > 1e-3, name

@@ -17,23 +17,23 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import ModelError, RecipeError
 from llmrec.guard import control_tokens
 from llmrec.index.table import ItemIndex
-from llmrec.models.item_tokens import add_item_tokens, extended
-from llmrec.models.load import byte_tokenizer, load_model, weights_stamp, write
+from llmrec.models.item_tokens import add_item_tokens, save_with_item_tokens
+from llmrec.models.load import byte_tokenizer, load_model, model_folder_hash, write_random_model
 from llmrec.models.whole_words import (
-    WEIGHTS,
-    attach,
-    copy_words,
-    kinds_of,
-    load_words,
-    numbers,
-    save_words,
+    WHOLE_WORDS_FILE,
+    attach_whole_words,
+    copy_whole_words,
+    load_whole_words,
+    save_whole_words,
+    token_kinds,
     whole_word_embeddings,
+    word_numbers,
 )
 from llmrec.recipe.schema import LoraSection, ModelSection, ShapeSection, TrainSection
 from llmrec.train import lora
-from llmrec.train.batches import plan, target_rows
-from llmrec.train.loss import paired_loss
-from llmrec.train.whole_words import put_on
+from llmrec.train.batches import plan_steps, target_rows
+from llmrec.train.loss import encoder_decoder_loss
+from llmrec.train.whole_words import add_whole_words
 from llmrec.types import Prompt
 from tests.conftest import encoder_of as encoder_in
 from tests.facts import Facts, raises
@@ -55,13 +55,13 @@ encoder_of = partial(encoder_in, max_length=96)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("t5") / "base"
-    write(SHAPE, folder, seed=0)
+    write_random_model(SHAPE, folder, seed=0)
     return folder
 
 
 def with_words(base: Path, *, zero: bool = False) -> Any:
     model = load_model(str(base), section(base)).eval()
-    put_on(model, encoder_of(base), size=97, seed=0)
+    add_whole_words(model, encoder_of(base), size=97, seed=0)
     if zero:
         torch.nn.init.zeros_(whole_word_embeddings(model).weight)
     return model
@@ -94,8 +94,8 @@ def indices(tokenizer: Any, text: str, *, end: bool = False) -> list[tuple[str, 
     ids = [*tokenizer.encode(text, add_special_tokens=False), *([tokenizer.eos_token_id] if end else [])]
     control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
     # A model may have more embeddings than its tokenizer has tokens.
-    kinds = torch.tensor(kinds_of(tokenizer, control, len(tokenizer) + 3))
-    words = numbers(kinds[torch.tensor([ids])])[0].tolist()
+    kinds = torch.tensor(token_kinds(tokenizer, control, len(tokenizer) + 3))
+    words = word_numbers(kinds[torch.tensor([ids])])[0].tolist()
     return list(zip(tokenizer.convert_ids_to_tokens(ids), words, strict=True))
 
 
@@ -151,7 +151,7 @@ def test_every_engine_reads_the_embeddings_of_training(base: Path) -> None:
     tree, plain = (HFBackend(model, encoder, packed=packed) for packed in (True, False))
     (row,) = target_rows(example(QUESTION, "1004"), encoder, 200)
     routes: dict[str, Callable[[], Any]] = {
-        "training": lambda: paired_loss(model, **pairs([row, *rows(encoder, 3)])),
+        "training": lambda: encoder_decoder_loss(model, **pairs([row, *rows(encoder, 3)])),
         "generation": lambda: tree.generate(questions, max_tokens=3),
         "scoring by tree": lambda: tree.score(questions, [ANSWERS] * 2),
         "scoring by rows": lambda: plain.score(questions, [ANSWERS] * 2),
@@ -159,7 +159,7 @@ def test_every_engine_reads_the_embeddings_of_training(base: Path) -> None:
         "search by rows": lambda: plain.search(questions, ANSWERS, k=2, width=4),
     }
     ids = torch.tensor(encoder.prompt(prompt()))
-    words = numbers(whole_word_embeddings(model).kinds[ids[None]])[0]
+    words = word_numbers(whole_word_embeddings(model).kinds[ids[None]])[0]
     assert int(words.max()) == len(QUESTION.split()) == 8
     tokens = model.get_input_embeddings()(ids).detach()
     expected = tokens + whole_word_embeddings(model).weight.detach()[words]
@@ -186,7 +186,7 @@ def test_table_of_zeros_changes_nothing(base: Path) -> None:
     texts = [HFBackend(model, encoder).generate(questions, max_tokens=4) for model in (plain, zeroed)]
     assert texts[0] == texts[1]
     with torch.no_grad():
-        losses = [float(paired_loss(model, **pairs(rows(encoder)))[0]) for model in (plain, zeroed, drawn)]
+        losses = [float(encoder_decoder_loss(model, **pairs(rows(encoder)))[0]) for model in (plain, zeroed, drawn)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -195,11 +195,11 @@ def test_padding_and_long_texts_change_nothing(base: Path) -> None:
     some = rows(encoder, 3)
     assert len({len(row.ids) for row in some}) > 1
     with torch.no_grad():
-        together = float(paired_loss(model, **pairs(some))[0])
-        alone = sum(float(paired_loss(model, **pairs([row]))[0]) for row in some)
+        together = float(encoder_decoder_loss(model, **pairs(some))[0])
+        alone = sum(float(encoder_decoder_loss(model, **pairs([row]))[0]) for row in some)
     assert together == pytest.approx(alone, rel=1e-5)
     # Words beyond the table share its last row.
-    put_on(model, encoder, size=4, seed=0)
+    add_whole_words(model, encoder, size=4, seed=0)
     (scores,) = HFBackend(model, encoder).score([prompt("a b c d e f g")], [ANSWERS])
     assert all(value < 0 for value in scores.logprobs)
 
@@ -207,11 +207,11 @@ def test_padding_and_long_texts_change_nothing(base: Path) -> None:
 def test_table_is_saved_and_loaded(base: Path, tmp_path: Path) -> None:
     model, encoder = with_words(base), encoder_of(base)
     model.save_pretrained(tmp_path / "m")
-    without = weights_stamp(str(tmp_path / "m"))
-    save_words(model, tmp_path / "m")
+    without = model_folder_hash(str(tmp_path / "m"))
+    save_whole_words(model, tmp_path / "m")
     # The model's own file is that of a plain T5; the stamp covers the table, which changes answers.
     assert not any(_word(name) for name in load_file(tmp_path / "m" / "model.safetensors"))
-    assert weights_stamp(str(tmp_path / "m")) != without
+    assert model_folder_hash(str(tmp_path / "m")) != without
     again = load_model(str(tmp_path / "m"), section(base)).eval()
     assert torch.equal(whole_word_embeddings(again).weight, whole_word_embeddings(model).weight)
     assert torch.equal(whole_word_embeddings(again).kinds, whole_word_embeddings(model).kinds)
@@ -221,46 +221,48 @@ def test_table_is_saved_and_loaded(base: Path, tmp_path: Path) -> None:
     (rounded,) = HFBackend(half, encoder).score([prompt()], [ANSWERS])
     assert rounded.logprobs == pytest.approx(scores[0], rel=0.1)
     (tmp_path / "other").mkdir()
-    copy_words(tmp_path / "m", tmp_path / "other")
-    copy_words(base, tmp_path)
-    assert (tmp_path / "other" / WEIGHTS).is_file() and not (tmp_path / WEIGHTS).exists()
+    copy_whole_words(tmp_path / "m", tmp_path / "other")
+    copy_whole_words(base, tmp_path)
+    assert (tmp_path / "other" / WHOLE_WORDS_FILE).is_file() and not (tmp_path / WHOLE_WORDS_FILE).exists()
 
 
 def test_added_tokens_are_words_of_an_existing_table(base: Path, tmp_path: Path) -> None:
     known = with_words(base)
     known.save_pretrained(tmp_path / "m")
     encoder_of(base).tokenizer.save_pretrained(tmp_path / "m")
-    save_words(known, tmp_path / "m")
+    save_whole_words(known, tmp_path / "m")
     index = ItemIndex(
         "token", {"i": ("<item_0>",), "j": ("<item_1>",)}, tokens=("<item_0>", "<item_1>"), users={"u": "<user_0>"}
     )
     for kind in ("bfloat16", "float32"):
         chosen = section(base).model_copy(update={"dtype": kind})
-        extended(str(tmp_path / "m"), chosen, index, {}, tmp_path / "grown", words=False, seed=0)
+        save_with_item_tokens(str(tmp_path / "m"), chosen, index, {}, tmp_path / "grown", words=False, seed=0)
         # The table stays in float32 in a bfloat16 model.
-        assert torch.equal(load_file(tmp_path / "grown" / WEIGHTS)["table"], whole_word_embeddings(known).weight)
+        assert torch.equal(
+            load_file(tmp_path / "grown" / WHOLE_WORDS_FILE)["table"], whole_word_embeddings(known).weight
+        )
     encoder = encoder_of(tmp_path / "grown")
     model = load_model(str(tmp_path / "grown"), section(base)).eval()
-    put_on(model, encoder, size=97, seed=1)
+    add_whole_words(model, encoder, size=97, seed=1)
     assert torch.equal(whole_word_embeddings(model).weight, whole_word_embeddings(known).weight)
     text = "ab <user_0><item_1><item_0> c"
     ids = torch.tensor(encoder.prompt(prompt(text)))
-    words = numbers(whole_word_embeddings(model).kinds[ids[None]])[0]
+    words = word_numbers(whole_word_embeddings(model).kinds[ids[None]])[0]
     # The start of the chat, a, b, the space with the user, both items, the space with c; then control tokens.
     assert words.tolist()[:9] == [0, 1, 1, 2, 2, 3, 4, 5, 5] and not words[9:].any()
 
 
 def test_rejects_damaged_table_and_that_of_another_model(base: Path, tmp_path: Path) -> None:
     model = load_model(str(base), section(base))
-    (tmp_path / WEIGHTS).write_bytes(b"no tensors")
+    (tmp_path / WHOLE_WORDS_FILE).write_bytes(b"no tensors")
     with raises(ModelError, Facts("damaged", tmp_path, says="`llmrec train`")):
-        load_words(model, tmp_path)
-    save_file({"table": torch.zeros(3, 16)}, tmp_path / WEIGHTS)
+        load_whole_words(model, tmp_path)
+    save_file({"table": torch.zeros(3, 16)}, tmp_path / WHOLE_WORDS_FILE)
     with raises(ModelError, Facts("damaged", tmp_path)):
-        load_words(model, tmp_path)
-    save_file({"table": torch.zeros(3, 8), "kinds": torch.zeros(9, dtype=torch.int32)}, tmp_path / WEIGHTS)
+        load_whole_words(model, tmp_path)
+    save_file({"table": torch.zeros(3, 8), "kinds": torch.zeros(9, dtype=torch.int32)}, tmp_path / WHOLE_WORDS_FILE)
     with raises(ModelError, Facts("mismatch", tmp_path, says=("9 tokens of width 8", "259 of width 16"))):
-        load_words(model, tmp_path)
+        load_whole_words(model, tmp_path)
     assert whole_word_embeddings(model) is None
 
 
@@ -271,9 +273,9 @@ def trained(base: Path, out: Path, *, steps: int = 6, words: bool = True, **sett
     model = lora.load_trainable(str(base), section(base), train)
     start = None
     if words:
-        put_on(model, encoder, size=97, seed=0)
+        add_whole_words(model, encoder, size=97, seed=0)
         start = whole_word_embeddings(model).weight.detach().clone()
-    planned = plan(iter(rows(encoder, 12 * steps)), steps=steps, batch_tokens=256, seed=0)
+    planned = plan_steps(iter(rows(encoder, 12 * steps)), steps=steps, batch_tokens=256, seed=0)
     return fit(model, encoder, planned, train, out), model, start
 
 
@@ -284,7 +286,7 @@ def test_training_changes_rows_of_occurring_words(base: Path, tmp_path: Path) ->
     # The question has 8 words and up to two more; index 0 is that of the chat's control tokens.
     assert moved[:11] == [True] * 11 and not any(moved[11:])
     assert done.trainable_parameters == sum(each.numel() for each in model.parameters())
-    saved = load_file(tmp_path / "adapter" / WEIGHTS)["table"]
+    saved = load_file(tmp_path / "adapter" / WHOLE_WORDS_FILE)["table"]
     assert torch.equal(saved, table)
 
 
@@ -300,13 +302,13 @@ def test_adapter_is_trained_and_merged_with_its_table(base: Path, tmp_path: Path
     assert [name for name in moving if _word(name)] and any("lora_" in name for name in moving)
     assert not torch.equal(whole_word_embeddings(model).weight, start)
     assert not any(_word(name) for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    lora.merge(str(base), section(base), tmp_path / "adapter", tmp_path / "merged")
-    copy_words(tmp_path / "adapter", tmp_path / "merged")
+    lora.merge_adapter(str(base), section(base), tmp_path / "adapter", tmp_path / "merged")
+    copy_whole_words(tmp_path / "adapter", tmp_path / "merged")
     after, some = load_model(str(tmp_path / "merged"), section(base)), pairs(rows(encoder_of(base)))
     with torch.no_grad():
-        live, merged = (float(paired_loss(each.eval(), **some)[0]) for each in (model, after))
+        live, merged = (float(encoder_decoder_loss(each.eval(), **some)[0]) for each in (model, after))
         torch.nn.init.zeros_(whole_word_embeddings(after).weight)
-        assert abs(float(paired_loss(after, **some)[0]) - live) > 0.1
+        assert abs(float(encoder_decoder_loss(after, **some)[0]) - live) > 0.1
     assert live == pytest.approx(merged, rel=1e-4)
 
 
@@ -315,24 +317,24 @@ def test_training_continues_with_an_existing_table(base: Path, tmp_path: Path) -
     trained(base, tmp_path / "first")
     folder = tmp_path / "first" / "adapter"
     encoder_of(base).tokenizer.save_pretrained(folder)
-    had = load_file(folder / WEIGHTS)["table"]
+    had = load_file(folder / WHOLE_WORDS_FILE)["table"]
     _, _, start = trained(folder, tmp_path / "second")
     assert torch.equal(start, had)
     # Without the setting, the model's own table is kept and saved again.
     trained(folder, tmp_path / "third", words=False)
-    assert (tmp_path / "third" / "adapter" / WEIGHTS).is_file()
+    assert (tmp_path / "third" / "adapter" / WHOLE_WORDS_FILE).is_file()
 
 
 def test_no_table_without_the_setting(base: Path, tmp_path: Path) -> None:
     _, model, _ = trained(base, tmp_path, words=False)
     assert whole_word_embeddings(model) is None
-    assert not list(tmp_path.rglob(WEIGHTS))
+    assert not list(tmp_path.rglob(WHOLE_WORDS_FILE))
 
 
 def test_tables_are_seeded(base: Path) -> None:
     one, two = with_words(base), with_words(base)
     assert torch.equal(whole_word_embeddings(one).weight, whole_word_embeddings(two).weight)
-    put_on(other := load_model(str(base), section(base)), encoder_of(base), size=97, seed=1)
+    add_whole_words(other := load_model(str(base), section(base)), encoder_of(base), size=97, seed=1)
     assert not torch.equal(whole_word_embeddings(other).weight, whole_word_embeddings(one).weight)
     assert float(whole_word_embeddings(one).weight.detach().std()) == pytest.approx(1.0, abs=0.1)
 
@@ -340,7 +342,7 @@ def test_tables_are_seeded(base: Path) -> None:
 def test_rejects_decoders_and_embeddings_as_inputs(base: Path, llama_folder: Path) -> None:
     model = load_model(str(llama_folder), section(llama_folder))
     with raises(RecipeError, Facts("contradiction", column="model.whole_words", says="model.whole_words=false")):
-        attach(model, torch.zeros(3, 4), [0])
+        attach_whole_words(model, torch.zeros(3, 4), [0])
     assert whole_word_embeddings(model) is None
     with pytest.raises(ValidationError, match=r"model\.whole_words: a decoder has no encoder"):
         ModelSection(name="new", shape=ShapeSection(), whole_words=True)

@@ -17,8 +17,8 @@ import pytest
 from llmrec.baselines.factors import ALS
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.indexing import with_tokens
-from llmrec.pipeline.leaks import alignment_checks, questions, training_rows
+from llmrec.pipeline.indexing import extend_base_model
+from llmrec.pipeline.leaks import audit_alignment, audit_questions, audit_training_rows
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -135,7 +135,9 @@ def test_token_of_held_out_item_does_not_start_from_its_title(llama_folder: Path
     data = replace(session.study.data, dataset=replace(session.study.data.dataset, items=renamed))
     chosen = recipe(llama_folder)
     bases = [
-        with_tokens(str(llama_folder), chosen.model, chosen.index, index, data, tmp_path / name, seed=0, held=items)
+        extend_base_model(
+            str(llama_folder), chosen.model, chosen.index, index, data, tmp_path / name, seed=0, held=items
+        )
         for name, items in (("b", held), ("c", None))
     ]
     before, hidden, shown = rows(session.base), rows(bases[0]), rows(bases[1])
@@ -177,7 +179,7 @@ def test_tokens_can_start_from_vectors_of_a_recommender(llama_folder: Path, tmp_
 
 
 def leaking(study: Study) -> list[str]:
-    return [check.name for check in alignment_checks(study, 60) if check.verdict == "leak"]
+    return [check.name for check in audit_alignment(study, 60) if check.verdict == "leak"]
 
 
 def test_audit_finds_planted_leaks(study: Study) -> None:
@@ -213,14 +215,14 @@ def test_audit_finds_planted_leaks(study: Study) -> None:
 def test_audit_checks_questions_in_the_expected_form(study: Study) -> None:
     task: Any = study.tasks["alignment"]
     truth = {case.request.id: str(case.truth) for case in task.cases("test")}
-    assert questions(study, "alignment").verdict == "clean" and study.index is not None
+    assert audit_questions(study, "alignment").verdict == "clean" and study.index is not None
     forms: dict[bool, Any] = {True: study.index.encode, False: lambda item: study.data.dataset.items[item].title}
     for name in ("code-to-title", "text-to-code"):
 
         def hint(request: Request, template: str, name: str = name) -> str:
             return str(forms[name == "text-to-code"](truth[request.id])) if template == name else ""
 
-        check = questions(prompts_with(study, "alignment", hint), "alignment")
+        check = audit_questions(prompts_with(study, "alignment", hint), "alignment")
         assert check.verdict == "leak" and f"alignment/{name} shows the answer" in check.examples[0]
 
 
@@ -244,12 +246,12 @@ def test_alignment_keeps_its_candidates_in_catalogue_runs() -> None:
 
 def test_model_card_shows_question(done: tuple[Recipe, pipeline.Run]) -> None:
     """Cards show a prompt about invented items."""
-    from llmrec.exports.card_facts import sample_prompt
+    from llmrec.exports.card_facts import example_prompt
     from llmrec.pipeline import bundle
 
     stored = bundle.read(str(done[1].folder))
     sections = {"alignment": stored.tasks.present()["alignment"]}
-    sample = sample_prompt(sections, stored.templates, noun="products", scale=None, seed=0, index=stored.index)
+    sample = example_prompt(sections, stored.templates, noun="products", scale=None, seed=0, index=stored.index)
     assert sample.family == "alignment" and sample.candidates == ()
     (turn,) = sample.prompt.messages
     assert turn.text.startswith("Each of these products has a code.") and "<item_" in turn.text
@@ -262,14 +264,16 @@ def test_audit_checks_the_forms_of_a_template(name: str, form: str) -> None:
     study = build_study(recipe("none", f"tasks.sequential.templates=[{name}]", "tasks.alignment=null"))
     index = study.index
     assert index is not None
-    assert questions(study, "sequential").verdict == training_rows(study, "sequential", 60).verdict == "clean"
+    assert (
+        audit_questions(study, "sequential").verdict == audit_training_rows(study, "sequential", 60).verdict == "clean"
+    )
 
     def written(item: str) -> str:
         return index.encode(item) if form == "code" else study.data.dataset.items[item].title
 
     held, hint = study.data.holdouts("test")[0], Segment("item", written(study.data.holdouts("test")[0].item_id))
     shown = rows_with(study, "sequential", lambda row: replace(row, user_id=held.user_id, answer=(hint, *row.answer)))
-    assert training_rows(shown, "sequential", 60).verdict == "leak"
+    assert audit_training_rows(shown, "sequential", 60).verdict == "leak"
     truth = {case.request.id: str(case.truth) for case in study.cases("sequential")}
     shown = prompts_with(study, "sequential", lambda request, _: written(truth[request.id]))
-    assert questions(shown, "sequential").verdict == "leak"
+    assert audit_questions(shown, "sequential").verdict == "leak"

@@ -19,18 +19,18 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.baselines.popular import Popularity
 from llmrec.baselines.rating import GlobalMean
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.data.split import SplitDataset, request_id, split_dataset
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
 from llmrec.pipeline import audit, leaks
-from llmrec.pipeline.leaks import Check, _ordered, _Secrets, with_random_holdouts
-from llmrec.pipeline.study import Study, _tasks, build_study
+from llmrec.pipeline.leaks import Check, _audit_candidate_order, _HeldOutTexts, with_random_holdouts
+from llmrec.pipeline.study import Study, _build_tasks, build_study
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split
-from llmrec.report.results import read
+from llmrec.report.results import read_results
 from llmrec.tasks.fewshot import FewShotDraw, Window
-from llmrec.tasks.pool import Negatives
+from llmrec.tasks.pool import NegativeSampler
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
 from tests.facts import Facts, raises
@@ -89,7 +89,7 @@ def predictions_of(study: Study) -> pl.DataFrame:
 
 def examine(study: Study, **changes: Any) -> dict[str, Check]:
     inputs = {"results": results_of(study), "predictions": predictions_of(study)} | changes
-    return {check.name: check for check in audit.examine(study, inputs["results"], inputs["predictions"])}
+    return {check.name: check for check in audit.run_checks(study, inputs["results"], inputs["predictions"])}
 
 
 def leaking(checks: Mapping[str, Check]) -> set[str]:
@@ -99,7 +99,7 @@ def leaking(checks: Mapping[str, Check]) -> set[str]:
 def leaks_at(name: str, study: Study, **changes: Any) -> bool:
     """Run the checks up to the named one, and return whether it reports a leak."""
     inputs = {"results": results_of(study), "predictions": predictions_of(study)} | changes
-    checks = audit.examine(study, inputs["results"], inputs["predictions"])
+    checks = audit.run_checks(study, inputs["results"], inputs["predictions"])
     return next(check for check in checks if check.name == name).verdict == "leak"
 
 
@@ -189,11 +189,11 @@ def test_training_interaction_later_than_held_out_one(study: Study) -> None:
 
 
 def test_shares_of_histories_are_not_later_than_held_out_ones(study: Study) -> None:
-    data = split(study.data.dataset, Split(kind="last_share", valid=0.1, test=0.2), seed=0)
-    assert leaks.training_interactions(data).verdict == "clean"
+    data = split_dataset(study.data.dataset, Split(kind="last_share", valid=0.1, test=0.2), seed=0)
+    assert leaks.audit_training_interactions(data).verdict == "clean"
     row = data.train.filter(pl.col("user_id").is_in(data.test["user_id"].to_list()))[:1]
     late = row.with_columns(timestamp=pl.lit(data.test["timestamp"].max()) + 1)
-    check = leaks.training_interactions(replace(data, train=pl.concat([data.train, late])))
+    check = leaks.audit_training_interactions(replace(data, train=pl.concat([data.train, late])))
     assert check.verdict == "leak" and "later than a held-out interaction" in check.examples[0]
 
 
@@ -242,8 +242,8 @@ def test_repeated_sentence_is_no_secret(last: str, secret: bool) -> None:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "text"], orient="row")
     frame = frame.with_columns(rating=pl.lit(None, pl.Float64))
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"Thing {n}") for n in range(6)}
-    data = split(Dataset(name="same", noun="things", interactions=frame, items=items), Split(), seed=0)
-    assert (last in _Secrets(data).texts["u"]) == secret
+    data = split_dataset(Dataset(name="same", noun="things", interactions=frame, items=items), Split(), seed=0)
+    assert (last in _HeldOutTexts(data).texts["u"]) == secret
 
 
 def test_few_shot_example_has_held_out_pair(study: Study) -> None:
@@ -313,12 +313,12 @@ def test_order_of_equally_popular_candidates_is_clean(study: Study) -> None:
     train = pl.DataFrame({"item_id": [*items, *items[:2] * 9]})
     data: Any = SimpleNamespace(train=train, dataset=study.data.dataset)
     sets = {str(n): tuple(rng.sample(items, 20)) for n in range(400)}
-    assert _ordered(replace(study, data=data), sets).verdict == "clean"
+    assert _audit_candidate_order(replace(study, data=data), sets).verdict == "clean"
     # Random pairs of sets can agree.
     pairs = ({name: sets[name] for name in (str(n), str(n + 1))} for n in range(0, 400, 2))
-    assert all(_ordered(replace(study, data=data), pair).verdict == "clean" for pair in pairs)
+    assert all(_audit_candidate_order(replace(study, data=data), pair).verdict == "clean" for pair in pairs)
     by_count = {name: tuple(sorted(them, key=items[:2].count)) for name, them in sets.items()}
-    assert _ordered(replace(study, data=data), by_count).verdict == "leak"
+    assert _audit_candidate_order(replace(study, data=data), by_count).verdict == "leak"
 
 
 def test_candidate_sets_reveal_target(study: Study) -> None:
@@ -359,22 +359,22 @@ def test_baseline_learned_from_held_out_interactions(
         honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
 
     monkeypatch.setattr(kind, "fit", fit)
-    assert leaks.baselines(study).verdict == "leak"
-    monkeypatch.setattr(leaks, "fitted", _stored_fit)
-    assert leaks.baselines(study).verdict == "leak"
+    assert leaks.audit_baselines(study).verdict == "leak"
+    monkeypatch.setattr(leaks, "fit_baseline", _stored_fit)
+    assert leaks.audit_baselines(study).verdict == "leak"
 
 
 def _stored_fit(name: str, parameters: Mapping[str, Any], data: SplitDataset, *, seed: int) -> Any:
     """Return a stored fit whose answers differ from those of a new fit."""
-    model = leaks.make(name, parameters, seed=seed)
+    model = leaks.create_baseline(name, parameters, seed=seed)
     model.fit(replace(data, train=data.train.tail(10)))
     model.recalled = 1.0
     return model
 
 
 def test_stored_fit_with_other_answers_is_no_leak(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "fitted", _stored_fit)
-    assert leaks.baselines(study).verdict == "clean"
+    monkeypatch.setattr(leaks, "fit_baseline", _stored_fit)
+    assert leaks.audit_baselines(study).verdict == "clean"
 
 
 # --------------------------------------------------------------------------- dependence on held-out interactions
@@ -392,15 +392,15 @@ def rebuilt(*changes: str) -> Study:
 
 def test_negatives_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that never show a held-out item reveal the held-out items."""
-    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    monkeypatch.setattr("llmrec.tasks.direct.NegativeSampler", Knowing)
     knowing = rebuilt("eval.arms=[zero-shot, few-shot]", "eval.debias=measured")
     checks = examine(knowing)
     assert leaking(checks) == {DRAWN, SHOTS, VALID, POSITIONS}
     assert checks["training rows of direct"].verdict == "clean"
     # New held-out items are drawn among the negatives of rows, so few rows are enough.
-    assert leaks.rows_drawn_again(knowing, "direct", 2).verdict == "leak"
+    assert leaks.audit_training_row_independence(knowing, "direct", 2).verdict == "leak"
     for family in ("sequential", "rating", "explanation"):
-        assert leaks.rows_drawn_again(knowing, family, ROWS).verdict == "clean"
+        assert leaks.audit_training_row_independence(knowing, family, ROWS).verdict == "clean"
 
 
 def test_no_answers_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +409,7 @@ def test_no_answers_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> Non
     changes = (yes_no, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
     plain = built(*changes)
     assert not leaks_at(DRAWN, plain) and not leaks_at(SHOTS, plain)
-    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    monkeypatch.setattr("llmrec.tasks.direct.NegativeSampler", Knowing)
     assert {DRAWN, SHOTS} <= leaking(examine(built(*changes)))
 
 
@@ -432,15 +432,15 @@ def test_packed_rows_depend_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_popular_negatives_count_held_out_interactions(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Counting(Negatives):
+    class Counting(NegativeSampler):
         def __init__(self, data: SplitDataset, kind: Any) -> None:
             super().__init__(data, kind)
             self._bag = sorted([*self._bag, *data.dataset.interactions["item_id"].to_list()])
 
     popular = "eval.candidates.kind=popularity"
-    assert leaks.rows_drawn_again(rebuilt(popular), "direct", ROWS).verdict == "clean"
-    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Counting)
-    assert leaks.rows_drawn_again(rebuilt(popular), "direct", ROWS).verdict == "leak"
+    assert leaks.audit_training_row_independence(rebuilt(popular), "direct", ROWS).verdict == "clean"
+    monkeypatch.setattr("llmrec.tasks.direct.NegativeSampler", Counting)
+    assert leaks.audit_training_row_independence(rebuilt(popular), "direct", ROWS).verdict == "leak"
 
 
 def test_order_of_training_rows_depends_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,18 +453,21 @@ def test_order_of_training_rows_depends_on_held_out_items(monkeypatch: pytest.Mo
         yield from sorted(rows, key=lambda row: str(last.get(row.user_id, "")))
 
     monkeypatch.setattr(SequentialTask, "examples", examples)
-    assert leaks.rows_drawn_again(rebuilt(), "sequential", ROWS).verdict == "leak"
+    assert leaks.audit_training_row_independence(rebuilt(), "sequential", ROWS).verdict == "leak"
 
 
 def test_second_table_with_other_items_is_clean(study: Study) -> None:
     data = study.data
     items = {f"other {item}": replace(entry, item_id=f"other {item}") for item, entry in data.dataset.items.items()}
     frame = data.dataset.interactions.with_columns(pl.concat_str(pl.lit("other "), "item_id").alias("item_id"))
-    renamed = split(replace(data.dataset, name="other", interactions=frame, items=items), Split(), seed=0)
+    renamed = split_dataset(replace(data.dataset, name="other", interactions=frame, items=items), Split(), seed=0)
     both = replace(study, reviews=renamed)
     assert both.task_data("explanation").dataset.items is items
     for family in study.tasks:
-        assert leaks.rows_drawn_again(replace(both, tasks=_tasks(both, 0)), family, 20).verdict == "clean"
+        assert (
+            leaks.audit_training_row_independence(replace(both, tasks=_build_tasks(both, 0)), family, 20).verdict
+            == "clean"
+        )
 
 
 def drawn_held_out(study: Study) -> tuple[int, Example, str]:
@@ -484,7 +487,7 @@ def test_held_out_item_may_only_be_a_negative(study: Study) -> None:
     twice = replace(turn, segments=(*turn.segments, name))
 
     def checked(changed: Example) -> Check:
-        return leaks.training_rows(rows_with(study, "direct", lambda _: changed, index), "direct", index + 1)
+        return leaks.audit_training_rows(rows_with(study, "direct", lambda _: changed, index), "direct", index + 1)
 
     assert checked(row).verdict == "clean"
     shown = f"user {row.user_id}, title of held-out item {item}"
@@ -508,7 +511,7 @@ def test_text_about_held_out_negative_is_a_leak(study: Study) -> None:
     quoted = (*row.messages, Message("user", (Segment("item", f"Earlier: {text}"),)))
     changed = replace(study, data=replace(data, valid=valid, test=test))
     changed = rows_with(changed, "direct", lambda row: replace(row, messages=quoted), index)
-    check = leaks.training_rows(changed, "direct", index + 1)
+    check = leaks.audit_training_rows(changed, "direct", index + 1)
     assert check.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
 
 
@@ -525,7 +528,7 @@ def test_template_may_name_a_negative_twice(study: Study) -> None:
             id="r", user_id=user, task="direct", template=template.id, messages=(turn,), ends_turn=True,
             answer=(Segment("target", "No"),), negatives=(item,),
         )  # fmt: skip
-        return list(leaks._revealed(row, leaks._Secrets(study.data), template))
+        return list(leaks._held_out_mentions(row, leaks._HeldOutTexts(study.data), template))
 
     assert repeated(2) == [] and len(repeated(3)) == 1
 
@@ -540,7 +543,7 @@ def test_rejected_item_in_a_question_is_a_leak(study: Study) -> None:
             id="r", user_id=user, task="sequential", template=template.id, messages=(message,), ends_turn=False,
             answer=(Segment("target", "x"),), negatives=(item,), rejected=rejected,
         )  # fmt: skip
-        return list(leaks._revealed(row, leaks._Secrets(study.data), template))
+        return list(leaks._held_out_mentions(row, leaks._HeldOutTexts(study.data), template))
 
     plain = Message("user", (Segment("text", "What next?"),))
     assert revealed(plain, f"{name}\n") == [] and len(revealed(shown, f"{name}\n")) == 1
@@ -585,13 +588,13 @@ def sequences(numbering: str) -> SplitDataset:
     words = ["quiet", "amber", "north", "velvet", "copper", "silent", "hollow", "winter", "crimson", "paper"]
     titles = {name: " ".join(words[int(digit)] for digit in name) for name in names.values()}
     catalogue = {name: Item(item_id=name, title=title) for name, title in titles.items()}
-    return split(Dataset("numbered", "items", pl.DataFrame(events), catalogue), Split(), seed=0)
+    return split_dataset(Dataset("numbered", "items", pl.DataFrame(events), catalogue), Split(), seed=0)
 
 
 def test_id_probe_finds_numbers_that_follow_histories() -> None:
-    leaky = audit.id_arithmetic(sequences("histories"), "test")
+    leaky = audit.audit_id_arithmetic(sequences("histories"), "test")
     assert leaky.figures["HR@5"] > 0.5 and leaky.figures["chance"] < 0.05
-    drawn = audit.id_arithmetic(sequences("drawn"), "test")
+    drawn = audit.audit_id_arithmetic(sequences("drawn"), "test")
     assert abs(drawn.figures["HR@5"] - drawn.figures["chance"]) < 0.02
 
 
@@ -602,7 +605,7 @@ def test_planted_duplicates_are_found() -> None:
     near = [(100 + n, 1600 + n) for n in range(100)]
     sets += [sets[a] for a, _ in exact]
     sets += [frozenset([*sorted(sets[a])[1:], f"other {a}"]) for a, _ in near]
-    similarities = {(a, b): similarity for a, b, similarity in audit.near_duplicates(sets, 0.9)}
+    similarities = {(a, b): similarity for a, b, similarity in audit.find_near_duplicates(sets, 0.9)}
     assert sum(pair in similarities for pair in exact) >= 99
     assert sum(pair in similarities for pair in near) >= 90
     assert similarities.keys() <= {*exact, *near}
@@ -618,7 +621,7 @@ def test_near_equal_titles_are_reported(study: Study) -> None:
     items[first] = replace(items[first], title="The Remarkable Kettle of Stainless Steel, 2 litres")
     items[second] = replace(items[second], title="The Remarkable Kettle of Stainless Steel 3 litres")
     items[third] = replace(items[third], title="the remarkable kettle of stainless steel 2 litres")
-    check = audit.duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
+    check = audit.audit_duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
     assert check.verdict == "notice"
     assert check.figures["equal"] >= 2 and check.figures["near_pairs"] >= 1
 
@@ -632,7 +635,7 @@ def test_twin_with_held_out_item_is_reported(study: Study) -> None:
     train = pl.concat([plain[0], twin[0], twin[2]])
     every = pl.concat([train, *plain[1:]])
     planted = replace(data, train=train, dataset=replace(data.dataset, interactions=every))
-    check = audit.duplicate_users(planted, "test", threshold=0.8)
+    check = audit.audit_duplicate_users(planted, "test", threshold=0.8)
     assert any(user in line and "twin" in line for line in check.examples), item
 
 
@@ -646,10 +649,10 @@ def test_memorisation_probe_detects_recited_titles() -> None:
         head = text.rsplit("\n", 1)[-1].removesuffix("|").strip()
         return by_head[head].title.removeprefix(head)
 
-    knowing = audit.memorisation(FakeBackend(complete=recite), alone, seed=0)
+    knowing = audit.audit_memorisation(FakeBackend(complete=recite), alone, seed=0)
     assert knowing.figures["completed"] > 0.5 and knowing.verdict == "notice"
     assert knowing.figures["control"] < 0.1
-    ignorant = audit.memorisation(FakeBackend(complete=lambda text: "no idea"), alone, seed=0)
+    ignorant = audit.audit_memorisation(FakeBackend(complete=lambda text: "no idea"), alone, seed=0)
     assert ignorant.figures["completed"] <= 0.01 and ignorant.verdict == "clean"
 
 
@@ -659,8 +662,10 @@ def test_memorisation_probe_detects_recited_titles() -> None:
 def test_memorisation_probe_uses_device_of_recipe(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[Any] = []
     monkeypatch.setattr("llmrec.models.load.device", lambda section: "meta")
-    monkeypatch.setattr(audit, "memorisation", lambda backend, data, seed: devices.append(backend.model.device.type))
-    audit._memory(study)
+    monkeypatch.setattr(
+        audit, "audit_memorisation", lambda backend, data, seed: devices.append(backend.model.device.type)
+    )
+    audit._run_memorisation_probe(study)
     assert devices == ["meta"]
 
 
@@ -671,7 +676,7 @@ def test_results_of_leaking_run_cannot_be_read(tmp_path: Path) -> None:
         LlmrecError,
         Facts("leak", "audit.json", says=("this run leaks held-out data", "candidates: 3 in 10 sets", "a|b")),
     ):
-        read(tmp_path)
+        read_results(tmp_path)
 
 
 def test_unfinished_run_cannot_be_audited(tmp_path: Path) -> None:

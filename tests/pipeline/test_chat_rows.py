@@ -15,11 +15,11 @@ from llmrec.backends.encode import Encoder
 from llmrec.cli.main import app
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models.load import load_tokenizer
-from llmrec.pipeline.conversations import WrittenConversations, write
+from llmrec.pipeline.conversations import WrittenConversations, write_conversations
 from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
-from llmrec.train.steps import Plan
+from llmrec.train.steps import TrainingPlan
 from tests.facts import Facts, raises
 from tests.models.test_model_kinds import paired
 
@@ -27,13 +27,13 @@ RECIPE = "recipes/movielens-100k/four-tasks.yaml"
 STEPS = ["data={source: made-reviews, noun: products}", "reviews=null", "train.steps=12", "train.batch_tokens=768"]
 
 
-Rows = tuple[WrittenConversations, list[Any], Plan, Encoder]
+Rows = tuple[WrittenConversations, list[Any], TrainingPlan, Encoder]
 
 
 def written(folder: Path, file: Path, *changes: str) -> Rows:
     """Write a file, and return its summary, its messages, and the training plan of the same recipe."""
     study = build_study(load_recipe(RECIPE, [f"model.name={folder}", *STEPS, *changes]))
-    summary = write(study, file)
+    summary = write_conversations(study, file)
     messages = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
     encoder = encoder_of(study, str(folder))
     return summary, messages, plan_training(study, encoder), encoder
@@ -104,14 +104,14 @@ def test_rejects_rows_that_are_no_conversations(
 ) -> None:
     study = build_study(load_recipe(RECIPE, [f"model.name={llama_folder}", *STEPS, *changes]))
     with raises(RecipeError, Facts("unsupported", column=key)):
-        write(study, tmp_path / "rows.jsonl")
+        write_conversations(study, tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_rejects_encoder_decoder_and_existing_file(llama_folder: Path, tmp_path: Path) -> None:
     study = build_study(load_recipe(RECIPE, [f"model.name={paired('t5', tmp_path)}", *STEPS]))
     with raises(RecipeError, Facts("unsupported", column="model.name")):
-        write(study, tmp_path / "rows.jsonl")
+        write_conversations(study, tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_text("mine", encoding="utf-8")
     command = ["prompts", RECIPE, f"model.name={llama_folder}", *STEPS, "--chat", f"{tmp_path}/rows.jsonl"]
     result = CliRunner().invoke(app, command)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from llmrec.answer.rank.run import rank_file
-from llmrec.durable import replacing, write_text
+from llmrec.durable import replace_atomically, write_text
 from llmrec.errors import LlmrecError
-from llmrec.exports.files import placing
+from llmrec.exports.files import replacing_folder
 from llmrec.index.table import ItemIndex
-from llmrec.pipeline.index_report import _holds_more
-from llmrec.pipeline.resume import LOCK, RUN, locked
+from llmrec.pipeline.index_report import _has_foreign_files
+from llmrec.pipeline.resume import LOCK_FILE, RUN_FILES, lock_folder
 from llmrec.report import page
 from tests.answer.rank_cases import jsonl, options, records
 from tests.facts import Facts, raises
@@ -58,51 +58,51 @@ def test_keeps_file_added_to_parts_folder(ranking, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(rank_files, "write_lists", late)
     rank_file(ranking())
     assert mine.read_text() == "mine"
-    assert {path.name for path in mine.parent.iterdir()} == {"mine.txt", LOCK}
+    assert {path.name for path in mine.parent.iterdir()} == {"mine.txt", LOCK_FILE}
 
 
 def test_rejects_symlinked_lock(tmp_path: Path) -> None:
     precious, run = tmp_path / "precious", tmp_path / "run"
     precious.write_text("precious")
     run.mkdir()
-    (run / LOCK).symlink_to(precious)
-    with raises(LlmrecError, Facts("unsafe", run / LOCK)), locked(run):
+    (run / LOCK_FILE).symlink_to(precious)
+    with raises(LlmrecError, Facts("unsafe", run / LOCK_FILE)), lock_folder(run):
         pass
     assert precious.read_text() == "precious"
 
 
 def test_keeps_content_of_foreign_lock(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text("mine")
-    with raises(LlmrecError, Facts("exists", tmp_path, says=LOCK)), locked(tmp_path, RUN):
+    (tmp_path / LOCK_FILE).write_text("mine")
+    with raises(LlmrecError, Facts("exists", tmp_path, says=LOCK_FILE)), lock_folder(tmp_path, RUN_FILES):
         pass
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
-    assert (tmp_path / LOCK).read_text() == "mine"
+    assert (tmp_path / LOCK_FILE).read_text() == "mine"
 
 
 def test_run_does_not_use_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("mine")
-    with raises(LlmrecError, Facts("exists", tmp_path, says="adapter")), locked(tmp_path, RUN):
+    with raises(LlmrecError, Facts("exists", tmp_path, says="adapter")), lock_folder(tmp_path, RUN_FILES):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
 def test_run_continues_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    with locked(folder, RUN):
+    with lock_folder(folder, RUN_FILES):
         (folder / "adapter").mkdir()
-    with locked(folder, RUN):
-        assert (folder / "adapter").is_dir() and (folder / LOCK).read_text()
+    with lock_folder(folder, RUN_FILES):
+        assert (folder / "adapter").is_dir() and (folder / LOCK_FILE).read_text()
 
 
 @pytest.mark.parametrize("name", ["merged", "results.json"])
 def test_rejects_link_with_name_of_run_file(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    with locked(run, RUN):
+    with lock_folder(run, RUN_FILES):
         pass
     (run / name).symlink_to(tmp_path / "elsewhere")
-    with raises(LlmrecError, Facts("unsafe", run / name)), locked(run, RUN):
+    with raises(LlmrecError, Facts("unsafe", run / name)), lock_folder(run, RUN_FILES):
         pass
 
 
@@ -113,7 +113,7 @@ def test_report_is_not_written_through_link(tmp_path: Path) -> None:
     (elsewhere / "index.html").write_text("mine")
     (run / "report").symlink_to(elsewhere)
     with raises(LlmrecError, Facts("unsafe", run / "report")):
-        page._refuse(run, ())
+        page._write_leak_pages(run, ())
     assert (elsewhere / "index.html").read_text() == "mine"
 
 
@@ -128,7 +128,7 @@ def test_draft_keeps_foreign_folder(tmp_path: Path) -> None:
 def test_folder_does_not_replace_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "merged").symlink_to(tmp_path / "elsewhere")
-    with raises(LlmrecError, Facts("unsafe", tmp_path / "merged")), replacing(tmp_path / "merged") as draft:
+    with raises(LlmrecError, Facts("unsafe", tmp_path / "merged")), replace_atomically(tmp_path / "merged") as draft:
         draft.mkdir()
     assert (tmp_path / "merged").is_symlink()
 
@@ -137,7 +137,7 @@ def test_export_keeps_foreign_folder(tmp_path: Path) -> None:
     process = next(number for number in range(4_000_000, 5_000_000) if not Path(f"/proc/{number}").exists())
     mine = tmp_path / f"model.old-{process}"
     mine.mkdir()
-    with placing(tmp_path / "model", force=False) as draft:
+    with replacing_folder(tmp_path / "model", force=False) as draft:
         (draft / "x").touch()
     assert mine.is_dir()
 
@@ -145,12 +145,12 @@ def test_export_keeps_foreign_folder(tmp_path: Path) -> None:
 def test_index_replaces_only_an_index(tmp_path: Path) -> None:
     folder = tmp_path / "index"
     ItemIndex("title", {}).save(folder)
-    assert not _holds_more(folder)
+    assert not _has_foreign_files(folder)
     (folder / "mine.txt").touch()
-    assert _holds_more(folder)
+    assert _has_foreign_files(folder)
     (folder / "mine.txt").unlink()
     (folder / "index.json").write_text("{}")
-    assert _holds_more(folder)
+    assert _has_foreign_files(folder)
 
 
 def test_file_does_not_replace_folder(tmp_path: Path) -> None:

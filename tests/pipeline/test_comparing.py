@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from llmrec.errors import RecipeError
-from llmrec.evaluate.figures import statistic_of
-from llmrec.metrics.significance import holm
-from llmrec.pipeline.comparing import compare_rows, planned_of, refuse_unknown
+from llmrec.evaluate.figures import metric_statistic
+from llmrec.metrics.significance import holm_p_values
+from llmrec.pipeline.comparing import check_planned_models, compare_rows, planned_comparisons
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.row_specs import RowSpec, specs_of
+from llmrec.pipeline.row_specs import RowSpec, specs_for_arm
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.results import Comparison, FusionWeights, Metric, PartWeight, Prediction, Row
@@ -33,7 +33,7 @@ def study(*more: str) -> Study:
 
 def rows_of(built: Study, levels: dict[str, float]) -> list[ResultRow]:
     """Return a row for each specification; its level is that of the first matching prefix of its id."""
-    specs = [spec for arm in ("baseline", "zero-shot", "few-shot", "tuned") for spec in specs_of(built, arm)]
+    specs = [spec for arm in ("baseline", "zero-shot", "few-shot", "tuned") for spec in specs_for_arm(built, arm)]
     return [_row(built, spec, next((v for k, v in levels.items() if spec.id.startswith(k)), 0.5)) for spec in specs]
 
 
@@ -41,7 +41,7 @@ def _row(built: Study, spec: RowSpec, level: float) -> ResultRow:
     metric = family_of(spec.family).headline_at(built.recipe.eval.cutoffs)
     rng = np.random.default_rng(sum(map(ord, spec.id)))
     values = np.abs(level + rng.normal(0, 0.05, USERS))
-    value = float(values.mean() if statistic_of(metric) == "mean" else np.sqrt(values.mean()))
+    value = float(values.mean() if metric_statistic(metric) == "mean" else np.sqrt(values.mean()))
     figures = Row(
         id=spec.id, task=spec.family, arm=spec.arm, predictor=spec.predictor, n=USERS, engine="x",
         template=spec.template.id if spec.template else None, metrics={metric: Metric(value=value, signature="x")},
@@ -67,7 +67,7 @@ def built() -> Study:
 
 def test_tuned_rows_are_compared_with_untuned_and_best_control(built: Study) -> None:
     levels = {"sequential/baseline/markov": 0.9, "rating/baseline/user-item-bias": 0.2}
-    pairs = [(pair.a.figures.id, pair.b.figures.id) for pair in planned_of(built, rows_of(built, levels))]
+    pairs = [(pair.a.figures.id, pair.b.figures.id) for pair in planned_comparisons(built, rows_of(built, levels))]
     first = {family: tuned.replace("/tuned/", "/zero-shot/") for family, tuned in TUNED.items()}
     assert {pair for pair in pairs if "zero-shot" in pair[1]} == {(TUNED[name], first[name]) for name in TUNED}
     rivals = {b for _, b in pairs if "/baseline/" in b}
@@ -81,7 +81,7 @@ def test_only_planned_comparisons_have_p_values(built: Study) -> None:
     planned = with_verdict(comparisons)
     assert len(planned) == 4 and comparisons[: len(planned)] == list(planned.values())
     raw = [entry.p_raw for entry in planned.values()]
-    assert [entry.p for entry in planned.values()] == holm([p for p in raw if p is not None])
+    assert [entry.p for entry in planned.values()] == holm_p_values([p for p in raw if p is not None])
     for entry in planned.values():
         assert entry.low is not None and entry.high is not None and entry.p is not None
         assert (entry.low <= 0 <= entry.high) == (entry.p > 0.05) == (entry.verdict == "not shown")
@@ -112,7 +112,7 @@ def test_recipe_plans_other_pairs() -> None:
     pairs = [["rating/few-shot/parsed/list-ratings", "rating/best-baseline"]]
     pairs += [[TUNED["sequential"], "sequential/baseline/popularity"]]
     planned = study(f"eval.planned={pairs}".replace("'", '"'))
-    refuse_unknown(planned)
+    check_planned_models(planned)
     rows = rows_of(planned, {"rating/baseline/user-mean": 0.1, "sequential/tuned": 0.9})
     comparisons, _ = compare_rows(planned, rows)
     assert set(with_verdict(comparisons)) == {
@@ -137,11 +137,11 @@ def test_recipe_plans_other_pairs() -> None:
 )
 def test_rejects_comparison_of_unknown_rows(pair: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        refuse_unknown(study(f"eval.planned=[{pair}]".replace("'", '"')))
+        check_planned_models(study(f"eval.planned=[{pair}]".replace("'", '"')))
 
 
 def test_nothing_is_planned_without_tuned_rows(built: Study) -> None:
     rows = [row for row in rows_of(built, {}) if row.figures.arm != "tuned"]
-    assert list(planned_of(built, rows)) == []
+    assert list(planned_comparisons(built, rows)) == []
     comparisons, _ = compare_rows(built, rows)
     assert comparisons and not with_verdict(comparisons)

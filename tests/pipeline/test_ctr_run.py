@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.backends.cache import _sum
+from llmrec.backends.cache import _row_checksum
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.leaks import training_rows
+from llmrec.pipeline.leaks import audit_training_rows
 from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.pipeline.study import build_study
@@ -89,13 +89,13 @@ def test_training_uses_two_rows_of_each_class(done: tuple[Recipe, pipeline.Run])
     texts = Counter(segment.text for row in set(rows) for segment in row.answer)
     assert texts == {"Yes": 2, "No": 2}
     assert not {pair for row in rows for pair in row.pairs} & study.data.held_out
-    assert training_rows(study, "ctr", 40).verdict == "clean"
+    assert audit_training_rows(study, "ctr", 40).verdict == "clean"
     assert done[1].results["training"]["rows"]["ctr"] > 4
 
     held = study.data.holdouts("test")[0]
     pair = held.user_id, held.item_id
     leaking = rows_with(study, "ctr", lambda row: replace(row, pairs=(pair, *row.pairs)), row=None)
-    assert training_rows(leaking, "ctr", 8).verdict == "leak"
+    assert audit_training_rows(leaking, "ctr", 8).verdict == "leak"
 
 
 def test_report_shows_the_task(done: tuple[Recipe, pipeline.Run]) -> None:
@@ -169,7 +169,7 @@ def test_resumed_row_has_the_cost_of_its_cases(calibrated: pipeline.Run, llama_f
     with closing(sqlite3.connect(tmp_path / "r" / "answers.sqlite")) as store, store:
         for key, value in store.execute("SELECT key, value FROM answers").fetchall():
             slow = json.dumps({**json.loads(value), "seconds": 100.0})
-            store.execute("UPDATE answers SET value = ?, sum = ? WHERE key = ?", (slow, _sum(key, slow), key))
+            store.execute("UPDATE answers SET value = ?, sum = ? WHERE key = ?", (slow, _row_checksum(key, slow), key))
     shutil.rmtree(tmp_path / "r" / "rows")
     rows = pipeline.run(recipe(llama_folder, *CALIBRATED), tmp_path / "r", quiet=True).results["rows"]
     row = next(row for row in rows if row["id"] == "ctr/zero-shot/yes-no/by-taste")

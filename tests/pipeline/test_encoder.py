@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 from llmrec.baselines.content import Content
 from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
-from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.parameters import input_hashes
 from llmrec.data.split import SplitDataset
-from llmrec.ensembles.members import reads_of
+from llmrec.ensembles.members import baseline_reads
 from llmrec.errors import DataError, LlmrecError
 from llmrec.models.text_encoder import TUNING_RECORD_FILE, encode_texts, text_embedder
 from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.row_specs import RowSpec
-from llmrec.pipeline.study import build_study, load_split, vectors_of
+from llmrec.pipeline.study import build_study, lazy_item_vectors, load_split
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import DataSection
 from tests.encoders import tiny_encoder
@@ -79,15 +79,25 @@ def test_tuned_folder_records_its_training(table: Path, tuned: Path) -> None:
 
 
 def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
-    assert reads_of("content", {"encoder": str(tuned)}) == "language model"
-    assert reads_of("content", {"encoder": tiny_encoder()}) == reads_of("content", {}) == "texts"
-    assert reads_of("popularity", {}) == reads_of("dcn", {}) == reads_of("dcn", {"align": {"longer": True}}) == "events"
+    assert baseline_reads("content", {"encoder": str(tuned)}) == "language model"
+    assert baseline_reads("content", {"encoder": tiny_encoder()}) == baseline_reads("content", {}) == "texts"
     assert (
-        reads_of("dcn", {"align": {"encoder": "lsa"}}) == reads_of("dcn", {"align": {"encoder": "chance"}}) == "texts"
+        baseline_reads("popularity", {})
+        == baseline_reads("dcn", {})
+        == baseline_reads("dcn", {"align": {"longer": True}})
+        == "events"
     )
-    assert reads_of("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
+    assert (
+        baseline_reads("dcn", {"align": {"encoder": "lsa"}})
+        == baseline_reads("dcn", {"align": {"encoder": "chance"}})
+        == "texts"
+    )
+    assert baseline_reads("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
     # Its joint layers are pretrained and then tuned.
-    assert (reads_of("late-interaction", {}), reads_of("late-interaction", {"joint": 0})) == ("language model", "texts")
+    assert (baseline_reads("late-interaction", {}), baseline_reads("late-interaction", {"joint": 0})) == (
+        "language model",
+        "texts",
+    )
 
 
 def test_changed_encoder_changes_row_keys(table: Path, tuned: Path, tmp_path: Path) -> None:
@@ -108,8 +118,8 @@ def test_changed_encoder_changes_row_keys(table: Path, tuned: Path, tmp_path: Pa
     tensors[min(tensors)] = tensors[min(tensors)] + 1
     save_file(tensors, weights, metadata={"format": "pt"})
     assert [one == other for one, other in zip(before, keys(), strict=True)] == [True] * 4 + [False]
-    assert hashes_of("content", {"encoder": str(folder)}) != hashes_of("content", {"encoder": str(tuned)})
-    assert hashes_of("popularity", {}) == hashes_of("content", {"encoder": str(tmp_path / "none")}) == {}
+    assert input_hashes("content", {"encoder": str(folder)}) != input_hashes("content", {"encoder": str(tuned)})
+    assert input_hashes("popularity", {}) == input_hashes("content", {"encoder": str(tmp_path / "none")}) == {}
 
 
 def test_vectors_follow_changes_of_the_folder(tuned: Path, tmp_path: Path) -> None:
@@ -136,9 +146,9 @@ def test_rejects_tuned_encoder_with_other_split(table: Path, tuned: Path) -> Non
         assert len(model.items) == 24
         with raises(DataError, Facts("leak", str(tuned), column="encoder")):
             model.fit(other)
-    vectors_of(same.dataset.items, str(tuned), same).of(["00"])
+    lazy_item_vectors(same.dataset.items, str(tuned), same).of(["00"])
     with raises(DataError, Facts("leak", str(tuned), column="encoder")):
-        vectors_of(other.dataset.items, str(tuned), other).of(["00"])
+        lazy_item_vectors(other.dataset.items, str(tuned), other).of(["00"])
 
 
 def test_tuning_replaces_its_folder_but_no_foreign_files(table: Path, tuned: Path, tmp_path: Path) -> None:

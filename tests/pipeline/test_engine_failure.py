@@ -23,8 +23,8 @@ from llmrec.pipeline import run as pipeline
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS
-from llmrec.registry import lookup as looked_up
-from llmrec.report.results import results_of
+from llmrec.registry import import_component as looked_up
+from llmrec.report.results import parse_results
 from llmrec.report.table import csv_text
 from llmrec.types import Prompt, Scores
 from tests.answer.rank_cases import items_csv, jsonl, lines, options, records
@@ -85,14 +85,14 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Return a function that replaces vLLM by a class."""
     for module in ("llmrec.pipeline.engines", "llmrec.pipeline.preflight", "llmrec.answer.checks"):
         monkeypatch.setattr(f"{module}.installed", lambda name: True)
-    monkeypatch.setattr(engines, "versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
+    monkeypatch.setattr(engines, "package_versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
     Failing.starts = 0
 
     def use(kind: type[FakeBackend]) -> None:
         def lookup(table: Any, name: str, what: str) -> Any:
             return kind if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
 
-        monkeypatch.setattr(engines, "lookup", lookup)
+        monkeypatch.setattr(engines, "import_component", lookup)
 
     return use
 
@@ -175,7 +175,7 @@ def test_rows_of_requested_engine_are_marked_and_completed_later(use: Use, page:
     report = {file.suffix: file.read_text("utf-8") for file in (folder / "report").iterdir()}
     for text in report.values():
         assert text.count("not evaluated") >= len(missing)
-    assert len(csv_text(results_of(results)).splitlines()) == len(report[".csv"].splitlines())
+    assert len(csv_text(parse_results(results)).splitlines()) == len(report[".csv"].splitlines())
     use(Working)
     done = pipeline.run(chosen, folder, quiet=True)
     assert "unevaluated" not in done.results

@@ -14,11 +14,11 @@ import pytest
 from pydantic import BaseModel
 
 from llmrec.data.split import SplitDataset
-from llmrec.fingerprint import Affects, Stage, code_digest, declared, fingerprint, settings
+from llmrec.fingerprint import Affects, Stage, affected_stages, code_digest, fingerprint, stage_settings
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import StageTimer
-from llmrec.pipeline.row_specs import specs_of
+from llmrec.pipeline.row_specs import specs_for_arm
 from llmrec.pipeline.study import build_study, load_split
 from llmrec.pipeline.training import training_key
 from llmrec.prompts.template import load_templates
@@ -165,7 +165,7 @@ BEHIND: Mapping[Stage, frozenset[Stage]] = {
 def listed(section: type[BaseModel], at: str = "", stages: Any = ()) -> Iterator[tuple[str, Any, frozenset[Stage]]]:
     """Yield the dotted key of every setting, its annotation, and the stages that it is declared to affect."""
     for name, field in section.model_fields.items():
-        key, affected = f"{at}{name}", frozenset(declared(section, name, stages))
+        key, affected = f"{at}{name}", frozenset(affected_stages(section, name, stages))
         kinds = [each for each in (field.annotation, *get_args(field.annotation)) if isinstance(each, type)]
         nested = [each for each in kinds if issubclass(each, BaseModel) and each is not BaselineSection]
         if nested:
@@ -237,16 +237,16 @@ def observed(recipe: Recipe, folder: str) -> dict[str, Any]:
     study = build_study(recipe, SPLITS[loaded])
     evaluation = Evaluation(study, None, Path(folder), StageTimer(quiet=True), quiet=True)
     arms = ("baseline", *recipe.eval.arms)
-    specs = [spec for arm in arms for spec in specs_of(study, cast("Arm", arm))]
+    specs = [spec for arm in arms for spec in specs_for_arm(study, cast("Arm", arm))]
     tokenizer: Any = SimpleNamespace(digest="t", max_length=recipe.model.max_length)
     engines = Engines(recipe.model, recipe.eval, tokenizer, recipe.seed, StageTimer(quiet=True), None)
     chosen = [engines.engine_for(name, folder) for name in ("text", "likelihood")]
     return {
         "index": [
             replace(study.index, users={}, writes_ids=False).digest if study.index else None,
-            settings(recipe.index, "index") if recipe.index else None,
+            stage_settings(recipe.index, "index") if recipe.index else None,
         ],
-        "tokens": settings(recipe, "tokens"),
+        "tokens": stage_settings(recipe, "tokens"),
         "train": training_key(study, folder),
         "rows": frozenset(spec.id for spec in specs),
         "evaluate": {spec.id: evaluation.key(spec, "e", None) for spec in specs if not spec.joins},
@@ -254,7 +254,7 @@ def observed(recipe: Recipe, folder: str) -> dict[str, Any]:
             *chosen,
             *(engines.identity(name, "w") for name in ("hf", "vllm", *(["openai"] if recipe.eval.server else []))),
         ],
-        "augment": settings(recipe, "augment"),
+        "augment": stage_settings(recipe, "augment"),
     }
 
 
@@ -315,17 +315,17 @@ def test_setting_changes_its_declared_stages_only(
 
 def test_optional_setting_enters_only_if_changed() -> None:
     keys = {"optim", "use_liger_kernel", "torch_compile"}
-    assert not keys & set(settings(Recipe.model_validate(BASE).train, "train", inherited=["train"]))
+    assert not keys & set(stage_settings(Recipe.model_validate(BASE).train, "train", inherited=["train"]))
     changed = TrainSection(optim="adafactor", use_liger_kernel=True, torch_compile=True)
-    assert keys <= set(settings(changed, "train", inherited=["train"]))
-    assert not keys & set(settings(changed, "evaluate", inherited=["train"]))
+    assert keys <= set(stage_settings(changed, "train", inherited=["train"]))
+    assert not keys & set(stage_settings(changed, "evaluate", inherited=["train"]))
 
 
 def test_data_enters_by_content() -> None:
     recipe = Recipe.model_validate(BASE)
     for stage in get_args(Stage):
         if stage != "data":
-            assert not {"data", "reviews"} & settings(recipe, stage).keys(), stage
+            assert not {"data", "reviews"} & stage_settings(recipe, stage).keys(), stage
 
 
 def test_settings_inherit_stages_of_their_section() -> None:
@@ -337,7 +337,7 @@ def test_settings_inherit_stages_of_their_section() -> None:
     class Outer(BaseModel):
         inner: Annotated[Inner, Affects("train")] = Inner()
 
-    assert settings(Outer(), "train") == {"inner": {"size": 1}} and settings(Outer(), "evaluate") == {}
+    assert stage_settings(Outer(), "train") == {"inner": {"size": 1}} and stage_settings(Outer(), "evaluate") == {}
 
 
 def test_code_digest_follows_imports() -> None:

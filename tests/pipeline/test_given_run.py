@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from llmrec.data.hashing import hash64
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError, LlmrecError
-from llmrec.pipeline.leaks import training_interactions
+from llmrec.pipeline.leaks import audit_training_interactions
 from llmrec.pipeline.run import run
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.comparisons import Suite
@@ -99,7 +99,7 @@ def test_rejects_validation_without_valid_part(page: Path, folder: Path, tmp_pat
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a split of MovieLens-100K like u1.base and u1.test: a random fifth of the ratings is held out."""
     folder = tmp_path_factory.mktemp("ml")
-    data = load(DataSection(source="movielens-100k"), seed=0)
+    data = load_data(DataSection(source="movielens-100k"), seed=0)
     rows = data.interactions.drop("text")
     chosen = pl.Series(hash64("u1", 0, rows["user_id"].to_list(), rows["item_id"].to_list()) % 5 == 0)
     rows.filter(~chosen).write_csv(folder / "base.tsv", separator="\t")
@@ -135,6 +135,6 @@ def test_audit_notes_that_split_is_not_cut_in_time(movielens: Path) -> None:
     recipe = Recipe.model_validate(
         {"name": "u1", "data": section(movielens), "tasks": {"rating": {}}, "eval": {"arms": ["zero-shot"]}}
     )
-    check = training_interactions(build_study(recipe).data)
+    check = audit_training_interactions(build_study(recipe).data)
     assert check.verdict == "notice" and check.figures["earlier"] > 10_000
     assert "histories contain later interactions" in check.found

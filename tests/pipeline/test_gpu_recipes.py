@@ -190,7 +190,7 @@ def test_recipe_is_planned_and_estimated_without_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(estimate, "measured", lambda *_: Speed(read=1e-3, head=1e-4, write=1e-2, train=3e-3))
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: Speed(read=1e-3, head=1e-4, write=1e-2, train=3e-3))
     monkeypatch.setattr("llmrec.models.load.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     page, keys = str(FOLDER / f"{name}.yaml"), overrides(name, sources, models)

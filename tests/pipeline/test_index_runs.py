@@ -83,7 +83,7 @@ def test_run_asks_and_answers_in_codes(done: tuple[Recipe, pipeline.Run]) -> Non
     listed = run.results["examples"][0]["prompt"].rpartition("assistant\n")[2].splitlines()
     assert listed and set(listed) <= codes
     # The report shows neighbours in the index.
-    near = index_summary.neighbours(run.folder)
+    near = index_summary.read_neighbours(run.folder)
     part = run.report.read_text("utf-8").partition('<section id="neighbours"')[2].partition("</section>")[0]
     assert (
         bool(near) is (study.index.scheme in ("collaborative", "semantic")) and part.count("<article") == len(near) <= 6
@@ -135,9 +135,9 @@ def test_audit_cannot_test_codes_from_a_file(llama_folder: Path, tmp_path: Path)
     assert plain.index is not None
     (tmp_path / "codes.json").write_text(json.dumps({item: [n, 0] for n, item in enumerate(plain.index.codes)}))
     study = build_study(recipe(llama_folder, f"index={{scheme: external, path: {tmp_path}/codes.json}}"))
-    check = leaks.item_index(study)
+    check = leaks.audit_item_index(study)
     assert check is not None and check.verdict == "notice" and "not tested" in check.found
-    assert leaks.item_index(replace(study, index=None)) is None
+    assert leaks.audit_item_index(replace(study, index=None)) is None
 
 
 def test_run_folder_removes_tokens_of_another_index(llama_folder: Path, tmp_path: Path) -> None:

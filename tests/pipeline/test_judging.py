@@ -16,7 +16,7 @@ from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
 from llmrec.report import plots
-from llmrec.report.results import read
+from llmrec.report.results import read_results
 from tests.facts import Facts, raises
 from tests.pipeline.test_pipeline import recipe
 
@@ -61,9 +61,9 @@ def test_training_is_judged_and_reported_with_baselines(llama_folder: Path, tmp_
     assert {"random", "popularity", "markov-1", "fusion"} <= set(judged["controls"])
     page, text = done.report.read_text(encoding="utf-8"), (done.report.parent / "report.md").read_text(encoding="utf-8")
     assert 'id="training-ndcg"' in page and f"The adapter of step {judged['kept_step']} is used" in page
-    stored = read(done.folder).training
+    stored = read_results(done.folder).training
     assert stored is not None and stored.judged is not None
-    drawn = {each["name"]: each["y"] for each in plots.judged(stored, stored.judged)["series"]}
+    drawn = {each["name"]: each["y"] for each in plots.validation_ndcg_plot(stored, stored.judged)["series"]}
     assert drawn["this model"] == [value for _, value in looks]
     assert drawn["popularity"] == [judged["controls"]["popularity"]] * 2 and "fusion" in drawn
     assert "| Step | This model |" in text and "| markov-1 |" in text

@@ -18,9 +18,9 @@ from llmrec.pipeline.study import Study, build_study, encoder_of
 from llmrec.pipeline.training import plan_training, training_key
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
-from llmrec.report.plots import losses
-from llmrec.report.results import read
-from llmrec.train.steps import Plan
+from llmrec.report.plots import loss_plot
+from llmrec.report.results import read_results
+from llmrec.train.steps import TrainingPlan
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.review_files import records, write
@@ -43,11 +43,11 @@ def recipe(folder: Path | str, *more: str) -> Recipe:
     return load_recipe("recipes/movielens-100k/four-tasks.yaml", named)
 
 
-def planned(study: Study, folder: Path) -> Plan:
+def planned(study: Study, folder: Path) -> TrainingPlan:
     return plan_training(study, encoder_of(study, str(folder)))
 
 
-def share_of_ratings(study: Study, plan: Plan, folder: Path) -> float:
+def share_of_ratings(study: Study, plan: TrainingPlan, folder: Path) -> float:
     """Return the share of planned tokens in rows without candidates."""
     decode = encoder_of(study, str(folder)).tokenizer.decode
     spent = {True: 0, False: 0}
@@ -162,7 +162,7 @@ def test_untrained_task_is_evaluated_and_marked(llama_folder: Path, tmp_path: Pa
     lines = [json.loads(line) for line in (done.folder / "train_log.jsonl").read_text("utf-8").splitlines()]
     assert set(lines[-1]["valid_loss"]) == {"rating", "sequential", "direct"}
     # The report has one curve per task and one of the training.
-    series = losses(read(done.folder))["series"]
+    series = loss_plot(read_results(done.folder))["series"]
     assert [each["kind"] for each in series] == ["train", "valid", "valid", "valid"]
     assert len({each["name"] for each in series}) == 4 and all(len(each["y"]) == 2 for each in series)
     audit = json.loads((done.folder / "audit.json").read_text("utf-8"))
@@ -294,10 +294,10 @@ def test_start_compares_tables_by_resolved_path(tmp_path: Path, monkeypatch: pyt
         return recipe("m", f"data={{source: table, path: {path}, split: {{kind: {kind}}}}}", "tasks={sequential: {}}")
 
     for path in ("x.csv", "./x.csv", str(tmp_path / "x.csv"), "link.csv"):
-        runs._nothing_seen(of("x.csv"), of(path), Path("one"))
+        runs._check_same_holdouts(of("x.csv"), of(path), Path("one"))
         with raises(RecipeError, Facts("mismatch", "one", column="train.start")):
-            runs._nothing_seen(of("x.csv", "last_share"), of(path), Path("one"))
-    runs._nothing_seen(of("x.csv", "last_share"), of("y.csv"), Path("one"))
+            runs._check_same_holdouts(of("x.csv", "last_share"), of(path), Path("one"))
+    runs._check_same_holdouts(of("x.csv", "last_share"), of("y.csv"), Path("one"))
 
 
 def test_alignment_items_must_be_held_out_in_both_stages() -> None:
@@ -306,7 +306,7 @@ def test_alignment_items_must_be_held_out_in_both_stages() -> None:
         recipe("m", *keys, *more)
         for more in ((), (), ("tasks.alignment=null",), ("seed=1", "data.source=movielens-100k"))
     )
-    runs._nothing_seen(one, same, Path("one"))
+    runs._check_same_holdouts(one, same, Path("one"))
     for first in (without, seeded):
         with raises(RecipeError, Facts("mismatch", "one", column="train.start", says="tasks.alignment.held_out")):
-            runs._nothing_seen(first, one, Path("one"))
+            runs._check_same_holdouts(first, one, Path("one"))

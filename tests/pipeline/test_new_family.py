@@ -22,16 +22,16 @@ from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import BaselineSection, Recipe, Section, TaskSection, named
+from llmrec.recipe.schema import BaselineSection, Recipe, Section, TaskSection, default_baselines
 from llmrec.strategies.raters import YesNoJudge
-from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, passes
-from llmrec.tasks.cases import held_out
-from llmrec.tasks.ctr import read_choice
+from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, DataView, iterate_user_passes
+from llmrec.tasks.cases import held_out_interactions
+from llmrec.tasks.ctr import parse_choice
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.rows import chat_example
 from llmrec.tasks.task import Task, TaskInputs, Want
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import select_task_templates
 from llmrec.types import Answer, Case, Event, Example, Probability, Prompt, Request, SplitName
 from tests.facts import Facts, raises
 
@@ -53,7 +53,7 @@ class FameSection(TaskSection):
     """Section of the task ``fame``."""
 
     strategies: tuple[str, ...] = ("yes-no",)
-    baselines: tuple[BaselineSection, ...] = named("like-ratio")
+    baselines: tuple[BaselineSection, ...] = default_baselines("like-ratio")
 
 
 class FameTask(Task):
@@ -63,8 +63,8 @@ class FameTask(Task):
 
     def __init__(self, section: FameSection, inputs: TaskInputs) -> None:
         self._data, self._seed = inputs.data, inputs.seed
-        self._chosen = choose(self.family, section, inputs.templates, inputs.index)
-        self._view = View(inputs.data, inputs.index)
+        self._chosen = select_task_templates(self.family, section, inputs.templates, inputs.index)
+        self._view = DataView(inputs.data, inputs.index)
         for template in inputs.templates.values():
             template.check(turns=ABOUT_USER | ABOUT_ITEM | USER_STATS, lead=(), target={"answer"})
         counts = inputs.data.train["item_id"].value_counts().sort("count", "item_id", descending=True)
@@ -72,10 +72,10 @@ class FameTask(Task):
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         if split == "valid":
-            for held in held_out(self._data, "valid")[:limit]:
+            for held in held_out_interactions(self._data, "valid")[:limit]:
                 yield self._example(f"fame/valid/{held.user_id}", held.user_id, held.item_id)
             return
-        for row, user, rng in passes(self.family, list(self._data.users()), self._seed, limit):
+        for row, user, rng in iterate_user_passes(self.family, list(self._data.users()), self._seed, limit):
             yield self._example(row, user, rng.choice(self._data.train_events(user)).item_id)
 
     def cases(self, split: SplitName) -> list[Case]:
@@ -84,7 +84,7 @@ class FameTask(Task):
                 request=request_of(self._data, held, split, item=held.item_id),
                 truth=float(held.item_id in self._famous),
             )
-            for held in held_out(self._data, split)
+            for held in held_out_interactions(self._data, split)
         ]
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
@@ -98,7 +98,7 @@ class FameTask(Task):
         return YES, NO
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        choice = read_choice(completion, (YES, NO))
+        choice = parse_choice(completion, (YES, NO))
         return None if choice is None else Probability(request_id=request.id, value=1.0 - choice)
 
     def reward(self, answer: Answer, case: Case) -> float:

@@ -12,9 +12,9 @@ import pytest
 from llmrec.errors import ModelError
 from llmrec.pipeline import examples
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.examples import LENGTH
+from llmrec.pipeline.examples import SHOWN_RANKS
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import load_stored_recipe
 
 USERS, ITEMS, PER_USER = 60, 30, 12
 
@@ -55,7 +55,7 @@ def test_lists_match_predictions(run: Any) -> None:
     for each in run.results["newcomers"]:
         for name, count in each["lists"].items():
             rows = lines.filter(pl.col("row_id") == name)
-            firsts = [json.loads(parsed)["items"][:LENGTH] for parsed in rows["parsed"]]
+            firsts = [json.loads(parsed)["items"][:SHOWN_RANKS] for parsed in rows["parsed"]]
             assert count == sum(each["item"]["id"] in first for first in firsts)
             visits = each["visits"].get(name, [])
             assert bool(visits) == bool(count) and len({visit["user"]["id"] for visit in visits}) == len(visits)
@@ -73,6 +73,6 @@ def test_neighbours_are_empty_without_encoder(run: Any, monkeypatch: pytest.Monk
     def none(*_: Any) -> Any:
         raise ModelError("no text encoder", kind="missing-file")
 
-    monkeypatch.setattr(examples, "vectors_of", none)
-    study = build_study(load_stored(run.folder))
-    assert examples._neighbours(study, "sequential", ["i0", "i1"]) == {"i0": (), "i1": ()}
+    monkeypatch.setattr(examples, "lazy_item_vectors", none)
+    study = build_study(load_stored_recipe(run.folder))
+    assert examples._similar_items(study, "sequential", ["i0", "i1"]) == {"i0": (), "i1": ()}

@@ -12,13 +12,13 @@ from llmrec.answer.prompting import rank_requests
 from llmrec.answer.strategy import select_ranking_strategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.data.requests import read_request
+from llmrec.data.requests import parse_request
 from llmrec.errors import RecipeError
-from llmrec.exports.card_facts import sample_prompt
+from llmrec.exports.card_facts import example_prompt
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import questions, training_rows
+from llmrec.pipeline.leaks import audit_questions, audit_training_rows
 from llmrec.pipeline.study import Study, build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
@@ -107,8 +107,8 @@ def test_all_tasks_train_and_templates_have_fitting_strategies(done: pipeline.Ru
 
 def test_audit_checks_rows_and_questions_of_p5(study: Study) -> None:
     for family in ("rating", "ctr", "sequential", "direct", "explanation"):
-        assert training_rows(study, family, 200).verdict == "clean"
-        assert questions(study, family).verdict == "clean"
+        assert audit_training_rows(study, family, 200).verdict == "clean"
+        assert audit_questions(study, family).verdict == "clean"
 
 
 def test_requests_use_a_strategy_that_fits_the_template(done: pipeline.Run) -> None:
@@ -132,7 +132,7 @@ def test_request_is_ranked_by_codes(done: pipeline.Run) -> None:
     backend = HFBackend(load_model(folder, section), encoder)
     items = [{"item_id": f"B{n:02d}", "title": f"Thing {n}"} for n in range(8)]
     record = {"id": "r", "user_id": "U01", "history": items[:2], "candidates": items[2:]}
-    request = read_request(record, 1, None)
+    request = parse_request(record, 1, None)
     for template in ("name-history-among", "user-item"):
         way = select_ranking_strategy(stored, template=f"direct/{template}")
         (answer,) = rank_requests(stored, [request], way=way, backend=backend, encoder=encoder, batch=1)
@@ -145,7 +145,7 @@ def test_request_is_ranked_by_codes(done: pipeline.Run) -> None:
 def test_model_card_shows_prompt_of_template(done: pipeline.Run, template: str) -> None:
     stored = bundle.read(str(done.folder / "merged"))
     section = stored.tasks.present()["direct"].model_copy(update={"eval_templates": (template,), "strategies": ()})
-    shown = sample_prompt(
+    shown = example_prompt(
         {"direct": section}, stored.templates, noun="things", scale=stored.rating_scale, seed=0, index=stored.index
     )
     words = "".join(message.text for message in shown.prompt.messages)

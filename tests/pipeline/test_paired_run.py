@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llmrec.cli.main import app
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model
-from llmrec.models.whole_words import LEVEL, WEIGHTS, whole_word_embeddings
+from llmrec.models.whole_words import LEVEL, WHOLE_WORDS_FILE, whole_word_embeddings
 from llmrec.pipeline.run import Run, open_session, run
 from llmrec.recipe.schema import Recipe
 from tests.conftest import make_model
@@ -92,7 +92,7 @@ def test_rejects_vllm_and_export(ran: Run, tmp_path: Path) -> None:
 
 
 def test_tuned_model_has_whole_word_embeddings(ran: Run) -> None:
-    saved = load_file(ran.folder / "merged" / WEIGHTS)
+    saved = load_file(ran.folder / "merged" / WHOLE_WORDS_FILE)
     assert saved["table"].shape == (97, 16)
     model = load_model(str(ran.folder / "merged"), Recipe(**RECIPE).model)
     assert torch.equal(whole_word_embeddings(model).weight, saved["table"])
@@ -112,13 +112,13 @@ def test_rank_needs_whole_word_embeddings(ran: Run, tmp_path: Path, monkeypatch:
         (result,) = ranked(ran, tmp_path, [{"id": "one", "history": items[:5]}], out)
         return list(result["scores"])
 
-    table = ran.folder / "merged" / WEIGHTS
+    table = ran.folder / "merged" / WHOLE_WORDS_FILE
     with_table = scores("with.jsonl")
-    away = table.rename(tmp_path / WEIGHTS)
+    away = table.rename(tmp_path / WHOLE_WORDS_FILE)
     try:
         with pytest.raises(AssertionError, match="does not match the record of its training"):
             scores("refused.jsonl")
-        monkeypatch.setattr("llmrec.answer.language_model.refuse_changed", lambda *_: None)
+        monkeypatch.setattr("llmrec.answer.language_model.check_unchanged", lambda *_: None)
         without = scores("without.jsonl")
     finally:
         away.rename(table)
@@ -131,7 +131,7 @@ def test_training_with_new_tokens_keeps_whole_word_embeddings(ran: Run, tmp_path
     recipe = Recipe(**{**RECIPE, "model": model, "index": {"scheme": "token"}, "train": train})
     grown = run(recipe, tmp_path / "out", quiet=True)
     before, base, after = (
-        load_file(folder / WEIGHTS)
+        load_file(folder / WHOLE_WORDS_FILE)
         for folder in (ran.folder / "merged", grown.folder / "base", grown.folder / "merged")
     )
     assert torch.equal(base["table"], before["table"])

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from llmrec.backends import fake
 from llmrec.backends.fake import FakeBackend
 from llmrec.cli.main import app
-from llmrec.durable import checked
+from llmrec.durable import parse_checked_json
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline import study
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.results import overwrite_warning
-from llmrec.pipeline.resume import StageTimer, locked
+from llmrec.pipeline.resume import StageTimer, lock_folder
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -86,7 +86,7 @@ def test_report_from_files_equals_report_of_run(done: tuple[Recipe, pipeline.Run
     written = {file.name: file.read_bytes() for file in (folder / "report").iterdir()}
     pipeline.report(folder)
     assert {file.name: file.read_bytes() for file in (folder / "report").iterdir()} == written
-    assert checked((folder / "results.json").read_bytes()) == json.loads(json.dumps(done[1].results))
+    assert parse_checked_json((folder / "results.json").read_bytes()) == json.loads(json.dumps(done[1].results))
 
 
 def test_every_file_is_written(done: tuple[Recipe, pipeline.Run]) -> None:
@@ -217,7 +217,7 @@ def test_user_with_leaking_profile_is_excluded_and_reported(
     title = source.items[held.item_id].title
     users = {user: {"likes": "quiet evenings"} for user in source.interactions["user_id"].unique()}
     users[held.user_id] = {"likes": f"things like the {title}, and tea"}
-    monkeypatch.setattr(study, "load", lambda section, seed: replace(source, users=users))
+    monkeypatch.setattr(study, "load_data", lambda section, seed: replace(source, users=users))
     tasks = "tasks={direct: {eval_templates: [with-profile], strategies: [label], users: 200}}"
     changes = [tasks, "eval.arms=[zero-shot]", "eval.backend=fake"]
     output = CliRunner().invoke(app, ["check", "recipes/movielens-100k/four-tasks.yaml", *SMALL, *changes]).output
@@ -239,7 +239,7 @@ def test_rejects_eval_without_adapter(llama_folder: Path, tmp_path: Path) -> Non
 
 
 def test_two_runs_cannot_use_one_folder(llama_folder: Path, tmp_path: Path) -> None:
-    with locked(tmp_path), raises(LlmrecError, Facts("busy", tmp_path, says="--out")):
+    with lock_folder(tmp_path), raises(LlmrecError, Facts("busy", tmp_path, says="--out")):
         pipeline.run(recipe(llama_folder), tmp_path, quiet=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 from llmrec.pipeline import run as pipeline
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
-from llmrec.report.results import read
+from llmrec.report.results import read_results
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -46,6 +46,6 @@ def test_decoder_is_tuned_on_preferences(rejected: str, tmp_path: Path) -> None:
     assert "training rows of sequential that depend on held-out interactions" in names
     page = done.report.read_text(encoding="utf-8")
     assert 'id="training-rewards-margins"' in page and "rewards/accuracies" in page
-    stored = read(done.folder).training
+    stored = read_results(done.folder).training
     assert stored is not None and "rewards/margins" in stored.figured
     assert "rewards/margins" in (done.report.parent / "report.md").read_text(encoding="utf-8")

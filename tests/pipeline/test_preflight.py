@@ -83,7 +83,7 @@ def test_rejects_pickled_weights(llama_folder: Path, tmp_path: Path) -> None:
 
 
 def test_rejects_encoder_decoder_with_vllm(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.pipeline.preflight.refuse_device", lambda *_: None)
+    monkeypatch.setattr("llmrec.pipeline.preflight.check_engine_device", lambda *_: None)
     refused(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf"), t5, scorer="vllm")
 
 
@@ -120,8 +120,11 @@ def test_rejects_relations_in_several_processes(llama_folder: Path, monkeypatch:
     settings = recipe(llama_folder, train={"teacher": {"run": "other", "relations": 1.0}})
     page = Recipe.model_validate({**settings, "name": "taught", "data": {"source": "made-reviews"}})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for call in (lambda: pipeline.train(page, Path("run"), quiet=True), lambda: preflight.refuse(page, asks=True)):
+    for call in (
+        lambda: pipeline.train(page, Path("run"), quiet=True),
+        lambda: preflight.check_recipe(page, asks=True),
+    ):
         with raises(RecipeError, Facts("unsupported", column="train.teacher.relations", says="one process")):
             call()
     monkeypatch.delenv("WORLD_SIZE")
-    preflight.refuse(page, asks=True)
+    preflight.check_recipe(page, asks=True)

@@ -16,7 +16,7 @@ import pytest
 
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.audit import audit
-from llmrec.pipeline.results import ITEMS, SCHEMA
+from llmrec.pipeline.results import ITEM_COLUMNS, PREDICTION_SCHEMA
 from llmrec.recipe.load import load_recipe
 from llmrec.report import page as report
 from llmrec.results import Prediction
@@ -189,10 +189,10 @@ def columns(page: str, heading: str) -> dict[str, str]:
 def test_columns_match_documentation(runs: dict[str, pipeline.Run]) -> None:
     page = (ROOT / "docs" / "datasets-and-output-files.md").read_text(encoding="utf-8")
     first, second = columns(page, "predictions.parquet"), columns(page, "items.parquet")
-    assert sorted(first) == sorted(SCHEMA) and sorted(second) == sorted(ITEMS)
+    assert sorted(first) == sorted(PREDICTION_SCHEMA) and sorted(second) == sorted(ITEM_COLUMNS)
     for run in runs.values():
-        assert list(pl.read_parquet_schema(run.folder / "predictions.parquet")) == list(SCHEMA)
-        assert dict(pl.read_parquet_schema(run.folder / "items.parquet")) == dict(ITEMS)
+        assert list(pl.read_parquet_schema(run.folder / "predictions.parquet")) == list(PREDICTION_SCHEMA)
+        assert dict(pl.read_parquet_schema(run.folder / "items.parquet")) == dict(ITEM_COLUMNS)
     never = [name for name, null in first.items() if not null]
     assert len(never) > 10
     for run in runs.values():
@@ -202,7 +202,7 @@ def test_columns_match_documentation(runs: dict[str, pipeline.Run]) -> None:
         for name in ("template", "prompt_hash"):
             assert baselines[name].null_count() == baselines.height
             assert frame[name].null_count() == baselines.height
-    assert Prediction.model_fields.keys() <= SCHEMA.keys()
+    assert Prediction.model_fields.keys() <= PREDICTION_SCHEMA.keys()
 
 
 def test_items_match_the_data(runs: dict[str, pipeline.Run]) -> None:
@@ -229,5 +229,5 @@ def test_older_run_without_columns_is_read(runs: dict[str, pipeline.Run], tmp_pa
         path.write_text(json.dumps({**row, "records": kept}), encoding="utf-8")
     assert Prediction.model_validate(kept[0]).above is None
     assert not [check for check in audit(folder) if check.verdict == "leak"]
-    report.write(folder)
+    report.write_report(folder)
     assert (folder / "report" / "index.html").is_file()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrec.errors import LlmrecError
-from llmrec.pipeline.evaluation import row_of
+from llmrec.pipeline.evaluation import restore_row
 from llmrec.pipeline.resume import read_stage
 from llmrec.pipeline.runs import open_run
 from llmrec.resources import resource
@@ -36,10 +36,10 @@ def test_damaged_row_is_not_reused(wrong: dict[str, Any], tmp_path: Path) -> Non
     stored |= {"weighing": {}, "validation": {}, "looked_at": []}
     file = tmp_path / "row.json"
     file.write_text(json.dumps(stored), encoding="utf-8")
-    assert read_stage(file, "k", row_of) is not None
+    assert read_stage(file, "k", restore_row) is not None
     stored |= wrong
     file.write_text(json.dumps(stored), encoding="utf-8")
-    assert read_stage(file, "k", row_of) is None
+    assert read_stage(file, "k", restore_row) is None
 
 
 @pytest.mark.parametrize("record", ["[" * 100_000, '{"adapter_sha256": "x", "method": "lora", "steps": Infinity}', ""])

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import _Secrets, profiles, questions, shots, training_rows
+from llmrec.pipeline.leaks import (
+    _HeldOutTexts,
+    audit_few_shot_examples,
+    audit_profiles,
+    audit_questions,
+    audit_training_rows,
+)
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -79,10 +85,10 @@ def test_notes_name_derived_fields_and_leaking_templates(done: pipeline.Run) -> 
 
 def test_audit_has_no_leaks(study: Study) -> None:
     for family in FAMILIES:
-        assert training_rows(study, family, 60).verdict == "clean"
-        assert questions(study, family).verdict == "clean"
-        assert shots(study, family).verdict == "clean"
-    assert profiles(study.data).verdict == "clean"
+        assert audit_training_rows(study, family, 60).verdict == "clean"
+        assert audit_questions(study, family).verdict == "clean"
+        assert audit_few_shot_examples(study, family).verdict == "clean"
+    assert audit_profiles(study.data).verdict == "clean"
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -96,8 +102,8 @@ def test_audit_finds_text_sentence_and_headline(part: int, study: Study) -> None
         dataset=replace(study.data.dataset, reviews={**study.data.dataset.reviews, (held.user_id, held.item_id): long}),
     )
     segment = Segment("item", long.headline if part == 2 else text)
-    assert list(_Secrets(data).shown(held.user_id, [segment]))
-    assert not list(_Secrets(data).shown(held.user_id, [Segment("item", "a text that is in no review")]))
+    assert list(_HeldOutTexts(data).shown(held.user_id, [segment]))
+    assert not list(_HeldOutTexts(data).shown(held.user_id, [Segment("item", "a text that is in no review")]))
 
 
 def test_no_training_row_has_words_of_held_out_reviews(study: Study) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import rows_drawn_again, training_rows
+from llmrec.pipeline.leaks import audit_training_row_independence, audit_training_rows
 from llmrec.pipeline.objectives import reward_family
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.schema import Recipe
-from llmrec.report.results import read
+from llmrec.report.results import read_results
 from tests.facts import Facts, raises
 from tests.pipeline.test_pipeline import recipe
 
@@ -55,7 +55,7 @@ def test_run_learns_from_reward(llama_folder: Path, tuned: Path, tmp_path: Path)
     assert lines[0]["zero"] < 0.5 and lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert training["judged"]["kept_step"] in (0, 1, 2)
     report = done.report.read_text(encoding="utf-8")
-    assert 'id="training-reward"' in report and read(done.folder).training is not None
+    assert 'id="training-reward"' in report and read_results(done.folder).training is not None
     checks = {each["name"]: each["verdict"] for each in json.loads((done.folder / "audit.json").read_text())["checks"]}
     assert checks["training rows of sequential"] == "clean"
     assert "leak" not in checks.values()
@@ -69,7 +69,7 @@ def test_questions_are_training_events(llama_folder: Path, tuned: Path) -> None:
         shown = [event.item_id for event in case.request.history]
         assert [*shown, case.truth] == events[case.request.user_id][: len(shown) + 1] and shown
     assert len({case.request.id for case in cases}) == len(cases)
-    for check in (training_rows, rows_drawn_again):
+    for check in (audit_training_rows, audit_training_row_independence):
         assert check(study, "sequential", 40).verdict == "clean"
 
 

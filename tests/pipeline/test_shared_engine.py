@@ -10,14 +10,14 @@ from typing import Any, Self
 import pytest
 
 import llmrec
-from llmrec.answer.opening import default_sentence, open_models
+from llmrec.answer.opening import describe_default_model, open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import Question
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.vllm.adapters import Adapter
 from llmrec.data.requests import RankRequest
-from llmrec.durable import checked, write_checked
+from llmrec.durable import parse_checked_json, write_checked_json
 from llmrec.errors import EngineFailure, LlmrecError
 from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import bundle, engines
@@ -25,10 +25,10 @@ from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe, load_stored
+from llmrec.recipe.load import dump_recipe, load_recipe, load_stored_recipe
 from llmrec.recipe.schema import EvalSection, ModelSection
 from llmrec.registry import BACKENDS
-from llmrec.registry import lookup as looked_up
+from llmrec.registry import import_component as looked_up
 from llmrec.types import Item
 from tests.facts import Facts, raises
 
@@ -91,8 +91,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     def choose(gpu: bool) -> None:
         for module in ("llmrec.pipeline.engines", "llmrec.answer.checks"):
             monkeypatch.setattr(f"{module}.installed", lambda name: True)
-        monkeypatch.setattr(engines, "versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
-        monkeypatch.setattr(engines, "lookup", lookup)
+        monkeypatch.setattr(engines, "package_versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
+        monkeypatch.setattr(engines, "import_component", lookup)
         monkeypatch.setattr(engines, "_on_gpu", lambda model: gpu)
         monkeypatch.setattr(engines, "_device", lambda model: "a GPU" if gpu else "cpu")
 
@@ -157,7 +157,7 @@ def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tuned(page, folder / name, *more)
     # An engine has one maximum length.
     short = shutil.copytree(folder / "b", folder / "short") / "merged" / bundle.FILE
-    write_checked(short, {**checked(short.read_bytes()), "max_length": 300})
+    write_checked_json(short, {**parse_checked_json(short.read_bytes()), "max_length": 300})
     return folder
 
 
@@ -234,7 +234,7 @@ def test_models_of_several_runs_answer_independently(runs: Path) -> None:
         with llmrec.load(str(runs / folder), models=["tuned"], **options) as alone:
             assert answers[name] == [alone.rank(**question), alone.rank(**question, strategy="label")]
             assert prompts[name] == alone._models.prompt(Question(), REQUEST)
-    assert default_sentence(str(runs / "a"), [str(runs / "b")]) == "the default is b"
+    assert describe_default_model(str(runs / "a"), [str(runs / "b")]) == "the default is b"
 
 
 def test_new_item_is_added_to_all_models(runs: Path) -> None:
@@ -249,7 +249,7 @@ def test_rejects_incompatible_runs(runs: Path, llama_folder: Path, qwen_folder: 
     def altered(name: str, *changes: str) -> str:
         folder = shutil.copytree(runs / "b", tmp_path / name)
         recipe = load_recipe(str(folder / "recipe.yaml"), changes)
-        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         return str(folder)
 
     base = altered("base", f"model.name={qwen_folder}")
@@ -261,7 +261,7 @@ def test_rejects_incompatible_runs(runs: Path, llama_folder: Path, qwen_folder: 
     unfinished = altered("unfinished")
     shutil.rmtree(Path(unfinished) / "merged")
     codes = Path(altered("codes", "index={scheme: random}"))
-    study = build_study(load_stored(codes))
+    study = build_study(load_stored_recipe(codes))
     assert study.index is not None
     bundle.write(study, codes / "merged")
     study.index.save(codes / "merged" / "index")

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
-from llmrec.models.load import load_tokenizer, weights_stamp
+from llmrec.models.load import load_tokenizer, model_folder_hash
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection, ModelSection
-from llmrec.registry import STRATEGIES, lookup
+from llmrec.registry import STRATEGIES, import_component
 from llmrec.strategies.asking import Prompting
 
 pytest.importorskip("trl", reason="the train extra is not installed")
@@ -181,9 +181,11 @@ def ask(store: AnswerStore, question: Question) -> tuple[int, int]:
     task, requests = study.tasks["direct"], [case.request for case in study.cases("direct")[:3]]
     engines = Sampling(section, EvalSection(backend="hf"), encoder, question.seed, StageTimer(), store)
     engines.decoding = question.sampling
-    backend: CachedBackend = engines.get(question.backend, str(question.folder), weights_stamp(str(question.folder)))
+    backend: CachedBackend = engines.get(
+        question.backend, str(question.folder), model_folder_hash(str(question.folder))
+    )
     try:
-        lookup(STRATEGIES, question.strategy, "strategy")(
+        import_component(STRATEGIES, question.strategy, "strategy")(
             Prompting(backend=backend, task=task, template=question.template, shots=question.k)
         ).answer(requests)
         ranked = backend.recalled

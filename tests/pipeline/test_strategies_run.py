@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmrec.backends.encode import Encoder
-from llmrec.cli.estimate import eval_work
+from llmrec.cli.estimate import estimate_eval_work
 from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.row_specs import strategy_settings
@@ -17,8 +17,8 @@ from llmrec.pipeline.study import build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection, ModelSection
-from llmrec.registry import STRATEGIES, is_positional, keys_of
-from llmrec.tasks.direct import fits
+from llmrec.registry import STRATEGIES, is_positional, strategy_eval_keys
+from llmrec.tasks.direct import is_strategy_supported
 from llmrec.tasks.family import family_of
 
 pytest.importorskip("trl", reason="the train extra is not installed")
@@ -81,10 +81,14 @@ def test_dry_run_counts_every_strategy(llama_folder: Path) -> None:
                 "eval": recipe.eval.model_copy(update={"permutations": permutations}),
             }
         )
-        return eval_work(build_study(chosen), encoder)["few-shot"].tokens
+        return estimate_eval_work(build_study(chosen), encoder)["few-shot"].tokens
 
     template = load_templates("direct")["with-profile"]
-    counted = {strategy: tokens(strategy) for strategy in family_of("direct").strategies if fits(template, strategy)}
+    counted = {
+        strategy: tokens(strategy)
+        for strategy in family_of("direct").strategies
+        if is_strategy_supported(template, strategy)
+    }
     assert set(counted) == {*DIRECT, "two-step"}
     assert min(counted.values()) > 0
     assert counted["two-step"] > counted["label"] and counted["pairwise"] > counted["window"]
@@ -115,6 +119,6 @@ def test_row_key_contains_settings_of_strategy(name: str) -> None:
     plain = EvalSection(debias="measured")
     for key, value in CHANGES.items():
         changed = plain.model_copy(update={key: value})
-        reads = key in keys_of(name) or (is_positional(name) and key == "debias_questions")
+        reads = key in strategy_eval_keys(name) or (is_positional(name) and key == "debias_questions")
         assert (strategy_settings(name, changed) != strategy_settings(name, plain)) == reads
     assert (strategy_settings(name, EvalSection()) != strategy_settings(name, plain)) == is_positional(name)

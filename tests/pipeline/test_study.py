@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from llmrec.data.candidates import draw
+from llmrec.data.candidates import sample_candidates
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
 from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
-from llmrec.recipe.load import dump, load_recipe, recipe_hash
+from llmrec.recipe.load import dump_recipe, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
 
@@ -49,7 +49,7 @@ def test_candidates_are_drawn_for_evaluated_users_only() -> None:
     for family, count in (("sequential", 3), ("direct", 7)):
         assert [case.request for case in some.cases(family)] == [case.request for case in every.cases(family)][:count]
     assert set(some.candidates.sets) == {case.request.id for case in some.cases("direct")}
-    assert every.candidates == draw(every.data, "test", every.recipe.eval.candidates, seed=0)
+    assert every.candidates == sample_candidates(every.data, "test", every.recipe.eval.candidates, seed=0)
 
 
 def test_training_seed_changes_rows_but_no_questions() -> None:
@@ -160,4 +160,4 @@ def test_baseline_name_equals_mapping_without_parameters() -> None:
     assert plain == mapped == recipe("tasks={rating: {}}") and recipe_hash(plain) == recipe_hash(mapped)
     assert plain.model_dump()["tasks"]["rating"]["baselines"] == names
     tuned = recipe(f"tasks={{rating: {{baselines: [{', '.join(names)}, {{name: mf, rounds: 3}}]}}}}")
-    assert Recipe.model_validate(yaml.safe_load(dump(tuned))) == tuned
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(tuned))) == tuned

@@ -12,10 +12,10 @@ from llmrec.durable import write_text
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_config
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.preflight import checked_study
+from llmrec.pipeline.preflight import build_checked_study
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
-from llmrec.recipe.load import as_recipe, dump, load_recipe
+from llmrec.recipe.load import as_recipe, dump_recipe, load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
 
@@ -108,12 +108,12 @@ def test_missing_teacher_keeps_finished_training(teacher: Path, tmp_path: Path) 
     pipeline.run(recipe(8, **{**taught, "train.teacher.run": str(again)}), done, quiet=True)
     assert (done / "train.json").read_bytes() == before
     with raises(RecipeError, Facts("missing-file", column="train.teacher")):
-        checked_study(recipe(8, **taught))
+        build_checked_study(recipe(8, **taught))
 
 
 def test_path_of_teacher_is_relative_to_recipe(teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(teacher, tmp_path / "runs" / "wide")
     page = tmp_path / "page.yaml"
-    write_text(page, dump(recipe(8, **{"train.teacher.run": "runs/wide"})))
+    write_text(page, dump_recipe(recipe(8, **{"train.teacher.run": "runs/wide"})))
     section = load_recipe(page).train.teacher
     assert section is not None and Path(section.run) == tmp_path / "runs" / "wide"

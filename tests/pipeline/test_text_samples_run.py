@@ -13,14 +13,14 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.examples import COUNT, sample_indices, text_samples
+from llmrec.pipeline.examples import MAX_SAMPLES, sample_indices, text_samples
 from llmrec.pipeline.study import Study, build_study, encoder_of, load_split
 from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS
-from llmrec.report.page import write as write_report
-from llmrec.report.results import read
+from llmrec.report.page import write_report as write_report
+from llmrec.report.results import read_results
 from tests.review_files import records, write
 
 INJECTIONS = (
@@ -102,7 +102,7 @@ def test_samples_have_answers_of_every_row(runs: dict[str, pipeline.Run], studie
         samples = [sample for sample in results["texts"] if sample["task"] == family]
         rows = {row["id"] for row in results["rows"] if row["task"] == family}
         # Fewer than twenty cases are all shown.
-        assert len(cases) < COUNT and {sample["request_id"] for sample in samples} == set(cases)
+        assert len(cases) < MAX_SAMPLES and {sample["request_id"] for sample in samples} == set(cases)
         for sample in samples:
             case = cases[sample["request_id"]]
             assert sample["truth"] == case.truth and set(sample["answers"]) == rows
@@ -145,7 +145,7 @@ def test_answers_match_predictions(runs: dict[str, pipeline.Run]) -> None:
 
 def test_report_is_reproduced_from_files(runs: dict[str, pipeline.Run]) -> None:
     run = runs["injected"]
-    results = read(run.folder)
+    results = read_results(run.folder)
     before = (run.folder / "report" / "index.html").read_bytes()
     pages = write_report(run.folder)
     assert pages["html"].read_bytes() == before
@@ -157,7 +157,7 @@ def test_report_is_reproduced_from_files(runs: dict[str, pipeline.Run]) -> None:
 def test_drawn_requests_depend_on_seed_but_not_on_order() -> None:
     names = [f"test/u{n}/i{n}" for n in range(300)]
     chosen = [names[index] for index in sample_indices(names, 0)]
-    assert len(set(chosen)) == COUNT == 20
+    assert len(set(chosen)) == MAX_SAMPLES == 20
     turned = names[::-1]
     assert [turned[index] for index in sample_indices(turned, 0)] == chosen
     assert [names[index] for index in sample_indices(names, 1)] != chosen

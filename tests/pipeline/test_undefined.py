@@ -13,7 +13,7 @@ from rich.console import Console
 from llmrec.pipeline.run import run
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import load_recipe
-from llmrec.report.results import results_of
+from llmrec.report.results import parse_results
 from llmrec.report.table import console_tables
 
 pytest.importorskip("llmrec.bench", reason="the extension is not there")
@@ -103,7 +103,7 @@ def test_run_reports_undefined_metrics_in_every_format(folder: Path) -> None:
         assert (line["value"] == "") == (line["metric"] in reasons)
         assert line["undefined"] == reasons.get(line["metric"], "")
     console = Console(width=200, record=True, file=(folder / "console.txt").open("w"))
-    for shown in console_tables(results_of(done.results)):
+    for shown in console_tables(parse_results(done.results)):
         console.print(shown)
     printed = " ".join(console.export_text().split())
     assert "undefined" in printed and f"GAUC is undefined: {OF_USERS}." in printed

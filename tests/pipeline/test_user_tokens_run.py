@@ -16,7 +16,7 @@ from llmrec.pipeline.run import Run, open_session, run
 from llmrec.pipeline.study import Study, build_study
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import Recipe
-from llmrec.tasks.base import View
+from llmrec.tasks.base import DataView
 from llmrec.types import Request
 from tests.index.test_index_plain import histories
 from tests.pipeline.test_paired_run import RECIPE as PAIRED
@@ -55,7 +55,7 @@ def study() -> Study:
 
 
 def shown(data: SplitDataset, index: ItemIndex, user: str, item: str) -> str:
-    view = View(data, index)
+    view = DataView(data, index)
     return ASKS.turns(view.user(user) | view.pair(user, item))[0].text
 
 
@@ -77,15 +77,15 @@ def test_only_prompts_write_ids_as_tokens() -> None:
     assert shown(data, coded, "new", "b") == "new <item_1>"
     assert shown(data, coded, "<user_4>", "b") == "< user_4> <item_1>"
     assert shown(data, coded, "<us", "b").startswith("< us")
-    values = View(data, coded).user("u0")
-    assert values["user_id"] == "u0" and View(data, coded).about("b")["item_id"] == "b"
+    values = DataView(data, coded).user("u0")
+    assert values["user_id"] == "u0" and DataView(data, coded).about("b")["item_id"] == "b"
 
 
 def test_statistics_leave_out_user_of_shown_token(study: Study) -> None:
     assert study.index is not None
     data = study.data
     user, item = data.train.select("user_id", "item_id").row(0)
-    with_tokens, without = View(data, study.index), View(data, None)
+    with_tokens, without = DataView(data, study.index), DataView(data, None)
     known = with_tokens.user(user)["user_id"]
     assert with_tokens.pair(str(known), item)["item_stats"]() == without.pair(user, item)["item_stats"]()
 

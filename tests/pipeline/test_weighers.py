@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmrec.data.split import split_validation_users
-from llmrec.ensembles.members import PrecomputedMember, join
+from llmrec.ensembles.members import PrecomputedMember, fit_ensemble
 from llmrec.errors import LlmrecError
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import StageTimer
@@ -70,7 +70,7 @@ def test_rejects_weights_from_users_of_early_stopping() -> None:
         PrecomputedMember("one", "events", "logits", answers),
         PrecomputedMember("other", "events", "logits", answers),
     ]
-    assert join("both", parts, cases, Ranking).weights is not None
+    assert fit_ensemble("both", parts, cases, Ranking).weights is not None
     parts[1] = PrecomputedMember("other", "events", "logits", answers, frozenset({"u3"}))
     with raises(LlmrecError, Facts("leak", says="1 of 40 users")):
-        join("both", parts, cases, Ranking)
+        fit_ensemble("both", parts, cases, Ranking)

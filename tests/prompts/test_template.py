@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from llmrec.errors import RecipeError
-from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
-from llmrec.prompts.template import Template, clean, compiled, load_templates, neutralise
+from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, break_item_tokens
+from llmrec.prompts.template import Template, clean, compile_template, load_templates, neutralise
 from llmrec.prompts.values import OUTPUT_LIMIT, Fields, Placeholders
 from llmrec.types import Code, Segment
 from tests.facts import Facts, raises
@@ -116,7 +116,7 @@ def test_values_are_not_rendered(title: str, other: str) -> None:
     template = chat("Pick:\n{% for c in candidates %}{{ c.label }}. {{ c.title }}\n{% endfor %}{{ noun }}?")
     candidates = [{"label": "A", "title": title}, {"label": "B", "title": other}]
     (message,) = template.turns({"candidates": candidates, "noun": title})
-    shown, second = (without_item_tokens(clean(text)) for text in (title, other))
+    shown, second = (break_item_tokens(clean(text)) for text in (title, other))
     assert message.text == f"Pick:\nA. {shown}\nB. {second}\n{shown}?"
     assert message.text.count("\n") == 3
     assert [s.text for s in message.segments if s.kind == "item"] == [
@@ -333,6 +333,6 @@ def test_fast_rendering_equals_jinja(source: str, values: dict[str, Any]) -> Non
         except (TemplateError, RecipeError, TypeError, ValueError) as error:
             return type(error), str(error)
 
-    text = compiled(source)
+    text = compile_template(source)
     assert text._plain is not None
     assert made(text.rendered) == made(text.template.generate)

@@ -8,16 +8,16 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template, load_templates
-from llmrec.prompts.words import english, words_of
+from llmrec.prompts.words import english_words, read_language_words
 from llmrec.resources import resource
-from llmrec.tasks.ctr import read_choice
-from llmrec.tasks.parsing import read_number, read_ranking
+from llmrec.tasks.ctr import parse_choice
+from llmrec.tasks.parsing import parse_number, parse_ranking
 from llmrec.types import Probability, Rating, Request
 from tests.facts import Facts, raises
 from tests.tasks.task_data import make_task
 
 PAGES = sorted(resource("prompts", "languages").glob("*.yaml"))
-GERMAN = words_of("de")
+GERMAN = read_language_words("de")
 TEMPLATES = {family: load_templates(family) for family in ("sequential", "direct", "rating", "ctr", "explanation")}
 TASK = """family: ctr
 name: {name}
@@ -32,22 +32,22 @@ target: "{{{{ answer }}}}"
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_language_is_parsed(page: Path) -> None:
-    words = words_of(page.stem)
+    words = read_language_words(page.stem)
     yes, no = words.spellings()
     assert yes[0] == words.says_yes and no[0] == words.says_no and not set(yes) & set(no)
     spelt = [*yes, *no]
     assert not [(a, b) for a in spelt for b in spelt if a != b and b.startswith(a)]
     for index, number in enumerate(words.numbers):
-        assert read_number(f"{number}.", 0, 10, words) == index
+        assert parse_number(f"{number}.", 0, 10, words) == index
     for between in words.out_of:
-        assert read_number(f"4 {between} 5", 1, 5, words) == 4 and read_number(f"4 {between} 10", 1, 5, words) is None
+        assert parse_number(f"4 {between} 5", 1, 5, words) == 4 and parse_number(f"4 {between} 10", 1, 5, words) is None
     for joining in words.joining:
-        assert read_ranking(f"B {joining} A", "AB", ["x y", "y z"], words) == [1, 0]
-    assert read_choice(f"{words.answer}: {words.says_no}", (words.says_yes, words.says_no), words) == 1
+        assert parse_ranking(f"B {joining} A", "AB", ["x y", "y z"], words) == [1, 0]
+    assert parse_choice(f"{words.answer}: {words.says_no}", (words.says_yes, words.says_no), words) == 1
 
 
 def test_english_words() -> None:
-    assert english().spellings() == (("Yes", "yes", "YES", " Yes", " yes"), ("No", "no", "NO", " No", " no"))
+    assert english_words().spellings() == (("Yes", "yes", "YES", " Yes", " yes"), ("No", "no", "NO", " No", " no"))
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
@@ -75,7 +75,7 @@ def test_answers_use_the_language_of_the_template() -> None:
 
 def test_german_pointwise_prompt() -> None:
     task = make_task("direct", templates=("after-history-de",))
-    assert task.words("after-history-de") == GERMAN and task.words("direct/after-history") == english()
+    assert task.words("after-history-de") == GERMAN and task.words("direct/after-history") == english_words()
     prompt = task.prompt(Request(id="r", user_id="u00", candidates=("i01",)), template="after-history-de", want="yes")
     assert "Ja oder Nein" in prompt.messages[-1].text
 
@@ -104,7 +104,7 @@ def _own(folder: Path, language: str, words: str | None = None) -> Path:
 def test_custom_language(tmp_path: Path) -> None:
     template = load_templates("ctr", _own(tmp_path, "zh", "language: zh\nsays_yes: 是\nsays_no: 否\n"))["mine"]
     assert template.words.spellings() == (("是", " 是"), ("否", " 否"))
-    assert read_choice("是。", ("是", "否"), template.words) == 0
+    assert parse_choice("是。", ("是", "否"), template.words) == 0
 
 
 @pytest.mark.parametrize(

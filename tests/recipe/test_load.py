@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmrec.errors import RecipeError
-from llmrec.recipe.load import as_recipe, dump, load_recipe, load_suite, recipe_hash
+from llmrec.recipe.load import as_recipe, dump_recipe, load_recipe, load_suite, recipe_hash
 from llmrec.resources import resource
 from tests.facts import Facts, raises
 
@@ -89,7 +89,7 @@ def test_base(tmp_path: Path) -> None:
 
 def test_dump_has_every_default(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
-    text = dump(recipe)
+    text = dump_recipe(recipe)
     assert "max_grad_norm" in text
     again = load_recipe(write(tmp_path, text))
     assert again == recipe

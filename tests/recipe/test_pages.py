@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.answer.strategy import settings_of
+from llmrec.answer.strategy import parse_strategy_settings
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import load_templates
-from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
-from llmrec.recipe.pages import MOST_CHARACTERS
+from llmrec.recipe.load import detect_page_kind, load_benchmark, load_recipe, load_suite
+from llmrec.recipe.pages import MAX_CHARACTERS
 from tests.facts import Facts, raises
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -23,7 +23,7 @@ ODD = [
     pytest.param("x:\n- &a {b: *a}\n", Facts("too-large", line=2), id="a mapping of itself"),
     pytest.param("x: " + "[" * 500 + "]" * 500, Facts("too-large", line=1), id="nested brackets"),
     pytest.param("x: " + "[" * 50_000, Facts("too-large", line=1), id="many open brackets"),
-    pytest.param("x: " + "y" * MOST_CHARACTERS, Facts("too-large"), id="a megabyte"),
+    pytest.param("x: " + "y" * MAX_CHARACTERS, Facts("too-large"), id="a megabyte"),
     pytest.param("x: 2024-99-99\n", Facts("syntax", line=1, says="2024-99-99"), id="an impossible date"),
     pytest.param("x: !!int abc\n", Facts("syntax", line=1, says="'abc' is not a valid int"), id="letters as a number"),
     pytest.param("x: !!bool abc\n", Facts("syntax", line=1), id="letters as a boolean"),
@@ -42,7 +42,7 @@ def test_malformed_yaml(text: str, facts: Facts, tmp_path: Path) -> None:
     page.write_text(text, encoding="utf-8")
     with raises(RecipeError, replace(facts, file=page)):
         load_recipe(str(page))
-    assert kind_of_page(page) == "recipe"
+    assert detect_page_kind(page) == "recipe"
 
 
 def load_template(page: str) -> object:
@@ -84,7 +84,7 @@ def test_rejects_impossible_folder_names(name: str) -> None:
 
 def test_malformed_values_of_options() -> None:
     with raises(RecipeError, Facts("too-large", column="eval.window")):
-        settings_of("window", ["eval.window=" + "[" * 5000])
+        parse_strategy_settings("window", ["eval.window=" + "[" * 5000])
 
 
 def test_merge_key_is_not_a_duplicate(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import llmrec
 from llmrec.errors import DataError, LlmrecError, ModelError
 from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.load import dump_recipe, load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
 from tests.test_cli import HEADER, rows
@@ -48,7 +48,7 @@ def test_path_in_the_folder_of_the_recipe(shop: Path) -> None:
     assert recipe.data.path == "shop/orders.csv"
     assert count(recipe) == 8
     # A run folder has the path from the working folder.
-    assert recipe.data.path in dump(recipe)
+    assert recipe.data.path in dump_recipe(recipe)
 
 
 def test_working_folder_comes_first(shop: Path) -> None:

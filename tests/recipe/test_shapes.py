@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from llmrec.errors import RecipeError
-from llmrec.index.table import ItemIndex, token
+from llmrec.index.table import ItemIndex, level_token
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SequentialSection
 from llmrec.tasks.sequential import SequentialTask
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import select_task_templates
 from tests.facts import Facts, raises
 from tests.tasks.making import make
 from tests.tasks.task_data import make_split
@@ -64,7 +64,7 @@ BARE = ("bare-codes", "bare-next-code")
 
 def indexes() -> dict[str, ItemIndex]:
     items = sorted(make_split().dataset.items)
-    names = tuple(token(0, n) for n in range(len(items)))
+    names = tuple(level_token(0, n) for n in range(len(items)))
     return {
         "tokens": ItemIndex("token", {item: (names[n],) for n, item in enumerate(items)}, tokens=names),
         "numbers": ItemIndex("random", {item: (str(1000 + n),) for n, item in enumerate(items)}),
@@ -90,6 +90,6 @@ def test_bare_templates_are_used_by_name_only() -> None:
     templates = load_templates("sequential")
     assert {name for name, template in templates.items() if template.bare} == set(BARE)
     for index in indexes().values():
-        chosen = choose("sequential", SequentialSection(), templates, index)
+        chosen = select_task_templates("sequential", SequentialSection(), templates, index)
         assert chosen.train and not any(template.bare for template in chosen.train)
         assert not set(chosen.evaluate) & set(BARE)

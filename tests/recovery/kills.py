@@ -12,8 +12,8 @@ from typing import Any
 
 import polars as pl
 
-from llmrec.data.sets.table import load
-from llmrec.durable import checked, sha256_of
+from llmrec.data.sets.table import load_data
+from llmrec.durable import parse_checked_json, sha256_of
 from llmrec.recipe.schema import DataSection
 from tests.recovery import zygote as zygotes
 from tests.recovery.points import REQUESTS
@@ -71,7 +71,7 @@ class Chain:
 
 def request_lines() -> str:
     """Return requests over the catalogue of the synthetic table."""
-    ids = list(load(DataSection(source="made-reviews"), seed=0).items)
+    ids = list(load_data(DataSection(source="made-reviews"), seed=0).items)
     rows = []
     for n in range(REQUESTS):
         chosen = [ids[(n * 7 + k * (3 + n // len(ids))) % len(ids)] for k in range(8)]
@@ -110,7 +110,7 @@ def zygote(model: Path, log: Path) -> Iterator[Zygote]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return everything of a run that must be equal after a kill: all except dates, seconds and load."""
-    results = checked((run / "results.json").read_bytes())
+    results = parse_checked_json((run / "results.json").read_bytes())
     for key in ("created", "command", "budget", "seconds"):
         del results[key]
     del results["machine"]["load"]
@@ -135,7 +135,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def export_outcome(chain: Chain) -> dict[str, Any]:
     """Return the content of an export, and the files with its name."""
-    bundle = checked((chain.exported / "llmrec.json").read_bytes())
+    bundle = parse_checked_json((chain.exported / "llmrec.json").read_bytes())
     files = {file.name: sha256_of(file) for file in chain.exported.iterdir()}
     # The hash of results.json depends on seconds.
     del bundle["made_from"]

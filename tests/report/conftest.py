@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.report.page import write
+from llmrec.report.page import write_report
 from tests.report.payloads import SCRIPTS
 from tests.report.sample_run import hostile_results, sample_results, save_run, templated
 
@@ -32,13 +32,13 @@ def several() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The report of the run; tests only read it."""
-    return write(save_run(tmp_path_factory.mktemp("report"), _RESULTS))
+    return write_report(save_run(tmp_path_factory.mktemp("report"), _RESULTS))
 
 
 @pytest.fixture(scope="session")
 def several_pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The report of the run with several templates; tests only read it."""
-    return write(save_run(tmp_path_factory.mktemp("several"), _TEMPLATED))
+    return write_report(save_run(tmp_path_factory.mktemp("several"), _TEMPLATED))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.report.page import write
+from llmrec.report.page import write_report
 from tests.report.payloads import SCRIPTS
 
 Save = Callable[[dict[str, Any]], Path]
@@ -38,7 +38,7 @@ CARDS = {"gallery": _exhibit, "newcomers": _newcomer}
 
 def _page(save: Save, results: dict[str, Any], part: str, *texts: str) -> str:
     cards = [CARDS[part](results, text) for text in texts]
-    return write(save(results | {part: cards}))["html"].read_text(encoding="utf-8")
+    return write_report(save(results | {part: cards}))["html"].read_text(encoding="utf-8")
 
 
 def _section(page: str, part: str) -> str:

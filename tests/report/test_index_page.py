@@ -13,8 +13,8 @@ import pytest
 
 from llmrec.durable import write_json
 from llmrec.errors import DataError
-from llmrec.index.diagnostics import diagnose, examples, neighbours
-from llmrec.index.table import ItemIndex, item_token, token
+from llmrec.index.diagnostics import diagnose, example_items, largest_code_groups
+from llmrec.index.table import ItemIndex, item_token, level_token
 from llmrec.registry import INDEXES
 from llmrec.report import index_page, index_plots, index_summary, page
 from tests.facts import Facts, raises
@@ -35,8 +35,8 @@ def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page
         digest=index.digest,
         seconds=1.5,
         found=diagnose(index, counts),
-        groups=neighbours(index, titles, counts=counts),
-        examples=examples(index, titles, 20),
+        groups=largest_code_groups(index, titles, counts=counts),
+        examples=example_items(index, titles, 20),
         version="1.2.3",
         **shown,
     )
@@ -45,7 +45,11 @@ def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page
 def tree_index(items: int, *, hybrid: bool = False) -> ItemIndex:
     """Codes of three tokens, of which the last may be unique to the item."""
     codes = {
-        f"i{n}": (token(0, n % 5), token(1, n // 5 % 4), item_token(n) if hybrid else token(2, n // 20))
+        f"i{n}": (
+            level_token(0, n % 5),
+            level_token(1, n // 5 % 4),
+            item_token(n) if hybrid else level_token(2, n // 20),
+        )
         for n in range(items)
     }
     tokens = sorted({piece for code in codes.values() for piece in code})
@@ -69,7 +73,7 @@ def written(folder: Path, texts: Sequence[str]) -> dict[str, Path]:
     names = {"name": texts[0], "data": texts[1], "noun": texts[2]}
     indexes = {"tokens": tree_index(len(texts)), "titles": titled(texts), "numbers": numbered(len(texts))}
     return {
-        kind: index_page.write(content(index, titles, **names), folder / kind / "index.html")
+        kind: index_page.write_index_page(content(index, titles, **names), folder / kind / "index.html")
         for kind, index in indexes.items()
     }
 
@@ -94,7 +98,7 @@ def test_page_of_tokens(tame: dict[str, Path]) -> None:
     assert text.count('class="plot"') == 2 and text.count("<svg") == 4
     result = diagnose(tree_index(len(TEXTS)))
     assert [level.available for level in index_plots.shared_levels(result)] == [5, 4, 7]
-    drawn = [shape.title for shape in index_plots.pictures(result)["branching"][0].shapes]
+    drawn = [shape.title for shape in index_plots.draw_index_plots(result)["branching"][0].shapes]
     assert f"most at length 0: {len(TEXTS)}" in drawn
     parts = ("&lt;a_…&gt;", "12.5 %", "Something else", "synthetic data", "1.5 s", "&lt;a_0&gt;&lt;b_0&gt;", "1.2.3")
     assert all(part in text for part in parts)
@@ -111,16 +115,16 @@ def test_pages_of_titles_and_numbers_have_no_plots(tame: dict[str, Path]) -> Non
 
 def test_plots_omit_tokens_of_single_items() -> None:
     result = diagnose(tree_index(40, hybrid=True))
-    drawn = [shape.text for shape in index_plots.pictures(result)["usage"][0].shapes]
+    drawn = [shape.text for shape in index_plots.draw_index_plots(result)["usage"][0].shapes]
     assert [text for text in drawn if text.startswith("items per")] == ["items per <a_…>", "items per <b_…>"]
-    assert index_summary.HYBRID in index_summary.sentence(result)
+    assert index_summary.HYBRID_SENTENCE in index_summary.scheme_sentence(result)
     tokens = tuple(item_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
-    assert index_plots.pictures(alone) == {}
+    assert index_plots.draw_index_plots(alone) == {}
 
 
 def test_key_figures_name_faults() -> None:
-    assert set(index_summary.SCHEMES) == set(INDEXES)
+    assert set(index_summary.SCHEME_SENTENCES) == set(INDEXES)
     result = diagnose(tree_index(40))
     assert index_summary.key_figures(result)["IDs that are a prefix of another ID"] == "0"
     broken = replace(result, begun=3, duplicates=2)
@@ -167,27 +171,27 @@ def with_index(run_dir: Path, index: ItemIndex) -> None:
     (run_dir / "index").mkdir()
     figures = diagnose(index).as_json()
     (run_dir / "index" / "diagnostics.json").write_text(json.dumps(figures), "utf-8")
-    index_page.write(content(index, {}, run=True), run_dir / "report" / index_summary.PAGE)
+    index_page.write_index_page(content(index, {}, run=True), run_dir / "report" / index_summary.PAGE)
 
 
 def test_report_links_to_the_page_of_the_index(run_dir: Path) -> None:
     with_index(run_dir, tree_index(40))
-    text = page.write(run_dir)["html"].read_text("utf-8")
+    text = page.write_report(run_dir)["html"].read_text("utf-8")
     assert '<a href="item-index.html">' in text
     assert "scheme semantic; 40 items; tokens per ID: 3; 11 new tokens; perplexity by level: 5 of 5, 4 of 4" in text
     assert "before repair: 12.5 %" in text
     assert 'href="index.html"' in (run_dir / "report" / "item-index.html").read_text("utf-8")
     assert 'id="neighbours"' not in text
     (run_dir / "report" / index_summary.PAGE).unlink()
-    assert "item-index" not in page.write(run_dir)["html"].read_text("utf-8")
+    assert "item-index" not in page.write_report(run_dir)["html"].read_text("utf-8")
 
 
 def test_report_shows_neighbours(run_dir: Path) -> None:
     with_index(run_dir, tree_index(len(SCRIPTS)))
     titles = {f"i{n}": text for n, text in enumerate(SCRIPTS)}
-    groups = neighbours(tree_index(len(SCRIPTS)), titles, prefixes=2, members=3)
+    groups = largest_code_groups(tree_index(len(SCRIPTS)), titles, prefixes=2, members=3)
     write_json(run_dir / "index" / "neighbours.json", [asdict(group) for group in groups])
-    text = page.write(run_dir)["html"].read_text("utf-8")
+    text = page.write_report(run_dir)["html"].read_text("utf-8")
     part = text.split('<section id="neighbours"')[1].split("</section>")[0]
     assert part.count("<article") == len(groups) > 1 and 'href="#neighbours"' in text
     assert part.count("<li><bdi>") == sum(len(group.entries) for group in groups)
@@ -196,7 +200,7 @@ def test_report_shows_neighbours(run_dir: Path) -> None:
 
 def test_line_of_an_index_of_text(run_dir: Path) -> None:
     with_index(run_dir, numbered(12))
-    assert index_summary.line(run_dir) == "scheme sequential; 12 items; characters per ID: 4"
+    assert index_summary.describe_run_index(run_dir) == "scheme sequential; 12 items; characters per ID: 4"
 
 
 def test_rejects_damaged_files_of_the_index(run_dir: Path) -> None:
@@ -207,4 +211,4 @@ def test_rejects_damaged_files_of_the_index(run_dir: Path) -> None:
         path = run_dir / "index" / f"{name}.json"
         path.write_text(content, "utf-8")
         with raises(DataError, Facts("damaged", path, says="run the recipe again")):
-            page.write(run_dir)
+            page.write_report(run_dir)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llmrec.errors import DataError
-from llmrec.report.audit import LeakError, audit_lines
-from llmrec.report.page import PAGES, write
-from llmrec.report.results import read
+from llmrec.report.audit import LeakError, read_audit_lines
+from llmrec.report.page import PAGES, write_report
+from llmrec.report.results import read_results
 from tests.facts import Facts, raises
 from tests.report.sample_run import NASTY, sample_audit, save_run
 
@@ -31,7 +31,7 @@ def _section(html: str) -> str:
 
 
 def test_checks_are_in_the_page_and_in_markdown(results: dict[str, Any], tmp_path: Path) -> None:
-    pages = write(save_run(tmp_path, results, sample_audit()))
+    pages = write_report(save_run(tmp_path, results, sample_audit()))
     section = _section(pages["html"].read_text("utf-8"))
     assert "3 checks, no leak, 1 notice." in section
     rows = section.split("<tbody>")[1].split("<tr>")[1:]
@@ -47,22 +47,22 @@ def test_report_without_an_audit_names_the_command(pages: dict[str, Path]) -> No
     folder = pages["html"].parents[1]
     assert f"not audited. To audit it: <code>llmrec audit {folder}</code>" in _section(pages["html"].read_text("utf-8"))
     assert "not audited. To audit it: " in pages["markdown"].read_text("utf-8")
-    assert audit_lines(folder) is None
+    assert read_audit_lines(folder) is None
 
 
 def test_audit_of_other_results_is_not_shown(results: dict[str, Any], tmp_path: Path) -> None:
     folder = save_run(tmp_path, results, sample_audit())
-    assert audit_lines(folder) is not None
+    assert read_audit_lines(folder) is not None
     (folder / "results.json").write_text(json.dumps(results | {"seconds": 1.0}), "utf-8")
-    assert audit_lines(folder) is None
-    assert "not audited. To audit it: " in write(folder)["markdown"].read_text("utf-8")
+    assert read_audit_lines(folder) is None
+    assert "not audited. To audit it: " in write_report(folder)["markdown"].read_text("utf-8")
 
 
 def test_run_with_a_leak_has_no_tables(results: dict[str, Any], tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", results, sample_audit(LEAK))
     says = ("this run leaks held-out data", "training rows of direct: 2 held-out pairs")
     with raises(LeakError, Facts("leak", "audit.json", says=says)) as e:
-        write(folder)
+        write_report(folder)
     assert "u1, i7" in str(e.value) and "\x1b" not in str(e.value) and "\n" not in str(e.value)
     assert {file.name for file in (folder / "report").iterdir()} == {"index.html", "report.md"}
     for name in ("index.html", "report.md"):
@@ -75,16 +75,16 @@ def test_run_with_a_leak_has_no_tables(results: dict[str, Any], tmp_path: Path) 
             f"{row['metrics'][metric]['value']:.3f}" in text for row in results["rows"] for metric in row["metrics"]
         )
     with pytest.raises(LeakError):
-        read(folder)
+        read_results(folder)
 
 
 def test_later_leak_removes_the_tables(results: dict[str, Any], tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", results, sample_audit())
-    pages = write(folder)
+    pages = write_report(folder)
     assert all(page.is_file() for page in pages.values()) and set(pages) == set(PAGES)
     save_run(folder, results, sample_audit(LEAK, LEAK | {"name": "another"}))
     with raises(LeakError, Facts("leak", "audit.json", says="and 1 more")):
-        write(folder)
+        write_report(folder)
     assert not pages["csv"].exists() and not pages["latex"].exists()
     assert all("This run leaks" in pages[kind].read_text("utf-8") for kind in ("html", "markdown"))
     assert (folder / "results.json").is_file() and (folder / "audit.json").is_file()
@@ -96,5 +96,5 @@ def test_rejects_damaged_audit(results: dict[str, Any], save: Save) -> None:
     for content in (b"", b"{}", b'{"checks": 3}', unknown, b"[" * 100_000):
         (folder / "audit.json").write_bytes(content)
         with raises(DataError, Facts("damaged", folder / "audit.json", says=f"llmrec audit {folder}")):
-            write(folder)
+            write_report(folder)
     assert not (folder / "report").exists()

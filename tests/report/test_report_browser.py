@@ -17,7 +17,7 @@ import pytest
 
 from docs.site import browser
 from docs.site.browser import executable
-from llmrec.report.page import write
+from llmrec.report.page import write_report
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import parser
 from tests.report.sample_run import hostile_audit, hostile_results, sample_results, save_run
@@ -122,11 +122,13 @@ def _rendered(text: str, page: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reports of a harmless run and of a hostile one, and pages whose script should run."""
     folder, texts = tmp_path_factory.mktemp("runs"), [*SCRIPTS, *FORMULAS, *MARKDOWN]
-    clean = write(save_run(folder / "clean", sample_results()))["html"]
+    clean = write_report(save_run(folder / "clean", sample_results()))["html"]
     attacked = clean.with_name("attacked.html")
     attacked.write_text(clean.read_text("utf-8").replace("<main>", f"<main>{ATTACK}"), "utf-8")
     _without_policy(attacked, "attacked-open.html")
-    pages = write(save_run(folder / "wild", hostile_results(sample_results(), texts), hostile_audit(texts), texts))
+    pages = write_report(
+        save_run(folder / "wild", hostile_results(sample_results(), texts), hostile_audit(texts), texts)
+    )
     _without_policy(pages["html"], "open.html")
     _rendered(pages["markdown"].read_text("utf-8"), folder / "markdown.html")
     suites = [hostile_suite([*texts[start:], *texts[:start]]) for start in range(0, len(texts), 12)]

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.report.escape import tex
-from llmrec.report.render import latex
-from llmrec.report.results import results_of
+from llmrec.report.escape import escape_tex
+from llmrec.report.render import render_latex
+from llmrec.report.results import parse_results
 from tests.report.payloads import FORMULAS, LATEX, SCRIPTS
 from tests.report.sample_run import hostile_results, sample_results
 
@@ -67,7 +67,7 @@ def _check_structure(text: str) -> None:
 
 
 def test_one_table_per_task(results: dict[str, Any]) -> None:
-    text = latex(results_of(results))
+    text = render_latex(parse_results(results))
     tables = _tables(text)
     assert len(tables) == 4 and text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 4
     assert [re.findall(r"\\caption\{(\w+ \w+)", table)[0] for table in tables] == [
@@ -83,7 +83,7 @@ def test_one_table_per_task(results: dict[str, Any]) -> None:
 
 def test_values_intervals_and_order_of_rows(results: dict[str, Any]) -> None:
     results["rows"][0]["metrics"]["MAE"].update(value=-0.25, low=None, high=None)
-    table = _tables(latex(results_of(results)))[0]
+    table = _tables(render_latex(parse_results(results)))[0]
     assert r"\shortstack[r]{\textbf{0.930}\\{\tiny [0.865, 1.002]}}" in table
     assert r"\textbf{$-$0.250}" in table
     lines = [line for line in table.splitlines() if line.endswith(r"\\[3pt]")]
@@ -101,7 +101,7 @@ def test_missing_comparisons_and_values(results: dict[str, Any]) -> None:
     results["comparisons"] = [entry for entry in results["comparisons"] if entry["task"] != "rating"]
     del results["rows"][0]["metrics"]["MAE"]
     results["rows"][1]["metrics"]["MAE"].update(value=None, low=None, high=None, undefined="50 % of nothing")
-    text = latex(results_of(results))
+    text = render_latex(parse_results(results))
     tables = _tables(text)
     assert "vs." not in tables[0] and r"vs.\\zero-shot" in tables[1]
     assert "Best baseline: user-item-bias." in tables[0]
@@ -135,12 +135,12 @@ def test_missing_comparisons_and_values(results: dict[str, Any]) -> None:
     ],
 )
 def test_special_characters(text: str, expected: str) -> None:
-    assert tex(text) == expected
+    assert escape_tex(text) == expected
 
 
 @given(st.text() | st.text("\\{}$&#%_^~<>|\"'`[]*,-?! \n", max_size=20))
 def test_escapes_any_text(text: str) -> None:
-    written = tex(text)
+    written = escape_tex(text)
     assert "\n" not in written
     depth = 0
     for kind, token in _tokens(written):
@@ -155,7 +155,7 @@ def test_escapes_any_text(text: str) -> None:
 def _documents() -> Iterator[str]:
     texts = [*LATEX, *FORMULAS, *SCRIPTS]
     for start in range(0, len(texts), 40):
-        yield latex(results_of(hostile_results(sample_results(), [*texts[start:], *texts[:start]])))
+        yield render_latex(parse_results(hostile_results(sample_results(), [*texts[start:], *texts[:start]])))
 
 
 def test_hostile_texts_keep_the_structure() -> None:
@@ -180,5 +180,5 @@ def test_pdflatex_accepts_hostile_texts(tmp_path: Path) -> None:
 
 def test_file_is_in_the_report(pages: dict[str, Path], results: dict[str, Any]) -> None:
     assert pages["latex"].name == "table.tex"
-    assert pages["latex"].read_text("utf-8") == latex(results_of(results))
+    assert pages["latex"].read_text("utf-8") == render_latex(parse_results(results))
     assert 'href="table.tex"' in pages["html"].read_text("utf-8")

@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 
-from llmrec.report.marks import best_baseline, has_marks, legend, marks, rule, singles, spreads
-from llmrec.report.results import results_of
+from llmrec.report.marks import (
+    best_baseline,
+    comparison_marks,
+    has_marks,
+    marks_legend,
+    significance_rule,
+    single_template_ids,
+    template_spreads,
+)
+from llmrec.report.results import parse_results
 
 BETTER, WORSE = "significantly better", "significantly worse"
 TUNED = "sequential/tuned/likelihood/continue-list"
@@ -30,7 +38,7 @@ def _row_of(html: str, number: int, predictor: str, arm: str, template: str = ""
 
 
 def test_marks_compare_with_zero_shot_and_the_best_baseline(results: dict[str, Any]) -> None:
-    result = marks(results_of(results), "sequential")
+    result = comparison_marks(parse_results(results), "sequential")
     assert set(result) == {
         row["id"] for row in results["rows"] if row["task"] == "sequential" and row["arm"] != "baseline"
     }
@@ -50,14 +58,14 @@ def test_marks_use_the_main_metric_and_the_best_baseline(results: dict[str, Any]
     for entry in results["comparisons"]:
         if entry["a"] == TUNED:
             entry["metric"] = "HR@1"
-    assert marks(results_of(results), "sequential")[TUNED].zero_shot is None
+    assert comparison_marks(parse_results(results), "sequential")[TUNED].zero_shot is None
     for row in results["rows"]:
         if row["id"] == "rating/baseline/item-mean":
             row["metrics"]["RMSE"]["value"] = 0.5
-    result = results_of(results)
+    result = parse_results(results)
     control = best_baseline(result, "rating")
     assert control is not None and control.predictor == "item-mean"
-    assert marks(result, "rating")["rating/tuned/expected/half-stars"].baseline is None
+    assert comparison_marks(result, "rating")["rating/tuned/expected/half-stars"].baseline is None
 
 
 def test_marks_in_every_file(pages: dict[str, Path]) -> None:
@@ -86,14 +94,16 @@ def test_marks_in_every_file(pages: dict[str, Path]) -> None:
 
 
 def test_legend_and_rule(results: dict[str, Any]) -> None:
-    result = results_of(results)
-    text = legend(result, "sequential")
+    result = parse_results(results)
+    text = marks_legend(result, "sequential")
     assert "NDCG@10 of a language model" in text and "markov-1" in text
-    assert "Holm-corrected over all 8 planned comparisons, is at most .05" in rule(result)
+    assert "Holm-corrected over all 8 planned comparisons, is at most .05" in significance_rule(result)
     results["comparisons"] = results["comparisons"][:1]
-    result = results_of(results)
-    assert "over the only planned comparison" in rule(result)
-    assert legend(result, "sequential") == "" and not has_marks(result, "sequential") and has_marks(result, "rating")
+    result = parse_results(results)
+    assert "over the only planned comparison" in significance_rule(result)
+    assert (
+        marks_legend(result, "sequential") == "" and not has_marks(result, "sequential") and has_marks(result, "rating")
+    )
 
 
 def test_exploratory_comparisons_have_no_p_and_verdict(pages: dict[str, Path], results: dict[str, Any]) -> None:
@@ -119,7 +129,7 @@ def test_spread_by_hand(several: dict[str, Any]) -> None:
     for row in several["rows"]:
         if row["task"] == "direct" and row["arm"] == "tuned":
             row["metrics"]["NDCG@10"]["value"] = values[row["template"].rpartition("/")[2]]
-    result = next(spread for spread in spreads(results_of(several), "direct") if spread.arm == "tuned")
+    result = next(spread for spread in template_spreads(parse_results(several), "direct") if spread.arm == "tuned")
     assert result.seen is not None and result.unseen is not None and not result.single
     assert set(result.seen.templates) == {"pick-one", "one-of-these", "which-next"}
     assert (result.seen.mean, result.seen.low, result.seen.high) == (pytest.approx(0.5), 0.4, 0.6)
@@ -129,7 +139,7 @@ def test_spread_by_hand(several: dict[str, Any]) -> None:
     for row in several["rows"]:
         if row["task"] == "direct" and row["arm"] == "tuned" and row["template_use"] == "unseen":
             row["metrics"]["NDCG@10"]["value"] = None
-    result = next(spread for spread in spreads(results_of(several), "direct") if spread.arm == "tuned")
+    result = next(spread for spread in template_spreads(parse_results(several), "direct") if spread.arm == "tuned")
     assert result.unseen is None and result.seen is not None and len(result.seen.templates) == 3
 
 
@@ -138,14 +148,14 @@ def test_each_arm_and_strategy_has_a_spread(several: dict[str, Any]) -> None:
         if row["id"] == "direct/zero-shot/label/pick-one":
             row.update(id="direct/zero-shot/list/pick-one", predictor="list")
     several["comparisons"] = []
-    result = {(s.arm, s.predictor): s for s in spreads(results_of(several), "direct")}
+    result = {(s.arm, s.predictor): s for s in template_spreads(parse_results(several), "direct")}
     assert set(result) == {("zero-shot", "label"), ("zero-shot", "list"), ("few-shot", "label"), ("tuned", "label")}
     assert result["zero-shot", "list"].single and result["zero-shot", "list"].unseen is None
-    assert singles(results_of(several), "direct") == {"direct/zero-shot/list/pick-one"}
+    assert single_template_ids(parse_results(several), "direct") == {"direct/zero-shot/list/pick-one"}
 
 
 def test_spreads_in_page_and_markdown(several: dict[str, Any], several_pages: dict[str, Path]) -> None:
-    result = next(spread for spread in spreads(results_of(several), "direct") if spread.arm == "tuned")
+    result = next(spread for spread in template_spreads(parse_results(several), "direct") if spread.arm == "tuned")
     assert result.seen is not None and result.unseen is not None
     html = several_pages["html"].read_text("utf-8").split('id="templates-3-caption"')[1].split("</table>")[0]
     row = html.split("tuned</span>")[1]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from llmrec.report import page
-from llmrec.report.escape import cell
-from llmrec.report.page import write
-from llmrec.report.render import markdown_page
-from llmrec.report.results import results_of
+from llmrec.report.escape import escape_cell
+from llmrec.report.page import write_report
+from llmrec.report.render import render_markdown_page
+from llmrec.report.results import parse_results
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
 from tests.report.sample_run import hostile_audit, hostile_results, sample_results, save_run
@@ -135,7 +135,7 @@ def test_contrast_is_enough_in_both_schemes() -> None:
 def test_whitespace_of_prompts_is_kept(run_dir: Path, results: dict[str, Any]) -> None:
     results["examples"][0]["prompt"] = "\n  two  spaces\n\n\ttab\n"
     (run_dir / "results.json").write_text(json.dumps(results))
-    text = write(run_dir)["html"].read_text("utf-8")
+    text = write_report(run_dir)["html"].read_text("utf-8")
     # HTML drops one line feed after <pre ...>; the second one is in the prompt.
     assert '<pre dir="auto" tabindex="0">\n\n  two  spaces\n\n\ttab\n</pre>' in text
 
@@ -149,7 +149,7 @@ def test_run_without_optional_parts(results: dict[str, Any], save: Save) -> None
     del results["example"]
     for row in results["rows"]:
         row.update(parse_rate=1.0, tie_rate=None, failures=[], inputs="", slices=[], by_position=[], position_bias=None)
-    pages = write(save(results))
+    pages = write_report(save(results))
     text = pages["html"].read_text("utf-8")
     assert not re.search("<h3>(Position|Slices)", text) and "Marks compare" not in text
     absent = "#### (Position|Slices)|## Comparisons|vs. best|Held out"
@@ -176,7 +176,7 @@ def tame(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _written(folder: Path, texts: list[str]) -> dict[str, Path]:
     results = hostile_results(sample_results(), texts)
-    return write(save_run(folder, results, hostile_audit(texts), reasons=texts))
+    return write_report(save_run(folder, results, hostile_audit(texts), reasons=texts))
 
 
 def test_hostile_texts_change_no_element(wild: dict[str, Path], tame: dict[str, Path]) -> None:
@@ -229,13 +229,13 @@ def test_markdown_page_is_inert(wild: dict[str, Path], tame: dict[str, Path]) ->
     assert not re.search(r"<[A-Za-z!/?]", body)
     assert not re.search(r"(?<!\\)\]\(", body)
     assert fence in recipe and recipe.index("## Notes") > recipe.index("\n```")
-    assert all(line.startswith(("#", "|", "-")) or line == "" or cell(line) for line in body.splitlines())
+    assert all(line.startswith(("#", "|", "-")) or line == "" or escape_cell(line) for line in body.splitlines())
     assert blocks(text) == blocks(tame["markdown"].read_text("utf-8"))
 
 
 def test_markdown_payloads_are_inert() -> None:
     def page_of(texts: list[str]) -> str:
-        return markdown_page(results_of(hostile_results(sample_results(), texts)), {}, None, fix="")
+        return render_markdown_page(parse_results(hostile_results(sample_results(), texts)), {}, None, fix="")
 
     assert blocks(page_of(list(MARKDOWN))) == blocks(page_of([f"x{number}" for number, _ in enumerate(MARKDOWN)]))
 
@@ -246,9 +246,9 @@ def test_markdown_payloads_are_inert() -> None:
 def test_failed_write_keeps_the_old_report(
     run_dir: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages = write(run_dir)
+    pages = write_report(run_dir)
     before = {name: path.read_bytes() for name, path in pages.items()}
-    assert {name: path.read_bytes() for name, path in write(run_dir).items()} == before
+    assert {name: path.read_bytes() for name, path in write_report(run_dir).items()} == before
     results["notes"] = ["another run"]
     results["rows"][0]["metrics"]["RMSE"]["value"] = 9.0
     (run_dir / "results.json").write_text(json.dumps(results))
@@ -258,6 +258,6 @@ def test_failed_write_keeps_the_old_report(
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        write(run_dir)
+        write_report(run_dir)
     assert {name: path.read_bytes() for name, path in pages.items()} == before
     assert not list((run_dir / "report").glob(".*"))

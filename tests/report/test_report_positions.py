@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from llmrec.report.breakdowns import bands, bias_words, sentences, shown_rows
+from llmrec.report.breakdowns import describe_bias, position_bands, position_bias_sentences, rows_with_positions
 from llmrec.report.canvas import WIDE
-from llmrec.report.charts import draw
-from llmrec.report.plots import by_position
-from llmrec.report.render import markdown_page
-from llmrec.report.results import results_of
+from llmrec.report.charts import draw_plot
+from llmrec.report.plots import positions_plot
+from llmrec.report.render import render_markdown_page
+from llmrec.report.results import parse_results
 from llmrec.report.wording import label
 from llmrec.results import PositionBias, PositionResult, Row
 
@@ -45,7 +45,7 @@ def test_band_equals_its_pooled_requests() -> None:
         _at(position, len(values), float(hits[position].mean()), float(values.mean()), float(values.std(ddof=1)))
         for position, values in ranks.items()
     ]
-    result = bands(_row(*entries, _at(3, 11), _at(4, 11)))
+    result = position_bands(_row(*entries, _at(3, 11), _at(4, 11)))
     assert [band.name for band in result] == ["1–2", "3–4"]
     first, pooled = result[0], np.concatenate(list(ranks.values()))
     assert first.n == 11 and first.hit == pytest.approx(np.concatenate(list(hits.values())).mean())
@@ -60,7 +60,7 @@ def test_band_equals_its_pooled_requests() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), max_size=40, unique_by=lambda each: each[0]))
 def test_each_request_is_in_one_band(entries: list[tuple[int, int]]) -> None:
-    result = bands(_row(*(_at(position, n) for position, n in entries)))
+    result = position_bands(_row(*(_at(position, n) for position, n in entries)))
     kept = {position: n for position, n in entries if n}
     assert sum(band.n for band in result) == sum(kept.values())
     assert all(after.first > before.last for before, after in pairwise(result))
@@ -70,9 +70,9 @@ def test_each_request_is_in_one_band(entries: list[tuple[int, int]]) -> None:
 
 
 def test_positions_without_values_and_single_requests() -> None:
-    assert bands(_row()) == ()
-    assert bands(_row(_at(1, 0), _at(2, 3, hit=None), _at(3, 3, rank=None))) == ()
-    (only,) = bands(_row(_at(5, 1, sd=None)))
+    assert position_bands(_row()) == ()
+    assert position_bands(_row(_at(1, 0), _at(2, 3, hit=None), _at(3, 3, rank=None))) == ()
+    (only,) = position_bands(_row(_at(5, 1, sd=None)))
     assert (only.name, only.rank_low, only.rank_high, only.rank_bounds) == ("1–5", None, None, "")
 
 
@@ -80,21 +80,21 @@ def test_positions_without_values_and_single_requests() -> None:
 
 
 def test_sentences_name_biased_rows(results: dict[str, Any]) -> None:
-    result = results_of(results)
-    assert sentences(result, "direct") == (
+    result = parse_results(results)
+    assert position_bias_sentences(result, "direct") == (
         "Significant position bias (the rank of the target depends on its position among the candidates): zero-shot · "
         "label · pick-one (46 % of the variance of the rank, 10 % expected by chance; rank correlation +0.41; "
         "corrected p < 0.001).",
         "No significant position bias: few-shot · label · pick-one and fine-tuned · label with both templates.",
     )
-    assert sentences(result, "rating") == ()
+    assert position_bias_sentences(result, "rating") == ()
 
 
 def test_rows_with_several_templates_are_named_together(several: dict[str, Any]) -> None:
     tuned = [row for row in several["rows"] if row["task"] == "direct" and row["arm"] == "tuned"]
     for row, share, rho, p in zip(tuned[:3], (0.5, 0.3, 0.4), (-0.5, -0.304, 0), (0.004, 0.0402, 0.001), strict=True):
         row["position_bias"] = {"share": share, "chance": 0.1, "rho": rho, "p": p}
-    first, rest = sentences(results_of(several), "direct")
+    first, rest = position_bias_sentences(parse_results(several), "direct")
     assert first.endswith(
         "and fine-tuned · label with 3 of 5 templates (30 % to 50 % of the variance of the rank, 10 % expected by "
         "chance; rank correlation −0.50 to +0.00; corrected p at most 0.040)."
@@ -109,9 +109,11 @@ def test_sentence_without_biased_rows(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         if row.get("position_bias"):
             row["position_bias"] = {"share": None, "chance": None, "rho": None, "p": None}
-    assert sentences(results_of(results), "direct") == ("No language model has a significant position bias.",)
+    assert position_bias_sentences(parse_results(results), "direct") == (
+        "No language model has a significant position bias.",
+    )
     nothing = PositionBias(share=None, chance=None, rho=None, p=None)
-    assert bias_words(nothing) == (
+    assert describe_bias(nothing) == (
         "– of the variance of the rank, – expected by chance; rank correlation –; corrected p –"
     )
 
@@ -119,16 +121,16 @@ def test_sentence_without_biased_rows(results: dict[str, Any]) -> None:
 def test_run_of_baselines_has_no_table_of_positions(results: dict[str, Any]) -> None:
     results["rows"] = [row for row in results["rows"] if row["arm"] == "baseline"]
     results["comparisons"] = []
-    assert shown_rows(results_of(results), "direct") == ()
-    assert "Position of the target" not in markdown_page(results_of(results), {}, None, fix="")
+    assert rows_with_positions(parse_results(results), "direct") == ()
+    assert "Position of the target" not in render_markdown_page(parse_results(results), {}, None, fix="")
 
 
 # --------------------------------------------------------------------------- the curve
 
 
 def test_curve_has_every_language_model_and_the_best_baseline(results: dict[str, Any]) -> None:
-    result = results_of(results)
-    plot = by_position(result, "direct")
+    result = parse_results(results)
+    plot = positions_plot(result, "direct")
     assert [label(row) for row in plot["rows"]] == [
         "zero-shot · label · pick-one",
         "few-shot · label · pick-one",
@@ -136,17 +138,17 @@ def test_curve_has_every_language_model_and_the_best_baseline(results: dict[str,
         "fine-tuned · label · unseen-pick-one",
     ]
     assert plot["control"] is not None and label(plot["control"]) == "item-knn"
-    drawn = bands(plot["rows"][0])
+    drawn = position_bands(plot["rows"][0])
     assert [band.name for band in drawn] == [f"{first}–{first + 1}" for first in range(1, 20, 2)]
     assert [band.middle for band in drawn] == [first + 0.5 for first in range(1, 20, 2)]
-    shapes = draw(plot, WIDE).shapes
+    shapes = draw_plot(plot, WIDE).shapes
     titles = [shape.title for shape in shapes if shape.title.startswith("zero-shot") and "target at" in shape.title]
     assert titles == [
         f"zero-shot · label · pick-one, target at {band.name}: {name} {getattr(band, key):.3g}, n = 20"
         for key, name in (("hit", "HR@1"), ("rank", "mean rank"))
         for band in drawn
     ]
-    assert by_position(result, "rating")["rows"] == []
+    assert positions_plot(result, "rating")["rows"] == []
 
 
 def test_positions_in_page_and_markdown(pages: dict[str, Path]) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from llmrec.errors import LlmrecError
 from llmrec.report.breakdowns import slice_table
-from llmrec.report.results import results_of
+from llmrec.report.results import parse_results
 from tests.facts import Facts, raises
 from tests.report.sample_run import SLICES
 
 
 def test_columns_are_the_best_rows_of_the_arms(results: dict[str, Any]) -> None:
-    result = results_of(results)
+    result = parse_results(results)
     table = slice_table(result, "direct")
     assert table is not None and table.metric == "NDCG@10"
     assert [row.id for row in table.rows] == [
@@ -43,7 +43,7 @@ def test_slices_with_one_case_or_equal_values(results: dict[str, Any]) -> None:
                 part.update(n=1, users=1)
             for metric in part["metrics"].values():
                 metric["value"] = 0.5 if part["name"] == "history:from-50" else metric["value"]
-    table = slice_table(results_of(results), "direct")
+    table = slice_table(parse_results(results), "direct")
     assert table is not None
     lines = {line.title: line for line in table.lines}
     assert all(
@@ -60,7 +60,7 @@ def test_slices_of_auc_use_another_metric(results: dict[str, Any]) -> None:
         if row["task"] == "direct":
             row["slices"] = []
     results["headline"]["rating"], results["comparisons"] = "AUC", []
-    result = results_of(results)
+    result = parse_results(results)
     table = slice_table(result, "rating")
     assert table is not None and table.metric == "RMSE"
     assert slice_table(result, "direct") is None
@@ -70,16 +70,16 @@ def test_rejects_slices_of_different_cases(results: dict[str, Any]) -> None:
     row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "tuned")
     row["slices"][1]["n"] = 185
     with raises(LlmrecError, Facts("mismatch", "results.json", says=("slice 'item:warm-from-5', n = 186", "n = 185"))):
-        results_of(results)
+        parse_results(results)
     row["slices"][1]["n"] = 186
     metric = row["slices"][1]["metrics"]["NDCG@10"]
     metric["signature"] = metric["signature"].replace("warm-from-5", "warm-from-3")
     with raises(LlmrecError, Facts("mismatch", "results.json", says=(row["id"], "slice:item:warm-from-5"))):
-        results_of(results)
+        parse_results(results)
 
 
 def test_slices_in_page_and_markdown(results: dict[str, Any], pages: dict[str, Path]) -> None:
-    table = slice_table(results_of(results), "direct")
+    table = slice_table(parse_results(results), "direct")
     assert table is not None
     html = pages["html"].read_text("utf-8").split('id="slices-3-caption"')[1].split("</table>")[0]
     rows = html.split("<tr ")[1:]

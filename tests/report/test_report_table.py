@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llmrec.data.cells import cell as csv_cell
-from llmrec.data.cells import unguarded
-from llmrec.report.render import markdown_page
-from llmrec.report.results import results_of
+from llmrec.data.cells import escape_cell as csv_cell
+from llmrec.data.cells import unescape_cells
+from llmrec.report.render import render_markdown_page
+from llmrec.report.results import parse_results
 from llmrec.report.table import CSV_COLUMNS, console_tables, csv_text
 from tests.report.payloads import FORMULAS, HIDDEN_FORMULAS
 
@@ -25,7 +25,7 @@ Hostile = Callable[[dict[str, Any], Sequence[str]], dict[str, Any]]
 
 
 def _markdown(results: dict[str, Any]) -> str:
-    return markdown_page(results_of(results), {}, None, fix="llmrec audit runs/x")
+    return render_markdown_page(parse_results(results), {}, None, fix="llmrec audit runs/x")
 
 
 def _lines(text: str) -> list[dict[str, str]]:
@@ -57,13 +57,13 @@ def test_escapes_formulas(results: dict[str, Any], hostile: Hostile) -> None:
     result: set[str] = set()
     # Rotated, so that each is in every kind of column.
     for start in range(0, len(FORMULAS), 5):
-        lines = _lines(csv_text(results_of(hostile(results, FORMULAS[start:] + FORMULAS[:start]))))
+        lines = _lines(csv_text(parse_results(hostile(results, FORMULAS[start:] + FORMULAS[:start]))))
         cells = [value for line in lines for value in _columns_of_text(line)]
         assert not [value for value in cells if value.startswith(STARTS)]
         result |= set(cells)
     # Each of them is in the file, with an apostrophe before it.
     assert {"'" + payload.replace("\x00", "") for payload in FORMULAS} <= result
-    plain = _lines(csv_text(results_of(results)))
+    plain = _lines(csv_text(parse_results(results)))
     assert {float(line["value"]) for line in lines} == {float(line["value"]) for line in plain}
 
 
@@ -75,7 +75,7 @@ def test_escapes_formulas_after_invisible_characters() -> None:
 
 def test_negative_numbers_stay_numbers(results: dict[str, Any]) -> None:
     results["rows"][0]["metrics"]["RMSE"].update(value=-0.25, low=-1.0, high=-1e-9)
-    lines = {(line["row"], line["metric"]): line for line in _lines(csv_text(results_of(results)))}
+    lines = {(line["row"], line["metric"]): line for line in _lines(csv_text(parse_results(results)))}
     line = lines[results["rows"][0]["id"], "RMSE"]
     assert (line["value"], line["low"], line["high"]) == ("-0.25", "-1.0", "-1e-09")
 
@@ -85,7 +85,7 @@ def test_csv_cell_round_trip(value: str | float | int | None) -> None:
     text = csv_cell(value)
     if isinstance(value, str):
         assert not text.startswith(STARTS)
-        assert unguarded(pl.Series([text]))[0] == value.replace("\x00", "")
+        assert unescape_cells(pl.Series([text]))[0] == value.replace("\x00", "")
     elif value is not None:
         assert type(value)(text) == value
 
@@ -109,7 +109,7 @@ def test_markdown_sorts_rows_and_marks_the_best(results: dict[str, Any]) -> None
 
 def test_console_shows_rows_in_order_and_escapes_controls(results: dict[str, Any]) -> None:
     results["rows"][0]["predictor"] = "[red]\x1b[31mx\x07[/red]"
-    tables = console_tables(results_of(results))
+    tables = console_tables(parse_results(results))
     assert len(tables) == 5
     console = Console(width=140, record=True, file=io.StringIO(), force_terminal=True)
     console.print(*tables)
@@ -121,5 +121,5 @@ def test_console_shows_rows_in_order_and_escapes_controls(results: dict[str, Any
 
 def test_console_fits_eighty_columns(results: dict[str, Any]) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(*console_tables(results_of(results)))
+    console.print(*console_tables(parse_results(results)))
     assert max(len(line) for line in console.export_text().splitlines()) <= 80

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.display import visible
-from llmrec.report.results import results_of
-from llmrec.report.summary import summary
+from llmrec.display import escape_hidden
+from llmrec.report.results import parse_results
+from llmrec.report.summary import summary_paragraph
 from llmrec.report.wording import (
     difference,
-    duration,
-    facing,
-    number,
-    p_value,
-    share,
+    format_duration,
+    format_number,
+    format_p_value,
+    format_percentage,
+    orient_comparison,
     tuning_sentence,
     verdict,
     winner_sentence,
@@ -32,7 +32,7 @@ def _sentences(results: Results, task: str) -> str:
 
 
 def test_best_model_is_a_baseline(results: dict[str, Any]) -> None:
-    result = results_of(results)
+    result = parse_results(results)
     assert _sentences(result, "sequential") == (
         "The best model is a baseline, markov-1, with NDCG@10 0.560 [0.521, 0.603]. The best "
         "language model, fine-tuned · likelihood · continue-list, has 0.500. Difference: NDCG@10 +0.060 "
@@ -40,11 +40,11 @@ def test_best_model_is_a_baseline(results: dict[str, Any]) -> None:
         "[+0.165, +0.215]."
     )
     assert "The best model is a baseline, user-item-bias" in _sentences(result, "rating")
-    assert "A baseline is better than every language model in 2 of 4 tasks" in summary(result)
+    assert "A baseline is better than every language model in 2 of 4 tasks" in summary_paragraph(result)
 
 
 def test_best_model_is_a_language_model(results: dict[str, Any]) -> None:
-    text = _sentences(results_of(results), "direct")
+    text = _sentences(parse_results(results), "direct")
     assert text.startswith(
         "The best model is a language model, fine-tuned · label · pick-one, with NDCG@10 0.520 [0.484, 0.560]."
     )
@@ -63,22 +63,22 @@ def test_best_model_is_a_language_model(results: dict[str, Any]) -> None:
 def test_sentences_of_verdicts(results: dict[str, Any], outcome: str | None, start: str, tally: str) -> None:
     entry = next(entry for entry in results["comparisons"] if entry["task"] == "direct" and "zero-shot" in entry["b"])
     entry["verdict"] = outcome
-    result = results_of(results)
+    result = parse_results(results)
     assert tuning_sentence(verdict(result, "direct"), result.rows).startswith(start)
-    assert tally in summary(result)
+    assert tally in summary_paragraph(result)
 
 
 @pytest.mark.parametrize("outcome", ["shown", "not shown", "contradicted"])
 def test_facing_reverses_a_comparison(outcome: str) -> None:
     entry = Comparison(task="t", metric="m", a="a", b="b", value=0.3, low=-0.2, high=0.9, p=0.5, verdict=outcome)
-    swapped = facing(entry, "b")
+    swapped = orient_comparison(entry, "b")
     assert (swapped.a, swapped.b, swapped.value, swapped.low, swapped.high) == ("b", "a", -0.3, -0.9, 0.2)
-    assert facing(swapped, "a") == facing(entry, "a") == entry
+    assert orient_comparison(swapped, "a") == orient_comparison(entry, "a") == entry
 
 
 def test_contribution_of_the_model_to_an_ensemble(results: dict[str, Any]) -> None:
     missing = "The contribution of the fine-tuned model to an ensemble of baselines was not measured"
-    assert missing in summary(results_of(results))
+    assert missing in summary_paragraph(parse_results(results))
     rows = [row for row in results["rows"] if row["task"] == "sequential"]
     control = next(row for row in rows if row["arm"] == "baseline")
     tuned = next(row for row in rows if row["arm"] == "tuned")
@@ -100,31 +100,31 @@ def test_contribution_of_the_model_to_an_ensemble(results: dict[str, Any]) -> No
     assert (
         "Adding the fine-tuned model to the ensemble of the baselines: NDCG@10 +0.020 [+0.010, "
         "+0.030] in Next item from history, significantly better. "
-    ) in summary(results_of(results))
+    ) in summary_paragraph(parse_results(results))
 
 
 def test_run_without_a_tuned_model(results: dict[str, Any]) -> None:
     results["rows"] = [row for row in results["rows"] if row["arm"] != "tuned"]
     results.update(comparisons=[], training=None)
-    result = results_of(results)
+    result = parse_results(results)
     assert tuning_sentence(verdict(result, "rating"), result.rows) == "This run has no fine-tuned model."
-    text = summary(result)
+    text = summary_paragraph(result)
     assert "was not fine-tuned" in text and "No comparison of fine-tuned and zero-shot was planned" in text
 
 
 def test_sentences_use_planned_comparisons(results: dict[str, Any]) -> None:
-    before = _sentences(results_of(results), "direct")
+    before = _sentences(parse_results(results), "direct")
     rows = {row["arm"]: row for row in results["rows"] if row["task"] == "direct"}
     unseen = next(row for row in results["rows"] if row["task"] == "direct" and "unseen" in row["id"])
     entry = next(entry for entry in results["comparisons"] if entry["task"] == "direct")
     kept = {key: value for key, value in entry.items() if key not in ("p", "p_raw", "verdict", "level")}
     results["comparisons"].insert(0, {**kept, "a": unseen["id"], "b": rows["zero-shot"]["id"], "value": 0.4})
-    assert _sentences(results_of(results), "direct") == before
+    assert _sentences(parse_results(results), "direct") == before
 
 
 def test_small_bounds_are_not_printed_as_0() -> None:
-    assert number(0.0002, sign=True) == "+0.0002" and number(-0.0002, sign=True) == "−0.0002"
-    assert number(0.0, sign=True) == "+0.000"
+    assert format_number(0.0002, sign=True) == "+0.0002" and format_number(-0.0002, sign=True) == "−0.0002"
+    assert format_number(0.0, sign=True) == "+0.000"
     assert difference(0.01, 0.00003, 0.02, 3) == "+0.010 [+3e-05, +0.020]"
     assert difference(0.01, 0.0, 0.02, 4) == "+0.0100 [+0.0000, +0.0200]" and difference(0.1, None, 0.2) == "–"
 
@@ -133,18 +133,23 @@ def test_small_bounds_are_not_printed_as_0() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [number(value) for value in (0.12345, 23.456, None)] == ["0.123", "23.5", "–"]
-    assert number(-0.5, sign=True) == "−0.500"
+    assert [format_number(value) for value in (0.12345, 23.456, None)] == ["0.123", "23.5", "–"]
+    assert format_number(-0.5, sign=True) == "−0.500"
     shares = (1.0, 0.99999, 0.00001, 0.0, 0.125)
-    assert [share(value) for value in shares] == ["100 %", "> 99.9 %", "< 0.1 %", "0 %", "12.5 %"]
-    assert [p_value(value) for value in (0.0004, 0.0456)] == ["< 0.001", "0.046"]
-    assert [duration(seconds) for seconds in (0.25, 59, 361, 7260)] == ["0.25 s", "59 s", "6 min 1 s", "2 h 1 min"]
+    assert [format_percentage(value) for value in shares] == ["100 %", "> 99.9 %", "< 0.1 %", "0 %", "12.5 %"]
+    assert [format_p_value(value) for value in (0.0004, 0.0456)] == ["< 0.001", "0.046"]
+    assert [format_duration(seconds) for seconds in (0.25, 59, 361, 7260)] == [
+        "0.25 s",
+        "59 s",
+        "6 min 1 s",
+        "2 h 1 min",
+    ]
 
 
 @given(st.text(alphabet=st.characters(codec=None)))
 def test_visible_escapes_invisible_characters(text: str) -> None:
-    shown = visible(text)
-    assert visible(shown) == shown
+    shown = escape_hidden(text)
+    assert escape_hidden(shown) == shown
     assert all(
         character in "\t\n" or (ord(character) >= 32 and ord(character) not in range(127, 160)) for character in shown
     )

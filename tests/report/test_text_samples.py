@@ -15,8 +15,8 @@ import pytest
 from docs.site.browser import Browser, executable
 from llmrec.errors import DataError
 from llmrec.records import Sample
-from llmrec.report.page import write
-from llmrec.report.results import results_of
+from llmrec.report.page import write_report
+from llmrec.report.results import parse_results
 from tests.facts import Facts, raises
 from tests.report.payloads import MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
@@ -68,7 +68,7 @@ class Cards:
 
 
 def read_pages(content: dict[str, Any], save: Save) -> tuple[str, Cards, str]:
-    pages = write(save(content))
+    pages = write_report(save(content))
     page = pages["html"].read_text("utf-8")
     return page, Cards(page), pages["markdown"].read_text("utf-8")
 
@@ -151,7 +151,7 @@ def test_samples_of_two_tasks_of_synthetic_data(sampled: dict[str, Any], save: S
 def test_rejects_damaged_sample(sampled: dict[str, Any]) -> None:
     del sampled["texts"][3]["truth"]
     with raises(DataError, Facts("missing-key", "results.json", column="texts[3].truth")):
-        results_of(sampled)
+        parse_results(sampled)
 
 
 # --------------------------------------------------------------------------- hostile texts
@@ -191,7 +191,7 @@ def test_escapes_texts_of_samples(results: dict[str, Any], save: Save) -> None:
 @pytest.mark.skipif(executable() is None, reason="no chromium on PATH")
 def test_browser_runs_no_text_and_wraps_long_words(results: dict[str, Any], save: Save, tmp_path: Path) -> None:
     content = hostile(results, (LONG, *SCRIPTS[:40], *MARKDOWN[:4], *TOKENS))
-    page = write(save(content))["html"]
+    page = write_report(save(content))["html"]
     script = """(() => {
       document.querySelectorAll("details").forEach((entry) => { entry.open = true; });
       const width = document.documentElement.clientWidth, parts = [...document.querySelectorAll("#texts *")];

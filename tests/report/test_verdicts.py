@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from llmrec.report.render import markdown_page
-from llmrec.report.results import results_of
-from llmrec.report.summary import caution, tuning_tally
-from llmrec.report.verdicts import WIDTH, metrics_table, screen, spent
+from llmrec.report.render import render_markdown_page
+from llmrec.report.results import parse_results
+from llmrec.report.summary import exploratory_reason, tuning_tally
+from llmrec.report.verdicts import WIDTH, closing_lines, describe_run_time, metrics_table
 from llmrec.report.wording import verdict
 
 
@@ -22,7 +22,7 @@ def joined(lines: list[str]) -> str:
 def shown(results: dict[str, Any]) -> str:
     console = Console(width=WIDTH)
     with console.capture() as text:
-        console.print(metrics_table(results_of(results)))
+        console.print(metrics_table(parse_results(results)))
     assert max(map(len, text.get().splitlines())) <= WIDTH
     return text.get()
 
@@ -71,15 +71,15 @@ def test_ensemble_is_separate_from_the_model(results: dict[str, Any], weight: fl
     cells = text[text.index("Next item") :].splitlines()[0].split()
     assert cells[3:6] == ["0.310", "0.320", "0.500"]
     sentence = f"NDCG@10 +0.006 [−0.010, +0.020] in Next item from history{note} significant"
-    assert sentence in joined(screen(results_of(result)))
+    assert sentence in joined(closing_lines(parse_results(result)))
 
 
 def test_agrees_with_the_report(results: dict[str, Any]) -> None:
-    result = results_of(results)
-    text = joined(screen(result))
-    page = markdown_page(result, {}, None, fix="").replace("\\", "")
+    result = parse_results(results)
+    text = joined(closing_lines(result))
+    page = render_markdown_page(result, {}, None, fix="").replace("\\", "")
     tally = tuning_tally([verdict(result, task) for task in result.tasks])
-    for sentence in (tally, caution(result)):
+    for sentence in (tally, exploratory_reason(result)):
         assert sentence and sentence in text and sentence in page
 
 
@@ -89,8 +89,8 @@ def test_exploratory_runs(results: dict[str, Any], users: int, trained: bool, sa
         row["users"] = users
     if not trained:
         results["training"] = None
-    assert says in caution(results_of(results))
-    assert says in joined(screen(results_of(results)))
+    assert says in exploratory_reason(parse_results(results))
+    assert says in joined(closing_lines(parse_results(results)))
 
 
 def test_run_without_a_language_model(results: dict[str, Any]) -> None:
@@ -108,10 +108,10 @@ def test_undefined_values_of_a_model(results: dict[str, Any]) -> None:
         if row["task"] == "rating" and row["arm"] != "baseline":
             row["metrics"]["RMSE"].update(value=None, low=None, high=None, undefined="no request has a rating")
     results["comparisons"] = [each for each in results["comparisons"] if each["task"] != "rating"]
-    assert "no request has a rating" in joined(screen(results_of(results)))
+    assert "no request has a rating" in joined(closing_lines(parse_results(results)))
     line = next(line for line in shown(results).splitlines() if line.startswith("Rating"))
     assert line.split()[2:] == ["–", "–", "–", "0.930", "–"]
 
 
 def test_time_names_the_longest_stages(results: dict[str, Any]) -> None:
-    assert spent(results_of(results)).split("(")[1].startswith("evaluate")
+    assert describe_run_time(parse_results(results)).split("(")[1].startswith("evaluate")

@@ -29,17 +29,17 @@ import pytest
 from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.opening import Models
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Answered, Kind, Question, Recommender
+from llmrec.answer.recommender import AnnotatedAnswer, Kind, Question, Recommender
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, ModelError
-from llmrec.machine import lock
+from llmrec.machine import try_lock
 from llmrec.serve import engine
 from llmrec.serve import service as serving
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
-from llmrec.terminal import Noted
+from llmrec.terminal import WarningKeys
 from llmrec.types import Item, Ranking
 from tests.serve.served import listening, wait_ready
 
@@ -67,7 +67,9 @@ class Model:
     def signature(self) -> str:
         return ",".join(self.items)
 
-    def answer(self, requests: Sequence[RankRequest], question: Question, listener: object = None) -> list[Answered]:
+    def answer(
+        self, requests: Sequence[RankRequest], question: Question, listener: object = None
+    ) -> list[AnnotatedAnswer]:
         for request in requests:
             if request.profile.startswith("sleep "):
                 time.sleep(float(request.profile.split()[1]))
@@ -85,14 +87,14 @@ class Model:
     def changed(self) -> None:
         pass
 
-    def _ranked(self, request: RankRequest, depth: int) -> Answered:
+    def _ranked(self, request: RankRequest, depth: int) -> AnnotatedAnswer:
         pool = request.candidates or tuple(self.items.values())
         out = request.barred | ({past.item.item_id for past in request.history} if not request.candidates else set())
         items = [item for item in pool if item.item_id not in out][: depth or None]
         names = tuple(item.item_id for item in items)
         scores = tuple(float(-n) for n in range(len(items)))
         answer = Ranking(request_id=request.id, items=names, scores=scores)
-        return Answered(answer=answer, titles=tuple(item.title for item in items), notes=request.notes)
+        return AnnotatedAnswer(answer=answer, titles=tuple(item.title for item in items), notes=request.notes)
 
 
 class FakeModels(Models):
@@ -121,12 +123,12 @@ def load_weights(start: dict[str, Any], models: Models) -> bool:
     """Take the GPU until the process ends, and return whether there is one."""
     if start.get("full"):
         raise ModelError("the GPU is full", kind="exhausted")
-    if (gpu := start.get("gpu")) is not None and not lock(os.open(gpu, os.O_CREAT | os.O_RDWR)):
+    if (gpu := start.get("gpu")) is not None and not try_lock(os.open(gpu, os.O_CREAT | os.O_RDWR)):
         raise ModelError("another engine is on the GPU", kind="exhausted")
     return gpu is not None
 
 
-def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: Noted) -> None:
+def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: WarningKeys) -> None:
     """Run in the engine process."""
     start = json.loads(Path(options.model).read_text(encoding="utf-8"))
     fakes = {
@@ -135,7 +137,7 @@ def work(line: Connection, options: RecommenderOptions, names: Sequence[str], no
         "warm": partial(load_weights, start),
     }
     with mock.patch.multiple(engine, **fakes):
-        engine._work(line, options, names, noted)
+        engine._run_engine(line, options, names, noted)
 
 
 # Engines are forked from a process that has imported everything, which saves seconds.
@@ -145,7 +147,7 @@ _FORKING.set_forkserver_preload([__name__])
 
 def fake_engines(patch: pytest.MonkeyPatch) -> None:
     """Let services start fake engines."""
-    patch.setattr(engine, "_work", work)
+    patch.setattr(engine, "_run_engine", work)
     patch.setattr(engine, "multiprocessing", SimpleNamespace(get_context=lambda _: _FORKING))
 
 
@@ -171,7 +173,7 @@ def faking(folder: Path, patch: pytest.MonkeyPatch, *, auth: Auth | None = None,
     known = KnownEntities(ITEMS, PAST)
     patch.setattr("llmrec.serve.service.read_known_entities", lambda *_: known)
     options = Settings(options=configure(folder), **settings)
-    store = ServiceStore.open(str(folder / "store.sqlite"), serving.WAITS * options.patience)
+    store = ServiceStore.open(str(folder / "store.sqlite"), serving.STORE_WAIT_FRACTION * options.patience)
     service = Service(options, known, store)
     with listening(make_app(service, auth or Auth())) as (url,):
         wait_ready(url)

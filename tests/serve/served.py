@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
-from llmrec.serve.keys import Keys, new_key
-from llmrec.serve.mcp import mount
+from llmrec.serve.keys import Keys, create_key
+from llmrec.serve.mcp import mount_mcp
 from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
 from llmrec.serve.schema import Failed
@@ -120,14 +120,14 @@ def serving(model: Path, folder: Path) -> Iterator[Served]:
     run = toy_run(model, folder / "run")
     service = make_service(ServeOptions(model=str(run), backend="hf", dtype="float32", batch=4))
     file = folder / "keys.json"
-    key, admin = new_key(file, "shop"), new_key(file, "boss", admin=True)
+    key, admin = create_key(file, "shop"), create_key(file, "boss", admin=True)
     auths = (Auth(), Auth(Keys.read(file)))
     # Only the first starts and closes the service.
     services = (service, cast(Service, Unmanaged(service)))
     apps = []
     for each, auth in zip(services, auths, strict=True):
         apps.append(make_app(each, auth))
-        mount(apps[-1], each)
+        mount_mcp(apps[-1], each)
     with listening(*apps) as (url, keyed):
         wait_ready(url)
         yield Served(url=url, keyed_url=keyed, key=key, admin_key=admin, service=service, run=run)

@@ -21,7 +21,7 @@ pytest.importorskip("prometheus_client", reason="the serve extra is not installe
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmrec.metrics.stats import wilson
+from llmrec.metrics.stats import wilson_interval
 
 # One of each kind; tests/serve/test_same_lists.py compares further ones.
 MODELS = ("tuned", "item-knn")
@@ -399,7 +399,7 @@ def test_similar_items_among_candidates_in_a_batch(client: Client) -> None:
 
 
 def test_preference_has_wilson_interval(client: Client) -> None:
-    low, high = wilson(0.7, 10)
+    low, high = wilson_interval(0.7, 10)
     assert client.get("/v1/preference?first=7&second=3") == {"share": 0.7, "low": low, "high": high}
     assert client.get("/v1/preference?first=0&second=4")["low"] == 0.0
     for query in ("first=0&second=0", "first=-1&second=2", "first=1", "first=1&second=x"):

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
-from llmrec.answer.recommender import Answered, Question
+from llmrec.answer.recommender import AnnotatedAnswer, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.batching import AnswerTimeout, Batcher, QueueFull
@@ -29,12 +29,12 @@ def request(name: object) -> RankRequest:
     return RankRequest(id=str(name), candidates=())
 
 
-def reply(name: str) -> Answered:
-    return Answered(answer=Unparsed(request_id=name, reason="invalid"))
+def reply(name: str) -> AnnotatedAnswer:
+    return AnnotatedAnswer(answer=Unparsed(request_id=name, reason="invalid"))
 
 
 def named(answer: Reply) -> str:
-    assert isinstance(answer, Answered)
+    assert isinstance(answer, AnnotatedAnswer)
     return answer.answer.request_id
 
 
@@ -91,7 +91,7 @@ def within(seconds: float, work: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def outcomes(results: Sequence[Any]) -> list[str]:
-    return [named(each) if isinstance(each, Answered) else type(each).__name__ for each in results]
+    return [named(each) if isinstance(each, AnnotatedAnswer) else type(each).__name__ for each in results]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -114,7 +114,7 @@ def test_questions_are_batched_in_order(engine: FakeEngine) -> None:
 def test_different_questions_are_not_batched(engine: FakeEngine) -> None:
     kinds = [RANK, RATE, Question(model="other", verb="rank"), Question(model=None, verb="rank", depth=3)]
 
-    async def work() -> list[Answered]:
+    async def work() -> list[AnnotatedAnswer]:
         async with running(engine, window=0.1) as batcher:
             # Equal questions are one kind, also if they are other objects.
             pending = [(replace(kinds[n % 4]), request(n)) for n in range(12)]

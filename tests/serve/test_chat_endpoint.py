@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
-from llmrec.answer.recommender import SIMILAR, Answered, Question
+from llmrec.answer.recommender import SIMILAR, AnnotatedAnswer, Question
 from llmrec.answer.rules import Rules
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
@@ -130,7 +130,7 @@ def says(faked: Faked, text: str, **more: Any) -> httpx.Response:
 def test_failed_engine_is_an_error(
     faked: Faked, error: LlmrecError, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fails(*_: object) -> Answered:
+    async def fails(*_: object) -> AnnotatedAnswer:
         raise error
 
     monkeypatch.setattr(faked.service.batcher, "ask", fails)
@@ -142,7 +142,7 @@ def test_failed_engine_is_an_error(
 def test_number_of_open_turns_is_bounded(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, let, begun = faked.service.batcher.ask, threading.Event(), threading.Semaphore(0)
 
-    async def slow(question: Question, request: RankRequest) -> Answered:
+    async def slow(question: Question, request: RankRequest) -> AnnotatedAnswer:
         begun.release()
         await asyncio.to_thread(let.wait)
         return await ask(question, request)
@@ -163,7 +163,7 @@ def test_number_of_open_turns_is_bounded(faked: Faked, monkeypatch: pytest.Monke
 def test_similar_items_fall_back_to_texts(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, by = faked.service.batcher.ask, []
 
-    async def without(question: Question, request: RankRequest) -> Answered:
+    async def without(question: Question, request: RankRequest) -> AnnotatedAnswer:
         if question.verb == SIMILAR:
             by.append(question.model)
             if question.model == "interactions":

@@ -42,7 +42,7 @@ _LONG = 600.0
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_PATIENCE", 1.0)
+        patch.setattr(engine, "_STOP_TIMEOUT", 1.0)
         yield patch
 
 
@@ -246,9 +246,9 @@ def test_room_for_a_second_engine_is_measured(
             return on_gpu
 
     model, left = Language(), iter(free)
-    monkeypatch.setattr(engine, "free_bytes", lambda: next(left) * 2**30)
+    monkeypatch.setattr(engine, "free_gpu_bytes", lambda: next(left) * 2**30)
     models = SimpleNamespace(opened={"tuned": model, "popularity": object()})
-    assert engine.warm(models) is alone and model.warmed  # type: ignore[arg-type]
+    assert engine.load_language_models(models) is alone and model.warmed  # type: ignore[arg-type]
 
 
 def test_rejects_concurrent_reload(faked: Faked) -> None:
@@ -411,7 +411,7 @@ def test_service_can_be_stopped_while_the_engine_starts(
     tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, starts: dict[str, Any]
 ) -> None:
     fake_engines(patch)
-    monkeypatch.setattr(engine, "_SHORTEST", 1000.0)
+    monkeypatch.setattr(engine, "_MIN_RESTART_DELAY", 1000.0)
     options = configure(tmp_path, **starts)
     service = make(tmp_path, options)
     with listening(make_app(service, Auth())) as (url,):

@@ -24,7 +24,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
 from llmrec.serve.gates import Auth
-from llmrec.serve.keys import Keys, RateLimit, new_key, revoke
+from llmrec.serve.keys import Keys, RateLimit, create_key, revoke_key
 from tests.serve.fake_engine import faking
 from tests.serve.served import Served, failure
 
@@ -219,9 +219,9 @@ class Keyed:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     folder = tmp_path_factory.mktemp("keyed")
-    new_key(folder / "keys.json", "first")
+    create_key(folder / "keys.json", "first")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmrec.serve.keys._LOOK", 0.05)
+        patch.setattr("llmrec.serve.keys._RELOAD_SECONDS", 0.05)
         auth = Auth(Keys.read(folder / "keys.json"), RateLimit(5, 5))
         with faking(folder, patch, auth=auth) as faked:
             yield Keyed(faked.url, folder / "keys.json")
@@ -237,16 +237,16 @@ def noticed(ask: Any, status: int) -> httpx.Response:
 
 
 def test_key_works_until_it_is_revoked(keyed: Keyed) -> None:
-    key = new_key(keyed.file, "comes-and-goes")
+    key = create_key(keyed.file, "comes-and-goes")
     # Requests with an unknown key do not count.
     noticed(lambda: keyed.ask(key), 200)
-    revoke(keyed.file, "comes-and-goes")
+    revoke_key(keyed.file, "comes-and-goes")
     gone = noticed(lambda: keyed.ask(key), 401)
     assert failure(gone)["kind"] == "missing-key"
 
 
 def test_rate_limit_per_key(keyed: Keyed) -> None:
-    one, other = new_key(keyed.file, "often"), new_key(keyed.file, "seldom")
+    one, other = create_key(keyed.file, "often"), create_key(keyed.file, "seldom")
     noticed(lambda: keyed.ask(other), 200)
     responses = [keyed.ask(one) for _ in range(8)]
     assert [each.status_code for each in responses[:5]] == [200] * 5 and responses[-1].status_code == 429
@@ -264,7 +264,7 @@ def test_key_and_limit_are_checked_before_the_body(keyed: Keyed) -> None:
         return httpx.post(f"{keyed.url}/v1/rank", content=body, headers=headers).status_code
 
     assert ask("llmrec_unknown") == ask("llmrec_unknown", QUESTION) == 401
-    key = new_key(keyed.file, "breaks-bodies")
+    key = create_key(keyed.file, "breaks-bodies")
     noticed(lambda: keyed.ask(key), 200)
     # An unreadable body counts too.
     assert ask(key) == 400 and 429 in (ask(key) for _ in range(100))
@@ -278,7 +278,7 @@ def test_forwarding_headers_do_not_evade_the_limit(tmp_path: Path, monkeypatch: 
 
 
 def test_unreadable_keys_reject_every_request(keyed: Keyed, caplog: pytest.LogCaptureFixture) -> None:
-    key = new_key(keyed.file, "before")
+    key = create_key(keyed.file, "before")
     noticed(lambda: keyed.ask(key), 200)
     text = keyed.file.read_bytes()
     for spoil in (lambda: keyed.file.write_text("{}"), keyed.file.unlink):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from llmrec.serve.images import MOST_ORIGINS, image_of, origins
+from llmrec.serve.images import MAX_ORIGINS, common_image_origins, item_image_url
 from llmrec.types import Item
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def of(url: str, name: str = "n", field: str = "image") -> Item:
     ],
 )
 def test_valid_urls(url: str) -> None:
-    assert image_of({"image": url}) == url
-    assert image_of({"title": "x", "image_url": f"  {url} "}) == url
+    assert item_image_url({"image": url}) == url
+    assert item_image_url({"title": "x", "image_url": f"  {url} "}) == url
 
 
 @pytest.mark.parametrize(
@@ -49,21 +49,21 @@ def test_valid_urls(url: str) -> None:
     ],
 )
 def test_invalid_urls(url: str) -> None:
-    assert image_of({"image": url}) is None
-    assert origins([of(url)]) == ()
+    assert item_image_url({"image": url}) is None
+    assert common_image_origins([of(url)]) == ()
 
 
 def test_first_valid_field_and_value_count() -> None:
     fields = {"image_link": "https://c.example.com/3", "image": "none", "image_url": f"{GOOD}, https://b.example.com/2"}
-    assert image_of(fields) == GOOD
-    assert image_of({"picture": GOOD, "url": GOOD}) is None
+    assert item_image_url(fields) == GOOD
+    assert item_image_url({"picture": GOOD, "url": GOOD}) is None
 
 
 def test_most_common_origins_are_allowed() -> None:
     items = [of(f"https://h{n}.example.com/x", f"i{n}") for n in range(40)]
     items += [of(f"https://H39.example.com/{n}", f"j{n}") for n in range(3)]
-    allowed = origins(items)
-    assert allowed[0] == "https://h39.example.com" and len(allowed) == len(set(allowed)) == MOST_ORIGINS
+    allowed = common_image_origins(items)
+    assert allowed[0] == "https://h39.example.com" and len(allowed) == len(set(allowed)) == MAX_ORIGINS
 
 
 def test_policy_allows_the_hosts_of_images_only(served: Served) -> None:

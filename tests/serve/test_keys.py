@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve import keys as module
-from llmrec.serve.keys import Keys, RateLimit, new_key, revoke
+from llmrec.serve.keys import Keys, RateLimit, create_key, revoke_key
 from tests.facts import Facts, raises
 
 
@@ -46,7 +46,7 @@ def entry(**changes: object) -> dict[str, Any]:
 
 
 def test_key_is_stored_as_its_digest(file: Path) -> None:
-    shop, ops = new_key(file, "shop"), new_key(file, "ops@example.org", admin=True)
+    shop, ops = create_key(file, "shop"), create_key(file, "ops@example.org", admin=True)
     assert all(re.fullmatch(r"llmrec_[A-Za-z0-9_-]{43}", key) for key in (shop, ops)) and shop != ops
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     stored = json.loads(file.read_text())
@@ -60,7 +60,7 @@ def test_key_is_stored_as_its_digest(file: Path) -> None:
 
 
 def test_wrong_keys_are_unknown(file: Path) -> None:
-    key = new_key(file, "shop")
+    key = create_key(file, "shop")
     keys = Keys.read(file)
     digest = json.loads(file.read_text())["keys"][0]["sha256"]
     for wrong in ("", "llmrec_", key[:-1], key + "A", key.upper(), f" {key}", digest, "\ud800"):
@@ -69,7 +69,7 @@ def test_wrong_keys_are_unknown(file: Path) -> None:
 
 def test_all_keys_are_compared(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of a comparison says nothing about the keys."""
-    first, *_ = (new_key(file, f"k{n}") for n in range(3))
+    first, *_ = (create_key(file, f"k{n}") for n in range(3))
     keys, calls = Keys.read(file), []
     compare = hmac.compare_digest
     monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: calls.append(1) or compare(a, b))
@@ -79,41 +79,41 @@ def test_all_keys_are_compared(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["", "a b", "-x", "a" * 65, "a\n", "../x"])
 def test_rejects_invalid_names(file: Path, name: str) -> None:
     with raises(DataError, Facts("bad-value", column="name")):
-        new_key(file, name)
+        create_key(file, name)
     assert not file.parent.exists()
 
 
 def test_name_is_unique_until_revoked(file: Path) -> None:
-    first = new_key(file, "shop")
+    first = create_key(file, "shop")
     before = file.read_bytes()
     with raises(LlmrecError, Facts("duplicate", "keys.json", column="name", says="revoke")):
-        new_key(file, "shop", admin=True)
+        create_key(file, "shop", admin=True)
     assert file.read_bytes() == before
-    revoke(file, "shop")
-    second = new_key(file, "shop")
+    revoke_key(file, "shop")
+    second = create_key(file, "shop")
     keys = Keys.read(file)
     assert keys.find(first) is None and keys.find(second) is not None
 
 
 def test_revoke_needs_an_existing_key(file: Path) -> None:
     with raises(LlmrecError, Facts("missing-file", "keys.json")):
-        revoke(file, "shop")
+        revoke_key(file, "shop")
     assert not file.parent.exists()
-    key = new_key(file, "shop")
+    key = create_key(file, "shop")
     with raises(LlmrecError, Facts("unknown-name", "keys.json", says="did you mean 'shop'?")):
-        revoke(file, "shopp")
+        revoke_key(file, "shopp")
     assert Keys.read(file).find(key) is not None
-    revoke(file, "shop")
+    revoke_key(file, "shop")
     assert json.loads(file.read_text()) == {"format": 1, "keys": []}
     assert Keys.read(file).find(key) is None and Keys.read(file).find("") is None
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o602])
 def test_rejects_file_accessible_to_others(file: Path, mode: int) -> None:
-    new_key(file, "shop")
+    create_key(file, "shop")
     file.chmod(mode)
     before = file.read_bytes()
-    calls = (lambda: Keys.read(file), lambda: new_key(file, "more"), lambda: revoke(file, "shop"))
+    calls = (lambda: Keys.read(file), lambda: create_key(file, "more"), lambda: revoke_key(file, "shop"))
     for call in calls:
         with raises(LlmrecError, Facts("unsafe", "keys.json", says=f"chmod 600 {file}")):
             call()
@@ -141,7 +141,7 @@ def test_rejects_file_accessible_to_others(file: Path, mode: int) -> None:
 def test_damaged_file_is_one_error_and_stays_unchanged(file: Path, value: object, facts: Facts) -> None:
     written(file, value)
     before = file.read_bytes()
-    for call in (lambda: Keys.read(file), lambda: new_key(file, "more"), lambda: revoke(file, "shop")):
+    for call in (lambda: Keys.read(file), lambda: create_key(file, "more"), lambda: revoke_key(file, "shop")):
         with raises(LlmrecError, facts) as error:
             call()
         assert error.value.file == str(file)
@@ -157,11 +157,11 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
             Keys.read(tmp_path / name)
     for name in ("folder", "pipe"):
         with raises(LlmrecError, Facts("unreadable", name)):
-            new_key(tmp_path / name, "shop")
+            create_key(tmp_path / name, "shop")
     with raises(LlmrecError, Facts("unsafe", "link")):
-        new_key(tmp_path / "link", "shop")
+        create_key(tmp_path / "link", "shop")
     with raises(LlmrecError, Facts("unreadable", says="cannot write the key file")):
-        new_key(tmp_path / "gone" / ("x" * 300), "shop")
+        create_key(tmp_path / "gone" / ("x" * 300), "shop")
     assert not (tmp_path / "folder" / "keys.json").exists()
 
 
@@ -170,7 +170,7 @@ def test_concurrent_writes_lose_no_key(file: Path) -> None:
         created: list[str] = []
         while len(created) < 5:
             try:
-                created.append(new_key(file, f"k{n}-{len(created)}"))
+                created.append(create_key(file, f"k{n}-{len(created)}"))
             except LlmrecError as error:
                 assert error.kind == "busy"
                 time.sleep(0.001)
@@ -184,18 +184,18 @@ def test_concurrent_writes_lose_no_key(file: Path) -> None:
 
 
 def test_changes_of_the_file_are_followed(file: Path) -> None:
-    shop = new_key(file, "shop")
+    shop = create_key(file, "shop")
     keys = Keys.read(file)
-    more = new_key(file, "more")
+    more = create_key(file, "more")
     assert keys.find(more, later(0.0)) is None
     assert keys.find(more, later(2.0)) is not None
-    revoke(file, "shop")
+    revoke_key(file, "shop")
     assert keys.find(shop, later(2.5)) is not None
     assert keys.find(shop, later(4.0)) is None and keys.find(more, later(4.0)) is not None
 
 
 def test_no_key_is_valid_while_the_file_is_damaged(file: Path) -> None:
-    key = new_key(file, "shop")
+    key = create_key(file, "shop")
     keys = Keys.read(file)
     valid = file.read_text()
 
@@ -217,7 +217,7 @@ def test_no_key_is_valid_while_the_file_is_damaged(file: Path) -> None:
 
 
 def test_threads_find_keys_while_the_file_changes(file: Path) -> None:
-    key = new_key(file, "shop")
+    key = create_key(file, "shop")
     keys = Keys.read(file)
     over = threading.Event()
 
@@ -230,7 +230,7 @@ def test_threads_find_keys_while_the_file_changes(file: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         readers = [pool.submit(work) for _ in range(4)]
         for n in range(30):
-            new_key(file, f"k{n}")
+            create_key(file, f"k{n}")
         over.set()
         for reader in readers:
             reader.result()
@@ -274,7 +274,7 @@ def test_reported_wait_suffices_and_rate_holds(per_minute: int, burst: int, paus
 
 
 def test_number_of_buckets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_NAMES", 100)
+    monkeypatch.setattr(module, "_MAX_BUCKETS", 100)
     limit = RateLimit(per_minute=1, burst=1)
     for n in range(1000):
         assert limit.take(f"n{n}", now=0.0) == 0.0

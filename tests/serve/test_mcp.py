@@ -29,8 +29,8 @@ from llmrec.serve.app import make_app
 from llmrec.serve.engine import EngineLost
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import RateLimit
-from llmrec.serve.mcp import called, mount
-from llmrec.serve.tools import TOOLS, offered
+from llmrec.serve.mcp import mount_mcp, run_tool
+from llmrec.serve.tools import TOOLS, supported_tools
 from llmrec.serve.verbs import VERBS
 from llmrec.types import Item
 from tests.serve.served import Served, Unmanaged, listening
@@ -150,10 +150,10 @@ def test_models_list_their_tools(served: Served) -> None:
 
 def test_only_supported_tools_are_offered() -> None:
     always = {"search_items", "similar_items", "list_models"}
-    assert {tool.name for tool in offered(fake_service("rank"))} == always | {"recommend", "rank"}
-    assert {tool.name for tool in offered(fake_service("rating", "ctr"))} == always | {"rate", "predict"}
+    assert {tool.name for tool in supported_tools(fake_service("rank"))} == always | {"recommend", "rank"}
+    assert {tool.name for tool in supported_tools(fake_service("rating", "ctr"))} == always | {"rate", "predict"}
     # The models of a starting engine are unknown.
-    assert {tool.name for tool in offered(fake_service())} == set(TOOLS)
+    assert {tool.name for tool in supported_tools(fake_service())} == set(TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_defect_is_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
             raise error
 
         monkeypatch.setitem(cast(Any, VERBS), "rank", replace(VERBS["rank"], ask=rank))
-        response = asyncio.run(called(service, TOOLS["recommend"], {"history": ["a"]}))
+        response = asyncio.run(run_tool(service, TOOLS["recommend"], {"history": ["a"]}))
         assert response.is_error
         return str(cast(Any, response.content[0]).text)
 
@@ -246,7 +246,7 @@ def test_key_is_required(served: Served) -> None:
 def test_rate_limit() -> None:
     service = fake_service("rank")
     app = make_app(service, Auth(limit=RateLimit(1, 2)))
-    mount(app, service)
+    mount_mcp(app, service)
     with listening(app) as (url,):
         responses = [httpx.post(f"{url}/mcp", json=INITIALIZE, headers=SPEAKS) for _ in range(3)]
     assert [each.status_code for each in responses] == [200, 200, 429]
@@ -285,7 +285,7 @@ def test_call_ends_when_the_client_disconnects(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(cast(Any, VERBS), "rank", replace(VERBS["rank"], ask=rank))
     app = make_app(service, Auth())
-    mount(app, service)
+    mount_mcp(app, service)
     about = {
         "io.modelcontextprotocol/protocolVersion": "2026-07-28",
         "io.modelcontextprotocol/clientInfo": {"name": "client", "version": "1"},
@@ -308,7 +308,7 @@ def test_call_ends_when_the_client_disconnects(monkeypatch: pytest.MonkeyPatch) 
 
 def test_application_can_be_restarted() -> None:
     app, service = make_app(fake_service("rank"), Auth()), fake_service("rank")
-    mount(app, service)
+    mount_mcp(app, service)
     for _ in range(2):
         with listening(app) as (url,):
             assert talk(url, lambda client: client.list_tools()).tools

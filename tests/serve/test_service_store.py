@@ -17,8 +17,8 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
 from llmrec.serve import service as module
-from llmrec.serve.schema import LONGEST_TEXT, MOST_EVENTS
-from llmrec.serve.store import IN_LOG
+from llmrec.serve.schema import MAX_EVENTS, MAX_TEXT_LENGTH
+from llmrec.serve.store import IN_LOG_NOTE
 from tests.serve.fake_engine import Faked, faking
 from tests.serve.served import until
 
@@ -30,10 +30,10 @@ EVENT = {"user_id": "ann", "item_id": "i1"}
 @pytest.fixture(scope="module")
 def faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faked]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_AGAIN", 0.05)
+        patch.setattr(module, "_ERASURE_RETRY_SECONDS", 0.05)
         # Only writes have a short timeout.
-        patch.setattr(module, "WAITS", 0.01)
-        patch.setattr(module, "_TURN", 0.02)
+        patch.setattr(module, "STORE_WAIT_FRACTION", 0.01)
+        patch.setattr(module, "_WRITE_WAIT_FRACTION", 0.02)
         with faking(tmp_path_factory.mktemp("store"), patch) as faked:
             yield faked
 
@@ -89,7 +89,7 @@ def test_delayed_erasure_is_reported_and_finished(faked: Faked) -> None:
     ask(faked, "/v1/events", events=[{"user_id": name, "item_id": "i1"}])
     with held(faked, "BEGIN"):
         response = ask(faked, f"/v1/users/{name}", "DELETE").json()
-        assert response["events"] == 1 and response["remains"] == [IN_LOG] and left()
+        assert response["events"] == 1 and response["remains"] == [IN_LOG_NOTE] and left()
     until(lambda: not left())
     assert ask(faked, f"/v1/users/{name}", "DELETE").json()["remains"] == []
 
@@ -116,10 +116,10 @@ def test_timeout_includes_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_last_events_of_a_long_history_are_read(faked: Faked) -> None:
     for n in (0, 1):
-        events = [{"user_id": "busy", "item_id": f"i{n}", "timestamp": 10 * n} for _ in range(MOST_EVENTS)]
+        events = [{"user_id": "busy", "item_id": f"i{n}", "timestamp": 10 * n} for _ in range(MAX_EVENTS)]
         assert ask(faked, "/v1/events", events=events).status_code == 200
     assert {each["item_id"] for each in known(faked, "busy")} == {"i1"}
-    assert ask(faked, "/v1/users/busy", "DELETE").json()["events"] == 2 * MOST_EVENTS
+    assert ask(faked, "/v1/users/busy", "DELETE").json()["events"] == 2 * MAX_EVENTS
 
 
 def test_notes_name_unknown_users(faked: Faked) -> None:
@@ -177,10 +177,10 @@ def test_rerank_warns_of_cut_texts(faked: Faked) -> None:
 
 
 def test_rerank_limits_texts_and_histories(faked: Faked) -> None:
-    long = "x" * (LONGEST_TEXT + 1)
+    long = "x" * (MAX_TEXT_LENGTH + 1)
     for documents in ([long], [{"text": long}], [{"title": long}]):
         assert ask(faked, "/v2/rerank", query="Item 1", documents=documents).status_code == 422
-    lines = "\n".join("a" for _ in range(MOST_EVENTS + 1))
+    lines = "\n".join("a" for _ in range(MAX_EVENTS + 1))
     refused = ask(faked, "/v2/rerank", query=lines, documents=["short"])
     assert refused.status_code == 422 and refused.json()["error"]["at"] == "query"
     assert ask(faked, "/v2/rerank", query=lines[2:], documents=["short"]).status_code == 200

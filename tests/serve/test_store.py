@@ -170,7 +170,7 @@ def test_hostile_ids_are_plain_data(store: ServiceStore) -> None:
 def test_all_events_are_read_once_despite_concurrent_writes(
     store: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH", 7)
+    monkeypatch.setattr(module, "_BATCH_ROWS", 7)
     store.add_events([event("a", str(n)) for n in range(30)])
     seen = []
     for each in store.all_events():
@@ -295,20 +295,20 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def test_delayed_erasure_is_reported_and_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOMENT", 0.0)
+    monkeypatch.setattr(module, "_READER_WAIT_SECONDS", 0.0)
     file = tmp_path / "s.db"
     with opened(file) as store:
         store.add_events([event("annabel", str(n)) for n in range(50)])
         with reading(file):
             assert store.erase("annabel") == 50
-            assert store.unfinished and store.remains == [module.IN_LOG] and held(tmp_path, "annabel")
+            assert store.unfinished and store.remains == [module.IN_LOG_NOTE] and held(tmp_path, "annabel")
             assert not store.finish_erasures() and store.unfinished
         assert store.finish_erasures() and not store.unfinished and store.remains == []
         assert held(tmp_path, "annabel") == []
 
 
 def test_unfinished_erasure_is_finished_when_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOMENT", 0.0)
+    monkeypatch.setattr(module, "_READER_WAIT_SECONDS", 0.0)
     file, stack = tmp_path / "s.db", ExitStack()
     with opened(file) as store:
         store.add_events([event("annabel", str(n)) for n in range(50)])
@@ -456,7 +456,7 @@ def test_rejects_impossible_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_commits_are_durable(tmp_path: Path) -> None:
-    with opened(tmp_path / "s.db"), closing(databases._connect(tmp_path / "s.db")) as raw:
+    with opened(tmp_path / "s.db"), closing(databases._connect_sqlite(tmp_path / "s.db")) as raw:
         names = ("journal_mode", "synchronous", "secure_delete")
         assert [raw.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1]
 
@@ -516,14 +516,14 @@ def test_moved_file_is_not_written(tmp_path: Path, replaced: bool) -> None:
 
 
 def test_full_disk_stores_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, pages = databases._connect, 12
+    plain, pages = databases._connect_sqlite, 12
 
     def small(path: Path, *more: Any) -> sqlite3.Connection:
         raw = plain(path, *more)
         raw.execute(f"PRAGMA max_page_count={pages}")
         return raw
 
-    monkeypatch.setattr(databases, "_connect", small)
+    monkeypatch.setattr(databases, "_connect_sqlite", small)
     with opened(tmp_path / "s.db") as store:
         assert store.add_events([event("a", "first")]) == 1
         with raises(LlmrecError, Facts("exhausted", "s.db", says="free disk space")):
@@ -617,7 +617,7 @@ def test_rejects_database_without_utf8(postgres: str) -> None:
 
 def test_reconnects_after_a_server_restart(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = schema(postgres)
-    monkeypatch.setattr(module, "_IDLE", float("inf"))
+    monkeypatch.setattr(module, "_IDLE_SECONDS", float("inf"))
     others = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND "
     with opened(where) as store:
         store.add_events([event("a")])
@@ -626,7 +626,7 @@ def test_reconnects_after_a_server_restart(postgres: str, monkeypatch: pytest.Mo
         with raises(LlmrecError, Facts("unreachable")):
             store.add_events([event("a")])
         assert store.add_events([event("a")]) == 1
-        monkeypatch.setattr(module, "_IDLE", 0.0)
+        monkeypatch.setattr(module, "_IDLE_SECONDS", 0.0)
         ask(where, others + "pid <> pg_backend_pid()")
         assert store.add_events([event("a")]) == 1 and len(store.events_of("a")) == 3
 
@@ -638,4 +638,4 @@ def test_connections_are_bounded_and_idle(postgres: str) -> None:
             list(pool.map(store.events_of, ["a"] * 30))
         query = "SELECT state FROM pg_stat_activity WHERE application_name = 'bounded'"
         states = ask(postgres, query)
-        assert 1 <= len(states) <= module._MOST and {state for (state,) in states} == {"idle"}
+        assert 1 <= len(states) <= module._MAX_CONNECTIONS and {state for (state,) in states} == {"idle"}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llmrec.answer.loaded import load
-from llmrec.answer.opening import default_sentence
+from llmrec.answer.opening import describe_default_model
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.data.dataset import Dataset
@@ -24,21 +24,21 @@ from llmrec.durable import Json
 from llmrec.errors import DataError, EngineFailure, LlmrecError, RecipeError
 from llmrec.pipeline.run import Run
 from llmrec.pipeline.study import load_split
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.load import dump_recipe, load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.results import FusionWeights, PartWeight
 from llmrec.start import auto as autos
 from llmrec.start.auto import (
     CandidateMember,
-    Plan,
-    data_page,
+    FineTuningPlan,
+    candidate_members,
+    data_recipe,
     fine_tuning_decision,
     has_texts,
-    parts_for,
-    plan,
-    with_model,
+    plan_fine_tuning,
+    with_language_model,
 )
-from llmrec.start.auto_trial import Done, TrialJob, search
+from llmrec.start.auto_trial import TrialJob, TrialResult, run_trials
 from llmrec.start.options import AutoOptions, budget_seconds
 
 # Grids that are searched completely in a short time, so that no test depends on a budget.
@@ -79,7 +79,7 @@ def written(path: Path, header: str, rows: Iterable[str]) -> str:
 def read(folder: Path, say: Callable[[str], None] = lambda line: None, **options: str) -> Dataset:
     """Return the data that `auto` reads."""
     (folder / "state").mkdir(exist_ok=True)
-    recipe = data_page(AutoOptions(**options), "test-auto", folder / "state", say)  # type: ignore[arg-type]
+    recipe = data_recipe(AutoOptions(**options), "test-auto", folder / "state", say)  # type: ignore[arg-type]
     return load_split(recipe.data, 0).dataset
 
 
@@ -104,7 +104,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Call:
     options = AutoOptions(table=str(walks(folder)), budget=f"{ENDLESS}s", out=folder / "run", classic=True)
     with pytest.MonkeyPatch.context() as patch:
         try_few(patch)
-        return Call(options, autos.build(options, lines.append), lines)
+        return Call(options, autos.build_recommender(options, lines.append), lines)
 
 
 @pytest.fixture
@@ -114,17 +114,17 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def child(job: TrialJob, log: Path) -> Iterator[SimpleNamespace]:
         log.parent.mkdir(parents=True, exist_ok=True)
-        search(job)
+        run_trials(job)
         yield SimpleNamespace(poll=lambda: 0)
 
-    monkeypatch.setattr(autos, "_child", child)
+    monkeypatch.setattr(autos, "_trial_process", child)
 
 
 def try_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `few`."""
-    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: FEW)
+    monkeypatch.setattr(autos, "candidate_members", lambda dataset, encoder, **more: FEW)
     monkeypatch.setattr(autos, "installed_encoder", lambda: None)
-    monkeypatch.setattr(autos, "_LEAST_FINISH", 1.0)
+    monkeypatch.setattr(autos, "_MIN_FINISH_SECONDS", 1.0)
 
 
 def test_builds_a_recommender_and_a_second_call_reuses_trials(
@@ -138,14 +138,14 @@ def test_builds_a_recommender_and_a_second_call_reuses_trials(
     assert len(next(tried for tried in made.tried if tried.part.label == "item-knn").trials) > 3
     rows = {row["predictor"]: row for row in made.run.results["rows"]}
     assert "fusion" in rows and "random" in rows and "markov-1" in rows
-    output = " ".join(autos.summary(made).split())
+    output = " ".join(autos.format_summary(made).split())
     assert "settings tried" in output and "1 setting tried" in output and "point" not in output + "".join(lines)
     chosen = load_recipe(made.folder / "recipe.yaml")
     assert chosen.eval.arms == () and not (made.folder / "merged").exists()
 
     record = json.loads((made.folder / "auto" / "auto.json").read_text())
     again: list[str] = []
-    same = autos.build(options, again.append)
+    same = autos.build_recommender(options, again.append)
     result = json.loads((same.folder / "auto" / "auto.json").read_text())
     for each in (*record["parts"], *result["parts"]):
         each["seconds"] = 0
@@ -180,7 +180,7 @@ def test_serves_and_reports_the_best_on_validation(complete: Call) -> None:
     name = rows[choice["row"]]["predictor"]
     with load(str(result.folder)) as rec:
         assert result.served == rec.models[0] == name
-    line = default_sentence(str(result.folder))
+    line = describe_default_model(str(result.folder))
     assert line.startswith(
         f"the default is {name}, the best of {len(choice['figures'])} on {choice['users']} validation users"
     )
@@ -191,7 +191,7 @@ def test_serves_and_reports_the_best_on_validation(complete: Call) -> None:
     figure = rows[choice["row"]]["metrics"]["NDCG@10"]["value"]
     short = name.partition("(")[0]
     assert result.sentence in report and result.sentence.startswith(short) and f" is {figure:.3f} [" in result.sentence
-    assert f"Serve it ({name}): llmrec serve" in autos.summary(result)
+    assert f"Serve it ({name}): llmrec serve" in autos.format_summary(result)
     card = page[page.index('<article class="card">') :]
     assert f'<span class="figure">{figure:.3f}</span>' in card[: card.index("</article>")]
     assert "no significant difference" in page or "ahead" in page or "behind" in page
@@ -202,7 +202,7 @@ def test_serves_and_reports_the_best_on_validation(complete: Call) -> None:
 def test_serves_the_best_trial_for_few_users(tmp_path: Path, few: None, in_process: None) -> None:
     rows = [f"u{user},i{(user + step) % 9},{10 * user + step}" for user in range(12) for step in range(6)]
     table = written(tmp_path / "t.csv", "user,item,time", rows)
-    result = autos.build(AutoOptions(table=table, budget=f"{ENDLESS}s", out=tmp_path / "r", classic=True))
+    result = autos.build_recommender(AutoOptions(table=table, budget=f"{ENDLESS}s", out=tmp_path / "r", classic=True))
     best = max((tried for tried in result.tried if tried.best), key=lambda tried: tried.best.value if tried.best else 0)
     assert not any(row.get("fusion") for row in result.run.results["rows"])
     assert result.served.partition("(")[0] == best.part.baseline and result.sentence.startswith(f"{best.part.baseline}")
@@ -214,10 +214,10 @@ def search_of(
     table: Path, tmp_path: Path, parts: list[CandidateMember], seconds: float, lines: list[str]
 ) -> autos._Search:
     """Return a search over a table's recommenders that has not started."""
-    recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
+    recipe = data_recipe(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     folder = tmp_path / "auto"
     folder.mkdir(parents=True)
-    (folder / "data.yaml").write_text(dump(recipe), encoding="utf-8")
+    (folder / "data.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     data = load_split(recipe.data, recipe.seed)
     return autos._Search(recipe, data.fingerprint, folder, parts, time.monotonic() + seconds, seconds, lines.append)
 
@@ -266,7 +266,7 @@ def test_skips_a_network_with_slow_epochs(table: Path, tmp_path: Path, few: None
     slow.parent.mkdir()
     slow.write_text(json.dumps({"key": state._key(state.parts[0]), "seconds": ENDLESS}), encoding="utf-8")
     state.first()
-    assert state.tried["sasrec"].note == autos._SLOW and autos._SLOW in lines[-1]
+    assert state.tried["sasrec"].note == autos._SLOW_NOTE and autos._SLOW_NOTE in lines[-1]
     # One epoch is measured again for other data.
     slow.write_text(json.dumps({"key": "of other data", "seconds": ENDLESS}), encoding="utf-8")
     state.first()
@@ -274,24 +274,26 @@ def test_skips_a_network_with_slow_epochs(table: Path, tmp_path: Path, few: None
 
 
 def test_trials_decide_on_the_time() -> None:
-    good, weak, nothing = (autos.Tried(CandidateMember(name, "markov")) for name in ("good", "weak", "nothing"))
-    good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]
+    good, weak, nothing = (autos.TunedMember(CandidateMember(name, "markov")) for name in ("good", "weak", "nothing"))
+    good.trials, weak.trials = [TrialResult({}, 0.08, 1.0)], [TrialResult({}, 0.01, 1.0), TrialResult({}, 0.04, 1.0)]
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml")
     state = autos._Search(recipe, "", Path(), [], 290.0, 1.0, print, clock=lambda: 100.0)
     assert state._share([good, weak]) == pytest.approx(170.0 * (0.125 + 0.75 * 16 / 17))
     assert state._share([weak, weak]) == pytest.approx(85.0)
     assert state._share([nothing, good]) == pytest.approx(170.0 / 8)
-    tried = autos.Tried(FEW[0], [Done({"a": 1}, 0.5, 1.0), Done({"a": 2}, 0.5, 1.0)])
+    tried = autos.TunedMember(FEW[0], [TrialResult({"a": 1}, 0.5, 1.0), TrialResult({"a": 2}, 0.5, 1.0)])
     assert tried.best == tried.trials[0]
 
 
 def test_reserves_time_for_learned_rankers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autos, "installed", lambda package: True)
+    monkeypatch.setattr(autos, "is_installed", lambda package: True)
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml")
     left = {}
     for cases in (0, 199, 5000):
         state = autos._Search(recipe, "", Path(), [], 290.0, 1.0, print, clock=lambda: 100.0, cases=cases)
-        state.tried = {name: autos.Tried(CandidateMember(name, "markov"), [Done({}, 0.1, 20.0)]) for name in "abcd"}
+        state.tried = {
+            name: autos.TunedMember(CandidateMember(name, "markov"), [TrialResult({}, 0.1, 20.0)]) for name in "abcd"
+        }
         left[cases] = state._left()
     # With too few cases for a ranker, only the four members remain to be fitted, twice each.
     assert left[0] == left[199] == pytest.approx(190.0 - 2 * 4 * 20)
@@ -311,12 +313,12 @@ def test_rejects_invalid_budgets(text: str) -> None:
 
 
 def test_recommenders_depend_on_texts_and_budget(table: Path, tmp_path: Path) -> None:
-    recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
+    recipe = data_recipe(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     data = load_split(recipe.data, 0).dataset
     assert has_texts(data)
 
     def labels(encoder: str | None, *, torch: bool, budget: float) -> set[str]:
-        return {part.label for part in parts_for(data, encoder, texts=True, torch=torch, budget=budget)}
+        return {part.label for part in candidate_members(data, encoder, texts=True, torch=torch, budget=budget)}
 
     assert {"content", "transitions-text", "ease"} < labels("all-MiniLM-L6-v2", torch=False, budget=7200)
     networks = {"sasrec", "transitions-tuned"}
@@ -324,19 +326,21 @@ def test_recommenders_depend_on_texts_and_budget(table: Path, tmp_path: Path) ->
     assert networks & labels("all-MiniLM-L6-v2", torch=True, budget=1800) == {"sasrec"}
     assert networks & labels("all-MiniLM-L6-v2", torch=True, budget=7200) == networks
     assert networks & labels(None, torch=True, budget=7200) == {"sasrec"}
-    content = next(part for part in parts_for(data, None, texts=True, torch=True, budget=60) if part.label == "content")
+    content = next(
+        part for part in candidate_members(data, None, texts=True, torch=True, budget=60) if part.label == "content"
+    )
     assert content.fixed == {}
 
 
 def test_budget_decides_on_a_tuned_model(table: Path, tmp_path: Path) -> None:
-    assert plan(1800, titles=True, device="cpu").steps == 0
-    long = plan(4 * 3600, titles=True, device="cpu")
+    assert plan_fine_tuning(1800, titles=True, device="cpu").steps == 0
+    long = plan_fine_tuning(4 * 3600, titles=True, device="cpu")
     assert long.steps > 600 and long.seconds == 2 * 3600
-    assert plan(1800, titles=True, device="cuda").steps > 600
-    assert plan(4 * 3600, titles=False, device="cuda").steps == 0
-    assert "llmrec[train]" in plan(4 * 3600, titles=True, device=None).message
-    recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
-    result = with_model(recipe, plan(4 * 3600, titles=True, device="cpu"))
+    assert plan_fine_tuning(1800, titles=True, device="cuda").steps > 600
+    assert plan_fine_tuning(4 * 3600, titles=False, device="cuda").steps == 0
+    assert "llmrec[train]" in plan_fine_tuning(4 * 3600, titles=True, device=None).message
+    recipe = data_recipe(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
+    result = with_language_model(recipe, plan_fine_tuning(4 * 3600, titles=True, device="cpu"))
     assert result.eval.arms == ("tuned",) and result.eval.fusion.model_users == 200 and result.train.steps > 600
     assert result.tasks.present()["sequential"].baselines == recipe.tasks.present()["sequential"].baselines
 
@@ -382,7 +386,7 @@ def test_keeps_usable_rows_and_reports_removed_ones(tmp_path: Path) -> None:
 
 def test_keeps_users_with_few_interactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.start.plan._CORE_ROWS", 100)
-    monkeypatch.setattr("llmrec.start.plan._CORE_LEFT", 5)
+    monkeypatch.setattr("llmrec.start.plan._MIN_CORE_SIZE", 5)
     draws = np.random.default_rng(1)
     rows = [
         f"u{user},s{item},{n}" for user in range(120) for n, item in enumerate(draws.permutation(15)[: 1 + user % 7])
@@ -417,10 +421,10 @@ def test_rejects_a_foreign_folder_and_a_small_budget(table: Path, tmp_path: Path
     (tmp_path / "run" / "auto").mkdir(parents=True)
     (tmp_path / "run" / "auto" / "diary.txt").write_text("mine")
     with pytest.raises(LlmrecError) as caught:
-        autos.build(AutoOptions(table=str(table), out=tmp_path / "run"))
+        autos.build_recommender(AutoOptions(table=str(table), out=tmp_path / "run"))
     assert caught.value.kind == "exists" and (tmp_path / "run" / "auto" / "diary.txt").read_text() == "mine"
     with pytest.raises(DataError) as caught:
-        autos.build(AutoOptions(table=str(table), budget="0.1s", out=tmp_path / "small"))
+        autos.build_recommender(AutoOptions(table=str(table), budget="0.1s", out=tmp_path / "small"))
     assert caught.value.kind == "too-few" and "--budget" in str(caught.value)
 
 
@@ -436,7 +440,9 @@ def test_keeps_classic_recommenders_if_the_engine_fails(
         return ran(recipe, folder, **more)
 
     monkeypatch.setattr(autos, "run", run)
-    monkeypatch.setattr(autos, "plan", lambda seconds, **more: Plan(2, 1.0, "a language model is tuned"))
-    result = autos.build(AutoOptions(table=str(table), budget=f"{ENDLESS}s", out=tmp_path / "run"))
+    monkeypatch.setattr(
+        autos, "plan_fine_tuning", lambda seconds, **more: FineTuningPlan(2, 1.0, "a language model is tuned")
+    )
+    result = autos.build_recommender(AutoOptions(table=str(table), budget=f"{ENDLESS}s", out=tmp_path / "run"))
     assert result.folder == tmp_path / "run"
     assert result.sentence.endswith("language model is not used: 2 of 9 rows were not evaluated: no memory.")

@@ -24,17 +24,17 @@ from typer.testing import CliRunner
 from llmrec.cli.main import app
 from llmrec.data import stats
 from llmrec.data.read.tables import Table
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.errors import LlmrecError
-from llmrec.pipeline.leaks import questions
+from llmrec.pipeline.leaks import audit_questions
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
-from llmrec.start.columns import RequestedRoles, guess, requested_roles
-from llmrec.start.init import init
+from llmrec.start.columns import RequestedRoles, guess_roles, requested_roles
+from llmrec.start.init import write_recipe
 from llmrec.start.options import InitOptions
-from llmrec.start.page import Page, render, scalar, where_line
-from llmrec.start.plan import BUDGET_SECONDS, Plan, decide, events_of
+from llmrec.start.page import RecipeValues, filter_line, render_recipe, yaml_scalar
+from llmrec.start.plan import BUDGET_SECONDS, RecipePlan, events_of_table, plan_recipe
 from tests import shop
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "your-data.md"
@@ -106,7 +106,7 @@ def test_commands_of_the_page_print_what_it_shows(folder: Path, llama_folder: Pa
 
 
 def test_written_recipe_is_valid(folder: Path) -> None:
-    result = init("orders.csv")
+    result = write_recipe("orders.csv")
     recipe = load_recipe(result.recipe)
     assert result.recipe == Path("orders.yaml") and recipe.name == "orders"
     assert recipe.data.columns == Columns(
@@ -138,8 +138,8 @@ def test_european_table_from_init_to_results(folder: Path, llama_folder: Path) -
 
 
 def test_repaired_table_equals_the_plain_table(folder: Path) -> None:
-    init("orders.csv")
-    init("bestellungen.csv", mend=Path("mended.csv"))
+    write_recipe("orders.csv")
+    write_recipe("bestellungen.csv", mend=Path("mended.csv"))
     plain, mended = (build_study(load_recipe(name)).data.dataset for name in ("orders.yaml", "bestellungen.yaml"))
     assert plain.interactions.equals(mended.interactions)
     before = Path("bestellungen.csv").read_bytes()
@@ -148,7 +148,7 @@ def test_repaired_table_equals_the_plain_table(folder: Path) -> None:
 
 
 def test_never_overwrites_without_force(folder: Path) -> None:
-    init("orders.csv")
+    write_recipe("orders.csv")
     Path("orders.yaml").write_text("mine\n", encoding="utf-8")
     assert llmrec("init", "orders.csv").startswith("error: orders.yaml exists")
     assert Path("orders.yaml").read_text(encoding="utf-8") == "mine\n"
@@ -199,7 +199,7 @@ def test_database_with_a_query(folder: Path) -> None:
     result, plain = load_recipe(folder / "shop.yaml"), load_recipe(folder / "clicks.yaml")
     assert result.data.path == "sqlite:///shop.db" and result.data.query == "SELECT * FROM clicks"
     assert result.data.columns == plain.data.columns
-    assert load(result.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    assert load_data(result.data, seed=0).fingerprint == load_data(plain.data, seed=0).fingerprint
     assert "is valid" in llmrec("check", "shop.yaml")
 
 
@@ -268,7 +268,7 @@ def test_column_of_parts_becomes_the_split(folder: Path) -> None:
     frame = pl.read_csv("published.csv")
     frame.with_columns(pl.col("stars").cast(pl.String) + ",0").write_csv("commas.csv")
     assert "--mend" in llmrec("init", "commas.csv")
-    init("commas.csv", mend=Path("copy.csv"))
+    write_recipe("commas.csv", mend=Path("copy.csv"))
     assert build_study(load_recipe("commas.yaml")).data.test.height == 174
 
 
@@ -280,7 +280,7 @@ def test_other_words_are_no_split(folder: Path) -> None:
         "untested.csv": pl.when(pl.col("part") == "test").then(pl.lit("valid")).otherwise(pl.col("part")),
     }.items():
         frame.with_columns(words.alias("part")).write_csv(name)
-        init(name)
+        write_recipe(name)
         assert load_recipe(f"{name.removesuffix('.csv')}.yaml").data.split.kind == "leave_one_out"
 
 
@@ -288,7 +288,7 @@ def test_headline_is_not_a_title(folder: Path) -> None:
     """A column named title that differs within an item must not become the title, as it would if no title were set."""
     frame = pl.read_csv("orders.csv").rename({"comment": "title"}).drop("product_name")
     frame.write_csv("t.csv")
-    init("t.csv")
+    write_recipe("t.csv")
     recipe = load_recipe("t.yaml")
     assert recipe.data.columns.title == "product_id"
     assert {item.title for item in build_study(recipe).data.dataset.items.values()} == set(frame["product_id"])
@@ -297,10 +297,10 @@ def test_headline_is_not_a_title(folder: Path) -> None:
 # --------------------------------------------------------------------------- decisions
 
 
-def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **options: str) -> Plan:
+def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **options: str) -> RecipePlan:
     frame = pl.DataFrame([[str(value) for value in row] for row in rows], schema=list(names), orient="row")
-    return decide(
-        events_of(guess(Table("t.csv", frame), requested_roles(InitOptions(table="t", **options)))),
+    return plan_recipe(
+        events_of_table(guess_roles(Table("t.csv", frame), requested_roles(InitOptions(table="t", **options)))),
         ("item",),
         whole=True,
         backend="hf",
@@ -358,7 +358,7 @@ def test_holds_out_orders_of_several_items(folder: Path) -> None:
     recipe = load_recipe("t.yaml")
     assert recipe.data.split.kind == "last_basket"
     study = build_study(recipe)
-    assert (study.data.test.height, study.data.valid.height) == (90, 90) and not stats.baskets(study.data)
+    assert (study.data.test.height, study.data.valid.height) == (90, 90) and not stats.basket_warning(study.data)
     plan = plan_of(baskets(30, 4, 3), ("user", "item", "date"))
     assert (plan.facts.able, plan.facts.teachable, plan.facts.targets) == (30, 30, 3.0)
     # Every item of a basket is one prompt.
@@ -395,8 +395,8 @@ def test_warns_about_zero_ratings(folder: Path) -> None:
 # --------------------------------------------------------------------------- any name at all
 
 
-def page(columns: Columns, plan: Plan, *, path: str = "t.csv", items: str | None = None) -> Page:
-    return Page(
+def page(columns: Columns, plan: RecipePlan, *, path: str = "t.csv", items: str | None = None) -> RecipeValues:
+    return RecipeValues(
         name="mine",
         made_from=path,
         path=path,
@@ -439,7 +439,7 @@ names = st.one_of(
     st.none() | names,
 )
 def test_column_names_survive_the_recipe(tmp_path: Path, columns: Columns, path: str, items: str | None) -> None:
-    (tmp_path / "r.yaml").write_text(render(page(columns, PLAN, path=path, items=items)), encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(render_recipe(page(columns, PLAN, path=path, items=items)), encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.data.columns == columns
     assert (recipe.data.path, recipe.data.items) == (path, items)
@@ -448,14 +448,14 @@ def test_column_names_survive_the_recipe(tmp_path: Path, columns: Columns, path:
 
 @given(st.text(max_size=30))
 def test_scalar_is_one_line_of_yaml(text: str) -> None:
-    line = scalar(text)
+    line = yaml_scalar(text)
     assert len(line.splitlines()) == 1
     assert yaml.safe_load(f"a: {line}  # remark") == {"a": text}
 
 
 def test_reasons_are_escaped() -> None:
     plan = replace(PLAN, tasks={**PLAN.tasks, "explanation": (False, "a\ntrain: {steps: 1}")}, noun="a\nb: c")
-    values = yaml.safe_load(render(page(Columns(user="a\nb", item="c"), plan)))
+    values = yaml.safe_load(render_recipe(page(Columns(user="a\nb", item="c"), plan)))
     assert values["train"]["steps"] == plan.steps
     assert values["data"]["noun"] == "a\nb: c"
 
@@ -486,7 +486,9 @@ def test_random_tables_give_a_valid_recipe_or_one_error(folder: Path, seed: int)
     pl.DataFrame(columns).write_csv("fuzz.csv")
     Path("fuzz.yaml").unlink(missing_ok=True)
     try:
-        init("fuzz.csv", requested=RequestedRoles(), mend=Path("copy.csv") if dice.random() < 0.6 else None, force=True)
+        write_recipe(
+            "fuzz.csv", requested=RequestedRoles(), mend=Path("copy.csv") if dice.random() < 0.6 else None, force=True
+        )
     except LlmrecError as error:
         assert "\n" not in str(error)
         assert not Path("fuzz.yaml").exists()
@@ -522,9 +524,9 @@ def test_filtered_tables_give_a_valid_recipe(folder: Path, seed: int, kind: int,
     pl.DataFrame(rows, schema=["customer", "sku", "stars"], orient="row").write_csv("sparse.csv")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmrec.start.plan._CORE_ROWS", 100)
-        patch.setattr("llmrec.start.plan._CORE_LEFT", 5)
+        patch.setattr("llmrec.start.plan._MIN_CORE_SIZE", 5)
         patch.setattr("llmrec.start.init._CHECKED_ROWS", 0)
-        init("sparse.csv", requested=RequestedRoles(rating="stars") if named else RequestedRoles(), force=True)
+        write_recipe("sparse.csv", requested=RequestedRoles(rating="stars") if named else RequestedRoles(), force=True)
     recipe = load_recipe("sparse.yaml")
     assert recipe.data.filter.user_core == 5
     study = build_study(recipe)
@@ -545,9 +547,9 @@ def test_suggested_line_filters_events(folder: Path) -> None:
         )
         text = Path("events.yaml").read_text(encoding="utf-8").replace(f"  # {line}", f"  {line}")
         Path("kept.yaml").write_text(text, encoding="utf-8")
-        assert load(load_recipe("kept.yaml").data, seed=0).interactions.height <= clicks.height / 3
+        assert load_data(load_recipe("kept.yaml").data, seed=0).interactions.height <= clicks.height / 3
     # A core filter is in the same line, since a recipe has one filter.
-    assert yaml.safe_load(where_line("event", "buy", 5)) == {
+    assert yaml.safe_load(filter_line("event", "buy", 5)) == {
         "filter": {"where": "event == 'buy'", "user_core": 5, "item_core": 5}
     }
 
@@ -556,7 +558,7 @@ def test_repeated_words_of_a_customer_are_no_leak(folder: Path) -> None:
     """The shop's customers repeat their own texts, as people do; the audit must not report a leak for that."""
     llmrec("init", "orders.csv", "--name", "shop")
     study = build_study(load_recipe("shop.yaml"))
-    assert questions(study, "explanation").verdict == "clean"
+    assert audit_questions(study, "explanation").verdict == "clean"
     repeated = [
         case
         for case in study.cases("explanation")

@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
-from llmrec.start.init import init
+from llmrec.start.init import write_recipe
 from tests.facts import Facts, raises
 from tests.workbook import workbook
 
@@ -36,28 +36,28 @@ def book(folder: Path) -> Path:
 
 
 def test_sheet_after_a_hash(book: Path) -> None:
-    recipe = load_recipe(init("book.xlsx#Clicks 2024", items=f"{book}#Items", backend="hf").recipe)
+    recipe = load_recipe(write_recipe("book.xlsx#Clicks 2024", items=f"{book}#Items", backend="hf").recipe)
     assert recipe.data.path == "book.xlsx#Clicks 2024" and recipe.data.items == f"{book}#Items"
-    init("clicks.csv", items="products.csv", backend="hf")
+    write_recipe("clicks.csv", items="products.csv", backend="hf")
     plain = load_recipe("clicks.yaml")
     assert recipe.data.columns == plain.data.columns
-    assert load(recipe.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    assert load_data(recipe.data, seed=0).fingerprint == load_data(plain.data, seed=0).fingerprint
 
 
 def test_suggests_a_sheet_of_items(book: Path) -> None:
-    assert "set --items 'book.xlsx#Items'" in init("book.xlsx#Clicks 2024", backend="hf").found
+    assert "set --items 'book.xlsx#Items'" in write_recipe("book.xlsx#Clicks 2024", backend="hf").found
 
 
 def test_wrong_sheet_or_file(book: Path, caplog: pytest.LogCaptureFixture) -> None:
     with raises(DataError, Facts("unknown-name", "book.xlsx", says="'Clicks 2024'")):
-        init("book.xlsx#Clicks 2023")
+        write_recipe("book.xlsx#Clicks 2023")
     with raises(DataError, Facts("missing-file", says="did you mean 'book.xlsx'")):
-        init("bok.xlsx#Items")
+        write_recipe("bok.xlsx#Items")
     with raises(DataError, Facts("missing-column", "book.xlsx#Notes")):
-        init("book.xlsx")
+        write_recipe("book.xlsx")
     assert "choose another with book.xlsx#SHEET: Clicks 2024, Items" in caplog.text
     with raises(DataError, Facts("exists", says="never overwritten")):
-        init("book.xlsx#Clicks 2024", mend=book, force=True)
+        write_recipe("book.xlsx#Clicks 2024", mend=book, force=True)
 
 
 def database(path: Path, **tables: list[tuple[object, ...]]) -> str:
@@ -83,19 +83,19 @@ def test_suggested_query_joins_titles(folder: Path) -> None:
     events = rows_of("clicks.csv")
     url = database(folder / "shop.db", customers=people(events), events=events, products=rows_of("products.csv"))
     with pytest.raises(DataError) as error:
-        init(url)
+        write_recipe(url)
     query = suggestion(str(error.value))
-    init(url, query=query, backend="hf")
-    init("clicks.csv", items="products.csv", backend="hf")
+    write_recipe(url, query=query, backend="hf")
+    write_recipe("clicks.csv", items="products.csv", backend="hf")
     result, plain = load_recipe("shop.yaml"), load_recipe("clicks.yaml")
     assert result.data.columns.title == "name"
-    assert load(result.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    assert load_data(result.data, seed=0).fingerprint == load_data(plain.data, seed=0).fingerprint
     # A path to the database file, or the database as the table of items, gives the same suggestion.
     for table, items in (("shop.db", None), (url, url)):
         with raises(DataError, Facts("wrong-format", says=query)):
-            init(table, items=items, force=True)
+            write_recipe(table, items=items, force=True)
     with raises(DataError, Facts("wrong-format", says=f"write it as sqlite:///{folder / 'shop.db'}")):
-        init(str(folder / "shop.db"), force=True)
+        write_recipe(str(folder / "shop.db"), force=True)
 
 
 def test_suggested_query_joins_orders_and_lines(folder: Path) -> None:
@@ -104,10 +104,10 @@ def test_suggested_query_joins_orders_and_lines(folder: Path) -> None:
     lines = [("order_id", "sku", "qty"), *((n, row[1], 1) for n, row in enumerate(events[1:]))]
     url = database(folder / "shop.db", customers=people(events), order_lines=lines, orders=orders)
     with pytest.raises(DataError) as error:
-        init(url)
+        write_recipe(url)
     query = suggestion(str(error.value))
     assert "JOIN orders USING (order_id)" in query
-    init(url, query=query, backend="hf")
+    write_recipe(url, query=query, backend="hf")
     columns = load_recipe("shop.yaml").data.columns
     assert (columns.user, columns.item, columns.time) == ("customer_id", "sku", "ts")
 
@@ -118,4 +118,4 @@ def test_database_file_in_a_recipe(folder: Path) -> None:
         "name: r\ndata: {source: table, path: shop.db}\ntasks: {sequential: {}}\n", encoding="utf-8"
     )
     with raises(DataError, Facts("wrong-format", says="data.path=sqlite:///shop.db")):
-        load(load_recipe("r.yaml").data, seed=0)
+        load_data(load_recipe("r.yaml").data, seed=0)

@@ -18,15 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.read.table import read_table
-from llmrec.data.read.tables import NONE, Table
-from llmrec.data.read.typed import numbers as read_numbers
-from llmrec.data.read.typed import times as read_times
-from llmrec.data.read.words import named, noun_of
+from llmrec.data.read.tables import NO_COLUMN, Table
+from llmrec.data.read.typed import number_column as read_numbers
+from llmrec.data.read.typed import time_column as read_times
+from llmrec.data.read.words import interpret_column_name, plural_noun
 from llmrec.errors import DataError
-from llmrec.start.columns import RequestedRoles, Roles, guess, requested_roles
-from llmrec.start.faults import faults, repair_table
+from llmrec.start.columns import RequestedRoles, Roles, guess_roles, requested_roles
+from llmrec.start.faults import find_table_errors, repair_table
 from llmrec.start.options import InitOptions
-from llmrec.start.profile import READABLE, kinds_of_events, numbers, peek, profile, shown, times
+from llmrec.start.profile import (
+    READABLE_FORMS,
+    count_event_types,
+    parse_numbers,
+    parse_times,
+    printable_name,
+    profile_columns,
+    read_sample,
+)
 from tests.facts import Facts, raises
 
 dice = random.Random(0)
@@ -48,7 +56,7 @@ def table(columns: dict[str, Sequence[object]]) -> Table:
 
 
 def roles(columns: dict[str, Sequence[object]], **options: str) -> Roles:
-    return guess(table(columns), requested_roles(InitOptions(table="t", **options)))
+    return guess_roles(table(columns), requested_roles(InitOptions(table="t", **options)))
 
 
 def found(answer: Roles) -> tuple[str | None, ...]:
@@ -81,23 +89,25 @@ def found(answer: Roles) -> tuple[str | None, ...]:
 )
 def test_names_in_many_languages(role: str, names: str) -> None:
     for name in names.split(" "):
-        output = named(name)
+        output = interpret_column_name(name)
         assert output.weight(role) == max(output.roles.values()) > 0, (name, output)
 
 
 def test_attributes_are_not_their_object() -> None:
-    assert not named("product_rating").weight("item")
-    assert not named("review_title").weight("title")
-    assert not named("review_id").weight("text")
-    assert named("customer_city").weight("user") < named("customer").weight("user")
-    assert named("artist").weight("item") > 0 and not named("product_category").weight("item")
+    assert not interpret_column_name("product_rating").weight("item")
+    assert not interpret_column_name("review_title").weight("title")
+    assert not interpret_column_name("review_id").weight("text")
+    assert interpret_column_name("customer_city").weight("user") < interpret_column_name("customer").weight("user")
+    assert interpret_column_name("artist").weight("item") > 0 and not interpret_column_name("product_category").weight(
+        "item"
+    )
 
 
 @pytest.mark.parametrize(
     ("word", "noun"), [("product_id", "products"), ("isbn", "books"), ("stories.csv", "stories"), ("xyz", None)]
 )
 def test_nouns(word: str, noun: str | None) -> None:
-    assert noun_of(word) == noun
+    assert plural_noun(word) == noun
 
 
 # --------------------------------------------------------------------------- forms
@@ -115,7 +125,7 @@ def test_nouns(word: str, noun: str | None) -> None:
     ],
 )
 def test_numbers(cells: list[str], form: str, values: list[float | None]) -> None:
-    read = numbers(pl.Series(cells))
+    read = parse_numbers(pl.Series(cells))
     assert (read.form, read.values.to_list()) == (form, values)
 
 
@@ -135,7 +145,7 @@ def test_numbers(cells: list[str], form: str, values: list[float | None]) -> Non
 )
 def test_times(cells: list[str], form: str, first: str | None) -> None:
     series = pl.Series(cells)
-    read = times(series, series)
+    read = parse_times(series, series)
     assert (read.form, read.values[0]) == (form, first)
 
 
@@ -144,11 +154,11 @@ def test_readable_form_is_read_by_the_data_layer(cells: list[str]) -> None:
     """If a format is readable and every cell has a value, the data layer accepts the column, with the same numbers."""
     series = pl.Series(cells)
     complete = Table("t.csv", pl.DataFrame({"c": cells}), header=1)
-    read = numbers(series)
+    read = parse_numbers(series)
     if read.form == "plain numbers" and read.values.null_count() == 0:
         assert read_numbers(complete, "c", "rating").to_list() == read.values.to_list()
-    when = times(series, series)
-    if when.form in READABLE and when.form != "numbers" and when.values.null_count() == 0:
+    when = parse_times(series, series)
+    if when.form in READABLE_FORMS and when.form != "numbers" and when.values.null_count() == 0:
         assert len(read_times(complete, "c")) == len(cells)
 
 
@@ -232,7 +242,7 @@ def test_columns_of_one_role() -> None:
     assert answer.rating == "stars" and "--rating score" in answer.why["score"]
     assert {answer.time} < {"date", "time"}
     columns = {"user": USERS, "item": ITEMS, "stars": STARS, "day": DAYS, "name": TITLES, "comment": TEXTS}
-    answer = roles(columns, rating=NONE, time=NONE, title=NONE, text=NONE, fields=NONE)
+    answer = roles(columns, rating=NO_COLUMN, time=NO_COLUMN, title=NO_COLUMN, text=NO_COLUMN, fields=NO_COLUMN)
     assert found(answer) == ("user", "item", None, None, None, None)
     assert answer.fields == ()
 
@@ -270,8 +280,8 @@ def test_one_of_two_equal_columns_is_a_field() -> None:
     ],
 )
 def test_kinds_of_events(values: tuple[str, ...], kept: str | None) -> None:
-    held = profile(table({"event": [values[line % len(values)] for line in LINES], "sku": ITEMS}))["event"]
-    assert next(iter(kinds_of_events(held)), None) == kept
+    held = profile_columns(table({"event": [values[line % len(values)] for line in LINES], "sku": ITEMS}))["event"]
+    assert next(iter(count_event_types(held)), None) == kept
 
 
 def test_sparse_table_is_judged_by_repeated_values() -> None:
@@ -319,7 +329,7 @@ def test_rejects_unknown_date_order() -> None:
 
 
 def test_names_of_a_file_are_escaped() -> None:
-    assert shown("a\n# b\x1b[31m") == "a # b[31m"
+    assert printable_name("a\n# b\x1b[31m") == "a # b[31m"
     answer = roles({"user\n": USERS, "item": ITEMS})
     assert answer.user == "user\n"
     assert all("\n" not in why for why in answer.why.values())
@@ -335,18 +345,18 @@ def write_csv(path: Path, rows: int) -> Path:
 
 
 def test_parts_of_a_csv_file(tmp_path: Path) -> None:
-    part = peek(write_csv(tmp_path / "t.csv", 100))
+    part = read_sample(write_csv(tmp_path / "t.csv", 100))
     assert part.whole and part.table.frame.height == part.first == 100
     assert part.where(1).endswith("row 2 (line 3)")
     body = "".join(f'u{n % 50},i{n % 31},"one\ntwo, ""three"" {n}"\n' for n in range(5_000))
     (tmp_path / "t.csv").write_text("user,item,text\n" + body, encoding="utf-8")
-    part = peek(tmp_path / "t.csv", limit=20_000, part=20_000)
+    part = read_sample(tmp_path / "t.csv", limit=20_000, part=20_000)
     assert not part.whole
     assert part.table.frame["text"][-1].startswith('one\ntwo, "three" ')
     (tmp_path / "t.csv.gz").write_bytes(b"\x1f\x8bnothing")
     for facts in (Facts("damaged", "t.csv.gz"), Facts("missing-file", "gone.csv")):
         with raises(DataError, facts):
-            peek(tmp_path / str(facts.file))
+            read_sample(tmp_path / str(facts.file))
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl"])
@@ -360,14 +370,14 @@ def test_part_of_a_large_file_is_read(tmp_path: Path, ending: str) -> None:
         path.write_bytes(gzip.compress(plain.read_bytes()))
     else:
         path.write_text(complete.write_ndjson(), encoding="utf-8")
-    part = peek(path, limit=60_000, part=30_000)
+    part = read_sample(path, limit=60_000, part=30_000)
     assert not part.whole
     assert 0 < part.first <= part.table.frame.height < 20_000
     assert part.table.frame.join(complete, on=complete.columns, how="anti").is_empty()
     last = part.table.frame["ts"].cast(pl.Int64).max()
     assert last is not None and (int(last) > 15_000) == (ending != "csv.gz")  # type: ignore[call-overload]
     assert part.where(part.first).endswith("a row further down") or part.first == part.table.frame.height
-    assert guess(part.table, RequestedRoles()).rating == "stars"
+    assert guess_roles(part.table, RequestedRoles()).rating == "stars"
 
 
 def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,10 +385,10 @@ def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("llmrec.start.profile.PART_ROWS", 600)
     frame = read_table(write_csv(tmp_path / "t.csv", 5000)).frame
     frame.write_parquet(tmp_path / "t.parquet", row_group_size=500)
-    part = peek(tmp_path / "t.parquet")
+    part = read_sample(tmp_path / "t.parquet")
     assert not part.whole and part.table.frame.height < 5000
     assert part.table.frame["ts"].cast(pl.Int64).max() > 4000  # type: ignore[operator]
-    assert peek(tmp_path / "t.parquet", whole=True).table.frame.height == 5000
+    assert read_sample(tmp_path / "t.parquet", whole=True).table.frame.height == 5000
 
 
 # --------------------------------------------------------------------------- faults and their repair
@@ -400,16 +410,18 @@ def test_unreadable_values_are_reported_and_repaired(spoiler: str, tmp_path: Pat
     if name == "timestamp":
         del columns["day"]  # a column with a default name is read if no other one is set
     pl.DataFrame(columns).write_csv(tmp_path / "t.csv")
-    part = peek(tmp_path / "t.csv")
-    answer = guess(part.table, requested_roles(InitOptions(table="t", title="title")))
-    wrong = faults(part, answer, None, answer.item)
+    part = read_sample(tmp_path / "t.csv")
+    answer = guess_roles(part.table, requested_roles(InitOptions(table="t", title="title")))
+    wrong = find_table_errors(part, answer, None, answer.item)
     assert [fault.column for fault in wrong] == [name]
     assert output in wrong[0].text and "row " in wrong[0].text and wrong[0].mend
     frame, done = repair_table(part.table, answer, None, answer.item)
     frame.write_csv(tmp_path / "mended.csv")
-    again = peek(tmp_path / "mended.csv")
+    again = read_sample(tmp_path / "mended.csv")
     assert (
-        faults(again, guess(again.table, requested_roles(InitOptions(table="t", title="title"))), None, answer.item)
+        find_table_errors(
+            again, guess_roles(again.table, requested_roles(InitOptions(table="t", title="title"))), None, answer.item
+        )
         == []
     )
     assert (frame.height < len(PAIRS)) == bool(done)
@@ -422,20 +434,20 @@ def test_unreadable_values_are_reported_and_repaired(spoiler: str, tmp_path: Pat
 def test_column_of_an_unusable_type(tmp_path: Path) -> None:
     arrow = pa.table({"item": ITEMS, "stars": STARS, "user": pa.array([{"a": b"x"}] * len(ITEMS))})
     pq.write_table(arrow, tmp_path / "t.parquet")
-    part = peek(tmp_path / "t.parquet")
+    part = read_sample(tmp_path / "t.parquet")
     for expected, kind in ((RequestedRoles(), "missing-column"), (RequestedRoles(user="user"), "bad-value")):
         with raises(DataError, Facts(kind, says=("'user'" if expected.user else "user", "cannot be used"))):
-            guess(part.table, expected)
+            guess_roles(part.table, expected)
 
 
 def test_second_table_is_joined(tmp_path: Path) -> None:
     kept = sorted(set(ITEMS))[1:]
     listed = table({"id": kept, "name": [f"Name {item}" for item in kept]})
     pl.DataFrame({"user": USERS, "item": ITEMS}).write_csv(tmp_path / "t.csv")
-    part = peek(tmp_path / "t.csv")
-    answer = guess(part.table, RequestedRoles(), listed)
+    part = read_sample(tmp_path / "t.csv")
+    answer = guess_roles(part.table, RequestedRoles(), listed)
     assert answer.title == "name"
-    output = [fault.text for fault in faults(part, answer, listed, "id")]
+    output = [fault.text for fault in find_table_errors(part, answer, listed, "id")]
     assert "'id'" in output[0] and "'item'" in output[0]
     assert f"1 of {len(kept) + 1} items" in output[1]
     frame, done = repair_table(part.table, answer, listed, "id")
@@ -455,7 +467,7 @@ def test_profiles_of_parquet_types(tmp_path: Path) -> None:
         }
     )
     frame.write_parquet(tmp_path / "t.parquet")
-    held = profile(read_table(tmp_path / "t.parquet"))
+    held = profile_columns(read_table(tmp_path / "t.parquet"))
     assert held["user"].cells.to_list() == ["1", "2", "1"]
     assert held["liked"].levels == (0.0, 1.0)
     assert held["at"].times.form == "times"

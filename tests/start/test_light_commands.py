@@ -136,6 +136,6 @@ def test_model_errors_are_the_same_without_transformers(
         if not plain:
             monkeypatch.setattr(preflight, "is_plain_decoder", lambda *_: False)
         with pytest.raises(LlmrecError) as error:
-            preflight.checked_study(recipe)
+            preflight.build_checked_study(recipe)
         output.append((type(error.value), error.value.kind, str(error.value)))
     assert output[0] == output[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import load_data
 from llmrec.recipe.load import load_recipe
 from tests import shop
 from tests.command import llmrec
@@ -95,7 +95,7 @@ def test_init_and_check_read_a_table(
         done = llmrec(*words)
         assert done.returncode == 0, done.stderr
     section = load_recipe("mine.yaml").data
-    data = load(section, seed=0)
+    data = load_data(section, seed=0)
     pairs = {(o.customer_id.lstrip("C"), o.product.product_id.lstrip("P")) for o in ORDERS}
     rows = data.interactions.select("user_id", "item_id").unique().rows()
     assert {(user.lstrip("C"), item.lstrip("P")) for user, item in rows} == pairs and data.has_time

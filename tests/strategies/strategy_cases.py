@@ -10,7 +10,7 @@ from typing import Any
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.recipe.schema import EvalSection
-from llmrec.registry import STRATEGIES, lookup, options_of
+from llmrec.registry import STRATEGIES, import_component, strategy_eval_options
 from llmrec.strategies.asking import Prompting
 from llmrec.types import Case, Event, Prompt, Request, Scores
 from tests.tasks.task_data import make_dataset, make_split, make_task
@@ -53,8 +53,8 @@ def strategy(name: str, backend: Any, *, batch: int = 16, shots: int = 0, **opti
     family = "sequential" if name in TITLED else "direct"
     template = "continue-list" if family == "sequential" else "after-history"
     asker = Prompting(backend=backend, task=task(family), template=template, batch=batch, shots=shots)
-    chosen = options_of(name, EvalSection())
-    return lookup(STRATEGIES, name, "strategy")(asker, **chosen | options)
+    chosen = strategy_eval_options(name, EvalSection())
+    return import_component(STRATEGIES, name, "strategy")(asker, **chosen | options)
 
 
 def listed(text: str) -> dict[str, str]:

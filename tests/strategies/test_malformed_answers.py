@@ -16,7 +16,7 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import ParsedRater, TextGenerator
 from llmrec.tasks.family import family_of
-from llmrec.tasks.parsing import read_ranking
+from llmrec.tasks.parsing import parse_ranking
 from llmrec.types import Case, Completion, Ranking, Request, Unparsed
 from tests.strategies.strategy_cases import cases, data, strategy, title
 from tests.tasks.task_data import make_task
@@ -134,10 +134,10 @@ def test_titles_in_json_and_markdown_lists(text: str, indices: list[int]) -> Non
     titles = ["The Shawshank Redemption", "Terminator 2: Judgment Day", "Cinema Paradiso"]
     for n, each in enumerate(titles):
         text = text.replace(f"{{{n}}}", each)
-    assert read_ranking(text, "ABC", titles) == indices
+    assert parse_ranking(text, "ABC", titles) == indices
 
 
 def test_ambiguous_misspelling_matches_no_title() -> None:
-    assert read_ranking("1. The Long Nighx", "AB", ["The Long Night", "The Long Nighs"]) == []
-    assert read_ranking("1. The Long Nighs", "AB", ["The Long Night", "The Long Nighs"]) == [1]
-    assert read_ranking("Rocky III", "AB", ["Rocky II", "Rocky IV"]) == []
+    assert parse_ranking("1. The Long Nighx", "AB", ["The Long Night", "The Long Nighs"]) == []
+    assert parse_ranking("1. The Long Nighs", "AB", ["The Long Night", "The Long Nighs"]) == [1]
+    assert parse_ranking("Rocky III", "AB", ["Rocky II", "Rocky IV"]) == []

@@ -16,7 +16,7 @@ from llmrec.strategies.asking import Prompting, prompt_hash
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.strategies.profiled import TwoStepRanker
 from llmrec.strategies.raters import ExpectedRater, ParsedRater, TextGenerator
-from llmrec.strategies.rounds import ListRanker, label_ranker, list_room
+from llmrec.strategies.rounds import ListRanker, label_ranker, max_list_tokens
 from llmrec.tasks.direct import candidate_labels
 from llmrec.types import Answer, Message, Prompt, Ranking, Rating, Request, Segment, Text, Unparsed
 from tests.conftest import make_tokenizer
@@ -123,7 +123,7 @@ def test_progress_counts_every_request() -> None:
 def test_list_room_fits_all_labels(count: int) -> None:
     """The tokenizer has one token per digit, as those of SmolLM2 and Llama have."""
     tokens = make_tokenizer().encode(", ".join(candidate_labels(count)), add_special_tokens=False)
-    assert len(tokens) < list_room(count)
+    assert len(tokens) < max_list_tokens(count)
 
 
 def test_prompt_hash_sees_every_part() -> None:

@@ -15,18 +15,18 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError, LlmrecError
 from llmrec.metrics.probability import calibration_error
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.raters import Calibrated, HeadRater, ParsedYesNoJudge, YesNoJudge, fit_curve
-from llmrec.tasks.ctr import read_choice
+from llmrec.strategies.raters import CalibratedPredictor, HeadRater, ParsedYesNoJudge, YesNoJudge, fit_curve
+from llmrec.tasks.ctr import parse_choice
 from llmrec.types import (
     Answer,
     Case,
     Cost,
     Example,
+    HeadRating,
     Message,
     Probability,
     Prompt,
     Rating,
-    Read,
     Request,
     Segment,
     Unparsed,
@@ -50,7 +50,7 @@ class Asking:
         return self._answers
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        index = read_choice(completion, self._answers)
+        index = parse_choice(completion, self._answers)
         return None if index is None else Probability(request_id=request.id, value=1.0 - index)
 
 
@@ -98,11 +98,11 @@ def tokenizer_of(name: str) -> Any:
         from llmrec.models.load import byte_tokenizer
 
         return byte_tokenizer()
-    from llmrec.models.load import load_tokenizer, resolve
+    from llmrec.models.load import load_tokenizer, resolve_model_folder
     from llmrec.recipe.schema import ModelSection
 
     section = ModelSection()
-    return load_tokenizer(resolve(section), section)
+    return load_tokenizer(resolve_model_folder(section), section)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_calibrated_judge_keeps_failures_and_order() -> None:
     cases = [
         Case(request=request, truth=truth) for request, truth in zip(requests(4), (1.0, 0.0, 0.0, 0.0), strict=True)
     ]
-    calibrated = Calibrated(judge, cases)
+    calibrated = CalibratedPredictor(judge, cases)
     assert calibrated.name == "parsed-yes-no"
     yes, no, mute = calibrated.answer(requests(3))
     assert 0 < value(no) < value(yes) < 1 and isinstance(mute, Unparsed)
@@ -211,7 +211,7 @@ def test_calibrated_judge_keeps_failures_and_order() -> None:
     assert value(yes) == pytest.approx(0.5, abs=0.1) and value(no) < 0.3
     silent = ParsedYesNoJudge(asker(FakeBackend(complete=lambda text: "hm")))
     with raises(LlmrecError, Facts("too-few", column="tasks.ctr.calibrate", says="data.split.valid")):
-        Calibrated(silent, cases)
+        CalibratedPredictor(silent, cases)
 
 
 def test_rejects_backend_without_capability() -> None:
@@ -229,8 +229,8 @@ class Lengths(FakeBackend):
 
     capabilities = frozenset({"rate"})
 
-    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
-        return [Read(value=len(p.messages[0].text) / 10, prompt_tokens=7, engine="toy:head") for p in prompts]
+    def rate(self, prompts: Sequence[Prompt]) -> list[HeadRating]:
+        return [HeadRating(value=len(p.messages[0].text) / 10, prompt_tokens=7, engine="toy:head") for p in prompts]
 
 
 def users(n: int) -> list[Request]:
@@ -253,10 +253,10 @@ def test_ratings_are_in_request_order() -> None:
 def backend(llama_folder: Path) -> Any:
     """A random model with a head whose ratings depend on the prompt."""
     from llmrec.backends.hf.backend import HFBackend
-    from llmrec.models.rating_head import HeadShape, new_head
+    from llmrec.models.rating_head import HeadShape, new_rating_head
 
     model, encoder = opened(llama_folder)
-    head = new_head(HeadShape(values=(1.0, 2.0, 3.0, 4.0, 5.0), alpha=1.0, width=128), [1, 1, 1, 1, 1])
+    head = new_rating_head(HeadShape(values=(1.0, 2.0, 3.0, 4.0, 5.0), alpha=1.0, width=128), [1, 1, 1, 1, 1])
     torch.manual_seed(0)
     torch.nn.init.normal_(head.linear.weight, std=0.3)
     return HFBackend(model, encoder, batch_tokens=200, head=head)

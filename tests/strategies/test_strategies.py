@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.fake import FakeBackend, text_of
+from llmrec.backends.fake import FakeBackend, prompt_text
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.counting import questions_of
+from llmrec.strategies.counting import count_prompts
 from llmrec.strategies.rounds import label_ranker, permutation_ranker, window_bounds
 from llmrec.tasks.family import family_of
 from llmrec.types import Prompt, Ranking, Request
@@ -272,7 +272,7 @@ def test_prior_is_computed_once_per_title_without_user() -> None:
 
     class Watching(FakeBackend):
         def score(self, batch: Any, candidates: Any, *, closed: bool = True) -> Any:
-            prompts.extend((text_of(p), tuple(texts)) for p, texts in zip(batch, candidates, strict=True))
+            prompts.extend((prompt_text(p), tuple(texts)) for p, texts in zip(batch, candidates, strict=True))
             return super().score(batch, candidates, closed=closed)
 
     requests = [case.request for case in cases(30)]
@@ -397,7 +397,7 @@ def test_forwards_and_tokens_of_a_request(name: str, options: dict[str, Any], fo
     assert sum(answer.cost.completion_tokens for answer in answers) == backend.scored
     assert min(answer.cost.prompt_tokens for answer in answers) > 0
     if name != "likelihood":
-        count = questions_of(name, 20, EvalSection(**options))
+        count = count_prompts(name, 20, EvalSection(**options))
         assert count is not None and count.prompts == forwards
 
 
@@ -415,7 +415,7 @@ def test_setwise_forwards_are_within_bounds(size: int, set_size: int, depth: int
     (case,) = cases(1, size, seed)
     backend = Counting()
     (answer,) = strategy("setwise", backend, set_size=set_size, depth=depth).answer([case.request])
-    count = questions_of("setwise", size, EvalSection(set_size=set_size, depth=depth))
+    count = count_prompts("setwise", size, EvalSection(set_size=set_size, depth=depth))
     parents = -(-(size - 1) // (set_size - 1))
     # The last item is alone in the heap and needs no prompt.
     assert count is not None
@@ -434,7 +434,7 @@ def test_forwards_equal_estimate(name: str, size: int, depth: int) -> None:
         "label": {"permutations": section.permutations},
     }.get(name, {})
     (answer,) = strategy(name, FakeBackend(), **options).answer([case.request])
-    count = questions_of(name, size, section)
+    count = count_prompts(name, size, section)
     assert count is not None and answer.cost.forwards == count.prompts
 
 

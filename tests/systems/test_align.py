@@ -14,17 +14,24 @@ import pytest
 
 torch: Any = pytest.importorskip("torch")
 
-from llmrec.baselines.neural import info_nce_both  # noqa: E402
-from llmrec.baselines.parameters import make  # noqa: E402
+from llmrec.baselines.neural import symmetric_info_nce  # noqa: E402
+from llmrec.baselines.parameters import create_baseline  # noqa: E402
 from llmrec.baselines.profiles import Adaptor  # noqa: E402
 from llmrec.data.dataset import Dataset  # noqa: E402
-from llmrec.data.split import SplitDataset, split  # noqa: E402
+from llmrec.data.split import SplitDataset, split_dataset  # noqa: E402
 from llmrec.errors import RecipeError  # noqa: E402
 from llmrec.recipe.comparisons import SuiteRow  # noqa: E402
 from llmrec.recipe.schema import BaselineSection, Split  # noqa: E402
 from llmrec.systems.ctr import host as hosts  # noqa: E402
-from llmrec.systems.ctr.align import Align, Sentences, first_stage, same, similar, texts  # noqa: E402
-from llmrec.systems.ctr.fields import Fields, Rows  # noqa: E402
+from llmrec.systems.ctr.align import (  # noqa: E402
+    Align,
+    SentenceVectors,
+    ctrl_similarities,
+    iterate_alignment_epochs,
+    same_entity_mask,
+    user_and_item_texts,
+)
+from llmrec.systems.ctr.fields import EncodedRows, FieldEncoder  # noqa: E402
 from llmrec.types import Item, Request  # noqa: E402
 from tests.encoders import tiny_encoder  # noqa: E402
 from tests.facts import Facts, raises  # noqa: E402
@@ -46,26 +53,28 @@ def _data(flip: bool = False) -> SplitDataset:
     entries = {f"i{n}": Item(item_id=f"i{n}", title=f"Film {n}", fields={"kind": f"k{n % 3}"}) for n in range(20)}
     users = {f"u{n}": {"town": f"town {n}", "work": ""} for n in range(30)}
     data = Dataset(name="toy", noun="things", interactions=frame, items=entries, users=users, rating_scale=(1.0, 5.0))
-    return split(data, Split(kind="last_share", valid=0.1, test=0.2), seed=1)
+    return split_dataset(data, Split(kind="last_share", valid=0.1, test=0.2), seed=1)
 
 
-def _fields(data: SplitDataset) -> tuple[Fields, Rows]:
-    return Fields.of(data, "dcn", liked=4.0, window=4, decay=0.8)
+def _fields(data: SplitDataset) -> tuple[FieldEncoder, EncodedRows]:
+    return FieldEncoder.of(data, "dcn", liked=4.0, window=4, decay=0.8)
 
 
 def _stage(name: str, seed: int = 0, **more: Any) -> list[Any]:
     """Return the epochs of the first stage."""
     data, config = _data(), Align(**(ALIGN | more))
-    (fields, rows), host = _fields(data), make(name, QUICK, seed=seed)
+    (fields, rows), host = _fields(data), create_baseline(name, QUICK, seed=seed)
     torch.manual_seed(seed)
     network = host._network(fields, Adaptor((), frozenset()))
 
     def represent(part: Any) -> Any:
         return torch.cat(host._represent(network["body"], host._see(network, fields, rows.of(part), [])), dim=1)
 
-    sentences = Sentences.of(data, fields, config)
+    sentences = SentenceVectors.of(data, fields, config)
     return list(
-        first_stage(config, network, rows, represent=represent, judge=lambda part: None, sentences=sentences, seed=seed)
+        iterate_alignment_epochs(
+            config, network, rows, represent=represent, judge=lambda part: None, sentences=sentences, seed=seed
+        )
     )
 
 
@@ -73,7 +82,7 @@ def _stage(name: str, seed: int = 0, **more: Any) -> list[Any]:
 def test_initial_loss_is_the_logarithm_of_the_sentences(name: str) -> None:
     _, rows = _fields(_data())
     (start,) = _stage(name, learning_rate=1e-12, batch=len(rows))
-    assert start.loss == pytest.approx(np.log((~same(rows)).sum(axis=1)).mean(), abs=0.05)
+    assert start.loss == pytest.approx(np.log((~same_entity_mask(rows)).sum(axis=1)).mean(), abs=0.05)
 
 
 def test_rows_learn_to_find_their_sentence() -> None:
@@ -83,12 +92,12 @@ def test_rows_learn_to_find_their_sentence() -> None:
 
 def test_similarity_equals_its_formula() -> None:
     rows, texts = torch.randn(4, 6), torch.randn(5, 6)
-    assert torch.allclose(similar(rows, texts, 1), rows @ texts.T, atol=1e-6)
+    assert torch.allclose(ctrl_similarities(rows, texts, 1), rows @ texts.T, atol=1e-6)
     for i in range(4):
         for j in range(5):
             row, text = rows[i].reshape(3, 2), texts[j].reshape(3, 2)
             slow = sum(max(float(row[m] @ text[k]) for k in range(3)) for m in range(3))
-            assert float(similar(rows, texts, 3)[i, j]) == pytest.approx(slow, abs=1e-5)
+            assert float(ctrl_similarities(rows, texts, 3)[i, j]) == pytest.approx(slow, abs=1e-5)
 
 
 def test_rows_of_same_user_or_item_are_no_negatives() -> None:
@@ -101,12 +110,12 @@ def test_rows_of_same_user_or_item_are_no_negatives() -> None:
             for i in range(n)
         ]
     )
-    assert np.array_equal(same(some), slow) and slow.any()
+    assert np.array_equal(same_entity_mask(some), slow) and slow.any()
     alike = torch.randn(n, n)
     by_row = [math.log(sum(math.exp(alike[i, j]) for j in range(n) if not slow[i, j])) - alike[i, i] for i in range(n)]
     by_text = [math.log(sum(math.exp(alike[i, j]) for i in range(n) if not slow[i, j])) - alike[j, j] for j in range(n)]
     expected = (float(np.mean(by_row)) + float(np.mean(by_text))) / 2
-    assert float(info_nce_both(alike, torch.from_numpy(slow))) == pytest.approx(expected, abs=1e-5)
+    assert float(symmetric_info_nce(alike, torch.from_numpy(slow))) == pytest.approx(expected, abs=1e-5)
 
 
 def test_sentences_have_no_answers() -> None:
@@ -114,7 +123,13 @@ def test_sentences_have_no_answers() -> None:
     for flip in (False, True):
         data = _data(flip)
         fields, rows = _fields(data)
-        results.append((texts(data, fields), Sentences.of(data, fields, Align(**ALIGN)).of_rows(rows), rows.truth))
+        results.append(
+            (
+                user_and_item_texts(data, fields),
+                SentenceVectors.of(data, fields, Align(**ALIGN)).of_rows(rows),
+                rows.truth,
+            )
+        )
     assert results[0][0] == results[1][0] and np.array_equal(results[0][1], results[1][1])
     assert not np.array_equal(results[0][2], results[1][2])
     users, titles, items = results[0][0]
@@ -124,19 +139,19 @@ def test_sentences_have_no_answers() -> None:
 def test_sentence_of_a_row() -> None:
     data = _data()
     fields, rows = _fields(data)
-    sentences = Sentences.of(data, fields, Align(**ALIGN))
+    sentences = SentenceVectors.of(data, fields, Align(**ALIGN))
     number = int(np.flatnonzero((rows.events > 0).sum(axis=1) == 2)[0])
     user, past, item = np.split(sentences.of_rows(rows)[number], 3)
     assert np.array_equal(user, sentences.users[rows.users[number]])
     assert np.array_equal(item, sentences.items[rows.items[number]])
     assert past == pytest.approx(sentences.titles[rows.events[number][-2:]].mean(axis=0), abs=1e-6)
     for sides, silent in (("user", sentences.items), ("item", sentences.users)):
-        half = Sentences.of(data, fields, Align(**ALIGN, sides=sides))
+        half = SentenceVectors.of(data, fields, Align(**ALIGN, sides=sides))
         assert not (half.items if sides == "user" else half.users).any() and silent.any()
-    words = Sentences.of(data, fields, Align(**ALIGN | {"encoder": "lsa"}))
+    words = SentenceVectors.of(data, fields, Align(**ALIGN | {"encoder": "lsa"}))
     assert words.of_rows(rows).shape == (len(rows), words.width)
     # Texts of other users and items only.
-    shuffled = Sentences.of(data, fields, Align(**ALIGN, shuffled=True))
+    shuffled = SentenceVectors.of(data, fields, Align(**ALIGN, shuffled=True))
     for one, other in (
         (sentences.users, shuffled.users),
         (sentences.items, shuffled.items),
@@ -149,10 +164,10 @@ def test_sentence_of_a_row() -> None:
 @pytest.mark.parametrize("align", [ALIGN, ALIGN | {"longer": True}])
 def test_second_stage_keeps_no_texts(align: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     data = _data()
-    held: list[weakref.ref[Sentences]] = []
-    read, train = Sentences.of, hosts.Host._train
+    held: list[weakref.ref[SentenceVectors]] = []
+    read, train = SentenceVectors.of, hosts.CtrNetwork._train
 
-    def of(*arguments: Any) -> Sentences:
+    def of(*arguments: Any) -> SentenceVectors:
         sentences = read(*arguments)
         held.append(weakref.ref(sentences))
         return sentences
@@ -162,9 +177,9 @@ def test_second_stage_keeps_no_texts(align: dict[str, Any], monkeypatch: pytest.
         assert all(ref() is None for ref in held)
         return train(*arguments)
 
-    monkeypatch.setattr(Sentences, "of", staticmethod(of))
-    monkeypatch.setattr(hosts.Host, "_train", second)
-    plain, aligned = (make("autoint", QUICK | {"align": settings}, seed=0) for settings in (None, align))
+    monkeypatch.setattr(SentenceVectors, "of", staticmethod(of))
+    monkeypatch.setattr(hosts.CtrNetwork, "_train", second)
+    plain, aligned = (create_baseline("autoint", QUICK | {"align": settings}, seed=0) for settings in (None, align))
     plain.fit(data)
     aligned.fit(data)
     assert len(held) == ("longer" not in align)
@@ -182,7 +197,7 @@ def test_text_encoder_and_seed() -> None:
     requests = [Request(id="r", user_id="u1", item="i3", history=data.history("u1", "test"))]
     answers = []
     for _ in range(2):
-        host = make("dcn", QUICK | {"align": ALIGN | {"encoder": tiny_encoder()}}, seed=3)
+        host = create_baseline("dcn", QUICK | {"align": ALIGN | {"encoder": tiny_encoder()}}, seed=3)
         host.fit(data)
         answers.append(host.answer(requests))
     assert answers[0] == answers[1]
@@ -190,11 +205,11 @@ def test_text_encoder_and_seed() -> None:
 
 def test_rejects_impossible_settings() -> None:
     with raises(RecipeError, Facts("bad-value", says="multiple of parts")):
-        make("dcn", {"align": {"width": 10, "parts": 4}}, seed=0)
+        create_baseline("dcn", {"align": {"width": 10, "parts": 4}}, seed=0)
     with raises(RecipeError, Facts("bad-value", says="cannot encode titles")):
-        make("dcn", {"align": {"encoder": "store:features"}}, seed=0)
+        create_baseline("dcn", {"align": {"encoder": "store:features"}}, seed=0)
     with raises(RecipeError, Facts("unknown-key", says="align.text")):
-        make("dcn", {"align": {"text": "own"}}, seed=0)
+        create_baseline("dcn", {"align": {"text": "own"}}, seed=0)
 
 
 def test_nested_parameters_in_recipes_and_suites() -> None:

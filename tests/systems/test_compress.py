@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llmrec.cli.main import app
 from llmrec.errors import LlmrecError
-from llmrec.exports.files import SUMS, verify
+from llmrec.exports.files import SUMS, is_unchanged_export
 from llmrec.models.load import load_config, load_model
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
@@ -21,23 +21,30 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection
 from llmrec.recipe.shared import Dtype
 from llmrec.systems.m6.compress import compress as compressing
-from llmrec.systems.m6.compress.compress import TABLE, Compressed, Row, chosen, compress, with_front
+from llmrec.systems.m6.compress.compress import (
+    TABLE_FILE,
+    CompressionResult,
+    Measurement,
+    compress_model,
+    mark_pareto_front,
+    select_measurement,
+)
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.pipeline.test_ctr_run import SMALL
 
 ROWS = (
-    Row(30, "float32", 0.70, 300.0, 500.0),
-    Row(30, "bfloat16", 0.70, 200.0, 250.0),
-    Row(20, "bfloat16", 0.66, 150.0, 190.0),
-    Row(10, "bfloat16", 0.50, 80.0, 120.0),
-    Row(5, "bfloat16", 0.55, 40.0, 90.0),
-    Row(2, "bfloat16", None, 10.0, 60.0),
+    Measurement(30, "float32", 0.70, 300.0, 500.0),
+    Measurement(30, "bfloat16", 0.70, 200.0, 250.0),
+    Measurement(20, "bfloat16", 0.66, 150.0, 190.0),
+    Measurement(10, "bfloat16", 0.50, 80.0, 120.0),
+    Measurement(5, "bfloat16", 0.55, 40.0, 90.0),
+    Measurement(2, "bfloat16", None, 10.0, 60.0),
 )
 
 
 def test_pareto_front() -> None:
-    front = with_front(ROWS, lower=False)
+    front = mark_pareto_front(ROWS, lower=False)
     assert [row.ms for row in front] == sorted(row.ms for row in ROWS)
     assert {(row.layers, row.dtype) for row in front if row.pareto} == {
         *((30, "bfloat16"), (20, "bfloat16"), (5, "bfloat16"), (2, "bfloat16"))
@@ -45,30 +52,32 @@ def test_pareto_front() -> None:
 
 
 def test_chooses_the_best_fast_enough_row() -> None:
-    assert chosen(ROWS, 1000, lower=False) == ROWS[1]
-    assert chosen(ROWS, 160, lower=False) == ROWS[2]
-    assert chosen(ROWS, 100, lower=False) == ROWS[4]
-    assert chosen(ROWS, 100, lower=True) == ROWS[3]
+    assert select_measurement(ROWS, 1000, lower=False) == ROWS[1]
+    assert select_measurement(ROWS, 160, lower=False) == ROWS[2]
+    assert select_measurement(ROWS, 100, lower=False) == ROWS[4]
+    assert select_measurement(ROWS, 100, lower=True) == ROWS[3]
     # Rows without a result are never chosen.
-    assert chosen(ROWS, 20, lower=False) is None
+    assert select_measurement(ROWS, 20, lower=False) is None
 
 
 @pytest.mark.parametrize("target", [float("inf"), float("nan")])
 def test_rejects_target_that_is_no_number(tmp_path: Path, target: float) -> None:
     with raises(LlmrecError, Facts("bad-value", column="--target-ms", says="milliseconds")):
-        compress(tmp_path / "no run", tmp_path / "out", target_ms=target, users=1)
+        compress_model(tmp_path / "no run", tmp_path / "out", target_ms=target, users=1)
 
 
 def test_page_shows_every_row(tmp_path: Path) -> None:
-    rows = with_front(ROWS, lower=False)
-    best = chosen(rows, 160, lower=False)
-    result = Compressed("AUC of ctr", 50, 160.0, rows, best, tmp_path)
-    compressing.write(result, "<b>run</b>", tmp_path / compressing.PAGE)
-    text = (tmp_path / compressing.PAGE).read_text(encoding="utf-8")
+    rows = mark_pareto_front(ROWS, lower=False)
+    best = select_measurement(rows, 160, lower=False)
+    result = CompressionResult("AUC of ctr", 50, 160.0, rows, best, tmp_path)
+    compressing.write_page(result, "<b>run</b>", tmp_path / compressing.PAGE_FILE)
+    text = (tmp_path / compressing.PAGE_FILE).read_text(encoding="utf-8")
     assert "<b>" not in text and "&lt;b&gt;run" in text and text.count("<tr>") == 1 + len(ROWS)
     assert "chosen" in text
-    compressing.write(Compressed("AUC of ctr", 50, 0.0, rows[:1], None, None), "none", tmp_path / compressing.PAGE)
-    assert "No combination has a result" in (tmp_path / compressing.PAGE).read_text(encoding="utf-8")
+    compressing.write_page(
+        CompressionResult("AUC of ctr", 50, 0.0, rows[:1], None, None), "none", tmp_path / compressing.PAGE_FILE
+    )
+    assert "No combination has a result" in (tmp_path / compressing.PAGE_FILE).read_text(encoding="utf-8")
 
 
 def _run(folder: Path) -> Path:
@@ -85,9 +94,9 @@ def _run(folder: Path) -> Path:
 def test_error_of_8_bit_weights(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     folder, recipe = make_model(tmp_path / "deep", layers=1), load_recipe("recipes/movielens-100k/four-tasks.yaml")
-    plain = dict(compressing.opened(folder, "float32", recipe).named_parameters())
+    plain = dict(compressing.load_in_format(folder, "float32", recipe).named_parameters())
     small, others = 0, 0
-    for name, weight in compressing.opened(folder, "int8", recipe).named_parameters():
+    for name, weight in compressing.load_in_format(folder, "int8", recipe).named_parameters():
         if weight.dtype != torch.int8:
             others += 1
             continue
@@ -102,13 +111,13 @@ def test_error_of_8_bit_weights(tmp_path: Path) -> None:
 def test_exports_8_bit_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     run = _run(tmp_path)
-    monkeypatch.setattr(compressing, "KINDS", ("bfloat16", "int8"))
-    result = compress(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
+    monkeypatch.setattr(compressing, "WEIGHT_FORMATS", ("bfloat16", "int8"))
+    result = compress_model(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
     sizes = {row.dtype: row.mb for row in result.rows}
     assert sizes["int8"] < sizes["bfloat16"]
-    monkeypatch.setattr(compressing, "KINDS", ("int8",))
-    result = compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
-    assert result.chosen is not None and result.chosen.dtype == "int8" and verify(tmp_path / "out")
+    monkeypatch.setattr(compressing, "WEIGHT_FORMATS", ("int8",))
+    result = compress_model(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
+    assert result.chosen is not None and result.chosen.dtype == "int8" and is_unchanged_export(tmp_path / "out")
     section = ModelSection(name=str(tmp_path / "out"))
     model = load_model(str(tmp_path / "out"), section)
     assert sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6 == pytest.approx(result.chosen.mb)
@@ -118,16 +127,16 @@ def test_exports_8_bit_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_measures_cuts_and_exports_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(tmp_path)
-    none = compress(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
+    none = compress_model(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
     assert none.chosen is None and not (tmp_path / "none").exists()
-    table = json.loads((run / TABLE).read_text(encoding="utf-8"))
+    table = json.loads((run / TABLE_FILE).read_text(encoding="utf-8"))
     assert table["chosen"] is None and {(row["layers"], row["dtype"]) for row in table["rows"]} == {
         (2, "bfloat16"),
         (2, "float32"),
         *([(2, "int8")] if find_spec("bitsandbytes") else []),
     }
-    monkeypatch.setattr(compressing, "KINDS", ("bfloat16", "float32"))
-    result = compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
+    monkeypatch.setattr(compressing, "WEIGHT_FORMATS", ("bfloat16", "float32"))
+    result = compress_model(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
     assert result.chosen is not None and result.chosen.layers == 2 and result.metric == "RMSE of rating"
     section = ModelSection(name=str(tmp_path / "out"), dtype=cast(Dtype, result.chosen.dtype))
     assert load_config(str(tmp_path / "out"), section).num_hidden_layers == 2
@@ -138,9 +147,9 @@ def test_measures_cuts_and_exports_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     # The weights equal the measured ones exactly.
     measured = load_model(str(run / "merged"), section).state_dict()
     assert all(torch.equal(each, measured[name]) for name, each in model.state_dict().items())
-    assert verify(tmp_path / "out")
+    assert is_unchanged_export(tmp_path / "out")
     with raises(LlmrecError, Facts("exists", says="--force")):
-        compress(run, tmp_path / "out", target_ms=1e9, users=4)
+        compress_model(run, tmp_path / "out", target_ms=1e9, users=4)
     done = CliRunner().invoke(
         app,
         ["compress", str(run), "--target-ms", "0", "--out", str(tmp_path / "other"), "--depth", "2", "--users", "4"],
@@ -149,15 +158,17 @@ def test_measures_cuts_and_exports_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     # A failed export leaves the earlier one unchanged.
     before = (tmp_path / "out" / SUMS).read_bytes()
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsafe", says="model.bin")):
-        patched.setattr(compressing, "cut", lambda merged, draft, *_: (draft / "model.bin").write_bytes(b""))
-        compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(4,), force=True)
+        patched.setattr(
+            compressing, "truncate_export", lambda merged, draft, *_: (draft / "model.bin").write_bytes(b"")
+        )
+        compress_model(run, tmp_path / "out", target_ms=1e9, users=4, depths=(4,), force=True)
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("defect", says="nothing was exported")):
         patched.setattr(compressing, "_TOLERANCE", -1.0)
-        compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,), force=True)
-    assert verify(tmp_path / "out") and (tmp_path / "out" / SUMS).read_bytes() == before
+        compress_model(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,), force=True)
+    assert is_unchanged_export(tmp_path / "out") and (tmp_path / "out" / SUMS).read_bytes() == before
     assert not list(tmp_path.glob("out.*"))
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsupported", column="tasks", says="one-token")):
         patched.setattr("llmrec.backends.hf.backend.single_token_labels", lambda tails, closed: None)
-        compress(run, tmp_path / "labels", target_ms=1e9, users=4, depths=(2,))
-    compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(1,), force=True)
-    assert load_config(str(tmp_path / "out"), section).num_hidden_layers == 1 and verify(tmp_path / "out")
+        compress_model(run, tmp_path / "labels", target_ms=1e9, users=4, depths=(2,))
+    compress_model(run, tmp_path / "out", target_ms=1e9, users=4, depths=(1,), force=True)
+    assert load_config(str(tmp_path / "out"), section).num_hidden_layers == 1 and is_unchanged_export(tmp_path / "out")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llmrec.baselines.fits import Storable, fit_key
-from llmrec.data.dataset import Dataset, conform
-from llmrec.data.features import FeatureStore, writing
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.dataset import Dataset, conform_to_schema
+from llmrec.data.features import FeatureStore, lock_store
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import ModelError, RecipeError
 from llmrec.models.load import load_model
 from llmrec.recipe.schema import ModelSection, Split
@@ -141,8 +141,8 @@ def test_rejects_models_that_cannot_be_cut(layered: dict[str, Path], monkeypatch
     with raises(ModelError, Facts("unsupported", column="joint", says="qwen3_moe")):
         LowerLayers(str(layered["Qwen3Moe"]), section, joint=1)
     # Layers in another order compute something else.
-    upper = segments._upper
-    monkeypatch.setattr(segments, "_upper", lambda body, layers, *rest: upper(body, layers[::-1], *rest))
+    upper = segments._copy_upper_layers
+    monkeypatch.setattr(segments, "_copy_upper_layers", lambda body, layers, *rest: upper(body, layers[::-1], *rest))
     section = ModelSection(name=str(layered["SmolLM3"]), dtype="float32")
     with raises(ModelError, Facts("unsupported", column="joint", says="smollm3")):
         LowerLayers(str(layered["SmolLM3"]), section, joint=2)
@@ -197,7 +197,7 @@ def test_damaged_or_busy_store_is_no_error(folder: Path, tmp_path: Path) -> None
     assert [kept(TEXTS[0])[0], kept(TEXTS[1])[0]] == [0, 0]
     assert kept(TEXTS[0]) == (1, 0) and kept(TEXTS[1]) == (1, 0)
     (store,) = (tmp_path / "cache" / "segments").iterdir()
-    with writing(store):
+    with lock_store(store):
         assert kept(TEXTS[2])[0] == 0
     assert kept(TEXTS[2])[0] == 0
     (vectors,) = store.glob("*/item-vectors.npy")
@@ -230,8 +230,10 @@ def test_earlier_ratings_of_the_item_are_hidden(folder: Path) -> None:
         timestamp=pl.int_range(pl.len()).cast(pl.Float64)
     )
     titles = {item: Item(item_id=item, title=f"Title {item}") for item in items}
-    data = split(
-        Dataset("repeated", "films", conform(frame), titles), Split(kind="last_share", valid=0.1, test=0.2), seed=0
+    data = split_dataset(
+        Dataset("repeated", "films", conform_to_schema(frame), titles),
+        Split(kind="last_share", valid=0.1, test=0.2),
+        seed=0,
     )
     model = LateInteraction(LateInteraction.Config(model=str(folder), joint=1, rows=10_000), seed=0)
     prompts, _ = model._prompts(data, model._late(model._lower(), data))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.baselines.base import Catalogue, Log
+from llmrec.baselines.base import Catalogue, InteractionLog
 from llmrec.errors import ModelError, RecipeError
-from llmrec.models.load import BUNDLE, load_model
+from llmrec.models.load import BUNDLE_FILE, load_model
 from llmrec.recipe.schema import ModelSection
 from llmrec.systems.m6.states import StateTower
 from llmrec.types import Event, Ranking, Request
@@ -68,7 +68,7 @@ def test_training_items_of_the_user_are_no_negatives(folder: Path, monkeypatch: 
     monkeypatch.setattr(states, "info_nce", lambda logits, has: (masks.append(has), loss(logits, has))[1])
     model, data = fitted(folder, epochs=1, batch=10_000), ring()
     catalogue = Catalogue.of(data)
-    events = Log.of(data, catalogue)
+    events = InteractionLog.of(data, catalogue)
     item_sets = [set(events.items[events.users == user].tolist()) for user in range(events.user_count)]
     # The order of the only batch.
     order = np.random.default_rng(3).permutation(len(model._row_users))
@@ -146,7 +146,7 @@ def test_restored_fit_gives_same_scores(model: StateTower) -> None:
 
 def test_rejects_other_models(model: StateTower, folder: Path, tmp_path: Path) -> None:
     tuned = make_model(tmp_path / "tuned")
-    (tuned / BUNDLE).write_text("{}", encoding="utf-8")
+    (tuned / BUNDLE_FILE).write_text("{}", encoding="utf-8")
     with raises(ModelError, Facts("leak", column="encoder")):
         fitted(tuned)
     with raises(RecipeError, Facts("bad-value", column="encoder", says="use the baseline transitions-text")):

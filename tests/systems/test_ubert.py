@@ -11,17 +11,23 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.baselines.rated import ratings
+from llmrec.baselines.rated import training_ratings
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.features import FeatureStore, publish
-from llmrec.data.split import SplitDataset, split, split_validation_users
+from llmrec.data.split import SplitDataset, split_dataset, split_validation_users
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.systems.ctr.networks import DeepFM
-from llmrec.systems.ubert.baseline import UBert, _epoch
-from llmrec.systems.ubert.network import Reviewed, attended, encoded, matched, network_of
-from llmrec.systems.ubert.pretrain import MaskedTexts, last_of_pairs, lexicon
-from llmrec.systems.ubert.reviews import Frozen, Reviews, Tokens
+from llmrec.systems.ubert.baseline import UBert, _train_epoch
+from llmrec.systems.ubert.network import (
+    ReviewModel,
+    create_network,
+    encode_entities,
+    match_tokens,
+    scaled_dot_attention,
+)
+from llmrec.systems.ubert.pretrain import MaskedTexts, last_pair_ratings, opinion_words
+from llmrec.systems.ubert.reviews import FrozenEncoder, Reviews, Tokens
 from llmrec.types import Item, Rating, Request
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -68,7 +74,7 @@ def _data(name: str = "planted", kind: str = "last_share") -> SplitDataset:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"Title {n}") for n in range(10)}
     dataset = Dataset(name=name, noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0))
-    return split(dataset, Split(kind=kind, valid=0.15, test=0.15), seed=0)
+    return split_dataset(dataset, Split(kind=kind, valid=0.15, test=0.15), seed=0)
 
 
 def _model(encoder: str, **settings: Any) -> UBert:
@@ -98,9 +104,9 @@ def test_batches_do_not_read_reviews_of_their_pairs(encoder: str, monkeypatch: p
     reviews = {(user, item): text for user, item, text in data.train.select("user_id", "item_id", "text").iter_rows()}
     users, items = list(model.known.user_index), list(model.known.item_index)
     pairs, read = list[tuple[str, str]](), list[list[set[str]]]()
-    forward, positions = Reviewed.forward, Tokens.positions
+    forward, positions = ReviewModel.forward, Tokens.positions
 
-    def watched(self: Reviewed, of: Any, to: Any) -> Any:
+    def watched(self: ReviewModel, of: Any, to: Any) -> Any:
         pairs.extend((users[u], items[i]) for u, i in zip(of, to, strict=True))
         return forward(self, of, to)
 
@@ -108,10 +114,10 @@ def test_batches_do_not_read_reviews_of_their_pairs(encoder: str, monkeypatch: p
         read.append([{model.reviews.texts[row] for row in each} for each in rows])
         return positions(self, rows)
 
-    monkeypatch.setattr(Reviewed, "forward", watched)
+    monkeypatch.setattr(ReviewModel, "forward", watched)
     monkeypatch.setattr(Tokens, "positions", noted)
     optimiser = torch.optim.AdamW(model.network.parameters())
-    _epoch(model, optimiser, np.random.default_rng(0))
+    _train_epoch(model, optimiser, np.random.default_rng(0))
     # A batch reads the reviews of its users, then of its items.
     of_users = [each for batch in read[::2] for each in batch]
     of_items = [each for batch in read[1::2] for each in batch]
@@ -144,7 +150,7 @@ def test_reviews_of_a_source_come_before_the_texts_of_a_task(encoder: str) -> No
     pairs = list(data.train.select("user_id", "item_id").iter_rows())[:5]
     reviews = {pair: Review(text=f"full {number}") for number, pair in enumerate(pairs)}
     data = replace(data, dataset=replace(data.dataset, reviews=reviews))
-    known = ratings(data, "ubert")
+    known = training_ratings(data, "ubert")
     assert sorted(Reviews.read(data, known, range).texts) == [f"full {number}" for number in range(5)]
     with raises(DataError, Facts("missing-column", column="text")):
         bare = data.train.with_columns(pl.lit(None, dtype=pl.String).alias("text"))
@@ -153,28 +159,28 @@ def test_reviews_of_a_source_come_before_the_texts_of_a_task(encoder: str) -> No
 
 def test_uniform_attention_is_the_mean() -> None:
     tokens, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 3 + [False] * 2, [False] * 5])
-    network = network_of(4, 6, 6, UBert.Config(**SMALL))
+    network = create_network(4, 6, 6, UBert.Config(**SMALL))
     side = network["user"]
     for part in ("query", "domain"):
         for parameter in side[part].parameters():
             torch.nn.init.zeros_(parameter)
-    result = encoded(side, torch.tensor([1, 2]), tokens, mask)
+    result = encode_entities(side, torch.tensor([1, 2]), tokens, mask)
     torch.testing.assert_close(result, torch.stack([tokens[0, :3].mean(dim=0), torch.zeros(8)]))
     query = torch.randn(2, 1, 8)
     weights = torch.softmax((query[0] @ tokens[0, :3].T) / 8**0.5, dim=1)
-    torch.testing.assert_close(attended(query, tokens, tokens, mask)[0], weights @ tokens[0, :3])
+    torch.testing.assert_close(scaled_dot_attention(query, tokens, tokens, mask)[0], weights @ tokens[0, :3])
     # Padding and sides without tokens change nothing.
-    both = matched(network["match"], tokens, mask, tokens.flip(0), mask.flip(0))
+    both = match_tokens(network["match"], tokens, mask, tokens.flip(0), mask.flip(0))
     torch.testing.assert_close(both, torch.zeros(2, 16))
     longer = torch.cat([tokens, torch.randn(2, 3, 8)], dim=1)
     wider = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], dim=1)
-    one = matched(network["match"], tokens[:1], mask[:1], tokens[:1], mask[:1])
-    torch.testing.assert_close(matched(network["match"], longer[:1], wider[:1], tokens[:1], mask[:1]), one)
+    one = match_tokens(network["match"], tokens[:1], mask[:1], tokens[:1], mask[:1])
+    torch.testing.assert_close(match_tokens(network["match"], longer[:1], wider[:1], tokens[:1], mask[:1]), one)
 
 
 def test_only_words_of_the_lexicon_are_masked(encoder: str) -> None:
     data = _data()
-    frozen = Frozen(encoder, data, 24)
+    frozen = FrozenEncoder(encoder, data, 24)
     texts = ["Great, awful and dull.", "greatness is no opinion", "It is fine", "so fine " * 30]
     plain, spans = frozen.tokens(texts)
     assert frozen.mask is not None
@@ -198,12 +204,12 @@ def test_only_words_of_the_lexicon_are_masked(encoder: str) -> None:
 def test_opinion_words(encoder: str, tmp_path: Path) -> None:
     data = _data()
     texts, truth = data.train["text"].to_list(), data.train["rating"].to_numpy()
-    assert set(OPINIONS) >= set(lexicon(UBert.Config(opinions=3), texts, truth)) - {"the", "same", "again"}
+    assert set(OPINIONS) >= set(opinion_words(UBert.Config(opinions=3), texts, truth)) - {"the", "same", "again"}
     (tmp_path / "words.txt").write_text("Great\nawful\n\nnot a word\n", encoding="utf-8")
     config = UBert.Config(lexicon=str(tmp_path / "words.txt"))
-    assert lexicon(config, texts, truth) == ("awful", "great")
+    assert opinion_words(config, texts, truth) == ("awful", "great")
     with raises(RecipeError, Facts("unreadable", column="lexicon")):
-        lexicon(UBert.Config(lexicon=str(tmp_path / "none.txt")), texts, truth)
+        opinion_words(UBert.Config(lexicon=str(tmp_path / "none.txt")), texts, truth)
     with pytest.raises(ValueError, match="no token embeddings"):
         UBert.Config(encoder="lsa")
     with raises(ModelError, Facts("unsupported", column="pretrain")):
@@ -293,5 +299,5 @@ def test_last_rating_of_a_pair() -> None:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
     frame = frame.with_columns(text=pl.lit(None, dtype=pl.String))
     base = _data()
-    known = ratings(replace(base, train=frame), "ubert")
-    assert last_of_pairs(known) == {(0, 0): 1.0, (1, 0): 3.0, (1, 1): 2.0}
+    known = training_ratings(replace(base, train=frame), "ubert")
+    assert last_pair_ratings(known) == {(0, 0): 1.0, (1, 0): 3.0, (1, 1): 2.0}

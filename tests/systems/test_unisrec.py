@@ -15,14 +15,21 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmrec.baselines.neural import Batch
+from llmrec.baselines.neural import SequenceBatch
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import Features, Provenance, publish
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.systems.unisrec.baseline import UniSRec
-from llmrec.systems.unisrec.network import DropWords, adapted, changed_sequences, contrastive, gates_of, network_of
+from llmrec.systems.unisrec.network import (
+    DropWords,
+    augment_sequences,
+    contrastive_loss,
+    create_network,
+    gate_weights,
+    mix_whitenings,
+)
 from llmrec.types import Event, Item, Request
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -60,7 +67,7 @@ def _ring(name: str = "ring", *, new: int = 0, shift: int = 1) -> SplitDataset:
         for number, kind in enumerate(kinds)
     }
     dataset = Dataset(name=name, noun="things", interactions=frame, items=items)
-    return split(dataset, Split(kind="leave_one_out"), seed=0)
+    return split_dataset(dataset, Split(kind="leave_one_out"), seed=0)
 
 
 def _model(**settings: Any) -> UniSRec:
@@ -83,7 +90,7 @@ def _best(model: UniSRec, *history: str, k: int = 5) -> list[str]:
 
 
 def _drawn(experts: int = 3, width: int = 7, **settings: Any) -> Any:
-    network = network_of(width, 0, UniSRec.Config(**(SMALL | {"experts": experts} | settings)))
+    network = create_network(width, 0, UniSRec.Config(**(SMALL | {"experts": experts} | settings)))
     with torch.no_grad():
         for parameter in network["adaptor"].values():
             parameter.normal_()
@@ -106,36 +113,36 @@ def test_adaptor_is_a_mixture_of_whitenings() -> None:
     adaptor = network["adaptor"]
     gates = torch.softmax(vectors @ adaptor["gate"], dim=1)
     by_hand = sum(gates[:, [k]] * ((vectors - adaptor["shifts"][k]) @ adaptor["maps"][k]) for k in range(3))
-    torch.testing.assert_close(adapted(network, vectors, 0.5), by_hand, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mix_whitenings(network, vectors, 0.5), by_hand, rtol=1e-4, atol=1e-4)
     # A shift by the mean centres the output of one whitening.
     alone = _drawn(experts=1).eval()
     with torch.no_grad():
         alone["adaptor"]["shifts"][0] = vectors.mean(dim=0)
-    torch.testing.assert_close(adapted(alone, vectors, 0.5).mean(dim=0), torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mix_whitenings(alone, vectors, 0.5).mean(dim=0), torch.zeros(16), rtol=0, atol=1e-4)
 
 
 def test_gates_are_noisy_only_in_training() -> None:
     network, vectors = _drawn(), torch.randn(11, 7)
     for training in (True, False):
         network.train(training)
-        one, other = gates_of(network, vectors), gates_of(network, vectors)
+        one, other = gate_weights(network, vectors), gate_weights(network, vectors)
         torch.testing.assert_close(one.sum(dim=1), torch.ones(11))
         assert torch.equal(one, other) != training
-    untaught = network_of(7, 0, UniSRec.Config(**SMALL)).eval()
-    torch.testing.assert_close(gates_of(untaught, vectors), torch.full((11, 3), 1 / 3))
+    untaught = create_network(7, 0, UniSRec.Config(**SMALL)).eval()
+    torch.testing.assert_close(gate_weights(untaught, vectors), torch.full((11, 3), 1 / 3))
 
 
 def test_contrastive_loss() -> None:
     nothing, numbers = torch.zeros(32, 5), torch.arange(32)
-    assert float(contrastive(nothing, nothing, numbers, 0.07)) == pytest.approx(math.log(32))
+    assert float(contrastive_loss(nothing, nothing, numbers, 0.07)) == pytest.approx(math.log(32))
     # Rows with the same target are not negatives of each other: of 32 rows, 16 or 18 are left.
-    assert float(contrastive(nothing, nothing, numbers // 17 * 100, 0.07)) == pytest.approx(
+    assert float(contrastive_loss(nothing, nothing, numbers // 17 * 100, 0.07)) == pytest.approx(
         (17 * math.log(16) + 15 * math.log(18)) / 32
     )
     left, right = torch.randn(4, 3), torch.randn(4, 3)
     logits = (left @ right.T / 0.5).numpy()
     by_hand = np.mean([np.log(np.exp(row).sum()) - row[n] for n, row in enumerate(logits)])
-    assert float(contrastive(left, right, torch.arange(4), 0.5)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(contrastive_loss(left, right, torch.arange(4), 0.5)) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_changed_sequences_are_subsets() -> None:
@@ -144,7 +151,7 @@ def test_changed_sequences_are_subsets() -> None:
     items, targets = np.zeros((300, 8), np.int64), np.full((300, 8), -1)
     for row, length in enumerate(lengths.tolist()):
         items[row, :length], targets[row, :length] = np.arange(length) + 10 * row + 1, 1
-    changed, ends = changed_sequences(Batch(items, targets), 0.5, 5000, rng)
+    changed, ends = augment_sequences(SequenceBatch(items, targets), 0.5, 5000, rng)
     worded = changed[:, 0] >= 5000
     assert 0.3 < worded.mean() < 0.7
     for row, length in enumerate(lengths.tolist()):
@@ -155,7 +162,7 @@ def test_changed_sequences_are_subsets() -> None:
         else:
             assert new.tolist() == [item for item in before if item in set(new.tolist())]
     assert 0.4 < (ends[~worded] + 1).sum() / lengths[~worded].sum() < 0.65
-    same, _ = changed_sequences(Batch(items, targets), 0.0, 0, rng)
+    same, _ = augment_sequences(SequenceBatch(items, targets), 0.0, 0, rng)
     assert (same == items).all()
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from llmrec.data.candidates import CandidateSets, draw
+from llmrec.data.candidates import CandidateSets, sample_candidates
 from llmrec.data.dataset import Dataset, Review
-from llmrec.data.split import SplitDataset, split
-from llmrec.index.table import ItemIndex, token
+from llmrec.data.split import SplitDataset, split_dataset
+from llmrec.index.table import ItemIndex, level_token
 from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.recipe.schema import (
@@ -31,9 +31,9 @@ from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.ctr import CtrTask
 from llmrec.tasks.direct import DirectTask, asks_for
 from llmrec.tasks.explanation import ExplanationTask
-from llmrec.tasks.held_items import draw_held, hold_out
+from llmrec.tasks.held_items import sample_held_candidates, select_held_items
 from llmrec.tasks.mixture import interleave
-from llmrec.tasks.rating import RatingTask, learned_only
+from llmrec.tasks.rating import RatingTask, is_training_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Example, Item, Prompt
@@ -77,7 +77,7 @@ def asking(family: str) -> dict[str, Template]:
     """
     templates = load_templates(family)
     if family == "rating":
-        return {name: template for name, template in templates.items() if not learned_only(template)}
+        return {name: template for name, template in templates.items() if not is_training_only(template)}
     return {name: t for name, t in templates.items() if family != "direct" or asks_for(t) != "yes"}
 
 
@@ -116,16 +116,16 @@ def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 6
 
 
 def make_split(dataset: Dataset | None = None, *, kind: str = "leave_one_out", seed: int = 0) -> SplitDataset:
-    return split(dataset, Split(kind=kind), seed=seed) if dataset else _split(kind, seed)  # type: ignore[arg-type]
+    return split_dataset(dataset, Split(kind=kind), seed=seed) if dataset else _split(kind, seed)  # type: ignore[arg-type]
 
 
 @cache
 def _split(kind: str, seed: int) -> SplitDataset:
-    return split(make_dataset(), Split(kind=kind), seed=seed)  # type: ignore[arg-type]
+    return split_dataset(make_dataset(), Split(kind=kind), seed=seed)  # type: ignore[arg-type]
 
 
 def make_candidates(data: SplitDataset, *, count: int = 10, name: str = "test") -> CandidateSets:
-    return draw(data, name, CandidateSection(count=count), seed=0)  # type: ignore[arg-type]
+    return sample_candidates(data, name, CandidateSection(count=count), seed=0)  # type: ignore[arg-type]
 
 
 def make_task(
@@ -144,8 +144,8 @@ def make_task(
     task, kind = CLASSES[family]
     if family == "alignment":
         chosen = kind(**{"held_out": 0.4, **section})
-        held = hold_out(data.dataset.items, chosen.held_out, seed=seed)
-        sets = draw_held(held, "test", count=4, seed=seed) if stored else None
+        held = select_held_items(data.dataset.items, chosen.held_out, seed=seed)
+        sets = sample_held_candidates(held, "test", count=4, seed=seed) if stored else None
         return make(
             task, data, chosen, load_templates(family), seed=seed, candidates=sets, shot_choice=shot_choice,
             index=make_index(data),
@@ -159,7 +159,7 @@ def make_task(
 
 def make_index(data: SplitDataset) -> ItemIndex:
     """Return an index with codes of two tokens."""
-    codes = {item: (token(0, n % 8), token(1, n // 8)) for n, item in enumerate(sorted(data.dataset.items))}
+    codes = {item: (level_token(0, n % 8), level_token(1, n // 8)) for n, item in enumerate(sorted(data.dataset.items))}
     tokens = dict.fromkeys(piece for pieces in codes.values() for piece in pieces)
     return ItemIndex("made", codes, tokens=tuple(tokens))
 

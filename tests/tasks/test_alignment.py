@@ -24,7 +24,7 @@ from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.recipe.schema import AlignmentSection, SequentialSection
 from llmrec.tasks.alignment import AlignmentTask
-from llmrec.tasks.held_items import draw_held, hold_out, request_name
+from llmrec.tasks.held_items import alignment_request_id, sample_held_candidates, select_held_items
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Item, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -50,33 +50,33 @@ def catalogue(count: int) -> dict[str, Item]:
 
 
 def test_held_out_share_has_two_halves() -> None:
-    held = hold_out(catalogue(4000), 0.1, seed=0)
+    held = select_held_items(catalogue(4000), 0.1, seed=0)
     # 5 standard deviations of a binomial with n = 4000 and p = .05 are 69.
     assert abs(len(held.valid) - 200) < 69 and abs(len(held.test) - 200) < 69
     assert not set(held.valid) & set(held.test)
     assert held.items == {*held.valid, *held.test}
-    assert hold_out(catalogue(4000), 0.1, seed=1).items != held.items
-    assert hold_out(catalogue(50), 0.0, seed=0).items == frozenset()
-    assert len(hold_out(catalogue(50), 1.0, seed=0).items) == 50
+    assert select_held_items(catalogue(4000), 0.1, seed=1).items != held.items
+    assert select_held_items(catalogue(50), 0.0, seed=0).items == frozenset()
+    assert len(select_held_items(catalogue(50), 1.0, seed=0).items) == 50
 
 
 def test_a_new_item_moves_no_other() -> None:
-    few, many = hold_out(catalogue(300), 0.2, seed=0), hold_out(catalogue(600), 0.2, seed=0)
+    few, many = select_held_items(catalogue(300), 0.2, seed=0), select_held_items(catalogue(600), 0.2, seed=0)
     known = set(catalogue(300))
     assert [item for item in many.valid if item in known] == list(few.valid)
     assert [item for item in many.test if item in known] == list(few.test)
-    assert hold_out(dict(reversed(catalogue(300).items())), 0.2, seed=0) == few
+    assert select_held_items(dict(reversed(catalogue(300).items())), 0.2, seed=0) == few
 
 
 def test_items_of_equal_title_are_held_out_together() -> None:
     twins = {f"{copy}{n}": Item(item_id=f"{copy}{n}", title=f"Title {n}{end}") for n in range(60) for copy, end in
              (("a", ""), ("b", "!"))}  # fmt: skip
-    held = hold_out(twins, 0.5, seed=0)
+    held = select_held_items(twins, 0.5, seed=0)
     for part in (held.valid, held.test):
         assert part and {item[1:] for item in part if item[0] == "a"} == {item[1:] for item in part if item[0] == "b"}
-    sets = draw_held(held, "test", count=6, seed=0).sets
+    sets = sample_held_candidates(held, "test", count=6, seed=0).sets
     assert len(sets) == len(held.test)
-    answers = {request_name(item, 0): item for item in held.test}
+    answers = {alignment_request_id(item, 0): item for item in held.test}
     for name, drawn in sets.items():
         other = {"a": "b", "b": "a"}[answers[name][0]] + answers[name][1:]
         assert answers[name] in drawn and other not in drawn
@@ -84,7 +84,7 @@ def test_items_of_equal_title_are_held_out_together() -> None:
 
 def test_too_few_held_out_items_raise_error() -> None:
     with raises(DataError, Facts("too-few", column="tasks.alignment.held_out", says="eval.candidates.count")):
-        draw_held(hold_out(catalogue(100), 0.1, seed=0), "test", count=20, seed=0)
+        sample_held_candidates(select_held_items(catalogue(100), 0.1, seed=0), "test", count=20, seed=0)
 
 
 def test_no_training_row_shows_a_held_out_pair() -> None:
@@ -147,14 +147,14 @@ def test_request_does_not_reveal_its_item(task: AlignmentTask) -> None:
 
 def test_candidates_do_not_reveal_the_answer() -> None:
     """Items are negatives equally often, and targets are at any position."""
-    held = hold_out(catalogue(4000), 0.2, seed=0)
-    sets = draw_held(held, "test", count=20, seed=0)
+    held = select_held_items(catalogue(4000), 0.2, seed=0)
+    sets = sample_held_candidates(held, "test", count=20, seed=0)
     times = collections.Counter(item for drawn in sets.sets.values() for item in drawn)
     assert set(times) == set(held.test)
     mean = 20.0
     chi2 = sum((times[item] - mean) ** 2 / mean for item in held.test)
     assert chi2 < len(held.test) + 5 * (2 * len(held.test)) ** 0.5
-    answers = {request_name(item, 0): item for item in held.test}
+    answers = {alignment_request_id(item, 0): item for item in held.test}
     positions = collections.Counter(drawn.index(answers[name]) for name, drawn in sets.sets.items())
     expected = len(sets.sets) / 20
     # The 99.9 % point at 19 degrees of freedom.

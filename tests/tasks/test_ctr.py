@@ -12,19 +12,19 @@ from task_data import example_text, make_dataset, make_task, prompt_text, target
 
 from llmrec.baselines.ctr import LikeRatio
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CtrSection, Split
-from llmrec.tasks.ctr import CtrTask, read_choice
+from llmrec.tasks.ctr import CtrTask, parse_choice
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Probability, Request, Unparsed
 from tests.facts import Facts, raises
 from tests.tasks.making import make
 
-DATA = split(make_dataset(hostile=False), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
+DATA = split_dataset(make_dataset(hostile=False), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
 
 
 def balanced(data: SplitDataset = DATA, **section: Any) -> CtrTask:
@@ -65,7 +65,7 @@ def test_unrated_interactions_are_no_cases() -> None:
     frame = DATA.dataset.interactions.with_columns(
         rating=pl.when(pl.col("item_id") < "i30").then(pl.col("rating")).otherwise(None)
     )
-    data = split(DATA.dataset.restrict(frame), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
+    data = split_dataset(DATA.dataset.restrict(frame), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
     task = make_task("ctr", data)
     assert {case.request.item for case in task.cases("test")} < {row for row in data.test["item_id"]}
     assert all(str(case.request.item) < "i30" for case in task.cases("test"))
@@ -73,12 +73,12 @@ def test_unrated_interactions_are_no_cases() -> None:
 
 
 def test_balance_needs_several_events_per_user() -> None:
-    data = split(make_dataset(hostile=False), Split(), seed=0)
+    data = split_dataset(make_dataset(hostile=False), Split(), seed=0)
     with raises(DataError, Facts("too-few", column="tasks.ctr.balance", says="data.split.kind=last_share")):
         balanced(data).cases("test")
     bare = make_dataset().restrict(make_dataset().interactions.with_columns(rating=pl.lit(None, pl.Float64)))
     with raises(DataError, Facts("missing-column", "small", column="rating", says="data.columns.rating")):
-        make_task("ctr", split(bare, Split(), seed=0))
+        make_task("ctr", split_dataset(bare, Split(), seed=0))
 
 
 def test_like_ratio_is_chance_on_balanced_cases() -> None:
@@ -154,7 +154,7 @@ def test_every_line_of_a_list_has_a_target() -> None:
 
 
 def test_a_repeated_item_counts_by_its_last_rating() -> None:
-    data = split(
+    data = split_dataset(
         Dataset(
             name="again",
             noun="films",
@@ -198,7 +198,7 @@ def test_list_prompt_ends_with_the_item() -> None:
     ("1", None), ("Y", None),
 ])  # fmt: skip
 def test_reads_yes_and_no(text: str, choice: int | None) -> None:
-    assert read_choice(text, ("Yes", "No")) == choice
+    assert parse_choice(text, ("Yes", "No")) == choice
 
 
 def test_rewards() -> None:

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from llmrec.cli.main import app
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import split
+from llmrec.data.split import split_dataset
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import Split
-from llmrec.tasks.base import View
+from llmrec.tasks.base import DataView
 from llmrec.types import Event, Item
 from tests.facts import Facts, raises
 
@@ -30,24 +30,24 @@ LINE = (
 
 
 @pytest.fixture(scope="module")
-def view() -> View:
+def view() -> DataView:
     rows = [(f"u{user}", item, float(time)) for user in range(4) for time, item in enumerate("abc")]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").with_columns(
         pl.lit(None, pl.Float64).alias("rating"), pl.lit(None, pl.String).alias("text")
     )
     items = {name: Item(item_id=name, title=f"Item {name}", fields=fields) for name, fields in FIELDS.items()}
     frame = frame.select("user_id", "item_id", "rating", "timestamp", "text")
-    return View(split(Dataset(name="shop", noun="items", interactions=frame, items=items), Split(), seed=0))
+    return DataView(split_dataset(Dataset(name="shop", noun="items", interactions=frame, items=items), Split(), seed=0))
 
 
-def rendered(view: View, user: str) -> str:
+def rendered(view: DataView, user: str) -> str:
     template = Template("sequential", "mine", 1, "seen", "chat", user, "{{ item.title }}")
     events = view.events([Event(item_id=item, rating=None) for item in "abc"])
     (turn,) = template.turns({"history": events, "candidates": [view.candidate("u0", item) for item in "abc"]})
     return turn.text
 
 
-def test_fields_of_events_in_templates(view: View) -> None:
+def test_fields_of_events_in_templates(view: DataView) -> None:
     first, second, third = rendered(view, LINE).splitlines()
     assert first == "1. Item a costs 3.50 by Alder"
     # A value can neither end its line nor write a token; a field that an item lacks is empty.
@@ -57,7 +57,7 @@ def test_fields_of_events_in_templates(view: View) -> None:
     assert rendered(view, "{% for c in candidates %}{{ c.brand }}, {% endfor %}") == "Alder, , Cedar, "
 
 
-def test_unknown_field_is_refused(view: View) -> None:
+def test_unknown_field_is_refused(view: DataView) -> None:
     with raises(RecipeError, Facts("unknown-name", says=("'prize'", "did you mean 'price'", "brand"))):
         rendered(view, "{% for e in history %}{{ e.prize }}{% endfor %}")
 

@@ -19,8 +19,8 @@ from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.pointwise import LikelihoodRanker
-from llmrec.tasks.direct import asks_for, fits
-from llmrec.tasks.rating import learned_only
+from llmrec.tasks.direct import asks_for, is_strategy_supported
+from llmrec.tasks.rating import is_training_only
 from llmrec.types import Example, Probability, Ranking
 from tests.facts import Facts, raises
 from tests.tasks.making import make
@@ -260,7 +260,7 @@ def test_only_yes_shows_the_true_rating() -> None:
     true = {(user, event.item_id): event.rating for user in split.users() for event in split.train_events(user)}
     seen = collections.Counter()
     for row in training_rows("rating", count=1000):
-        if not learned_only(template_of(row)):
+        if not is_training_only(template_of(row)):
             continue
         (pair,) = row.pairs
         (stars,) = re.findall(r"(\d) stars", row.messages[-1].text)
@@ -374,8 +374,10 @@ def test_templates_and_their_strategies() -> None:
     )
     assert task.eval_templates == ("user-among", "user-title", "shortlist")
     for name, expected in (("user-among", [False, True, False]), ("user-title", [False, False, True])):
-        assert [fits(templates[name], each) for each in ("label", "likelihood", "pointwise-yes")] == expected
-    assert [fits(templates["shortlist"], each) for each in ("label", "likelihood")] == [True, False]
+        assert [
+            is_strategy_supported(templates[name], each) for each in ("label", "likelihood", "pointwise-yes")
+        ] == expected
+    assert [is_strategy_supported(templates["shortlist"], each) for each in ("label", "likelihood")] == [True, False]
     request = task.cases("test")[0].request
     for want in ("ranking", "yes"):
         with raises(RecipeError, Facts("contradiction", "direct/user-among", says="'likelihood'")):

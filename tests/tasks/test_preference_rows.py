@@ -16,8 +16,8 @@ from llmrec.data.hashing import hash_one
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import rejecting
 from llmrec.pipeline.leaks import with_random_holdouts
-from llmrec.pipeline.objectives import listwise_of
-from llmrec.pipeline.rejecting import close
+from llmrec.pipeline.objectives import listwise_settings
+from llmrec.pipeline.rejecting import release_backend
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
 from llmrec.recipe.load import load_recipe
@@ -173,14 +173,14 @@ def test_contradicting_studies_are_refused(llama_folder: Path, tmp_path: Path) -
         return build_study(load_recipe(page(tmp_path, tasks, train, str(llama_folder))))
 
     accepted = study(SEQUENTIAL)
-    assert listwise_of(accepted).preference == accepted.recipe.train.preference  # type: ignore[union-attr]
+    assert listwise_settings(accepted).preference == accepted.recipe.train.preference  # type: ignore[union-attr]
     with raises(RecipeError, Facts("contradiction", column="train.preference", says="encoder-decoder")):
-        listwise_of(accepted, paired=True)
+        listwise_settings(accepted, paired=True)
     with raises(
         RecipeError,
         Facts("contradiction", column="train.preference", says="cannot be trained together with tasks.direct"),
     ):
-        listwise_of(study(f"{SEQUENTIAL}, direct: {{templates: [after-history], strategies: [label]}}"))
+        listwise_settings(study(f"{SEQUENTIAL}, direct: {{templates: [after-history], strategies: [label]}}"))
     with raises(RecipeError, Facts("unknown-name", column="train.preference.rejected")):
         study(SEQUENTIAL, "rejected: item-knm")
     keys = [
@@ -207,7 +207,7 @@ def test_training_key_depends_on_rejection_settings(
     ]
     before = [training_key(each, str(llama_folder)) for each in studies]
     assert len(set(before[:4])) == 4 and before[3] == before[4]
-    monkeypatch.setattr("llmrec.registry.stamp", lambda table, name: "other code" if name == "item-knn" else "")
+    monkeypatch.setattr("llmrec.registry.plugin_digest", lambda table, name: "other code" if name == "item-knn" else "")
     after = [training_key(each, str(llama_folder)) for each in studies]
     assert after[:3] == before[:3] and after[3] != before[3]
 
@@ -215,9 +215,9 @@ def test_training_key_depends_on_rejection_settings(
 def test_start_model_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     freed: list[bool] = []
     monkeypatch.setattr("llmrec.models.load.release_memory", lambda: freed.append(True))
-    close()
+    release_backend()
     assert not freed
     monkeypatch.setattr(rejecting, "load_backend", lru_cache(maxsize=1)(lambda folder: folder))
     rejecting.load_backend("sft")
-    close()
+    release_backend()
     assert freed == [True] and not rejecting.load_backend.cache_info().currsize

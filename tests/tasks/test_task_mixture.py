@@ -14,8 +14,8 @@ from task_data import EVERY, make_dataset, make_split, make_task, mixture
 
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import TrainSection
-from llmrec.tasks.mixture import shares
-from llmrec.tasks.pool import pool, training_examples
+from llmrec.tasks.mixture import training_shares
+from llmrec.tasks.pool import distinct_examples, training_examples
 from llmrec.types import Example, Message, Segment
 from tests.facts import Facts, raises
 
@@ -87,23 +87,23 @@ def test_weights_need_no_sizes() -> None:
         raise AssertionError(name)
 
     weights = {"rating": 3.0, "sequential": 0.0, "direct": 1.0}
-    assert shares(weights, never, section()) == {"rating": 3.0, "direct": 1.0}
-    assert shares(weights, never, section(mixture="equal")) == {"rating": 0.5, "direct": 0.5}
-    result = shares(weights, size_of, section(mixture="proportional"))
+    assert training_shares(weights, never, section()) == {"rating": 3.0, "direct": 1.0}
+    assert training_shares(weights, never, section(mixture="equal")) == {"rating": 0.5, "direct": 0.5}
+    result = training_shares(weights, size_of, section(mixture="proportional"))
     assert result == pytest.approx({"rating": 8000 / 8125, "direct": 125 / 8125})
 
 
 def test_shares_of_sizes_by_hand() -> None:
     ones = dict.fromkeys(SIZES, 1.0)
-    result = shares(ones, size_of, section(mixture="proportional"))
+    result = training_shares(ones, size_of, section(mixture="proportional"))
     assert result == {"rating": 8000 / 9125, "sequential": 1000 / 9125, "direct": 125 / 9125}
     # Cube roots are 20, 10 and 5.
-    result = shares(ones, size_of, section(mixture="temperature", temperature=3))
+    result = training_shares(ones, size_of, section(mixture="temperature", temperature=3))
     assert result == pytest.approx({"rating": 20 / 35, "sequential": 10 / 35, "direct": 5 / 35})
     # Sizes above the limit count as the limit, before the root is taken.
-    result = shares(ones, size_of, section(mixture="proportional", mixture_limit=1000))
+    result = training_shares(ones, size_of, section(mixture="proportional", mixture_limit=1000))
     assert result == pytest.approx({"rating": 1000 / 2125, "sequential": 1000 / 2125, "direct": 125 / 2125})
-    result = shares(ones, size_of, section(mixture="temperature", temperature=3, mixture_limit=1000))
+    result = training_shares(ones, size_of, section(mixture="temperature", temperature=3, mixture_limit=1000))
     assert result == pytest.approx({"rating": 10 / 25, "sequential": 10 / 25, "direct": 5 / 25})
 
 
@@ -111,7 +111,7 @@ def test_shares_of_sizes_by_hand() -> None:
 def test_temperature_is_between_proportional_and_equal(sizes: dict[str, int], temperature: float) -> None:
     ones = dict.fromkeys(sizes, 1.0)
     flat, warm, cold = (
-        shares(ones, sizes.__getitem__, section(mixture=kind, temperature=temperature))
+        training_shares(ones, sizes.__getitem__, section(mixture=kind, temperature=temperature))
         for kind in ("equal", "temperature", "proportional")
     )
     assert sum(warm.values()) == pytest.approx(1)
@@ -132,10 +132,10 @@ def shown(example: Example) -> Any:
 @pytest.mark.parametrize(("family", "count"), [*((family, 16) for family in EVERY), ("rating", 1), ("ctr", 5)])
 def test_pool_has_requested_number_of_distinct_rows(family: str, count: int) -> None:
     task = make_task(family, DATA)
-    rows = pool(task, count)
+    rows = distinct_examples(task, count)
     assert len(rows) == len({shown(row) for row in rows}) == len({row.id for row in rows}) == count
     assert not {pair for row in rows for pair in row.pairs} & DATA.held_out
-    assert rows == pool(make_task(family, DATA), count)
+    assert rows == distinct_examples(make_task(family, DATA), count)
     drawn = list(islice(training_examples(task, count, 0), 3 * count))
     for number in range(3):
         assert collections.Counter(drawn[number * count : (number + 1) * count]) == collections.Counter(rows)
@@ -152,11 +152,11 @@ def test_no_limit_gives_the_stream() -> None:
 def test_pools_are_balanced_and_nested(count: int) -> None:
     # With liked=5, about one row of five is a yes.
     task = make_task("ctr", DATA, liked=5.0)
-    rows = pool(task, count)
+    rows = distinct_examples(task, count)
     counts = collections.Counter(task.kind(row) for row in rows)
     assert counts["Yes"] + counts["No"] == count
     assert abs(counts["Yes"] - counts["No"]) <= count % 2
-    assert set(pool(task, count // 2)) <= set(rows)
+    assert set(distinct_examples(task, count // 2)) <= set(rows)
 
 
 class Lopsided:
@@ -183,7 +183,7 @@ class Lopsided:
 
 def test_scarce_class_is_filled_up() -> None:
     task: Any = Lopsided(3, 50)
-    counts = collections.Counter(task.kind(row) for row in pool(task, 16))
+    counts = collections.Counter(task.kind(row) for row in distinct_examples(task, 16))
     assert counts == {"yes": 3, "no": 13}
     with raises(RecipeError, Facts("too-few", column="train.examples", says=("53", "54"))):
-        pool(task, 54)
+        distinct_examples(task, 54)

@@ -14,10 +14,10 @@ from task_data import HOSTILE, load_templates, make_dataset, make_split, make_ta
 from llmrec.data.dataset import Dataset
 from llmrec.errors import DataError
 from llmrec.index.titles import title_key
-from llmrec.tasks.ctr import read_choice
+from llmrec.tasks.ctr import parse_choice
 from llmrec.tasks.direct import candidate_labels
-from llmrec.tasks.parsing import read_line, read_number, read_ranking
-from llmrec.tasks.rating import expected, find_scale
+from llmrec.tasks.parsing import first_line_keys, parse_number, parse_ranking
+from llmrec.tasks.rating import expected_rating, find_scale
 from llmrec.types import Item, Ranking, Request
 from tests.facts import Facts, raises
 
@@ -38,7 +38,7 @@ NOISE = st.one_of(
 
 
 def letters(text: str) -> str:
-    return "".join(LABELS[index] for index in read_ranking(text, LABELS, TITLES))
+    return "".join(LABELS[index] for index in parse_ranking(text, LABELS, TITLES))
 
 
 @pytest.mark.parametrize(("text", "read"), [
@@ -63,7 +63,7 @@ def test_rankings_of_letters(text: str, read: str) -> None:
 ])  # fmt: skip
 def test_rankings_of_numbers(text: str, read: list[int]) -> None:
     labels, titles = candidate_labels(30), [f"Film {n:02d}" for n in range(1, 31)]
-    assert read_ranking(text, labels, titles) == read
+    assert parse_ranking(text, labels, titles) == read
 
 
 @pytest.mark.parametrize(("text", "read"), [
@@ -72,7 +72,7 @@ def test_rankings_of_numbers(text: str, read: list[int]) -> None:
 ])  # fmt: skip
 def test_rankings_in_other_scripts(text: str, read: str) -> None:
     titles = ["霸王别姬", "Сталкер", "میخواهم زنده بمانم", "👨👩 Family"]
-    assert "".join("ABCD"[index] for index in read_ranking(text, "ABCD", titles)) == read
+    assert "".join("ABCD"[index] for index in parse_ranking(text, "ABCD", titles)) == read
 
 
 @given(st.permutations(range(len(TITLES))), st.sampled_from([", ", "\n", " > ", "; ", " "]), st.booleans())
@@ -82,17 +82,17 @@ def test_reads_labels_and_titles_in_any_order(order: list[int], between: str, as
         order = [index for index in order if TITLES[index] != "M"]
         between = "\n" if between == " " else between
     text = between.join(TITLES[index] if as_title else LABELS[index] for index in order)
-    assert read_ranking(text, LABELS, TITLES) == order
+    assert parse_ranking(text, LABELS, TITLES) == order
 
 
 @given(NOISE)
 def test_readers_accept_any_text(text: str) -> None:
-    order = read_ranking(text, LABELS, TITLES)
+    order = parse_ranking(text, LABELS, TITLES)
     assert len(set(order)) == len(order) and all(0 <= index < len(TITLES) for index in order)
-    value = read_number(text, 1.0, 5.0)
+    value = parse_number(text, 1.0, 5.0)
     assert value is None or 1.0 <= value <= 5.0
-    assert all(isinstance(key, str) for key in read_line(text))
-    choice = read_choice(text, ("Yes", "No"))
+    assert all(isinstance(key, str) for key in first_line_keys(text))
+    choice = parse_choice(text, ("Yes", "No"))
     assert choice is None or ("yes", "no")[choice] in text.casefold()
     for task, template in parsers():
         answer = task.parse(text, REQUEST, template=template)
@@ -114,9 +114,9 @@ REQUEST = Request(id="r", user_id="u00", candidates=tuple(f"i{i:02d}" for i in r
 def test_long_texts_are_read_in_linear_time() -> None:
     for piece in ("A ", ", ", "[", "A", "((A", "9", "1. "):
         text = piece * 30_000
-        read_ranking(text, LABELS, TITLES)
-        read_number(text, 1, 5)
-        list(read_line(text))
+        parse_ranking(text, LABELS, TITLES)
+        parse_number(text, 1, 5)
+        list(first_line_keys(text))
     assert letters("A " * 50_000) == "A"
 
 
@@ -126,14 +126,14 @@ def test_long_texts_are_read_in_linear_time() -> None:
     ("it is one of the best", None), ("9" * 400, None), ("user4", None),
 ])  # fmt: skip
 def test_numbers(text: str, value: float | None) -> None:
-    assert read_number(text, 1.0, 5.0) == value
+    assert parse_number(text, 1.0, 5.0) == value
 
 
 def test_expected() -> None:
-    assert expected([1, 5], [math.log(0.25), math.log(0.75)]) == pytest.approx(4.0)
-    assert expected([1, 2, 3], [-1000.0, -1000.0, -1000.0]) == pytest.approx(2.0)
+    assert expected_rating([1, 5], [math.log(0.25), math.log(0.75)]) == pytest.approx(4.0)
+    assert expected_rating([1, 2, 3], [-1000.0, -1000.0, -1000.0]) == pytest.approx(2.0)
     with pytest.raises(ValueError):
-        expected([1, 2], [0.0])
+        expected_rating([1, 2], [0.0])
 
 
 def scaled(ratings: list[float], scale: tuple[float, float] | None) -> tuple[str, ...]:

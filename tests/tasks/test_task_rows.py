@@ -22,7 +22,7 @@ from task_data import (
     targets,
 )
 
-from llmrec.backends.encode import Encoder, pieces
+from llmrec.backends.encode import Encoder, answer_pieces
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.types import Case, Interaction, Prompt, Ranking, Rating, Request, Text, Unparsed
@@ -249,7 +249,7 @@ def test_list_training_rows_begin_with_the_prompt() -> None:
                 continue
             assert prompt.messages == row.messages
             begun = row.answer[: len(prompt.answer_prefix)]
-            assert pieces(begun) == pieces(prompt.answer_prefix)
+            assert answer_pieces(begun) == answer_pieces(prompt.answer_prefix)
             (rest,) = row.answer[len(prompt.answer_prefix) :]
             assert prompt.stop is not None
             texts = {text + prompt.stop for text in task.continuations(request, template=name)}
@@ -300,7 +300,9 @@ def test_invalid_use_is_refused() -> None:
         task.prompt(Request(id="q", user_id="u00", item="i99"), template="rate-next")
     with raises(DataError, Facts("too-few", column="eval.shots.k")):
         task.prompt(task.cases("test")[0].request, template="rate-next", shots=41)
-    with raises(RecipeError, Facts("missing-value", column="candidates", says="llmrec.data.candidates.draw")):
+    with raises(
+        RecipeError, Facts("missing-value", column="candidates", says="llmrec.data.candidates.sample_candidates")
+    ):
         make_task("direct", stored=False).cases("test")
     with raises(DataError, Facts("missing-value", column="candidates", says="set Request.candidates")):
         make_task("direct").prompt(Request(id="q", user_id="u00"), template="shortlist")

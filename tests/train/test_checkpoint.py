@@ -12,9 +12,9 @@ pytest.importorskip("transformers", reason="the train extra is not installed")
 
 import torch
 
-from llmrec.durable import MANIFEST, replacing, seal, verifies, write_json
+from llmrec.durable import MANIFEST, matches_manifest, replace_atomically, write_json, write_manifest
 from llmrec.errors import LlmrecError
-from llmrec.train.checkpoint import keep_newest, newest
+from llmrec.train.checkpoint import newest_valid_checkpoint, remove_old_checkpoints
 from tests.facts import Facts, raises
 
 
@@ -23,7 +23,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     path.mkdir(parents=True)
     (path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * step)
     (path / "trainer_state.json").write_text("{}", encoding="utf-8")
-    seal(path)
+    write_manifest(path)
     return path
 
 
@@ -43,7 +43,7 @@ def test_damaged_checkpoint_is_removed_and_the_previous_one_used(
     checkpoint(tmp_path, 2)
     damaged = checkpoint(tmp_path, 4)
     damage(damaged / name)
-    assert newest(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_valid_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not damaged.exists()
 
 
@@ -51,7 +51,7 @@ def test_files_and_folders_are_replaced_atomically(tmp_path: Path) -> None:
     target = tmp_path / "a" / "x.json"
     write_json(target, {"a": 1})
     before = target.read_bytes()
-    with pytest.raises(ValueError), replacing(target) as draft:
+    with pytest.raises(ValueError), replace_atomically(target) as draft:
         draft.write_text("half", encoding="utf-8")
         raise ValueError
     assert target.read_bytes() == before
@@ -60,21 +60,21 @@ def test_files_and_folders_are_replaced_atomically(tmp_path: Path) -> None:
     assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
     folder = tmp_path / "model"
     for content in ("one", "two"):
-        with replacing(folder) as draft:
+        with replace_atomically(folder) as draft:
             draft.mkdir()
             (draft / f"{content}.txt").write_text(content, encoding="utf-8")
     assert [file.name for file in folder.iterdir()] == ["two.txt"]
 
 
 def test_newest_is_chosen_by_number_and_other_folders_remain(tmp_path: Path) -> None:
-    assert newest(tmp_path) is newest(tmp_path / "absent") is None
+    assert newest_valid_checkpoint(tmp_path) is newest_valid_checkpoint(tmp_path / "absent") is None
     for step in (2, 9, 10):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-10" / "note.txt").write_text("no file of the manifest")
     for name in ("checkpoint-foo", "checkpoint-5.bak"):
         (tmp_path / name).mkdir()
-    assert newest(tmp_path) == tmp_path / "checkpoint-10"
-    keep_newest(2, tmp_path / "checkpoint-10")
+    assert newest_valid_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    remove_old_checkpoints(2, tmp_path / "checkpoint-10")
     remaining = {"checkpoint-foo", "checkpoint-5.bak", "checkpoint-9", "checkpoint-10"}
     assert {path.name for path in tmp_path.iterdir()} == remaining
 
@@ -83,19 +83,19 @@ def test_rejects_symlinked_checkpoint(tmp_path: Path) -> None:
     elsewhere = checkpoint(tmp_path / "elsewhere", 4)
     (tmp_path / "checkpoint-4").symlink_to(elsewhere)
     with raises(LlmrecError, Facts("unsafe", "checkpoint-4")):
-        newest(tmp_path)
-    assert verifies(elsewhere)
+        newest_valid_checkpoint(tmp_path)
+    assert matches_manifest(elsewhere)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_pickle_in_sealed_checkpoint_is_not_loaded(tmp_path: Path, name: str) -> None:
     before, sealed = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     torch.save({"random": torch.zeros(3), "numpy": np.random.RandomState(0).get_state()}, before / "rng_state.pth")
-    seal(before)
+    write_manifest(before)
     proof = tmp_path / "ran"
     (sealed / name).write_bytes(f"\x80\x04cos\nsystem\n(S'touch {proof}'\ntR.".encode("latin-1"))
-    seal(sealed)
-    assert verifies(sealed)
-    assert newest(tmp_path) == before
+    write_manifest(sealed)
+    assert matches_manifest(sealed)
+    assert newest_valid_checkpoint(tmp_path) == before
     assert not sealed.exists()
     assert not proof.exists()

@@ -18,8 +18,8 @@ from llmrec.models.load import load_model
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, TeacherSection, TrainSection
 from llmrec.train import lora
-from llmrec.train.batches import plan
-from llmrec.train.heads import open_teacher
+from llmrec.train.batches import plan_steps
+from llmrec.train.heads import load_teacher
 from llmrec.train.loss import DistillationLoss, ExitLoss, label_loss, similarity_loss
 from llmrec.types import Prompt
 from tests.conftest import encoder_of, make_model, opened, section
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layers", [1, 24])
 def test_exit_weights_sum_to_1_and_grow_with_depth(layers: int) -> None:
-    weights = exits.weights(layers)
+    weights = exits.exit_weights(layers)
     assert sum(weights) == pytest.approx(1) and len(weights) == layers
     assert [each / weights[0] for each in weights] == pytest.approx(range(1, layers + 1))
 
@@ -49,7 +49,7 @@ def test_loss_is_weighted_sum_of_truncated_models(folder: Path) -> None:
     loss, count = label_loss(model, *inputs, ExitLoss(None))
     body, expected = model.get_decoder(), 0.0
     layers = body.layers
-    for depth, weight in enumerate(exits.weights(LAYERS), start=1):
+    for depth, weight in enumerate(exits.exit_weights(LAYERS), start=1):
         body.layers = torch.nn.ModuleList(list(layers)[:depth])
         single, targets = label_loss(model, *inputs)
         expected += weight * float(single)
@@ -64,11 +64,13 @@ def test_distillation_from_the_last_layer_by_hand(folder: Path) -> None:
     answers = torch.nn.functional.one_hot(labels[:, 1:][kept], model.config.vocab_size).float()
 
     def by_hand(share: float) -> Any:
-        logs = [model.lm_head(each[:, :-1][kept]).log_softmax(-1) for each in exits.depths(model, input_ids=ids)]
+        logs = [
+            model.lm_head(each[:, :-1][kept]).log_softmax(-1) for each in exits.states_by_depth(model, input_ids=ids)
+        ]
         last = logs[-1].detach().exp()
         targets = [(1 - share) * answers + share * last] * (LAYERS - 1) + [answers]
         losses = [-(target * each).sum() for target, each in zip(targets, logs, strict=True)]
-        return sum(weight * loss for weight, loss in zip(exits.weights(LAYERS), losses, strict=True))
+        return sum(weight * loss for weight, loss in zip(exits.exit_weights(LAYERS), losses, strict=True))
 
     for share in (0.0, 0.3):
         loss, expected = label_loss(model, ids, labels, ExitLoss(None, share))[0], by_hand(share)
@@ -127,7 +129,7 @@ def test_item_tokens_get_gradients_with_exits(folder: Path) -> None:
     encoder = opened(folder)[1]
     model = lora.load_trainable(str(folder), section(folder), train, tokens=[5, 6])
     assert hasattr(model.get_output_embeddings(), "token_adapter")
-    exits.check(model.get_base_model(), "train.exits")
+    exits.check_early_exits(model.get_base_model(), "train.exits")
     label_loss(model, *alone(encoder.row(examples()[0])), ExitLoss(None))[0].backward()
     rows = next(each for name, each in model.named_parameters() if "trainable_tokens_delta" in name)
     assert float(rows.grad.abs().max()) > 0
@@ -137,13 +139,13 @@ def test_every_depth_learns(folder: Path, tmp_path: Path) -> None:
     train = TrainSection(exits=True, lora=LoraSection(rank=4), learning_rate=5e-3, valid_every=9, save_every=9)
     encoder = opened(folder)[1]
     rows = [encoder.row(each) for each in examples()[:64]]
-    steps = plan(iter(rows), steps=8, batch_tokens=160, seed=0)
+    steps = plan_steps(iter(rows), steps=8, batch_tokens=160, seed=0)
     model = lora.load_trainable(str(folder), section(folder), train)
     ids, labels = alone(steps[0].rows[0])
 
     @torch.no_grad()
     def losses() -> list[float]:
-        states, kept = exits.depths(model.get_base_model(), input_ids=ids), labels[:, 1:] != -100
+        states, kept = exits.states_by_depth(model.get_base_model(), input_ids=ids), labels[:, 1:] != -100
         logits = [model.get_output_embeddings()(each[:, :-1][kept]) for each in states]
         return [float(torch.nn.functional.cross_entropy(each, labels[:, 1:][kept])) for each in logits]
 
@@ -225,10 +227,10 @@ def test_relations_by_hand(wide: Path, narrow: Path) -> None:
 def test_student_approaches_its_teacher(wide: Path, narrow: Path, tmp_path: Path) -> None:
     encoder = encoder_of(narrow)
     size = load_model(str(narrow), section(narrow)).config.vocab_size
-    taught = open_teacher(str(wide), section(narrow), TeacherSection(run="x", share=1.0), size)
+    taught = load_teacher(str(wide), section(narrow), TeacherSection(run="x", share=1.0), size)
     train = TrainSection(method="full", steps=20, learning_rate=5e-3, valid_rows=0, save_every=20, report_to=())
     rows = [encoder.row(each) for each in examples()]
-    steps = plan(cycle(rows), steps=20, batch_tokens=256, seed=0)
+    steps = plan_steps(cycle(rows), steps=20, batch_tokens=256, seed=0)
     model = lora.load_trainable(str(narrow), section(narrow), train)
     ids, labels = alone(rows[0])
 
@@ -246,4 +248,4 @@ def test_student_approaches_its_teacher(wide: Path, narrow: Path, tmp_path: Path
 
 def test_rejects_teacher_with_other_tokens(wide: Path) -> None:
     with raises(ModelError, Facts("mismatch", column="train.teacher")):
-        open_teacher(str(wide), section(wide), TeacherSection(run="x"), 17)
+        load_teacher(str(wide), section(wide), TeacherSection(run="x"), 17)

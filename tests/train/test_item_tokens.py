@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import ModelError
-from llmrec.index.table import ItemIndex, token
-from llmrec.models.item_tokens import add_item_tokens, extended
+from llmrec.index.table import ItemIndex, level_token
+from llmrec.models.item_tokens import add_item_tokens, save_with_item_tokens
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora
-from llmrec.train.batches import plan
+from llmrec.train.batches import plan_steps
 from llmrec.train.loss import ItemLoss, label_loss
 from llmrec.types import Code, Example, Prompt, Segment
 from tests.conftest import encoder_of, make_model, make_tokenizer, section
@@ -30,8 +30,8 @@ FILMS = ("Toy Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Roc
 TITLES = {f"i{n}": title for n, title in enumerate(FILMS)}
 INDEX = ItemIndex(
     "semantic",
-    {f"i{n}": (token(0, n // 3), token(1, n % 3)) for n in range(9)},
-    tokens=tuple(token(level, number) for level in range(2) for number in range(4)),
+    {f"i{n}": (level_token(0, n // 3), level_token(1, n % 3)) for n in range(9)},
+    tokens=tuple(level_token(level, number) for level in range(2) for number in range(4)),
 )
 QUESTION = user("Continue the list")
 
@@ -50,7 +50,7 @@ def untied(folder: Path) -> Path:
 
 
 def grown(folder: Path, model: Path, *, dtype: Any = "float32", titles: Any = TITLES, words: bool = True) -> Path:
-    extended(str(model), section(model, dtype), INDEX, titles, folder / "base", words=words, seed=0)
+    save_with_item_tokens(str(model), section(model, dtype), INDEX, titles, folder / "base", words=words, seed=0)
     return folder / "base"
 
 
@@ -73,7 +73,7 @@ def trained(base: Path, out: Path, dtype: Any = "float32", **settings: Any) -> t
     ids = encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens))
     torch.manual_seed(0)
     model = lora.load_trainable(str(base), section(base, dtype), train, tokens=ids)
-    fit(model, encoder, plan(iter(rows), steps=train.steps, batch_tokens=256, seed=0), train, out)
+    fit(model, encoder, plan_steps(iter(rows), steps=train.steps, batch_tokens=256, seed=0), train, out)
     return model, encoder
 
 
@@ -155,7 +155,7 @@ def test_only_rows_of_new_tokens_are_trained_saved_and_merged(base: Path, tmp_pa
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     tables = [name for name in stored if "trainable_tokens_delta" in name]
     assert tables and not [name for name in stored if name.endswith("embed_tokens.weight")]
-    lora.merge(str(base), section(base), tmp_path / "adapter", tmp_path / "merged")
+    lora.merge_adapter(str(base), section(base), tmp_path / "adapter", tmp_path / "merged")
     before, after = load_model(str(base), section(base)), load_model(str(tmp_path / "merged"), section(base))
     for table in ("get_input_embeddings", "get_output_embeddings"):
         old, new = getattr(before, table)().weight, getattr(after, table)().weight
@@ -212,7 +212,7 @@ def merged(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("trained")
     base = grown(folder, llama_folder)
     _, encoder = trained(base, folder, steps=60, learning_rate=8e-3)
-    lora.merge(str(base), section(base), folder / "adapter", folder / "merged")
+    lora.merge_adapter(str(base), section(base), folder / "adapter", folder / "merged")
     encoder.tokenizer.save_pretrained(folder / "merged")
     return folder / "merged", encoder_of(folder / "merged")
 

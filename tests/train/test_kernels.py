@@ -17,8 +17,8 @@ from llmrec.errors import MissingExtra, RecipeError
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import checkpoint, precision, sft, world
 from llmrec.train import lora as lora_module
-from llmrec.train.kernels import faster_layers, recompute
-from llmrec.train.lora import refuse_method
+from llmrec.train.kernels import enable_gradient_checkpointing, use_faster_layers
+from llmrec.train.lora import check_method_support
 from llmrec.train.loss import label_loss
 from tests.facts import Facts, raises
 from tests.train.test_world import LOSS, assert_alike, training
@@ -70,7 +70,7 @@ def counted(model: Any) -> list[int]:
 def test_only_layers_with_a_backward_pass_are_recomputed(
     top: int, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft, "widen", lambda model, device: counts.append(counted(model.get_base_model())))
+    monkeypatch.setattr(sft, "convert_to_float32", lambda model, device: counts.append(counted(model.get_base_model())))
     counts: list[list[int]] = []
     settings: dict[str, Any] = {"lora": {"rank": 4, "top_layers": top}, "steps": 1}
     losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", **settings)
@@ -177,36 +177,36 @@ def test_liger_replaces_layers_during_training_only(monkeypatch: pytest.MonkeyPa
     calls: list[dict[str, Any]] = []
     fake_liger(monkeypatch, calls)
     section, before, model = TrainSection(use_liger_kernel=True), modeling_llama.apply_rotary_pos_emb, tiny()
-    with faster_layers(model, section):
+    with use_faster_layers(model, section):
         assert modeling_llama.apply_rotary_pos_emb is None
     assert modeling_llama.apply_rotary_pos_emb is before
     layers = {"rope": True, "rms_norm": True, "swiglu": True}
     assert calls == [{"model": model, **layers, "cross_entropy": False, "fused_linear_cross_entropy": False}]
-    with faster_layers(model, TrainSection()):
+    with use_faster_layers(model, TrainSection()):
         pass
     assert len(calls) == 1
     wrong = Facts("unsupported", column="train.use_liger_kernel", says="qwen3")
-    with raises(RecipeError, wrong), faster_layers(tiny(Qwen3Config), section):
+    with raises(RecipeError, wrong), use_faster_layers(tiny(Qwen3Config), section):
         pass
 
 
 def test_rejects_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     liger, compiled = TrainSection(use_liger_kernel=True), TrainSection(torch_compile=True)
     with raises(RecipeError, Facts("unsupported", column="train.use_liger_kernel", says="CUDA")):
-        refuse_method(ModelSection(device="cpu"), liger)
+        check_method_support(ModelSection(device="cpu"), liger)
     monkeypatch.setattr(lora_module, "device", lambda model: "cuda")
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with raises(MissingExtra, Facts("not-installed", says="llmrec[liger]")):
-        refuse_method(ModelSection(), liger)
+        check_method_support(ModelSection(), liger)
     monkeypatch.setattr(lora_module, "shutil", SimpleNamespace(which=lambda name: None))
     with raises(RecipeError, Facts("unsupported", column="train.torch_compile", says="compiler")):
-        refuse_method(ModelSection(), compiled)
+        check_method_support(ModelSection(), compiled)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with raises(MissingExtra, Facts("not-installed", says="llmrec[quant]")):
-        refuse_method(ModelSection(), TrainSection(optim="adamw_8bit"))
+        check_method_support(ModelSection(), TrainSection(optim="adamw_8bit"))
     for section in (compiled, TrainSection(optim="adamw_8bit")):
         with raises(RecipeError, Facts("unsupported", column="train.optim")):
-            world.refuse_sharding(None, section, plain=True)
+            world.check_sharding_settings(None, section, plain=True)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,11 @@ def test_checkpoints_are_saved_by_time(llama_folder: Path, tmp_path: Path, monke
     settings: dict[str, Any] = {"steps": 8, "save_every": 100, "keep_checkpoints": 9}
     trained(monkeypatch, llama_folder, tmp_path, save_minutes=2.0, **settings)
     # The clock advances by 40 seconds at each reading.
-    assert checkpoint.steps_of(tmp_path / "checkpoints") == [8, 6, 3]
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [8, 6, 3]
 
 
 def test_checkpoints_by_time_wait_for_the_last_update_of_a_rollout() -> None:
-    saving = checkpoint.OnSave([], world.World(), minutes=0.0001, every=3)
+    saving = checkpoint.CheckpointCallback([], world.World(), minutes=0.0001, every=3)
     saving._since = -(10.0**6)
     for step in range(1, 7):
         control = SimpleNamespace(should_save=False)
@@ -251,6 +251,6 @@ def test_checkpoints_by_time_wait_for_the_last_update_of_a_rollout() -> None:
 def test_recomputation_needs_no_gradients_of_inputs() -> None:
     model = tiny()
     model.requires_grad_(False)
-    recompute(model)
+    enable_gradient_checkpointing(model)
     assert model.is_gradient_checkpointing
     assert not model.get_input_embeddings()(torch.tensor([1])).requires_grad

@@ -13,16 +13,16 @@ import torch
 
 from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.errors import RecipeError
-from llmrec.pipeline.objectives import listwise_of
+from llmrec.pipeline.objectives import listwise_settings
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import plan_training, training_key
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.tasks.rows import Listwise, split_rejected
 from llmrec.train import lora
-from llmrec.train.batches import plan
+from llmrec.train.batches import plan_steps
 from llmrec.train.loss import label_loss, lambda_loss, list_loss, packed_loss, softmax_loss, target_losses
-from llmrec.train.steps import Steps
+from llmrec.train.steps import PlannedSteps
 from tests.conftest import encoder_of, opened, section
 from tests.facts import Facts, raises
 from tests.train.tiny import FILMS, alone, fit, lists, packed
@@ -38,10 +38,10 @@ eval: {{candidates: {{count: 5}}}}
 """
 
 
-def planned(folder: Path, steps: int, count: int) -> tuple[Steps, list[TokenRow]]:
+def planned(folder: Path, steps: int, count: int) -> tuple[PlannedSteps, list[TokenRow]]:
     encoder = encoder_of(folder)
     rows = [encoder.row(each) for one in lists(count) for each in split_rejected(one)]
-    return plan(iter(rows), steps=steps, batch_tokens=400, seed=0, lists=len(FILMS)), rows
+    return plan_steps(iter(rows), steps=steps, batch_tokens=400, seed=0, lists=len(FILMS)), rows
 
 
 def ranks(scores: Sequence[float]) -> list[int]:
@@ -100,7 +100,7 @@ def test_steps_of_lists_are_full(count: int, prompt: int) -> None:
             yield TokenRow((*begin, *answer), (*ignored, *answer))
 
     columns = prompt + 3 * count
-    steps = plan(rows(), steps=24, batch_tokens=6 * columns + 10, seed=0, lists=count)
+    steps = plan_steps(rows(), steps=24, batch_tokens=6 * columns + 10, seed=0, lists=count)
     sizes = [len(step.bins) for step in steps]
     assert len(steps) == 24 and sum(sizes) / len(sizes) > 5 and max(sizes) == 6
 
@@ -133,7 +133,7 @@ def study_of(tmp_path: Path, model: Path, *changes: str, loss: str = "softmax") 
 
 def test_recipe_plans_lists_of_its_candidates(llama_folder: Path, tmp_path: Path) -> None:
     study, encoder = study_of(tmp_path, llama_folder), encoder_of(llama_folder, 512)
-    assert listwise_of(study) == Listwise("softmax", 5)
+    assert listwise_settings(study) == Listwise("softmax", 5)
     assert all(len(each.rows) == 5 for step in plan_training(study, encoder).steps for each in step.bins)
     first = next(iter(study.training_tasks["direct"].examples("train")))
     texts = ["".join(segment.text for segment in each.answer) for each in split_rejected(first)]
@@ -164,6 +164,6 @@ def test_rejects_impossible_settings(llama_folder: Path, tmp_path: Path) -> None
         study_of(tmp_path, llama_folder, "tasks.direct.templates=[after-history]", "tasks.direct.strategies=[label]")
     both = study_of(tmp_path, llama_folder, "tasks.sequential.weight=1")
     with raises(RecipeError, Facts("contradiction", column=column, says="train.only")):
-        listwise_of(both)
+        listwise_settings(both)
     with raises(RecipeError, Facts("contradiction", column=column, says="encoder-decoder")):
-        listwise_of(study_of(tmp_path, llama_folder), paired=True)
+        listwise_settings(study_of(tmp_path, llama_folder), paired=True)

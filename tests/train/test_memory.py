@@ -13,11 +13,18 @@ import transformers as hub
 from safetensors.torch import load_file
 
 from llmrec import machine
-from llmrec.cli.estimate import _of_gpu, memory_of
+from llmrec.cli.estimate import _compare_gpu_memory, training_step_bytes
 from llmrec.errors import LlmrecError
 from llmrec.models import memory
-from llmrec.models.load import load_config, load_model, weights_stamp
-from llmrec.models.memory import ASKING, TRAINING, check_memory, cpu_memory, placed, reporting_full_memory
+from llmrec.models.load import load_config, load_model, model_folder_hash
+from llmrec.models.memory import (
+    EVALUATION_ADVICE,
+    TRAINING_ADVICE,
+    check_memory,
+    convert_memory_errors,
+    estimate_cpu_memory,
+    place_model,
+)
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.runs import open_run
 from llmrec.recipe.load import load_recipe
@@ -31,12 +38,12 @@ TRAIN = TrainSection(batch_tokens=64)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(total=2**40, available=int(size)))
+    monkeypatch.setattr(machine, "read_memory", lambda: machine.Memory(total=2**40, available=int(size)))
 
 
 def needed(folder: Path, dtype: str, train: TrainSection = TRAIN) -> Any:
     section = ModelSection(name=str(folder), dtype=dtype, device="cpu")
-    return cpu_memory(str(folder), load_config(str(folder), section), section, train)
+    return estimate_cpu_memory(str(folder), load_config(str(folder), section), section, train)
 
 
 def test_model_in_its_stored_dtype_is_mapped_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +118,7 @@ def test_killed_merge_is_repeated_without_training(
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(lora, "merge", killed)
+        patched.setattr(lora, "merge_adapter", killed)
         with pytest.raises(MemoryError):
             pipeline.train(recipe, tmp_path, quiet=True)
     record = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
@@ -121,7 +128,7 @@ def test_killed_merge_is_repeated_without_training(
     with caplog.at_level(logging.WARNING):
         done = pipeline.train(recipe, tmp_path, quiet=True)
     assert "is complete; merging only" in caplog.text
-    assert done["merged_sha256"] == weights_stamp(str(tmp_path / "merged"))
+    assert done["merged_sha256"] == model_folder_hash(str(tmp_path / "merged"))
     assert done["adapter_sha256"] == record["adapter_sha256"]
     # A complete merge is reused, a damaged adapter is not.
     assert pipeline.train(recipe, tmp_path, quiet=True) == done
@@ -169,21 +176,21 @@ LLAMA = hub.LlamaConfig(
 )
 def test_memory_of_a_training_step(config: Any, train: dict[str, Any], expected: float) -> None:
     section = TrainSection(**{**train, "lora": LoraSection(**train.get("lora", {}))})
-    assert memory_of(config, BF16, section) / GIB == pytest.approx(expected, abs=0.3)
+    assert training_step_bytes(config, BF16, section) / GIB == pytest.approx(expected, abs=0.3)
 
 
 def test_estimate_is_compared_with_free_memory() -> None:
-    assert _of_gpu(20.0, None) == ""
-    assert "22.0 GiB" in _of_gpu(20.0, 22.0) and "too little" not in _of_gpu(20.0, 22.0)
+    assert _compare_gpu_memory(20.0, None) == ""
+    assert "22.0 GiB" in _compare_gpu_memory(20.0, 22.0) and "too little" not in _compare_gpu_memory(20.0, 22.0)
     for key in ("train.gradient_checkpointing=true", "train.micro_tokens", "train.method=qlora"):
-        assert key in _of_gpu(27.0, 22.0)
+        assert key in _compare_gpu_memory(27.0, 22.0)
 
 
 def test_full_gpu_gives_one_line_error_with_advice() -> None:
     message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which "
     message += "1.10 GiB is free. Including non-PyTorch memory, this process has 22.5 GiB memory in use. See the docs."
 
-    @reporting_full_memory("training", TRAINING, "train.batch_tokens")
+    @convert_memory_errors("training", TRAINING_ADVICE, "train.batch_tokens")
     def train(error: Exception) -> None:
         raise error
 
@@ -195,19 +202,19 @@ def test_full_gpu_gives_one_line_error_with_advice() -> None:
         train(RuntimeError("another fault"))
     with (
         raises(LlmrecError, Facts("exhausted", column="eval.batch_tokens", says="memory of the GPU is full")),
-        reporting_full_memory("asking the model", ASKING, "eval.batch_tokens"),
+        convert_memory_errors("asking the model", EVALUATION_ADVICE, "eval.batch_tokens"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
     # An export cannot change the keys of the run that it reads.
     with (
         raises(LlmrecError, Facts("exhausted", column="--check-users", says=("measuring", "fewer"))),
-        reporting_full_memory("measuring", "give fewer", "--check-users", instead=True),
-        reporting_full_memory("asking the model", ASKING, "eval.batch_tokens"),
+        convert_memory_errors("measuring", "give fewer", "--check-users", instead=True),
+        convert_memory_errors("asking the model", EVALUATION_ADVICE, "eval.batch_tokens"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with (
         raises(LlmrecError, Facts("bad-value", says="another fault")),
-        reporting_full_memory("measuring", "give fewer", "--check-users", instead=True),
+        convert_memory_errors("measuring", "give fewer", "--check-users", instead=True),
     ):
         raise LlmrecError("another fault", kind="bad-value")
 
@@ -231,9 +238,9 @@ class _Model:
 def test_model_is_placed_where_it_fits(
     free: int, sent: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda: free * GIB)
+    monkeypatch.setattr(memory, "free_gpu_bytes", lambda: free * GIB)
     monkeypatch.setattr(memory, "gpu_has_bf16", lambda: True)
     model = _Model()
-    assert placed(model, "cuda") is model and model.sent == sent
+    assert place_model(model, "cuda") is model and model.sent == sent
     assert len(caplog.messages) == (sent != ["cuda"])
-    assert placed(model, "cpu") is model and model.sent == sent
+    assert place_model(model, "cpu") is model and model.sent == sent

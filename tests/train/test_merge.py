@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llmrec.models import streaming
 from llmrec.models.load import load_model
-from llmrec.models.tensors import marked_as_tied
+from llmrec.models.tensors import mark_tied_tables
 from llmrec.recipe.schema import LoraSection
 from llmrec.train import lora
 from tests.conftest import section
@@ -72,7 +72,7 @@ def adapter_of(base: Path, folder: Path, *, tokens: tuple[int, ...] = (), **sett
     """Save an adapter all of whose weights are random, as after training."""
     torch.manual_seed(1)
     plain = load_model(str(base), section(base))
-    adapted = lora.with_adapter(plain, LoraSection(rank=3, **settings), tokens)
+    adapted = lora.add_lora_adapters(plain, LoraSection(rank=3, **settings), tokens)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -83,7 +83,7 @@ def adapter_of(base: Path, folder: Path, *, tokens: tuple[int, ...] = (), **sett
 
 def full_merge(base: Path, adapter: Path, target: Path, dtype: str) -> None:
     plain = load_model(str(base), section(base))
-    with marked_as_tied(plain):
+    with mark_tied_tables(plain):
         adapted = peft.PeftModel.from_pretrained(plain, adapter)
     tied, plain.config.tie_word_embeddings = plain.config.tie_word_embeddings, False
     merged = adapted.merge_and_unload()
@@ -93,7 +93,7 @@ def full_merge(base: Path, adapter: Path, target: Path, dtype: str) -> None:
 
 def assert_merged_alike(base: Path, adapter: Path, folder: Path, dtype: str) -> None:
     full_merge(base, adapter, folder / "full", dtype)
-    lora.merge(str(base), section(base, dtype), adapter, folder / "blocks")
+    lora.merge_adapter(str(base), section(base, dtype), adapter, folder / "blocks")
     assert_same(folder / "full", folder / "blocks")
 
 
@@ -150,14 +150,14 @@ def test_model_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = load_model(str(base), section(base, "bfloat16"))
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(streaming.weight_files(tmp_path / "parts")) > 2
-    monkeypatch.setattr(streaming, "_LARGEST", "30KB")
-    lora.merge(str(tmp_path / "parts"), section(base, "bfloat16"), adapter, tmp_path / "blocks")
+    monkeypatch.setattr(streaming, "_MAX_FILE_SIZE", "30KB")
+    lora.merge_adapter(str(tmp_path / "parts"), section(base, "bfloat16"), adapter, tmp_path / "blocks")
     full_merge(base, adapter, tmp_path / "one", "bfloat16")
     load_model(str(tmp_path / "one"), section(base, "bfloat16")).save_pretrained(
         tmp_path / "full", max_shard_size="30KB"
     )
     assert len(streaming.weight_files(tmp_path / "blocks")) > 2
-    index = streaming.INDEX
+    index = streaming.INDEX_FILE
     read = [json.loads((tmp_path / name / index).read_text(encoding="utf-8")) for name in ("full", "blocks")]
     assert read[0] == read[1]
     for file in streaming.weight_files(tmp_path / "full"):
@@ -168,7 +168,7 @@ def test_model_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_fully_tuned_weights_are_saved_alike_by_blocks(kind: str, tmp_path: Path) -> None:
     trained = base_of(kind, tmp_path, torch.float32)
     load_model(str(trained), section(trained)).bfloat16().save_pretrained(tmp_path / "full")
-    lora.save_full(trained, section(trained, "bfloat16"), tmp_path / "blocks")
+    lora.save_full_model(trained, section(trained, "bfloat16"), tmp_path / "blocks")
     assert_same(tmp_path / "full", tmp_path / "blocks")
 
 
@@ -182,10 +182,10 @@ def used(kind):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 section = ModelSection(name=base, dtype="bfloat16")
-lora.merge(base, section, Path(adapter), Path(target) / "first")
+lora.merge_adapter(base, section, Path(adapter), Path(target) / "first")
 # The limit is for the memory that the second merge adds.
 resource.setrlimit(resource.RLIMIT_DATA, (used("VmData") + int(room), resource.RLIM_INFINITY))
-lora.merge(base, section, Path(adapter), Path(target) / "second")
+lora.merge_adapter(base, section, Path(adapter), Path(target) / "second")
 """
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from llmrec.backends.encode import TokenRow
-from llmrec.models.item_tokens import extended
+from llmrec.models.item_tokens import save_with_item_tokens
 from llmrec.models.load import load_model
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
-from llmrec.tasks.rating import Scale
+from llmrec.tasks.rating import RatingScale
 from llmrec.train import lora, precision, sft
-from llmrec.train.batches import plan
-from llmrec.train.heads import HeadLoss, attach, measure
+from llmrec.train.batches import plan_steps
+from llmrec.train.heads import RatingHeadLoss, attach_rating_head, fit_standardisation
 from llmrec.train.loss import label_loss
 from llmrec.train.steps import Step
 from tests.conftest import encoder_of, section
@@ -30,14 +30,14 @@ from tests.train.tiny import examples as ratings
 METHODS = ("lora", "qlora", "full", "rating head", "item tokens")
 # All methods are tested by `make test-all`.
 SOME = ("lora", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
-FIVE = Scale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"))
+FIVE = RatingScale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"))
 
 
 @pytest.fixture(scope="module")
 def folders(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model, and its copy that knows item tokens."""
     grown = tmp_path_factory.mktemp("grown") / "base"
-    extended(str(llama_folder), section(llama_folder), INDEX, TITLES, grown, words=True, seed=0)
+    save_with_item_tokens(str(llama_folder), section(llama_folder), INDEX, TITLES, grown, words=True, seed=0)
     return {"plain": llama_folder, "item tokens": grown}
 
 
@@ -59,8 +59,8 @@ class Case:
         self.head = None
         if method == "rating head":
             self.rows = [self._class(row) for row in self.rows]
-            self.head = attach(self.model, FIVE, alpha=0.5, counts=(1, 1, 1, 1, 1), frozen=False)
-        self.steps: Sequence[Step] = plan(iter(self.rows), steps=6, batch_tokens=160, seed=0)
+            self.head = attach_rating_head(self.model, FIVE, alpha=0.5, counts=(1, 1, 1, 1, 1), frozen=False)
+        self.steps: Sequence[Step] = plan_steps(iter(self.rows), steps=6, batch_tokens=160, seed=0)
 
     def run(self, out: Path) -> str:
         valid = {"rating": self.rows[:4]} if self.train.valid_rows else {}
@@ -163,9 +163,9 @@ def test_gradients_equal_float32_reference_after_evaluation(method: str, folders
     moved(case.model, 0.02)
     row = case.rows[3]
     ids, labels = alone(row)
-    by = HeadLoss(case.head) if case.head else None
+    by = RatingHeadLoss(case.head) if case.head else None
     if case.head:
-        measure(case.head, case.model, case.steps, 0)
+        fit_standardisation(case.head, case.model, case.steps, 0)
     # Validation comes before the first step of a run.
     case.model.eval()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
 from llmrec.train import lora, sft
-from llmrec.train.batches import micro_steps, plan
+from llmrec.train.batches import micro_steps, plan_steps
 from llmrec.train.steps import Step
 from tests.conftest import encoder_of, section
 from tests.facts import Facts, raises
@@ -72,13 +72,13 @@ def test_parts_equal_the_full_step(
 def test_parts_divide_by_the_weights_of_all_rows(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = plan
+    original = plan_steps
 
     def weighted(*args: Any, **options: Any) -> Any:
         steps = original(*args, **options)
         return steps.weighing([1.0 + n % 3 for n in range(len(steps.table))])
 
-    monkeypatch.setattr("tests.train.tiny.plan", weighted)
+    monkeypatch.setattr("tests.train.tiny.plan_steps", weighted)
     full = trained(monkeypatch, llama_folder, tmp_path / "one", steps=1)
     parts = trained(monkeypatch, llama_folder, tmp_path / "two", steps=1, micro_tokens=48)
     assert_parts_equal(full, parts)
@@ -112,7 +112,7 @@ def test_parts_of_encoder_decoders_divide_by_all_targets(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, encoder = [], encoder_of(base)
-    steps = plan(iter(rows_of("bare-next-code", encoder, 40)), steps=1, batch_tokens=512, seed=0)
+    steps = plan_steps(iter(rows_of("bare-next-code", encoder, 40)), steps=1, batch_tokens=512, seed=0)
     assert len(micro_steps(steps[0], 128)) > 1
     for limit in (None, 128):
         train = TrainSection(method="full", steps=1, valid_rows=0, report_to=(), micro_tokens=limit)

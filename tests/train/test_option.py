@@ -14,15 +14,22 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
 from llmrec.models import bottleneck
 from llmrec.models.load import load_model
-from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, copy_soft, names, put_on
-from llmrec.pipeline.objectives import labels_of
+from llmrec.models.soft_prompt import (
+    SOFT_PROMPT_METHODS,
+    TIED_METHODS,
+    SoftPrompt,
+    add_soft_prompts,
+    copy_soft_prompt_files,
+    soft_token_names,
+)
+from llmrec.pipeline.objectives import answer_labels
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import SoftSection, TrainSection
 from llmrec.train import heads as rating_head
 from llmrec.train import lora
-from llmrec.train.batches import Labels, plan
+from llmrec.train.batches import AnswerLabels, plan_steps
 from llmrec.train.loss import label_loss
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.conftest import encoder_of, section
@@ -50,12 +57,14 @@ class Case:
         values = {"learning_rate": 3e-2, "soft": SoftSection(**soft), "save_every": 2, "valid_every": 2, **settings}
         self.folder = folder
         self.train = TrainSection(method=method, **values)
-        self.encoder = rating_head.soft_encoder(encoder_of(folder), self.train)
-        self.labels = Labels(self.encoder, PROMPTS, tied=method in TIED)
+        self.encoder = rating_head.soft_prompt_encoder(encoder_of(folder), self.train)
+        self.labels = AnswerLabels(self.encoder, PROMPTS, tied=method in TIED_METHODS)
         self.rows = [row for number in range(64) if (row := self.labels.row(self.encoder.row(rated(number))))]
-        self.soft = SoftPrompt(PROMPTS, tuple(self.labels.ids), tied=method in TIED)
-        self.model = rating_head.load_soft(str(folder), section(folder), self.train, self.encoder, self.soft)
-        self.steps = plan(iter(self.rows), steps=8, batch_tokens=160, seed=0)
+        self.soft = SoftPrompt(PROMPTS, tuple(self.labels.ids), tied=method in TIED_METHODS)
+        self.model = rating_head.load_soft_prompt_model(
+            str(folder), section(folder), self.train, self.encoder, self.soft
+        )
+        self.steps = plan_steps(iter(self.rows), steps=8, batch_tokens=160, seed=0)
 
     def run(self, out: Path) -> str:
         valid = {"ctr": self.rows[:4]}
@@ -64,16 +73,16 @@ class Case:
 
 def test_soft_prompts_precede_prompts_and_cannot_be_forged(llama_folder: Path) -> None:
     encoder = Case("prompt", llama_folder).encoder
-    ids = encoder.tokenizer.convert_tokens_to_ids(names(PROMPTS))
+    ids = encoder.tokenizer.convert_tokens_to_ids(soft_token_names(PROMPTS))
     assert encoder.chat(question("Heat"))[:PROMPTS] == ids
-    forged = encoder.chat(question(names(PROMPTS)[1]))
+    forged = encoder.chat(question(soft_token_names(PROMPTS)[1]))
     assert [each for each in forged if each in ids] == ids
     assert "soft" not in encoder.completion([*ids, *encoder.piece("Heat")], None, 0).text
 
 
 def test_class_vectors_get_the_gradients_of_both_uses(llama_folder: Path) -> None:
     case = Case("option", llama_folder)
-    rows = rating_head.rows_of(case.model)
+    rows = rating_head.soft_prompt_rows(case.model)
     loss = rating_head.OptionLoss(rows, len(case.soft.labels))
     assert loss.rows.data_ptr() == rows.data_ptr() and rows.requires_grad
 
@@ -97,7 +106,7 @@ def test_soft_prompts_are_never_generated(llama_folder: Path) -> None:
         direction = torch.zeros(head.weight.shape[1])
         direction[0] = 1
         head.weight[:, 0] = -5 - torch.rand(count)
-        put_on(base, SoftPrompt(PROMPTS), range(count, count + PROMPTS))
+        add_soft_prompts(base, SoftPrompt(PROMPTS), range(count, count + PROMPTS))
         logits = base.get_output_embeddings().weight @ direction
     assert logits.max() < 0 and int(logits.argmax()) < count
     assert torch.allclose(logits[count : count + PROMPTS], logits[:count].mean().expand(PROMPTS), atol=1e-4)
@@ -119,21 +128,21 @@ def test_classes_start_with_the_odds_of_the_base_model(llama_folder: Path) -> No
     row = case.rows[0]
     states = case.model.get_base_model().get_decoder()(torch.tensor([row.ids])).last_hidden_state[0]
     last = max(n for n, label in enumerate(row.labels) if label >= 0) - 1
-    logits = states[last] @ rating_head.rows_of(case.model)[-2:].T
+    logits = states[last] @ rating_head.soft_prompt_rows(case.model)[-2:].T
     head = case.model.get_output_embeddings().weight[list(case.soft.labels)]
     assert torch.allclose(logits, states[last] @ head.T)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOFT_PROMPT_METHODS)
 def test_merged_model_answers_like_the_trained_one(method: str, llama_folder: Path, tmp_path: Path) -> None:
     case = Case(method, llama_folder)
-    before = rating_head.rows_of(case.model).detach().clone()
+    before = rating_head.soft_prompt_rows(case.model).detach().clone()
     case.run(tmp_path / "run")
-    assert not torch.equal(before, rating_head.rows_of(case.model))
+    assert not torch.equal(before, rating_head.soft_prompt_rows(case.model))
     target = tmp_path / "merged"
     target.mkdir()
-    lora.merge(str(llama_folder), section(llama_folder), tmp_path / "run" / "adapter", target)
-    copy_soft(tmp_path / "run" / "adapter", target)
+    lora.merge_adapter(str(llama_folder), section(llama_folder), tmp_path / "run" / "adapter", target)
+    copy_soft_prompt_files(tmp_path / "run" / "adapter", target)
     case.encoder.tokenizer.save_pretrained(target)
     again = encoder_of(target)
     backend = HFBackend(load_model(str(target), section(target)), again)
@@ -143,7 +152,7 @@ def test_merged_model_answers_like_the_trained_one(method: str, llama_folder: Pa
         yes, no = backend.score([prompt], [("4", "2")], closed=False)[0].logprobs
         states = case.model.eval().get_base_model().get_decoder()(torch.tensor([again.prompt(prompt)]))
         state = states.last_hidden_state[0, -1]
-        vectors = rating_head.rows_of(case.model)[-2:] if method in TIED else None
+        vectors = rating_head.soft_prompt_rows(case.model)[-2:] if method in TIED_METHODS else None
         head = case.model.get_output_embeddings().weight[list(case.soft.labels)] if vectors is None else vectors
         trained = dict(zip(case.soft.labels, (head @ state).tolist(), strict=True))
         labels = [again.piece(text)[0] for text in ("4", "2")]
@@ -171,9 +180,9 @@ def test_answers_without_label_are_rejected_or_learned_as_tokens(llama_folder: P
     with raises(RecipeError, Facts("contradiction", column="train.method", says="ctr")):
         case.labels.row(long)
     with raises(RecipeError, Facts("contradiction", column="train.method", says="train.soft.prompts=1")):
-        tight = Labels(case.encoder, 1, tied=True)
+        tight = AnswerLabels(case.encoder, 1, tied=True)
         [tight.row(case.encoder.row(rated(number))) for number in range(2)]
-    free = Labels(case.encoder, PROMPTS, tied=False)
+    free = AnswerLabels(case.encoder, PROMPTS, tied=False)
     rows = [case.encoder.row(rated(0)), long]
     assert [free.row(row) for row in rows] == rows and free.ids == []
 
@@ -223,7 +232,7 @@ def test_validation_rows_of_untrained_tasks_define_no_labels(llama_folder: Path)
         for tasks in (RATED, f"{RATED}, {LISTED}"):
             more = ["train.only=[rating]"] if LISTED in tasks else []
             study = study_of(llama_folder, f"{{{tasks}}}", f"train.method={method}", "train.soft={prompts: 6}", *more)
-            planned = plan_training(study, rating_head.soft_encoder(plain, study.recipe.train))
+            planned = plan_training(study, rating_head.soft_prompt_encoder(plain, study.recipe.train))
             assert planned.soft is not None and len(planned.soft.labels) == 5
             prompts[method, tasks] = planned.soft
             # A loss over labels exists only for the trained family, a loss over tokens for every family.
@@ -234,16 +243,16 @@ def test_validation_rows_of_untrained_tasks_define_no_labels(llama_folder: Path)
 def test_labels_of_a_task_are_known_before_planning(llama_folder: Path) -> None:
     plain = encoder_of(llama_folder, 2048)
     study = study_of(llama_folder, f"{{{RATED}}}", "train.method=option", "train.soft={prompts: 6}")
-    labels = labels_of(study, plain)
+    labels = answer_labels(study, plain)
     assert labels is not None and labels.ids == [plain.piece(str(stars))[0] for stars in range(1, 6)]
     with raises(RecipeError, Facts("contradiction", column="train.method", says="train.soft.prompts=4")):
-        labels_of(study_of(llama_folder, f"{{{RATED}}}", "train.method=option", "train.soft={prompts: 4}"), plain)
+        answer_labels(study_of(llama_folder, f"{{{RATED}}}", "train.method=option", "train.soft={prompts: 4}"), plain)
     # The tiny tokenizer writes no word as one token.
     yes_no = "{ctr: {strategies: [yes-no], history: 5, liked: 4}}"
     with raises(RecipeError, Facts("contradiction", column="train.method", says="more than one token")):
-        labels_of(study_of(llama_folder, yes_no, "train.method=option"), plain)
+        answer_labels(study_of(llama_folder, yes_no, "train.method=option"), plain)
     with raises(RecipeError, Facts("contradiction", column="train.method", says="train.only")):
-        labels_of(study_of(llama_folder, f"{{{RATED}, {LISTED}}}", "train.method=option"), plain)
+        answer_labels(study_of(llama_folder, f"{{{RATED}, {LISTED}}}", "train.method=option"), plain)
 
 
 def test_unknown_label_has_no_validation_loss(llama_folder: Path) -> None:

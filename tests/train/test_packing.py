@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.errors import RecipeError
-from llmrec.models.traits import takes_block_mask
+from llmrec.models.traits import can_use_block_mask
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import padded, plan
+from llmrec.train.batches import pad_rows, plan_steps
 from llmrec.train.loss import block_mask, label_loss, packed_loss
-from llmrec.train.packing import Packed, bins, stack, tree
+from llmrec.train.packing import PackedSequence, pack_into_bins, pack_rows, stack_sequences
 from llmrec.train.steps import Step
 from tests.conftest import encoder_of, opened, section
 from tests.facts import Facts, raises
@@ -48,11 +48,11 @@ def branching(seed: int, count: int = 9) -> list[TokenRow]:
 
 
 def as_packed(rows: Sequence[TokenRow], width: int) -> dict[str, Any]:
-    return packed(*(each.rows for each in bins(rows, width)))
+    return packed(*(each.rows for each in pack_into_bins(rows, width)))
 
 
 def as_plain(rows: Sequence[TokenRow]) -> tuple[Any, Any]:
-    ids, labels = padded(rows, 0)
+    ids, labels = pad_rows(rows, 0)
     return torch.tensor(ids), torch.tensor(labels)
 
 
@@ -98,13 +98,13 @@ def test_eager_attention_reads_the_same_mask(llama_folder: Path) -> None:
 
 
 def test_tree_by_hand() -> None:
-    laid = tree([row([1, 2, 3, 4, 5], 4), row([1, 2, 3, 6], 2), row([9, 8], 1)])
+    laid = pack_rows([row([1, 2, 3, 4, 5], 4), row([1, 2, 3, 6], 2), row([9, 8], 1)])
     assert laid.ids.tolist() == [1, 2, 3, 4, 9]
     assert laid.positions.tolist() == [0, 1, 2, 3, 0]
     assert laid.ends.tolist() == [4, 4, 4, 4, 5]
     assert list(zip(laid.after.tolist(), laid.targets.tolist(), strict=True)) == [(1, 3), (2, 6), (3, 5), (4, 8)]
     # A shared target counts as often as in plain rows.
-    laid = tree([row([1, 2, 3], 1), row([1, 2, 3], 2), row([1, 2, 3, 4], 2)])
+    laid = pack_rows([row([1, 2, 3], 1), row([1, 2, 3], 2), row([1, 2, 3, 4], 2)])
     assert len(laid.ids) == 3
     targets = sorted(zip(laid.after.tolist(), laid.targets.tolist(), strict=True))
     assert targets == [(0, 2), (1, 3), (1, 3), (1, 3), (2, 4)]
@@ -113,7 +113,7 @@ def test_tree_by_hand() -> None:
 TOKENS = st.lists(st.integers(1, 3), min_size=2, max_size=9)
 
 
-def visible_columns(laid: Packed) -> Any:
+def visible_columns(laid: PackedSequence) -> Any:
     """Return what each column sees, by walking from parent to parent."""
     parents: list[int] = []
     for column, position in enumerate(laid.positions.tolist()):
@@ -137,8 +137,8 @@ def test_every_target_sees_the_prefix_of_its_row_only(drawn: list[tuple[list[int
         (each.ids[:n], each.labels[n]) for each in rows for n in range(1, len(each.ids)) if each.labels[n] > 0
     )
     results = []
-    for filled in bins(rows, width):
-        laid = tree(filled.rows)
+    for filled in pack_into_bins(rows, width):
+        laid = pack_rows(filled.rows)
         assert len(laid.ids) == filled.columns <= max(width, 9)
         columns = np.arange(len(laid.ids))
         seen = (columns <= columns[:, None]) & (columns[:, None] < laid.ends)
@@ -155,7 +155,7 @@ def test_every_target_sees_the_prefix_of_its_row_only(drawn: list[tuple[list[int
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(10, 64))
 def test_bins_contain_every_row_within_their_width(lengths: list[int], width: int) -> None:
     rows = [row([n + 100, *range(length - 1)], 1) for n, length in enumerate(lengths)]
-    filled = bins(rows, width)
+    filled = pack_into_bins(rows, width)
     assert sorted(each.ids for part in filled for each in part.rows) == sorted(each.ids for each in rows)
     assert all(part.columns <= width or len(part.rows) == 1 for part in filled)
     # First fit leaves no two adjacent bins that would fit into one row.
@@ -163,7 +163,7 @@ def test_bins_contain_every_row_within_their_width(lengths: list[int], width: in
 
 
 def test_padding_sees_only_itself() -> None:
-    stacked = stack([tree([row([1, 2, 3, 4, 5], 1)]), tree([row([6, 7], 1)])], pad=0)
+    stacked = stack_sequences([pack_rows([row([1, 2, 3, 4, 5], 1)]), pack_rows([row([6, 7], 1)])], pad=0)
     assert stacked.ids.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
     assert stacked.ends.tolist() == [[4, 4, 4, 4], [1, 2, 3, 4]]
     assert stacked.after.tolist() == [0, 1, 2, 3, 4]
@@ -175,9 +175,9 @@ def test_models_that_ignore_masks() -> None:
     kinds = (LlamaConfig(), GPT2Config(), MistralConfig(sliding_window=64), MambaConfig())
     for config in kinds:
         config._attn_implementation = "sdpa"
-    assert [takes_block_mask(config) for config in kinds] == [True, True, False, False]
+    assert [can_use_block_mask(config) for config in kinds] == [True, True, False, False]
     kinds[0]._attn_implementation = "flash_attention_2"
-    assert not takes_block_mask(kinds[0])
+    assert not can_use_block_mask(kinds[0])
 
 
 def user_rows() -> list[TokenRow]:
@@ -193,19 +193,19 @@ def user_rows() -> list[TokenRow]:
 
 def test_packed_plan_contains_every_row_within_its_budget() -> None:
     rows = user_rows()
-    steps = list(plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
+    steps = list(plan_steps(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
     assert sorted(each.ids for step in steps for each in step.rows) == sorted(each.ids for each in rows)
     assert all(step.padded_tokens <= 400 for step in steps)
-    assert steps == list(plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
-    assert steps != list(plan(iter(rows), steps=1000, batch_tokens=400, seed=1, width=100))
-    plain = plan(iter(rows), steps=1000, batch_tokens=400, seed=0)
+    assert steps == list(plan_steps(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
+    assert steps != list(plan_steps(iter(rows), steps=1000, batch_tokens=400, seed=1, width=100))
+    plain = plan_steps(iter(rows), steps=1000, batch_tokens=400, seed=0)
     computed, before = (sum(step.padded_tokens for step in each) for each in (steps, plain))
     assert sum(step.targets for step in steps) == sum(step.targets for step in plain)
     assert computed < 0.6 * before
     assert sum(step.tokens for step in steps) > 0.9 * computed
 
 
-def tuned(folder: Path, out: Path, steps: Sequence[Step]) -> tuple[sft.Training, Any]:
+def tuned(folder: Path, out: Path, steps: Sequence[Step]) -> tuple[sft.TrainingResult, Any]:
     train = TrainSection(steps=len(steps), learning_rate=1e-3, valid_every=50, packing="tree")
     torch.manual_seed(0)
     model = lora.load_trainable(str(folder), section(folder), train)
@@ -213,7 +213,7 @@ def tuned(folder: Path, out: Path, steps: Sequence[Step]) -> tuple[sft.Training,
 
 
 def test_packed_and_plain_training_give_equal_weights(llama_folder: Path, tmp_path: Path) -> None:
-    steps = plan(iter(user_rows()[:60]), steps=6, batch_tokens=400, seed=0, width=100)
+    steps = plan_steps(iter(user_rows()[:60]), steps=6, batch_tokens=400, seed=0, width=100)
     plain = [Step(step.rows) for step in steps]
     one, ours = tuned(llama_folder, tmp_path / "packed", steps)
     two, theirs = tuned(llama_folder, tmp_path / "plain", plain)

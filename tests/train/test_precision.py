@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import precision, sft, world
-from llmrec.train.lora import with_adapter
+from llmrec.train.lora import add_lora_adapters
 from llmrec.train.loss import label_loss
 from tests.facts import Facts, raises
 from tests.train.tiny import assert_equal, tear, trained
@@ -42,7 +42,7 @@ def test_trained_weights_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "gpu_has_bf16", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
     model[0].requires_grad_(False)
-    precision.widen(model, "cuda")
+    precision.convert_to_float32(model, "cuda")
     assert (model[0].weight.dtype, model[1].weight.dtype) == (torch.float16, torch.float32)
 
 
@@ -128,7 +128,7 @@ def test_resumed_run_keeps_the_scale(
 
 def test_rejects_sharding_of_scaled_gradients() -> None:
     with raises(RecipeError, Facts("unsupported", says="bfloat16")):
-        world.refuse_sharding(None, TrainSection(), plain=True, scaled=True)
+        world.check_sharding_settings(None, TrainSection(), plain=True, scaled=True)
 
 
 def kept(model: Any, *, cast: bool) -> tuple[int, float, list[torch.Tensor]]:
@@ -162,7 +162,7 @@ def test_adapters_store_no_copies_of_inputs(config: Any) -> None:
     for layers in (1, 2):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config(num_hidden_layers=layers, **SHAPE), dtype=torch.bfloat16)
-        model = with_adapter(model, LoraSection(rank=4)).train()
+        model = add_lora_adapters(model, LoraSection(rank=4)).train()
         (size, loss, gradients), (without, same, equal) = kept(model, cast=True), kept(model, cast=False)
         assert loss == same and all(torch.equal(one, two) for one, two in zip(gradients, equal, strict=True))
         sizes[True].append(size)

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from llmrec.backends.encode import TokenRow
-from llmrec.models.item_tokens import extended
+from llmrec.models.item_tokens import save_with_item_tokens
 from llmrec.recipe.schema import LoraSection, PreferenceSection, TrainSection
 from llmrec.tasks.rows import Listwise, split_rejected
 from llmrec.train import lora
-from llmrec.train.batches import plan
-from llmrec.train.loss import label_loss, list_scores
-from llmrec.train.preference import compare, preference_loss, reference, rewards_of
+from llmrec.train.batches import plan_steps
+from llmrec.train.loss import candidate_log_likelihoods, label_loss
+from llmrec.train.preference import implicit_rewards, preference_list_loss, preference_loss, reference_model
 from tests.conftest import encoder_of, opened
 from tests.conftest import section as model_section
 from tests.train.test_item_tokens import INDEX, TITLES
@@ -53,7 +53,7 @@ def sigmoid(value: float) -> float:
 def test_losses_equal_those_of_the_papers(keys: dict[str, Any]) -> None:
     chosen_loss = section(**keys)
     scores, before, chosen, lengths = toys()
-    rewards = rewards_of(scores, before if chosen_loss.refers else None, lengths, chosen_loss)
+    rewards = implicit_rewards(scores, before if chosen_loss.refers else None, lengths, chosen_loss)
     expected, beta, margin, e = 0.0, chosen_loss.beta, chosen_loss.margin, chosen_loss.label_smoothing
     for n, at in enumerate(chosen.tolist()):
         ratio = [float(scores[n, k] - (before[n, k] if chosen_loss.refers else 0.0)) for k in range(4)]
@@ -86,7 +86,7 @@ def test_pair_losses_equal_trl(loss: str, smoothing: float, monkeypatch: pytest.
         label_smoothing=smoothing,
     )  # fmt: skip
     theirs = CPOTrainer.cpo_loss(stub, values[:, 0], values[:, 1])[0]
-    rewards = rewards_of(scores[:, :2], None, lengths[:, :2], chosen_loss)
+    rewards = implicit_rewards(scores[:, :2], None, lengths[:, :2], chosen_loss)
     ours = preference_loss(rewards, torch.zeros(5, dtype=torch.long), chosen_loss)
     assert float(ours) == pytest.approx(float(theirs.sum()), abs=1e-6)
 
@@ -108,7 +108,7 @@ class Case:
         self.model = lora.load_trainable(str(folder), model_section(folder), self.train, tokens=ids)
         size = 1 + negatives
         rows = [self.encoder.row(each) for one in lists(count) for each in split_rejected(one)[:size]]
-        self.steps = plan(iter(rows), steps=steps, batch_tokens=200, seed=0, lists=size)
+        self.steps = plan_steps(iter(rows), steps=steps, batch_tokens=200, seed=0, lists=size)
         self.listwise = Listwise("softmax", size, preference=self.loss)
 
     def moved(self) -> Case:
@@ -135,14 +135,14 @@ def test_reference_is_the_initial_model(tokens: bool, llama_folder: Path, tmp_pa
     folder = llama_folder
     if tokens:
         folder = tmp_path / "base"
-        extended(str(llama_folder), model_section(llama_folder), INDEX, TITLES, folder, words=True, seed=0)
+        save_with_item_tokens(str(llama_folder), model_section(llama_folder), INDEX, TITLES, folder, words=True, seed=0)
     case = Case(folder, tokens=INDEX.tokens if tokens else ()).moved()
     start = opened(folder)[0].eval()
     with torch.no_grad():
-        theirs = list_scores(start, case.packed(), 4)
-        ours = list_scores(case.model, case.packed(), 4)
-    with reference(case.model):
-        before = list_scores(case.model, case.packed(), 4)
+        theirs = candidate_log_likelihoods(start, case.packed(), 4)
+        ours = candidate_log_likelihoods(case.model, case.packed(), 4)
+    with reference_model(case.model):
+        before = candidate_log_likelihoods(case.model, case.packed(), 4)
     assert torch.allclose(before, theirs, atol=1e-4, rtol=0) and not torch.allclose(ours, theirs, atol=0.05)
     assert all(p.requires_grad for name, p in case.model.named_parameters() if "lora" in name or "delta" in name)
 
@@ -159,7 +159,7 @@ def test_gradients_equal_those_of_plain_rows(loss: str, llama_folder: Path) -> N
         trained = [(name, p) for name, p in case.model.named_parameters() if p.requires_grad]
         return torch.cat([p.grad.flatten().double() for _, p in sorted(trained)])
 
-    total, count, figures = compare(case.model, case.packed(), case.loss)
+    total, count, figures = preference_list_loss(case.model, case.packed(), case.loss)
     ours = gradients(total)
     expected: Any = 0.0
     right = 0.0
@@ -169,7 +169,7 @@ def test_gradients_equal_those_of_plain_rows(loss: str, llama_folder: Path) -> N
         with torch.no_grad():
             before = torch.stack([plain(start, row) for row in each.rows])[None]
         lengths = torch.tensor([[float(row.targets) for row in each.rows]])
-        rewards = rewards_of(scores, before if case.loss.refers else None, lengths, case.loss)
+        rewards = implicit_rewards(scores, before if case.loss.refers else None, lengths, case.loss)
         expected = expected + preference_loss(rewards, torch.tensor([at]), case.loss)
         expected = expected - 0.3 * scores[0, at] / lengths[0, at]
         others = torch.cat([rewards[0, :at], rewards[0, at + 1 :]])
@@ -209,7 +209,7 @@ def test_loss_and_rewards_equal_trl_dpo_trainer(llama_folder: Path, tmp_path: Pa
             for name, column in columns.items()
         }
         case.moved().model.eval()
-        total, count, figures = compare(case.model, case.packed(), case.loss)
+        total, count, figures = preference_list_loss(case.model, case.packed(), case.loss)
         loss = trainer.compute_loss(case.model, inputs).detach()
         assert float(total.detach()) / count == pytest.approx(float(loss), abs=1e-4)
         if kind == "dpo":

@@ -16,35 +16,35 @@ from llmrec.errors import ErrorKind, ModelError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.exports.export import export
-from llmrec.models.load import load_model, weights_stamp
+from llmrec.models.load import load_model, model_folder_hash
 from llmrec.models.rating_head import (
-    CONFIG,
-    WEIGHTS,
+    HEAD_CONFIG_FILE,
+    HEAD_WEIGHTS_FILE,
     HeadShape,
     RatingHead,
-    copy_head,
+    copy_rating_head,
     last_states,
-    load_head,
-    new_head,
-    save_head,
-    standardise,
+    load_rating_head,
+    new_rating_head,
+    save_rating_head,
+    set_standardisation,
 )
 from llmrec.pipeline import run as pipeline
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, Recipe, TrainSection
 from llmrec.tasks.family import family_of
-from llmrec.tasks.rating import Scale
+from llmrec.tasks.rating import RatingScale
 from llmrec.train import lora
-from llmrec.train.batches import Classes, plan
-from llmrec.train.heads import HeadLoss, attach
+from llmrec.train.batches import RatingClasses, plan_steps
+from llmrec.train.heads import RatingHeadLoss, attach_rating_head
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.types import Answer, Case, Example, Rating, Request, Segment, Unparsed
 from tests.conftest import encoder_of, opened, section
 from tests.facts import Facts, raises
 from tests.train.tiny import alone, example, fit, packed, tear, user
 
-FIVE = Scale((1.0, 2.0, 3.0, 4.0, 5.0), ("1", "2", "3", "4", "5"))
-TEN = Scale(tuple(map(float, range(11))), tuple(map(str, range(11))))
+FIVE = RatingScale((1.0, 2.0, 3.0, 4.0, 5.0), ("1", "2", "3", "4", "5"))
+TEN = RatingScale(tuple(map(float, range(11))), tuple(map(str, range(11))))
 QUESTION = user("Answer with one number")
 
 
@@ -61,7 +61,7 @@ def encoder(llama_folder: Path) -> Encoder:
 
 
 def head_of(alpha: float, width: int = 8, seed: int = 3) -> RatingHead:
-    head = new_head(HeadShape(values=FIVE.values, alpha=alpha, width=width), [1, 2, 3, 4, 5])
+    head = new_rating_head(HeadShape(values=FIVE.values, alpha=alpha, width=width), [1, 2, 3, 4, 5])
     torch.manual_seed(seed)
     torch.nn.init.normal_(head.linear.weight)
     return head
@@ -69,7 +69,7 @@ def head_of(alpha: float, width: int = 8, seed: int = 3) -> RatingHead:
 
 def test_classes_are_at_the_first_token_of_ratings(encoder: Encoder) -> None:
     row = encoder.row(rated(7, "4", "1", "5"))
-    result = Classes(encoder, FIVE).row(row)
+    result = RatingClasses(encoder, FIVE).row(row)
     assert result is not None and result.ids == row.ids
     indices = [n for n, label in enumerate(result.labels) if label != IGNORED]
     assert [result.labels[n] for n in indices] == [3, 0, 4]
@@ -77,7 +77,7 @@ def test_classes_are_at_the_first_token_of_ratings(encoder: Encoder) -> None:
     # The head reads the state of the token before, where a prompt for this rating ends.
     for n, number in zip(indices, ("7", "8", "9"), strict=True):
         assert encoder.tokenizer.decode(list(row.ids[:n])).endswith(f"Heat {number}: ")
-    chat = Classes(encoder, TEN).row(encoder.row(rated(0, "10", chat=True)))
+    chat = RatingClasses(encoder, TEN).row(encoder.row(rated(0, "10", chat=True)))
     assert chat is not None and chat.targets == 1 and chat.labels[len(encoder.chat(QUESTION))] == 10
 
 
@@ -86,12 +86,12 @@ def test_truncated_rating_has_no_loss(encoder: Encoder, kept: int, expected: lis
     row = encoder.row(rated(3, "10"))
     start = next(n for n, label in enumerate(row.labels) if label != IGNORED)
     assert encoder.tokenizer.decode(list(row.ids[start : start + 2])) == "10"
-    result = Classes(encoder, TEN).row(TokenRow(row.ids[: start + kept], row.labels[: start + kept]))
+    result = RatingClasses(encoder, TEN).row(TokenRow(row.ids[: start + kept], row.labels[: start + kept]))
     assert (result and [label for label in result.labels if label != IGNORED]) == expected
 
 
 def test_targets_are_counted(encoder: Encoder) -> None:
-    classes = Classes(encoder, FIVE)
+    classes = RatingClasses(encoder, FIVE)
     rows = [row for n, marks in enumerate(("55", "1", "353")) if (row := classes.row(encoder.row(rated(n, *marks))))]
     assert classes.counts(rows) == [1, 0, 2, 0, 3]
 
@@ -99,7 +99,7 @@ def test_targets_are_counted(encoder: Encoder) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_new_head_predicts_the_mean(alpha: float) -> None:
     counts = [10, 20, 30, 25, 15]
-    head = new_head(HeadShape(values=FIVE.values, alpha=alpha, width=8), counts)
+    head = new_rating_head(HeadShape(values=FIVE.values, alpha=alpha, width=8), counts)
     mean = sum(n * value for n, value in zip(counts, FIVE.values, strict=True)) / 100
     assert head.linear.out_features == (1 if alpha == 0 else 5)
     assert head.ratings(torch.randn(4, 8)) == pytest.approx([mean] * 4, abs=0.02 if alpha else 1e-6)
@@ -126,7 +126,7 @@ def test_loss_is_the_weighted_sum_of_both(alpha: float) -> None:
     torch.manual_seed(0)
     head, states, classes = head_of(alpha), torch.randn(6, 8), [0, 4, 2, 3, 3, 1]
     cross, error = by_hand(head, states, classes)
-    loss = float(HeadLoss(head)(states, torch.tensor(classes)).detach())
+    loss = float(RatingHeadLoss(head)(states, torch.tensor(classes)).detach())
     assert loss == pytest.approx(alpha * cross + (1 - alpha) * error, rel=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_ratings_stay_within_the_scale(alpha: float) -> None:
 def test_states_are_standardised_dimension_by_dimension() -> None:
     head, states = head_of(0.0), torch.randn(400, 8) * torch.tensor([100.0, 1, 1, 1, 1, 1, 0.1, 0]) + 7
     before = head.outputs((states - states.mean(0)) / torch.cat([states.std(0, correction=0)[:7], torch.ones(1)]))
-    standardise(head, states)
+    set_standardisation(head, states)
     assert torch.allclose(head.outputs(states), before, atol=1e-4)
     # A constant dimension is not scaled.
     assert torch.isfinite(head.outputs(states + 0.01)).all()
@@ -175,7 +175,11 @@ def test_padding_is_not_read(side: str, llama_folder: Path) -> None:
 
 
 def test_packed_rows_have_the_loss_of_plain_ones(llama_folder: Path, encoder: Encoder) -> None:
-    model, classes, loss = opened(llama_folder)[0].eval(), Classes(encoder, FIVE), HeadLoss(head_of(0.5, width=128))
+    model, classes, loss = (
+        opened(llama_folder)[0].eval(),
+        RatingClasses(encoder, FIVE),
+        RatingHeadLoss(head_of(0.5, width=128)),
+    )
     rows = [row for n in range(4) if (row := classes.row(encoder.row(rated(n, *"4152"[: n + 1]))))]
     with torch.no_grad():
         single = [label_loss(model, *alone(row), loss) for row in rows]
@@ -188,13 +192,13 @@ def run(folder: Path, out: Path, *, alpha: float = 0.5, frozen: bool = False, **
     """Train on rows whose rating follows from their number; return the record, model and head."""
     values = {"steps": 12, "learning_rate": 1e-2, "valid_every": 6, "save_every": 4, **settings}
     train, encoder = TrainSection(**values), encoder_of(folder)
-    classes = Classes(encoder, FIVE)
+    classes = RatingClasses(encoder, FIVE)
     rows = [row for k in range(480) if (row := classes.row(encoder.row(rated(k % 3, str(1 + 2 * (k % 3))))))]
     torch.manual_seed(0)
     model = lora.load_trainable(str(folder), section(folder), train)
-    planned = plan(iter(rows), steps=train.steps, batch_tokens=256, seed=0)
+    planned = plan_steps(iter(rows), steps=train.steps, batch_tokens=256, seed=0)
     counts = classes.counts(row for step in planned for row in step.rows)
-    head = attach(model, FIVE, alpha=alpha, counts=counts, frozen=frozen)
+    head = attach_rating_head(model, FIVE, alpha=alpha, counts=counts, frozen=frozen)
     return fit(model, encoder, planned, train, out, {"rating": rows[:6]}, head=head), model, head
 
 
@@ -219,7 +223,7 @@ def test_killed_run_resumes_to_the_same_head(llama_folder: Path, tmp_path: Path)
     resumed, _, again = run(llama_folder, tmp_path)
     assert resumed.adapter_sha256 == full.adapter_sha256
     assert torch.equal(head.linear.weight, again.linear.weight) and torch.equal(head.linear.bias, again.linear.bias)
-    saved = load_head(tmp_path / "checkpoints" / "checkpoint-12")
+    saved = load_rating_head(tmp_path / "checkpoints" / "checkpoint-12")
     assert saved is not None and torch.equal(saved.linear.weight, head.linear.weight)
     assert not hasattr(model, "rating_head")
 
@@ -227,11 +231,11 @@ def test_killed_run_resumes_to_the_same_head(llama_folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_merged_model_and_saved_head_answer_alike(llama_folder: Path, tmp_path: Path, alpha: float) -> None:
     _, model, head = run(llama_folder, tmp_path, alpha=alpha, steps=4, lora=LoraSection(rank=4))
-    lora.merge(str(llama_folder), section(llama_folder), tmp_path / "adapter", tmp_path / "merged")
-    before = weights_stamp(str(tmp_path / "merged"))
-    copy_head(tmp_path / "adapter", tmp_path / "merged")
-    assert weights_stamp(str(tmp_path / "merged")) != before
-    merged, loaded = load_model(str(tmp_path / "merged"), section("x")).eval(), load_head(tmp_path / "merged")
+    lora.merge_adapter(str(llama_folder), section(llama_folder), tmp_path / "adapter", tmp_path / "merged")
+    before = model_folder_hash(str(tmp_path / "merged"))
+    copy_rating_head(tmp_path / "adapter", tmp_path / "merged")
+    assert model_folder_hash(str(tmp_path / "merged")) != before
+    merged, loaded = load_model(str(tmp_path / "merged"), section("x")).eval(), load_rating_head(tmp_path / "merged")
     assert loaded is not None and loaded.shape == head.shape
     ids, mask = torch.tensor([[5, 9, 30, 12, 44], [6, 3, 18, 2, 31]]), torch.ones(2, 5, dtype=torch.long)
     with torch.no_grad():
@@ -244,17 +248,17 @@ def test_merged_model_and_saved_head_answer_alike(llama_folder: Path, tmp_path: 
 
 
 def test_rejects_damaged_head(tmp_path: Path) -> None:
-    assert load_head(tmp_path) is None
-    save_head(head_of(1.0), tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"alpha": 0.0}), encoding="utf-8")
+    assert load_rating_head(tmp_path) is None
+    save_rating_head(head_of(1.0), tmp_path)
+    config = json.loads((tmp_path / HEAD_CONFIG_FILE).read_text(encoding="utf-8"))
+    (tmp_path / HEAD_CONFIG_FILE).write_text(json.dumps(config | {"alpha": 0.0}), encoding="utf-8")
     with raises(ModelError, Facts("damaged", tmp_path, says="`llmrec train`")):
-        load_head(tmp_path)
-    (tmp_path / CONFIG).unlink()
+        load_rating_head(tmp_path)
+    (tmp_path / HEAD_CONFIG_FILE).unlink()
     with raises(ModelError, Facts("damaged", tmp_path, says=("FileNotFoundError", "`llmrec train`"))):
-        load_head(tmp_path)
-    (tmp_path / WEIGHTS).unlink()
-    assert load_head(tmp_path) is None
+        load_rating_head(tmp_path)
+    (tmp_path / HEAD_WEIGHTS_FILE).unlink()
+    assert load_rating_head(tmp_path) is None
 
 
 SMALL = (
@@ -303,12 +307,12 @@ def test_head_rates_for_the_tuned_model_only(ran: pipeline.Run) -> None:
 
 def test_head_is_saved_with_the_weights_and_hashed(ran: pipeline.Run) -> None:
     folder, training = ran.folder, ran.results["training"]
-    adapter, merged = load_head(folder / "adapter"), load_head(folder / "merged")
+    adapter, merged = load_rating_head(folder / "adapter"), load_rating_head(folder / "merged")
     assert adapter is not None and merged is not None
-    assert (folder / "adapter" / WEIGHTS).read_bytes() == (folder / "merged" / WEIGHTS).read_bytes()
-    config = json.loads((folder / "merged" / CONFIG).read_text(encoding="utf-8"))
+    assert (folder / "adapter" / HEAD_WEIGHTS_FILE).read_bytes() == (folder / "merged" / HEAD_WEIGHTS_FILE).read_bytes()
+    config = json.loads((folder / "merged" / HEAD_CONFIG_FILE).read_text(encoding="utf-8"))
     assert config == {"values": [1.0, 2.0, 3.0, 4.0, 5.0], "alpha": 0.5, "width": 128}
-    assert training["merged_sha256"] == weights_stamp(str(folder / "merged"))
+    assert training["merged_sha256"] == model_folder_hash(str(folder / "merged"))
     assert training["target_tokens"] > training["steps"]
 
 
@@ -332,12 +336,14 @@ def test_second_run_reuses_the_head_unless_it_changed(
 def test_export_contains_the_head(ran: pipeline.Run, llama_folder: Path, tmp_path: Path, dtype: str) -> None:
     pipeline.run(recipe(llama_folder), ran.folder, quiet=True)
     export(ran.folder, tmp_path / "model", check_users=0, dtype=dtype)
-    assert (tmp_path / "model" / WEIGHTS).read_bytes() == (ran.folder / "merged" / WEIGHTS).read_bytes()
+    assert (tmp_path / "model" / HEAD_WEIGHTS_FILE).read_bytes() == (
+        ran.folder / "merged" / HEAD_WEIGHTS_FILE
+    ).read_bytes()
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert set(index["weight_map"].values()) == {"model.safetensors"}
-    assert f"  {WEIGHTS}\n" in (tmp_path / "model" / "SHA256SUMS").read_text(encoding="utf-8")
+    assert f"  {HEAD_WEIGHTS_FILE}\n" in (tmp_path / "model" / "SHA256SUMS").read_text(encoding="utf-8")
     export(ran.folder, tmp_path / "adapter", check_users=0, adapter_only=True)
-    assert (tmp_path / "adapter" / CONFIG).is_file()
+    assert (tmp_path / "adapter" / HEAD_CONFIG_FILE).is_file()
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ import torch
 
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.data.hashing import hash_one
-from llmrec.decode.rollouts import Way, rollouts
+from llmrec.decode.rollouts import RolloutMethod, sample_rollouts
 from llmrec.decode.token_tree import TokenTrie
-from llmrec.models.item_tokens import extended
+from llmrec.models.item_tokens import save_with_item_tokens
 from llmrec.recipe.schema import LoraSection, RewardSection, TrainSection
 from llmrec.tasks.base import ranking_reward
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan
+from llmrec.train.batches import plan_steps
 from llmrec.train.reward.objective import RewardObjective, advantages, policy_loss
-from llmrec.train.reward.rewards import Rewards, closing_of
+from llmrec.train.reward.rewards import Rewards, closing_token_count
 from llmrec.types import Case, Request, Segment
 from tests.conftest import encoder_of, section
 from tests.train.test_item_tokens import INDEX, TITLES
@@ -74,7 +74,7 @@ class Toy:
         task: Any = Task()
         rewards: Any = Planted(self.catalogue)
         if not planted:
-            rewards = Rewards(self.reward.kind, task, ITEMS, self.catalogue, closing_of(self.catalogue))
+            rewards = Rewards(self.reward.kind, task, ITEMS, self.catalogue, closing_token_count(self.catalogue))
         self.cases, rows = [], []
         for n in range(6 * steps):
             last, true = ITEMS[n % 9], ITEMS[(n + 1) % 9]
@@ -83,10 +83,10 @@ class Toy:
             self.cases.append(Case(request=Request(id=f"q{n}", user_id="u"), truth=true))
         count = -(-steps // self.reward.updates)
         behind = self.reward.group * self.catalogue.depth
-        self.steps = plan(iter(rows), steps=count, batch_tokens=130, seed=0, behind=behind)
+        self.steps = plan_steps(iter(rows), steps=count, batch_tokens=130, seed=0, behind=behind)
         self.objective = RewardObjective(self.steps, self.cases, self.reward, rewards, pad=0, seed=3, limit=limit)
 
-    def run(self, out: Path) -> sft.Training:
+    def run(self, out: Path) -> sft.TrainingResult:
         return fit(self.model, self.encoder, self.steps, self.train, out, objective=self.objective)
 
     def policy(self, prompt: Sequence[int], *, legal: bool = True, temperature: float = 1.0) -> np.ndarray[Any, Any]:
@@ -107,7 +107,7 @@ class Toy:
 @pytest.fixture(scope="module")
 def base(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grown") / "base"
-    extended(str(llama_folder), section(llama_folder), INDEX, TITLES, folder, words=True, seed=0)
+    save_with_item_tokens(str(llama_folder), section(llama_folder), INDEX, TITLES, folder, words=True, seed=0)
     return folder
 
 
@@ -127,7 +127,7 @@ def rewards_of(kind: Any, *indices: int, truth: int = 1) -> list[float]:
         def scores(self, requests: Sequence[Request]) -> np.ndarray[Any, Any]:
             return np.array([[4.0, 1.0, 4.0, 0.0]])
 
-    rewards = Rewards(kind, task, ("a", "b", "c", "d"), catalogue, closing_of(catalogue), Scorer())
+    rewards = Rewards(kind, task, ("a", "b", "c", "d"), catalogue, closing_token_count(catalogue), Scorer())
     return rewards.of(Case(request=Request(id="q", user_id="u"), truth="abcd"[truth]), indices)
 
 
@@ -151,13 +151,13 @@ def test_prefix_reward_if_one_code_is_a_prefix_of_another() -> None:
     task: Any = Task()
     # The third level is the same in the first two, and the break ends all.
     catalogue = TokenTrie.of([(5, 1, 7, 9), (5, 1, 9), (5, 2, 7, 9)])
-    rewards = Rewards({"prefix": 1.0}, task, ("a", "b", "c"), catalogue, closing_of(catalogue))
+    rewards = Rewards({"prefix": 1.0}, task, ("a", "b", "c"), catalogue, closing_token_count(catalogue))
     question = Request(id="q", user_id="u")
     assert rewards.of(Case(request=question, truth="a"), (0, 1, 2)) == pytest.approx([1, 2 / 3, 1 / 3])
     assert rewards.of(Case(request=question, truth="b"), (0, 1, 2)) == pytest.approx([2 / 3, 1, 1 / 3])
     # A level that all codes share is not always their end.
-    assert closing_of(TokenTrie.of([(5, 1, 7, 9), (6, 1, 7, 9), (5, 2, 7, 9)])) == 1
-    assert closing_of(TokenTrie.of([(5, 1), (5, 2)])) == 0
+    assert closing_token_count(TokenTrie.of([(5, 1, 7, 9), (6, 1, 7, 9), (5, 2, 7, 9)])) == 1
+    assert closing_token_count(TokenTrie.of([(5, 1), (5, 2)])) == 0
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -213,7 +213,7 @@ def test_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
     prompts = [row.ids[: row.labels.count(-100)] for row in rows]
     seeds = [hash_one("rollouts", 3, case.request.id) for case in cases]
     drawn: Any = {"way": "sampled", "count": 4, "temperature": temperature, "seeds": seeds}
-    groups = rollouts(engine, toy.catalogue, prompts, **drawn)
+    groups = sample_rollouts(engine, toy.catalogue, prompts, **drawn)
     how: Any = {"legal": logprobs == "legal", "temperature": temperature}
     for prompt, case, group in zip(prompts, cases, groups, strict=True):
         hits = [float(ITEMS[item] == case.truth) for item in group.items]
@@ -268,7 +268,7 @@ def test_only_the_adapter_gets_gradients(base: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [pytest.param("sampled", marks=pytest.mark.slow), "without-replacement"])
-def test_training_learns_a_planted_reward(base: Path, tmp_path: Path, way: Way) -> None:
+def test_training_learns_a_planted_reward(base: Path, tmp_path: Path, way: RolloutMethod) -> None:
     steps = 40 if way == "sampled" else 30
     toy = Toy(base, steps=steps, rollouts=way, beta=0.0, learning_rate=2e-2)
     before = toy.policy(prompt_of(toy))[PLANTED]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import llmrec.pipeline.training as training
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.table import ItemIndex, token
+from llmrec.index.table import ItemIndex, level_token
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.prompts.template import Template, load_templates
@@ -25,8 +25,8 @@ from llmrec.tasks.base import ExampleDraw
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.tasks.task import BranchingTask
 from llmrec.train import rows as line_rows
-from llmrec.train.batches import fit_row
-from llmrec.train.rows import ConcatenatedExamples, LineTable, RowStream, branching_rows, takes_pieces
+from llmrec.train.batches import truncated_row
+from llmrec.train.rows import ConcatenatedExamples, LineTable, RowStream, branching_rows, has_independent_lines
 from llmrec.types import Example
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
@@ -40,7 +40,7 @@ def encoder() -> Encoder:
 
 
 def from_words(task: SequentialTask, encoder: Encoder, limit: int, count: int) -> list[TokenRow | None]:
-    return [fit_row(example, encoder, limit) for example in islice(task.examples("train"), count)]
+    return [truncated_row(example, encoder, limit) for example in islice(task.examples("train"), count)]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_lines_that_depend_on_more_than_the_item_are_tokenised_as_a_whole(
     encoder: Encoder, parts: dict[str, str]
 ) -> None:
     template = listed(**parts)
-    assert not takes_pieces(template)
+    assert not has_independent_lines(template)
     task = task_of(template)
     stream = RowStream(task, encoder, limit=4000, seed=0)
     assert list(islice(stream, 100)) == from_words(task, encoder, 4000, 100)
@@ -101,8 +101,8 @@ def test_lines_that_depend_on_more_than_the_item_are_tokenised_as_a_whole(
 def test_templates_of_codes(encoder: Encoder) -> None:
     index = ItemIndex(
         "made",
-        {f"i{n:02d}": (token(0, n % 8), token(1, n // 8)) for n in range(60)},
-        tokens=tuple(token(level, n) for level in range(2) for n in range(8)),
+        {f"i{n:02d}": (level_token(0, n % 8), level_token(1, n // 8)) for n in range(60)},
+        tokens=tuple(level_token(level, n) for level in range(2) for n in range(8)),
     )
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(list(index.tokens))
@@ -154,7 +154,7 @@ def test_rejected_line_is_an_error_at_its_row() -> None:
     examples = list(islice(task.examples("train"), 300))
     first = next(n for n, row in enumerate(examples) if any(item == "i59" for _, item in row.pairs))
     stream = iter(RowStream(task, strict, limit=4000, seed=0))
-    assert list(islice(stream, first)) == [fit_row(example, strict, 4000) for example in examples[:first]]
+    assert list(islice(stream, first)) == [truncated_row(example, strict, 4000) for example in examples[:first]]
     with raises(line_rows.BackendError, Facts("unsafe", says="Film #59")):
         next(stream)
 
@@ -200,7 +200,7 @@ def test_plan_is_equal_without_the_table(encoder: Encoder, monkeypatch: pytest.M
         load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, "train.steps=4", "train.max_row_tokens=160"])
     )
     with_pieces = planned(study, encoder)
-    monkeypatch.setattr(line_rows, "takes_pieces", lambda template: False)
+    monkeypatch.setattr(line_rows, "has_independent_lines", lambda template: False)
     assert planned(study, encoder) == with_pieces
     assert with_pieces[1]["sequential"] > 5
     monkeypatch.undo()

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.tasks.mixture import interleave
-from llmrec.train.batches import fit_row, padded, padded_inputs, plan
+from llmrec.train.batches import pad_rows, padded_inputs, plan_steps, truncated_row
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import PackedRows
-from llmrec.train.steps import RowTable, Step, Steps, weighted
+from llmrec.train.steps import PlannedSteps, RowTable, Step, balance_task_losses
 from llmrec.types import Example, Prompt, Segment
 from tests.conftest import encoder_of, opened
 from tests.train.tiny import alone, example, packed, user
@@ -65,7 +65,7 @@ def test_user_row_loss_equals_per_position_loss(loaded: tuple[Any, Encoder]) -> 
 def test_padding_changes_no_loss(loaded: tuple[Any, Encoder]) -> None:
     model, encoder = loaded
     short, long = encoder.row(films(TITLES[:2])), encoder.row(films())
-    ids, labels = (torch.tensor(part) for part in padded([short, long], encoder.tokenizer.pad_token_id))
+    ids, labels = (torch.tensor(part) for part in pad_rows([short, long], encoder.tokenizer.pad_token_id))
     together, _ = label_loss(model, ids, labels)
     single = sum(float(label_loss(model, *alone(row))[0].detach()) for row in (short, long))
     assert float(together.detach()) == pytest.approx(single, abs=1e-4)
@@ -73,24 +73,24 @@ def test_padding_changes_no_loss(loaded: tuple[Any, Encoder]) -> None:
 
 def test_steps_contain_every_row_within_their_budget() -> None:
     rows = [TokenRow(tuple(range(n)), (IGNORED,) * (n - 1) + (1,)) for n in range(5, 65)]
-    steps = list(plan(iter(rows), steps=1000, batch_tokens=128, seed=0))
+    steps = list(plan_steps(iter(rows), steps=1000, batch_tokens=128, seed=0))
     assert sorted(len(row.ids) for step in steps for row in step.rows) == [len(row.ids) for row in rows]
     assert all(step.padded_tokens <= 128 for step in steps)
     assert sum(s.tokens for s in steps) / sum(s.padded_tokens for s in steps) > 0.85
-    assert steps == list(plan(iter(rows), steps=1000, batch_tokens=128, seed=0))
-    assert steps != list(plan(iter(rows), steps=1000, batch_tokens=128, seed=1))
+    assert steps == list(plan_steps(iter(rows), steps=1000, batch_tokens=128, seed=0))
+    assert steps != list(plan_steps(iter(rows), steps=1000, batch_tokens=128, seed=1))
     # A longer row is a step by itself.
     row = TokenRow(tuple(range(300)), (1,) * 300)
-    assert list(plan(iter([row]), steps=5, batch_tokens=128, seed=0)) == [Step((row,))]
+    assert list(plan_steps(iter([row]), steps=5, batch_tokens=128, seed=0)) == [Step((row,))]
 
 
 def test_long_rows_are_truncated(loaded: tuple[Any, Encoder]) -> None:
     _, encoder = loaded
     full = encoder.row(films())
-    cut = fit_row(films(), encoder, len(full.ids) - 3)
+    cut = truncated_row(films(), encoder, len(full.ids) - 3)
     assert cut is not None
     assert cut.ids == full.ids[:-3]
-    assert fit_row(films(), encoder, 5) is None
+    assert truncated_row(films(), encoder, 5) is None
 
 
 TOKENS = st.integers(0, 2**31 - 1)
@@ -124,7 +124,7 @@ def test_steps_round_trip() -> None:
         Step((three, one), (PackedRows((three,), 2), PackedRows((one,), 2))),
         Step((two,), (PackedRows((two,), 2),)),
     ]
-    steps = Steps(table)
+    steps = PlannedSteps(table)
     for step in expected:
         steps.add(step, numbers)
     assert (list(steps), steps[-1], steps[:1]) == (expected, expected[1], expected[:1])
@@ -138,7 +138,7 @@ def test_steps_round_trip() -> None:
 def test_planned_tokens_take_little_memory() -> None:
     rng = random.Random(0)
     drawn = (tuple(rng.randrange(50_000) for _ in range(200)) for _ in range(500))
-    steps = plan((TokenRow(ids, ids) for ids in drawn), steps=500, batch_tokens=1000, seed=0)
+    steps = plan_steps((TokenRow(ids, ids) for ids in drawn), steps=500, batch_tokens=1000, seed=0)
     table = steps.table
     held = sum(map(sys.getsizeof, (table._ids, table._learned, table._ends, steps._order, steps._ends)))
     assert held < 6 * sum(step.tokens for step in steps)
@@ -149,20 +149,20 @@ def row(length: int, targets: int, first: int) -> TokenRow:
     return TokenRow(ids, (*[IGNORED] * (length - targets), *ids[length - targets :]))
 
 
-def planned(chat_tokens: int, *, width: int | None = None, chat: float = 1.0) -> Steps:
+def planned(chat_tokens: int, *, width: int | None = None, chat: float = 1.0) -> PlannedSteps:
     """Plan chat rows of 3 targets and lists of 250 to 350 tokens, two thirds of them targets."""
     lengths = random.Random(0)
     lists = (row(length, 2 * length // 3, 230) for length in iter(lambda: lengths.randint(250, 350), None))
     streams = {"chat": cycle([row(chat_tokens, 3, 5)]), "list": lists}
     drawn = interleave(streams, {"chat": chat, "list": 1.0}, 0, lambda each: len(each.ids))
-    return plan((each for _, each in drawn), steps=80, batch_tokens=1536, seed=0, width=width)
+    return plan_steps((each for _, each in drawn), steps=80, batch_tokens=1536, seed=0, width=width)
 
 
 def family_of(each: TokenRow) -> str:
     return "chat" if each.ids[0] == 5 else "list"
 
 
-def families(steps: Steps) -> list[str]:
+def families(steps: PlannedSteps) -> list[str]:
     return [family_of(steps.table.row(n)) for n in range(len(steps.table))]
 
 
@@ -178,7 +178,7 @@ def part_of_chat(steps: Sequence[Step]) -> float:
 @pytest.mark.parametrize(("chat_tokens", "width", "chat", "share"), [(120, 640, 1.0, 0.5), (250, None, 0.25, 0.2)])
 def test_shares_of_the_loss_equal_the_weights(chat_tokens: int, width: int | None, chat: float, share: float) -> None:
     steps = planned(chat_tokens, width=width, chat=chat)
-    result = weighted(steps, families(steps))
+    result = balance_task_losses(steps, families(steps))
     assert part_of_chat(result.steps) == pytest.approx(share, abs=0.05)
     assert result.shares["chat"] == pytest.approx(part_of_chat(result.steps))
     assert sum(result.shares.values()) == pytest.approx(1)
@@ -192,8 +192,8 @@ def test_one_task_and_no_weights_change_nothing() -> None:
     steps = planned(290)
     assert part_of_chat(steps) < 0.4
     rows = [each for step in steps[:20] for each in step.rows if family_of(each) == "list"]
-    single = plan(iter(rows), steps=160, batch_tokens=1536, seed=0)
-    result = weighted(single, families(single))
+    single = plan_steps(iter(rows), steps=160, batch_tokens=1536, seed=0)
+    result = balance_task_losses(single, families(single))
     assert list(result.steps) == list(single) and result.shares == {"list": 1.0}
 
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from llmrec.durable import verifies
+from llmrec.durable import matches_manifest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.schema import TrainSection
 from llmrec.train import sft, world
@@ -48,7 +48,7 @@ def as_on_gpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = begin
-    sft.requested_kind = world.requested_kind = lambda device: SHARDED
+    sft.requested_parallelism = world.requested_parallelism = lambda device: SHARDED
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_trainer_shards_a_model_and_resumes_in_other_numbers_of_processes(
         assert reports[0][:3] == [count, SHARDED, STEPS]
         assert reports[0][3] == pytest.approx(losses, rel=LOSS)
         assert_alike(tmp_path / "one", tmp_path / "two")
-        assert verifies(last)
+        assert matches_manifest(last)
         # A run that was killed before its last checkpoint was sealed.
         (last / "manifest.json").unlink()
 
@@ -140,4 +140,4 @@ def test_rejects_settings_that_cannot_be_sharded(
         monkeypatch.setenv(name, value)
     with raises(RecipeError, Facts("unsupported")), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        world.refuse_sharding(FullyShardedDataParallelPlugin(), TrainSection(**settings), plain=True)
+        world.check_sharding_settings(FullyShardedDataParallelPlugin(), TrainSection(**settings), plain=True)

@@ -171,12 +171,12 @@ def test_losses_and_metrics_are_logged_once_per_tracker(calls: Calls, llama_fold
 
 
 def test_tensorboard_is_the_default_if_installed(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trackers.chosen(TrainSection()) == ("tensorboard",)
-    assert trackers.chosen(TrainSection(report_to=())) == ()
-    assert trackers.chosen(TrainSection(report_to=("wandb",))) == ("wandb",)
+    assert trackers.selected_trackers(TrainSection()) == ("tensorboard",)
+    assert trackers.selected_trackers(TrainSection(report_to=())) == ()
+    assert trackers.selected_trackers(TrainSection(report_to=("wandb",))) == ("wandb",)
     find = trackers.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else find(name))
-    assert trackers.chosen(TrainSection()) == ()
+    assert trackers.selected_trackers(TrainSection()) == ()
 
 
 def test_failing_tracker_is_an_error_before_training(calls: Calls, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_failing_tracker_is_an_error_before_training(calls: Calls, tmp_path: Pat
 
     sys.modules["wandb"].init = fails  # type: ignore[attr-defined]
     with raises(RecipeError, Facts("failed", column="train.report_to", says="no answer")):
-        trackers.callbacks(["wandb"], tmp_path)
+        trackers.tracker_callbacks(["wandb"], tmp_path)
 
 
 def test_tracker_failure_loses_no_results(calls: Calls, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,19 +193,19 @@ def test_tracker_failure_loses_no_results(calls: Calls, tmp_path: Path, caplog: 
         raise ConnectionError("no answer")
 
     log, sys.modules["wandb"].log = sys.modules["wandb"].log, fails  # type: ignore[attr-defined]
-    trackers.report(["wandb", "trackio"], {"a/NDCG@10": 0.5}, tmp_path, step=3)
+    trackers.log_evaluation_metrics(["wandb", "trackio"], {"a/NDCG@10": 0.5}, tmp_path, step=3)
     assert "wandb did not accept the evaluation metrics" in caplog.text
     assert calls.logged("trackio", "a/") == [0.5]
     # The next report goes to the tracker without these metrics only.
     sys.modules["wandb"].log = log  # type: ignore[attr-defined]
-    trackers.report(["wandb", "trackio"], {"a/NDCG@10": 0.5}, tmp_path, step=3)
+    trackers.log_evaluation_metrics(["wandb", "trackio"], {"a/NDCG@10": 0.5}, tmp_path, step=3)
     assert (calls.logged("wandb", "a/"), calls.logged("trackio", "a/")) == ([0.5], [0.5])
 
 
 def test_new_training_in_a_folder_starts_new_runs(calls: Calls, tmp_path: Path) -> None:
-    trackers.callbacks(["wandb", "tensorboard"], tmp_path)
+    trackers.tracker_callbacks(["wandb", "tensorboard"], tmp_path)
     sys.modules["wandb"].run = None  # type: ignore[attr-defined]
-    trackers.forget(tmp_path)
+    trackers.remove_tracker_runs(tmp_path)
     assert not (tmp_path / "tensorboard").exists()
-    trackers.callbacks(["wandb"], tmp_path)
+    trackers.tracker_callbacks(["wandb"], tmp_path)
     assert [each["id"] for each in calls.of("wandb", "init")] == [None, None]

@@ -13,7 +13,7 @@ import torch
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora, precision, sft
-from llmrec.train.batches import plan
+from llmrec.train.batches import plan_steps
 from tests.conftest import encoder_of, section
 from tests.facts import Facts, raises
 from tests.train.tiny import examples, fit
@@ -21,13 +21,13 @@ from tests.train.tiny import examples, fit
 
 def run(
     folder: Path, out: Path, *, steps: int = 12, dtype: str = "float32", **settings: Any
-) -> tuple[sft.Training, Any]:
+) -> tuple[sft.TrainingResult, Any]:
     train = TrainSection(**{"steps": steps, "learning_rate": 1e-2, "valid_every": 6, "save_every": 4, **settings})
     encoder = encoder_of(folder)
     rows = [encoder.row(example) for example in examples()]
     torch.manual_seed(0)
     model = lora.load_trainable(str(folder), section(folder, dtype), train)
-    planned = plan(iter(rows), steps=steps, batch_tokens=256, seed=0)
+    planned = plan_steps(iter(rows), steps=steps, batch_tokens=256, seed=0)
     return fit(model, encoder, planned, train, out, {"rating": rows[:6]}), model
 
 

@@ -21,15 +21,21 @@ from safetensors.torch import load_file
 
 from llmrec import processes
 from llmrec.backends.encode import TokenRow
-from llmrec.durable import verifies
+from llmrec.durable import matches_manifest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.recipe.schema import JudgeSection, LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan
+from llmrec.train.batches import plan_steps
 from llmrec.train.packing import PackedRows
 from llmrec.train.steps import Step
-from llmrec.train.world import current_world, joined, refuse_different, refuse_other, requested_kind
+from llmrec.train.world import (
+    check_parallelism,
+    check_same_inputs,
+    connect_processes,
+    current_world,
+    requested_parallelism,
+)
 from tests.conftest import encoder_of
 from tests.facts import Facts, raises
 from tests.train.tiny import examples
@@ -54,9 +60,9 @@ def training(
         torch.manual_seed(0)
         trained = lora.load_trainable(str(model), section, train)
         # Each step is one packed row, which cannot be divided.
-        planned = plan(cycle(rows), steps=STEPS, batch_tokens=width or 160, seed=0, width=width)
+        planned = plan_steps(cycle(rows), steps=STEPS, batch_tokens=width or 160, seed=0, width=width)
         figures = iter((0.5, 0.4, 0.3))
-        with joined("cpu"):
+        with connect_processes("cpu"):
             judge = (lambda _: next(figures)) if train.judge and current_world().first else None
             options: Any = {"folder": out, "seed": 0, "quiet": True, "device": "cpu", "judge": judge}
             done = sft.train(trained, encoder, planned, {"rating": rows[:4]}, train, **options)
@@ -97,7 +103,7 @@ def test_two_processes_train_like_one(llama_folder: Path, tmp_path: Path, settin
     assert_alike(tmp_path / "one", tmp_path / "two")
     lines = (tmp_path / "two" / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(STEPS + 1))
-    assert verifies(tmp_path / "two" / "checkpoints" / f"checkpoint-{STEPS}")
+    assert matches_manifest(tmp_path / "two" / "checkpoints" / f"checkpoint-{STEPS}")
 
 
 @pytest.mark.slow
@@ -148,8 +154,8 @@ def test_killed_process_ends_the_others_with_an_error(llama_folder: Path, tmp_pa
 def test_rejects_different_data_in_one_process(tmp_path: Path) -> None:
     def differs() -> Any:
         try:
-            with joined("cpu") as world:
-                refuse_different(world, "ab" if world.first else "cd", "training rows")
+            with connect_processes("cpu") as world:
+                check_same_inputs(world, "ab" if world.first else "cd", "training rows")
                 world.wait()
         except LlmrecError as error:
             return str(error)
@@ -182,18 +188,18 @@ def test_rejects_unsupported_settings_of_accelerate(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with raises(RecipeError, facts), joined("cpu"):
+    with raises(RecipeError, facts), connect_processes("cpu"):
         pass
 
 
 def test_rejects_other_kinds_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requested_kind("cpu") == "no"
-    refuse_other("no", "NO")
+    assert requested_parallelism("cpu") == "no"
+    check_parallelism("no", "NO")
     for name, value in ONE_OF_TWO.items():
         monkeypatch.setenv(name, value)
-    assert requested_kind("cpu") == "MULTI_CPU"
+    assert requested_parallelism("cpu") == "MULTI_CPU"
     with raises(RecipeError, Facts("mismatch", says=("MULTI_CPU", "has NO"))):
-        refuse_other("MULTI_CPU", "NO")
+        check_parallelism("MULTI_CPU", "NO")
     with raises(RecipeError, Facts("unsupported", says=("llmrec run", "2", "--launch"))):
         pipeline.run("recipes/demo.yaml", tmp_path / "run")
     assert not list(tmp_path.iterdir())

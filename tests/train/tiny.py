@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from llmrec.backends.encode import TokenRow
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import paired_inputs, plan
-from llmrec.train.packing import stack, tree
+from llmrec.train.batches import encoder_decoder_inputs, plan_steps
+from llmrec.train.packing import pack_rows, stack_sequences
 from llmrec.train.steps import Step
 from llmrec.types import Example, Message, Segment
 from tests.conftest import encoder_of
@@ -64,12 +64,15 @@ def alone(row: TokenRow) -> tuple[torch.Tensor, torch.Tensor]:
 
 def packed(*bins: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
     """Return masked rows, as the inputs of `packed_loss`."""
-    return {name: torch.from_numpy(each) for name, each in asdict(stack([tree(rows) for rows in bins], 0)).items()}
+    return {
+        name: torch.from_numpy(each)
+        for name, each in asdict(stack_sequences([pack_rows(rows) for rows in bins], 0)).items()
+    }
 
 
 def pairs(rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
     """Return rows of an encoder-decoder, as the inputs of `paired_loss`."""
-    return {name: torch.tensor(each) for name, each in paired_inputs(rows, 0).items()}
+    return {name: torch.tensor(each) for name, each in encoder_decoder_inputs(rows, 0).items()}
 
 
 def fit(
@@ -80,7 +83,7 @@ def fit(
     folder: Path,
     valid: Mapping[str, Sequence[TokenRow]] | None = None,
     **losses: Any,
-) -> sft.Training:
+) -> sft.TrainingResult:
     """Train with seed 0; ``losses`` are fields of `LossInputs`."""
     inputs = sft.LossInputs(**losses)
     return sft.train(model, encoder, steps, valid or {}, train, folder=folder, seed=0, quiet=True, loss=inputs)
@@ -118,7 +121,7 @@ def moved(model: Any, spread: float = 0.05) -> Any:
 def recorded(monkeypatch: pytest.MonkeyPatch, model: Any, *args: Any, **options: Any) -> tuple[list[float], Gradients]:
     """Train, and return the losses and gradients of the steps; arguments are those of `sft.train`."""
     recorder = Recorder()
-    monkeypatch.setattr(sft, "callbacks", lambda *_: [recorder])
+    monkeypatch.setattr(sft, "tracker_callbacks", lambda *_: [recorder])
     done = sft.train(moved(model), *args, seed=0, quiet=True, device="cpu", **options)
     return [line["loss"] for line in done.log[1:]], recorder.steps
 
@@ -138,7 +141,7 @@ def trained(
     values = {"lora": LoraSection(rank=4), "learning_rate": 1e-3, "valid_rows": 0, "report_to": (), **settings}
     train = TrainSection(steps=steps, **values)
     encoder = encoder_of(folder)
-    planned: Sequence[Step] = plan(
+    planned: Sequence[Step] = plan_steps(
         iter([encoder.row(example) for example in examples()[:200]]), steps=steps, batch_tokens=256, seed=0, width=width
     )
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, Surface, 
 from eval.benchmarks.campaign.watch import SECONDS, Worker
 from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import commit
+from llmrec.machine import commit_hash
 
 _HOWS = {"answered": "answered", "refused": "refused", "traceback": "tracebacks", "hang": "hangs", "death": "deaths"}
 _LONG = 200
@@ -47,7 +47,7 @@ def main() -> None:
         return
     state = {
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": commit_hash(),
         "seed": chosen.seed,
         "gib": chosen.gib,
         **_summed(results),

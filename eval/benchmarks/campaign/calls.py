@@ -19,8 +19,8 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.cli.check import CheckOptions, check
 from llmrec.data.request_file import open_requests
-from llmrec.data.requests import read_request
-from llmrec.data.sets.table import load as load_table
+from llmrec.data.requests import parse_request
+from llmrec.data.sets.table import load_data as load_table
 from llmrec.errors import DataError
 from llmrec.exports.export import export
 from llmrec.index import table as index_table
@@ -33,7 +33,7 @@ from llmrec.pipeline.study import load_split
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import DataSection, IndexSection, ModelSection, ServerSection
-from llmrec.start.init import init
+from llmrec.start.init import write_recipe
 from llmrec.types import Item, Message, Prompt, Segment
 
 Arguments = Mapping[str, Any]
@@ -54,7 +54,7 @@ class Lines:
 
 def recipe(folder: Path, arguments: Arguments) -> None:
     """``llmrec check`` of a recipe."""
-    preflight.checked_study(load_recipe(str(folder / "page.yaml"), arguments.get("overrides", [])))
+    preflight.build_checked_study(load_recipe(str(folder / "page.yaml"), arguments.get("overrides", [])))
 
 
 def suite(folder: Path, arguments: Arguments) -> None:
@@ -87,7 +87,7 @@ def _shipped() -> frozenset[str]:
 def table(folder: Path, arguments: Arguments) -> None:
     """``llmrec init`` of a table, or reading it as a recipe's data."""
     if arguments["by"] == "init":
-        init(str(folder / arguments["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf")
+        write_recipe(str(folder / arguments["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf")
         return
     load_table(DataSection(**_resolved(folder, arguments["section"])), seed=0)
 
@@ -105,7 +105,7 @@ def requests(folder: Path, arguments: Arguments) -> Lines | None:
             refused.append((raw.line, raw.error))
             continue
         try:
-            read_request(raw.record, number, known)
+            parse_request(raw.record, number, known)
         except DataError as problem:
             refused.append((raw.line, str(problem)))
     return Lines(refused[0][1], all(line > 0 for line, _ in refused)) if refused else None
@@ -120,7 +120,7 @@ def index(folder: Path, arguments: Arguments) -> None:
     """Read codes from a file, or an index that `llmrec index` wrote, and write and read every code of it."""
     if arguments["by"] == "file":
         section = IndexSection(scheme="external", path=str(folder / arguments["file"]))
-        item_index = index_table.build(section, _split(Path(arguments["events"])), seed=0)
+        item_index = index_table.build_item_index(section, _split(Path(arguments["events"])), seed=0)
     else:
         item_index = index_table.ItemIndex.load(folder / "index")
     for item in item_index.codes:

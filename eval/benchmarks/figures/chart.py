@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmrec.report.canvas import WIDE, Canvas, fitted
-from llmrec.report.render import picture
+from llmrec.report.canvas import WIDE, Canvas, linear_scale
+from llmrec.report.render import render_svg
 
 NAME = "docs/models-by-data-set.svg"
 
@@ -36,7 +36,7 @@ def chart(board: Sequence[Mapping[str, Any]]) -> str:
         left = _NAMES + 12 + column_index * wide
         cells = [_best(group["rows"], kind, column_index) for _, kind, _ in _ROWS]
         known = [cell[end] for _, cell in filter(None, cells) for end in ("value", "low", "high")]
-        scale = fitted(known, left, left + wide - _GAP, holds=(0.0,))
+        scale = linear_scale(known, left, left + wide - _GAP, holds=(0.0,))
         canvas.text(left, _TOP - 14, column["title"], "name")
         canvas.below(scale, _TOP, bottom, group["metric"], ticks=3)
         for index, ((_, _, look), cell) in enumerate(zip(_ROWS, cells, strict=True)):
@@ -49,7 +49,7 @@ def chart(board: Sequence[Mapping[str, Any]]) -> str:
             canvas.box(left, middle - 8, scale(figures["value"]) - left, 16, f"fill {look}", title=title)
             canvas.whisker(scale, figures["low"], figures["high"], middle, "stroke text")
         canvas.line(left, _TOP, left, bottom, "zero")
-    return picture(canvas, f"{group['metric']} of the best model of each kind on each data set, with 95 % intervals")
+    return render_svg(canvas, f"{group['metric']} of the best model of each kind on each data set, with 95 % intervals")
 
 
 def _best(rows: Sequence[Mapping[str, Any]], kind: str, column: int) -> tuple[str, Mapping[str, Any]] | None:

@@ -12,13 +12,13 @@ from eval.benchmarks.figures import chart, model_size
 from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
 from llmrec.bench import leaderboard
-from llmrec.bench.pages import benchmark_pages, read_results
-from llmrec.bench.references import all_references
-from llmrec.data.sets.pages import KnownFormat, Layout, published
+from llmrec.bench.pages import benchmark_pages, read_benchmark_results
+from llmrec.bench.references import read_references
+from llmrec.data.sets.pages import KnownFormat, Layout, known_formats
 from llmrec.registry import METRICS, SOURCES
-from llmrec.report.table import grid
+from llmrec.report.table import markdown_table
 
-PUBLISHED = "llmrec.data.sets.published:published"
+PUBLISHED = "llmrec.data.sets.published:load_published"
 """The loader of most published data sets."""
 
 TIMED = ("search", "search_vllm", "training")
@@ -35,9 +35,9 @@ def generated_pages(root: Path) -> dict[str, str]:
         root: A checkout with results and pages; pages change only in generated parts.
     """
     results = root / "eval" / "results"
-    benchmarks = read_results(results)
-    references = all_references(root / "eval" / "references")
-    pages = leaderboard.pages_for(results, references)
+    benchmarks = read_benchmark_results(results)
+    references = read_references(root / "eval" / "references")
+    pages = leaderboard.leaderboard_pages(results, references)
     for result in benchmarks:
         pages |= benchmark_pages(result, references)
     files = {f"eval/{name}": text for name, text in pages.items()}
@@ -45,19 +45,19 @@ def generated_pages(root: Path) -> dict[str, str]:
     files[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])
     files[negative.PAGE] = negative.write(root)
     files[lines_of_code.PAGE] = lines_of_code.page(root)
-    board = leaderboard.load_board(root / "eval")
+    board = leaderboard.read_leaderboard_config(root / "eval")
     assert board is not None
-    matrix = leaderboard.featured(board, next(leaderboard.matrices(board, benchmarks, references)))
+    matrix = leaderboard.featured(board, next(leaderboard.leaderboard_tables(board, benchmarks, references)))
     parts = {
         "eval/PERFORMANCE.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
         "docs/evaluation-protocol-and-metrics.md": {"metrics:table": _metrics()},
-        "README.md": {"leaderboard:matrix": leaderboard.short_grid(matrix, "eval/")},
+        "README.md": {"leaderboard:matrix": leaderboard.short_table(matrix, "eval/")},
         "docs/quickstart.md": {
             "quickstart:screen": record.screen(_read(results / "quickstart.json")),
             record.PART: record.table(_read(results / "quickstart.json")),
         },
         "docs/install.md": {"gpu:checks": gpu_check.table(gpu_check.stored(root / gpu_check.RESULT))},
-        "docs/datasets-and-output-files.md": {"datasets:published": data_sets(published())},
+        "docs/datasets-and-output-files.md": {"datasets:published": data_sets(known_formats())},
         "docs/serving.md": {"serving:endpoints": endpoints(_read(root / "docs" / "openapi.json"))},
     }
     for name, own in parts.items():
@@ -79,7 +79,7 @@ def data_sets(known: Sequence[KnownFormat]) -> str:
     for each in known:
         terms.setdefault(each.licence, []).append(f"`{each.name}`")
     listed = [f"- {', '.join(names)}: {licence}." for licence, names in terms.items()]
-    return "\n".join([grid(head, [_data_set(each) for each in known], numeric_from=len(head)), "", *listed])
+    return "\n".join([markdown_table(head, [_data_set(each) for each in known], numeric_from=len(head)), "", *listed])
 
 
 def _data_set(known: KnownFormat) -> list[str]:
@@ -128,7 +128,9 @@ def endpoints(document: Mapping[str, Any]) -> str:
             # A batch route is in the row of its single route.
             about = document["paths"][path.removesuffix("/batch")][method]["description"].replace("``", "`")
             rows.setdefault(about, []).append(f"`{method.upper()} {path}`")
-    return grid(["Endpoint", "Purpose"], [[", ".join(paths), about] for about, paths in rows.items()], numeric_from=2)
+    return markdown_table(
+        ["Endpoint", "Purpose"], [[", ".join(paths), about] for about, paths in rows.items()], numeric_from=2
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -145,4 +147,4 @@ def _metrics() -> str:
         better = "lower" if entry.lower else "higher"
         shown = ", ".join(f"`{each}`" for each in names)
         rows.append([shown, where, entry.about, better, "yes" if entry.compared else "no"])
-    return grid(["metric", "of", "meaning", "better", "compared"], rows, 5)
+    return markdown_table(["metric", "of", "meaning", "better", "compared"], rows, 5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmrec.report.canvas import WIDE, Canvas, Scale, apart, fitted
-from llmrec.report.render import picture
+from llmrec.report.canvas import WIDE, Canvas, Scale, linear_scale, spread_positions
+from llmrec.report.render import render_svg
 
 NAME = "docs/model-size.svg"
 
@@ -30,7 +30,7 @@ def chart(variants: Mapping[str, Any]) -> str:
         left = _LEFT + place * (wide + _LABELS + _GAP)
         curves = {name: _points(variants[prefix + name]) for name in _ENCODERS if prefix + name in variants}
         base = variants[f"{prefix}no-text"]["curve"][0]["tuned"]["others"]
-        rise = fitted([base, *(value for points in curves.values() for _, value in points)], _BOTTOM, _TOP)
+        rise = linear_scale([base, *(value for points in curves.values() for _, value in points)], _BOTTOM, _TOP)
         minutes = [time for points in curves.values() for time, _ in points]
         along = Scale(low=min(minutes) / 1.5, high=max(minutes) * 1.2, start=left, end=left + wide, log=True)
         canvas.text(left, 16, title, "name")
@@ -39,7 +39,7 @@ def chart(variants: Mapping[str, Any]) -> str:
         canvas.below(along, _BOTTOM, _BOTTOM, "minutes on one core (log scale)", ticks=5)
         canvas.line(left, rise(base), along.end, rise(base), "reference")
         canvas.text(along.end, rise(base) - 5, "without text", "tick halo", anchor="end")
-        ends = apart([rise(points[-1][1]) for points in curves.values()], 16, _TOP, _BOTTOM)
+        ends = spread_positions([rise(points[-1][1]) for points in curves.values()], 16, _TOP, _BOTTOM)
         for name, end in zip(curves, ends, strict=True):
             label, hue, form = _ENCODERS[name]
             points = [(along(time), rise(value)) for time, value in curves[name]]
@@ -47,7 +47,7 @@ def chart(variants: Mapping[str, Any]) -> str:
             for (x, y), (time, value) in zip(points, curves[name], strict=True):
                 canvas.mark(form, x, y, f"fill {hue}", size=4, title=f"{label}: {value:.4f} after {time:.1f} minutes")
             canvas.text(along.end + 6, end + 4, label, "tick")
-    return picture(canvas, "NDCG@10 of text encoders on two data sets, before and during fine-tuning, by minutes")
+    return render_svg(canvas, "NDCG@10 of text encoders on two data sets, before and during fine-tuning, by minutes")
 
 
 def _points(variant: Mapping[str, Any]) -> list[tuple[float, float]]:

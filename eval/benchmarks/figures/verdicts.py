@@ -17,7 +17,7 @@ from typing import Any
 
 from eval.benchmarks.figures.pages import Bound, figures
 from eval.benchmarks.figures.pointers import PointerError, Results
-from llmrec.bench.pages import result_of
+from llmrec.bench.pages import parse_benchmark_result
 
 PAIR = re.compile(r"^(?P<entry>[\w./-]+:(?:\w+/)?(?:pairs|comparisons|explored)\[[^\]]*\])(?:/value)?$")
 VERDICT_WORDS = re.compile(
@@ -87,7 +87,7 @@ def unfounded(text: str, plain: str, bound: Sequence[Bound]) -> Iterator[tuple[i
 
 def _best_on_validation(result: dict[str, Any], pair: dict[str, Any]) -> set[str]:
     """Return the best single models on validation, among those with the same kinds of input as a pair's first model."""
-    benchmark = result_of(result)
+    benchmark = parse_benchmark_result(result)
     table = next(table for table in benchmark.tables if table.name == pair["table"])
     reads = next(row.reads for row in benchmark.rows if row.name == pair["a"])
     return benchmark.best_on_validation(table, reads)

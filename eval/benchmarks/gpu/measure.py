@@ -20,13 +20,13 @@ from torch.nn import functional
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.vllm.backend import VLLMBackend
-from llmrec.durable import replacing
-from llmrec.models.load import load_model, load_tokenizer, release_memory, resolve
+from llmrec.durable import replace_atomically
+from llmrec.models.load import load_model, load_tokenizer, release_memory, resolve_model_folder
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora
-from llmrec.train.batches import padded
+from llmrec.train.batches import pad_rows
 from llmrec.train.loss import label_loss, packed_loss
-from llmrec.train.packing import stack, tree
+from llmrec.train.packing import pack_rows, stack_sequences
 from llmrec.train.precision import mixed_precision
 from llmrec.types import Message, Prompt, Segment
 
@@ -78,9 +78,9 @@ def model(shape: str, folder: str, device: str = "cuda") -> Facts:
     """Write a model with random weights, and the tokenizer of the quickstart's model."""
     with torch.device(device):
         built = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
-    with replacing(Path(folder)) as draft:
+    with replace_atomically(Path(folder)) as draft:
         built.save_pretrained(draft, max_shard_size="5GB")
-        load_tokenizer(resolve(ModelSection()), ModelSection()).save_pretrained(draft)
+        load_tokenizer(resolve_model_folder(ModelSection()), ModelSection()).save_pretrained(draft)
     return {"parameters": sum(parameter.numel() for parameter in built.parameters())}
 
 
@@ -171,14 +171,14 @@ def _gradients(
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     draw = torch.randint(5, 512, (4, 120), generator=generator).tolist()
     rows = [TokenRow((*draw[0], *end[:25]), (*[IGNORED] * 120, *end[:25])) for end in draw[1:]]
-    stacked = asdict(stack([tree(rows)], 0))
+    stacked = asdict(stack_sequences([pack_rows(rows)], 0))
     learning.train()
     with mixed_precision(learning):
         if packed:
             inputs = {name: torch.from_numpy(values).to(device) for name, values in stacked.items()}
             total, count = packed_loss(learning, inputs)
         else:
-            total, count = label_loss(learning, *(torch.tensor(values, device=device) for values in padded(rows, 0)))
+            total, count = label_loss(learning, *(torch.tensor(values, device=device) for values in pad_rows(rows, 0)))
     (total / count).backward()
     gradients = [parameter.grad for parameter in learning.parameters() if parameter.grad is not None]
     return torch.cat([gradient.float().cpu().flatten() for gradient in gradients]), stacked["ids"].shape[1]
@@ -206,7 +206,7 @@ def engines(folder: str, ways: str = "prefill,nodes,hf", device: str = "cuda", p
         prompts: Number of prompts, with 20 candidates each.
     """
     section = ModelSection(**({"name": folder} if folder else {}), dtype="float32", device=device)
-    folder = resolve(section)
+    folder = resolve_model_folder(section)
     encoder = Encoder(load_tokenizer(folder, section), max_length=512)
     titles = [f"{one} {two} ({year})" for year, one in enumerate(("Red", "The Old", "Fargo", "Sea of"), 1990) for two in
               ("River", "Rivers", "House", "Night", "Men")]  # fmt: skip
@@ -254,7 +254,7 @@ def merge(base: str, adapter: str, target: str) -> Facts:
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        lora.merge(base, ModelSection(name=base, dtype="bfloat16", device="cpu"), Path(adapter), Path(target))
+        lora.merge_adapter(base, ModelSection(name=base, dtype="bfloat16", device="cpu"), Path(adapter), Path(target))
     finally:
         done.set()
         thread.join()

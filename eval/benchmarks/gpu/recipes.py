@@ -19,11 +19,11 @@ from typing import Any
 
 from eval.benchmarks.gpu.measure import SHAPES
 from eval.benchmarks.provenance import provenance
-from llmrec.cli.estimate import CONTEXT, memory_of
+from llmrec.cli.estimate import GPU_CONTEXT_BYTES, training_step_bytes
 from llmrec.durable import write_json
-from llmrec.models.load import load_config, resolve
-from llmrec.models.tensors import named_tables
-from llmrec.models.traits import auto_class, is_paired
+from llmrec.models.load import load_config, resolve_model_folder
+from llmrec.models.tensors import vocabulary_tables
+from llmrec.models.traits import auto_class, is_encoder_decoder
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.resources import resource
@@ -76,7 +76,7 @@ def estimates() -> dict[str, dict[str, Any]]:
 
 def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
     """Return memory in GiB, tokens, operations and hours of a recipe."""
-    config = SHAPES[scale.shape]() if scale.shape else load_config(resolve(recipe.model), recipe.model)
+    config = SHAPES[scale.shape]() if scale.shape else load_config(resolve_model_folder(recipe.model), recipe.model)
     weights = block_weights(config)
     share = WRITING if recipe.augment else LARGE if weights > 5e8 else SMALL
     train, evaluation = recipe.train, recipe.eval
@@ -109,7 +109,7 @@ def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
         "hours_of_eight": hours({"training": 1 if train.reward else 8, "evaluation": 8}),
     }
     if trains:
-        entry["memory_gib"] = round((memory_of(config, recipe.model, train) + CONTEXT) / 2**30, 1)
+        entry["memory_gib"] = round((training_step_bytes(config, recipe.model, train) + GPU_CONTEXT_BYTES) / 2**30, 1)
     return entry
 
 
@@ -119,9 +119,9 @@ def block_weights(config: Any) -> int:
 
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(model)}
+    tables = {id(module.weight): module.weight.numel() for _, module in vocabulary_tables(model)}
     total = sum(parameter.numel() for parameter in model.parameters()) - sum(tables.values())
-    return total // 2 if is_paired(config) else total
+    return total // 2 if is_encoder_decoder(config) else total
 
 
 def main() -> None:

@@ -10,20 +10,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from llmrec.answer.checks import with_resolved_engine
-from llmrec.answer.known import read_known
+from llmrec.answer.known import parse_request_with_history
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.predict.options import PredictOptions
-from llmrec.answer.prompting import CONTEXT, value_of
-from llmrec.answer.rank.outputs import check_out, into_table, write_summary
+from llmrec.answer.prompting import CONTEXT_KEYS, answer_value
+from llmrec.answer.rank.outputs import check_output_file, open_output_table, write_summary
 from llmrec.answer.rank.run import RankProgress
-from llmrec.answer.strategy import about_families, select_item_strategy
-from llmrec.data.ranked import PREDICTIONS, Predicted, write_records
-from llmrec.data.request_file import RequestRow, kind_of, open_requests
-from llmrec.data.requests import RankRequest, identity
+from llmrec.answer.strategy import item_families, select_item_strategy
+from llmrec.data.ranked import PREDICTION_SCHEMA, PredictionRecord, write_records
+from llmrec.data.request_file import RequestRow, file_ending, open_requests
+from llmrec.data.requests import RankRequest, request_identity
 from llmrec.errors import DataError, RecipeError
 from llmrec.types import Answer, Text, Unparsed
 
-_TABLE = "predictions"
+_TABLE_NAME = "predictions"
 
 
 def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
@@ -35,60 +35,62 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
         LlmrecError: If a file, a model or an option cannot be used.
     """
     if options.to is not None:
-        with into_table(options.to, _TABLE, PREDICTIONS, replace=options.restart, out=options.out) as (database, out):
-            summary, records = _predict(options, out)
-            rows = {name: [getattr(record, name) for record in records] for name in PREDICTIONS.names}
-            table = pa.table(rows, schema=PREDICTIONS)
-            database.write(_TABLE, table, index=("request_id",), replace=options.restart)
-        _forget(out)
+        with open_output_table(
+            options.to, _TABLE_NAME, PREDICTION_SCHEMA, replace=options.restart, out=options.out
+        ) as (database, out):
+            summary, records = _predict_to_file(options, out)
+            rows = {name: [getattr(record, name) for record in records] for name in PREDICTION_SCHEMA.names}
+            table = pa.table(rows, schema=PREDICTION_SCHEMA)
+            database.write(_TABLE_NAME, table, index=("request_id",), replace=options.restart)
+        _remove_answers(out)
         return {**summary, "file": database.shown}
     if options.out is None:
         raise RecipeError(
             "--out is missing: give the output file, or a database with --to", kind="missing-key", column="--out"
         )
-    summary, _ = _predict(options, options.out)
-    _forget(options.out)
+    summary, _ = _predict_to_file(options, options.out)
+    _remove_answers(options.out)
     return summary
 
 
-def _store(out: Path) -> Path:
+def _answers_file(out: Path) -> Path:
     """Return the file of the answers that a killed call reads again."""
     return out.with_name(out.name + ".answers.sqlite")
 
 
-def _forget(out: Path) -> None:
+def _remove_answers(out: Path) -> None:
     """Remove the answers of a call that is complete."""
     for ending in ("", "-wal", "-shm", "-journal"):
-        _store(out).with_name(_store(out).name + ending).unlink(missing_ok=True)
+        _answers_file(out).with_name(_answers_file(out).name + ending).unlink(missing_ok=True)
 
 
-def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int], list[Predicted]]:
+def _predict_to_file(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int], list[PredictionRecord]]:
     """Answer a file of questions into a file, and return what to print and the records."""
-    kind_of(out)
+    file_ending(out)
     reads = (options.requests, options.items)
-    check_out(out, reads, option="--out", by="predict", restart=options.restart)
+    check_output_file(out, reads, option="--out", by="predict", restart=options.restart)
     source = open_requests(options.requests)
     model_options = options.recommender(batch=options.batch)
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
-        LanguageModel.open(with_resolved_engine(model_options), store=_store(out), ranks=False) as recommender,
+        LanguageModel.open(with_resolved_engine(model_options), store=_answers_file(out), ranks=False) as recommender,
         RankProgress(total) as bar,
     ):
-        family = _family(recommender, options.family)
+        family = _select_family(recommender, options.family)
         way = select_item_strategy(recommender.bundle, family, template=options.template, strategy=options.strategy)
-        records: list[Predicted] = []
+        records: list[PredictionRecord] = []
         rows = islice(source, total)
         while raws := list(islice(rows, options.batch)):
-            read = [_read(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
+            read = [_parse_question(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
             valid = [request for request in read if isinstance(request, RankRequest)]
             answers = iter(recommender.about(valid, way))
             for raw, request in zip(raws, read, strict=True):
                 result: Answer = next(answers) if isinstance(request, RankRequest) else request
-                records.append(_record(raw, len(records) + 1, request, result))
+                records.append(_prediction_record(raw, len(records) + 1, request, result))
                 failed += records[-1].error is not None
             bar.answered(len(raws))
-        write_records(out, records, Predicted)
+        write_records(out, records, PredictionRecord)
         digest = recommender.weights[:12]
     summary: dict[str, str | int] = {
         "family": family,
@@ -103,9 +105,9 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
     return summary, records
 
 
-def _family(recommender: LanguageModel, requested: str) -> str:
+def _select_family(recommender: LanguageModel, requested: str) -> str:
     """Return the requested task, or the only task that the model supports."""
-    known = list(about_families(recommender.bundle))
+    known = list(item_families(recommender.bundle))
     if requested != "auto":
         return requested
     if len(known) != 1:
@@ -118,17 +120,17 @@ def _family(recommender: LanguageModel, requested: str) -> str:
     return known[0]
 
 
-def _read(raw: RequestRow, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
+def _parse_question(raw: RequestRow, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
     """Parse a question; the history of a known user is added from the data of the run."""
-    request_id = identity(raw.record, number)[0] or ""
+    request_id = request_identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
         return Unparsed(request_id=request_id, reason=raw.error)
     if raw.record.get("item") is None:
         return Unparsed(request_id=request_id, reason="'item' is missing; give the item to predict for")
-    context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
-    record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
+    context = {key: str(raw.record[key]) for key in CONTEXT_KEYS if raw.record.get(key) is not None}
+    record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT_KEYS)}
     try:
-        request = read_known(
+        request = parse_request_with_history(
             {**record, "candidates": [raw.record["item"]]},
             number,
             lambda user: recommender.known().histories.of_user(user),
@@ -140,10 +142,12 @@ def _read(raw: RequestRow, number: int, recommender: LanguageModel) -> RankReque
     return replace(request, context={**request.context, **context})
 
 
-def _record(raw: RequestRow, number: int, request: RankRequest | Unparsed, answer: Answer) -> Predicted:
-    request_id, user_id = identity(raw.record, number)
-    value = value_of(answer)
-    return Predicted(
+def _prediction_record(
+    raw: RequestRow, number: int, request: RankRequest | Unparsed, answer: Answer
+) -> PredictionRecord:
+    request_id, user_id = request_identity(raw.record, number)
+    value = answer_value(answer)
+    return PredictionRecord(
         request_id=request_id,
         user_id=user_id,
         line=raw.line,

@@ -99,19 +99,19 @@ class RankOptions(RecommenderOptions):
     @property
     def source(self) -> Path:
         """Path of the requests."""
-        return _given(self.requests, "--in", "the file of requests")
+        return _require_option(self.requests, "--in", "the file of requests")
 
     @property
     def target(self) -> Path:
         """Path of the rankings."""
-        return _given(self.out, "--out", "the output file of rankings")
+        return _require_option(self.out, "--out", "the output file of rankings")
 
     @property
     def layout(self) -> Form:
         """Format of the file of rankings."""
-        from llmrec.data.ranked import form_of
+        from llmrec.data.ranked import resolve_form
 
-        return form_of(self.target, self.form)
+        return resolve_form(self.target, self.form)
 
     @property
     def bare(self) -> bool:
@@ -139,13 +139,13 @@ class RankOptions(RecommenderOptions):
         return summary_path(self.target)
 
 
-OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
+CLUSTER_OPTIONS = ("actors", "cpus", "gpus", "shards")
 """Options of the cluster."""
 
 
-def check_cluster(options: RankOptions) -> None:
+def check_cluster_options(options: RankOptions) -> None:
     """Reject cluster options if no cluster is used."""
-    if options.ray is None and (unused := options.given(OF_CLUSTERS)):
+    if options.ray is None and (unused := options.given(CLUSTER_OPTIONS)):
         raise RecipeError(
             f"--{unused[0]} configures a Ray cluster, but --ray is missing; add --ray, or drop --{unused[0]}",
             kind="contradiction",
@@ -153,7 +153,7 @@ def check_cluster(options: RankOptions) -> None:
         )
 
 
-def _given(value: Path | None, option: str, what: str) -> Path:
+def _require_option(value: Path | None, option: str, what: str) -> Path:
     if value is None:
         raise RecipeError(
             f"{option} is missing: give {what}, or rank for every user with --all-users --to FILE",

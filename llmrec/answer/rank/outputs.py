@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from llmrec.data.database_output import ADDRESSES, DATABASES, Database, without_password
-from llmrec.durable import Json, checked, sha256_of, write_checked, write_json
+from llmrec.data.database_output import DATABASE_ADDRESS_FORMS, SQLITE_ENDINGS, Database, without_password
+from llmrec.durable import Json, parse_checked_json, sha256_of, write_checked_json, write_json
 from llmrec.errors import DataError, RecipeError
 from llmrec.fingerprint import digest_of
 
@@ -19,7 +19,7 @@ def summary_path(out: Path) -> Path:
     return out.with_name(out.name + ".summary.json")
 
 
-def check_out(
+def check_output_file(
     out: Path,
     reads: Sequence[Path | None],
     *,
@@ -55,7 +55,7 @@ def check_out(
             at=out,
             column=option,
         )
-    if not restart and _recorded(out) != sha256_of(out):
+    if not restart and _recorded_hash(out) != sha256_of(out):
         raise DataError(
             f"{option} {out} was changed since `llmrec {by}` wrote it; remove it, or choose another file",
             kind="exists",
@@ -65,7 +65,7 @@ def check_out(
 
 
 @contextmanager
-def into_table(
+def open_output_table(
     to: str, name: str, schema: pa.Schema, *, replace: bool, out: Path | None
 ) -> Iterator[tuple[Database, Path]]:
     """Yield the database of ``--to``, and a file in the working folder for rows that are not yet in its table.
@@ -93,7 +93,8 @@ def into_table(
     if database is None:
         shown = without_password(to) if "://" in to else to
         raise DataError(
-            f"--to {shown}: supported databases are {', '.join(DATABASES)}, {ADDRESSES}; give a file with --out",
+            f"--to {shown}: supported databases are {', '.join(SQLITE_ENDINGS)}, {DATABASE_ADDRESS_FORMS}; give a "
+            "file with --out",
             kind="wrong-format",
             column="--to",
         )
@@ -104,16 +105,16 @@ def into_table(
         path.unlink(missing_ok=True)
 
 
-def outdate(out: Path) -> None:
+def mark_outdated(out: Path) -> None:
     """Mark an output as outdated, so that it is merged again."""
     if summary_path(out).is_file():
-        write_checked(summary_path(out), {"key": "", "sha256": _recorded(out)})
+        write_checked_json(summary_path(out), {"key": "", "sha256": _recorded_hash(out)})
 
 
-def _recorded(out: Path) -> str | None:
+def _recorded_hash(out: Path) -> str | None:
     """Return the hash of an output from its summary; None if the summary has none."""
     try:
-        return str(checked(summary_path(out).read_bytes())["sha256"])
+        return str(parse_checked_json(summary_path(out).read_bytes())["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -15,23 +15,23 @@ from llmrec.answer.loaded import Loaded
 from llmrec.answer.opening import Models, default_model_names, language_model_name, open_baselines, open_models
 from llmrec.answer.options import ModelOptions, RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.recommender import Answered
-from llmrec.data.requests import RankRequest, identity
+from llmrec.answer.recommender import AnnotatedAnswer
+from llmrec.data.requests import RankRequest, request_identity
 from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.resume import StageTimer
-from llmrec.recipe.load import load_recipe, load_stored
+from llmrec.recipe.load import load_recipe, load_stored_recipe
 from llmrec.types import Item, Unparsed
 
 # Options that also apply to baselines; all others configure a language model.
-_SHARED = ("items", "candidates", "settings", "top", "batch")
+_BASELINE_OPTIONS = ("items", "candidates", "settings", "top", "batch")
 # Options to rank with the language model of a folder, and to open it.
 _RANK_OPTIONS = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse")
 _OPEN_OPTIONS = (*(field.name for field in fields(ModelOptions) if field.name not in ("model", "items")), "max_length")
 
 
-def resolved(options: RankOptions) -> RankOptions:
+def with_resolved_model(options: RankOptions) -> RankOptions:
     """Return options in which ``by`` names the model.
 
     Without ``--by`` it is the default of the folder, or the language model if an option configures one.
@@ -47,13 +47,13 @@ def resolved(options: RankOptions) -> RankOptions:
                 column="--by",
             )
         return options
-    _check_named(options)
+    _check_model_option(options)
     bundle = bundles.read(options.model)
     base = language_model_name(bundle)
-    changed = _changed(options, _RANK_OPTIONS)
+    changed = _changed_options(options, _RANK_OPTIONS)
     by = options.by or (base if base and (changed or options.rationale) else default_model_names(bundle)[0])
     if not bundle.weights:
-        changed += _changed(options, _OPEN_OPTIONS)
+        changed += _changed_options(options, _OPEN_OPTIONS)
     if by != base and changed:
         ranks = f"--by selects {by!r}" if base else f"{options.model} has no language model and ranks with {by}"
         raise RecipeError(
@@ -75,24 +75,24 @@ def open_ranker(options: RankOptions, *, store: Path | None, budget: StageTimer)
     Raises:
         LlmrecError: If an option, a file or the model cannot be used.
     """
-    options = resolved(options)
+    options = with_resolved_model(options)
     if options.baseline is not None or options.named is not None:
-        return _NamedRanker(options, open_loaded(options), budget)
+        return _NamedRanker(options, open_recommender(options), budget)
     return LanguageModel.open(options, store=store, budget=budget)
 
 
-def open_loaded(options: RankOptions) -> Loaded:
+def open_recommender(options: RankOptions) -> Loaded:
     """Open the model for use from Python: a baseline on the data of a recipe, or a model of a folder.
 
     Raises:
         LlmrecError: If it cannot be opened.
     """
     if options.baseline is not None:
-        models = _open_classic(options)
+        models = _open_baseline_models(options)
         assert models.data is not None
         known = KnownEntities(models.items, Histories.of(models.data.dataset, models.data.seed))
         return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
-    _check_named(options)
+    _check_model_option(options)
     given = RecommenderOptions(**{option.name: getattr(options, option.name) for option in fields(RecommenderOptions)})
     model_options = with_resolved_engine(given)
     return Loaded(
@@ -100,12 +100,12 @@ def open_loaded(options: RankOptions) -> Loaded:
     )
 
 
-def _changed(options: RankOptions, names: Iterable[str]) -> list[str]:
+def _changed_options(options: RankOptions, names: Iterable[str]) -> list[str]:
     """Return the given options that differ from their defaults, as written on the command line."""
     return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in options.given(names)]
 
 
-def _check_named(options: RankOptions) -> None:
+def _check_model_option(options: RankOptions) -> None:
     """Reject options without a model, or with both a recipe and a model."""
     if options.recipe is not None:
         fix = "drop --recipe or --model" if options.model else "add --baseline"
@@ -122,10 +122,10 @@ def _check_named(options: RankOptions) -> None:
         )
 
 
-def _open_classic(options: RankOptions) -> Models:
+def _open_baseline_models(options: RankOptions) -> Models:
     """Fit a baseline on the data of a recipe."""
-    names = (field.name for field in fields(RecommenderOptions) if field.name not in _SHARED)
-    if changed := _changed(options, names):
+    names = (field.name for field in fields(RecommenderOptions) if field.name not in _BASELINE_OPTIONS)
+    if changed := _changed_options(options, names):
         more = "; --top sets the number of items" if changed[0] == "--k" else ""
         raise RecipeError(
             f"{changed[0]} configures a language model, but --baseline does not use one; drop one of these "
@@ -148,7 +148,7 @@ def _open_classic(options: RankOptions) -> Models:
                 column="--recipe",
             )
         return open_models(RecommenderOptions(model=str(source), items=options.items), [str(options.baseline)])
-    read = load_stored if source.is_dir() else load_recipe
+    read = load_stored_recipe if source.is_dir() else load_recipe
     recipe = read(source, options.settings)
     return open_baselines(recipe, [str(options.baseline)], options.items)
 
@@ -191,7 +191,7 @@ class _NamedRanker:
         try:
             return self._loaded.read(record, row, whole=whole)
         except DataError as error:
-            return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
+            return Unparsed(request_id=request_identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
         # All items of the data have a title.
@@ -203,11 +203,12 @@ class _NamedRanker:
         *,
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
-    ) -> list[Answered]:
+    ) -> list[AnnotatedAnswer]:
         valid = [request for request in requests if isinstance(request, RankRequest)]
         lists = iter(self._loaded.lists(valid, ListSpec(k=self._options.top), rationale=self._options.rationale))
         answers = [
-            _answered(request, next(lists) if isinstance(request, RankRequest) else None) for request in requests
+            _to_annotated_answer(request, next(lists) if isinstance(request, RankRequest) else None)
+            for request in requests
         ]
         advance(len(requests))
         return answers
@@ -221,11 +222,13 @@ class _NamedRanker:
         self._loaded.close()
 
 
-def _answered(request: RankRequest | Unparsed, answer: Answered | LlmrecError | None) -> Answered:
+def _to_annotated_answer(
+    request: RankRequest | Unparsed, answer: AnnotatedAnswer | LlmrecError | None
+) -> AnnotatedAnswer:
     if isinstance(request, Unparsed):
-        return Answered(answer=request)
+        return AnnotatedAnswer(answer=request)
     if isinstance(answer, LlmrecError):
-        return Answered(answer=Unparsed(request_id=request.id, reason=str(answer)), notes=request.notes)
+        return AnnotatedAnswer(answer=Unparsed(request_id=request.id, reason=str(answer)), notes=request.notes)
     assert answer is not None
     return answer
 

@@ -18,29 +18,29 @@ from typing import Any
 
 from llmrec import terminal
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.rank.outputs import check_out, into_table, summary_path
-from llmrec.answer.rank.ranker import Ranker, open_ranker, resolved
-from llmrec.answer.recommender import Answered
+from llmrec.answer.rank.outputs import check_output_file, open_output_table, summary_path
+from llmrec.answer.rank.ranker import Ranker, open_ranker, with_resolved_model
+from llmrec.answer.recommender import AnnotatedAnswer
 from llmrec.data.ranked import (
-    LISTED_BY,
-    LISTS,
-    TABLE,
-    Ranked,
-    as_table,
-    form_of,
-    listed,
+    LIST_INDEX,
+    LIST_SCHEMA,
+    LIST_TABLE,
+    RankingRecord,
     read_part,
     read_records,
+    record_key,
+    resolve_form,
+    to_arrow_table,
     write_lists,
     write_part,
 )
 from llmrec.data.request_file import RequestFile, RequestRow, open_requests
-from llmrec.data.requests import RankRequest, identity
-from llmrec.durable import sha256_of, write_checked, write_text
+from llmrec.data.requests import RankRequest, request_identity
+from llmrec.durable import sha256_of, write_checked_json, write_text
 from llmrec.errors import DataError, LlmrecError, Location, RecipeError
 from llmrec.fingerprint import digest_of
-from llmrec.machine import machine, versions
-from llmrec.pipeline.resume import LOCK, StageTimer, locked, read_stage
+from llmrec.machine import machine_facts, package_versions
+from llmrec.pipeline.resume import LOCK_FILE, StageTimer, lock_folder, read_stage
 from llmrec.progress import Progress
 from llmrec.recipe.shared import Form
 from llmrec.records import Shard
@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 STDOUT = Path("-")
 """The path that means standard output."""
 
-PART = 64
+PART_SIZE = 64
 """Requests per part; more if the backend takes larger batches."""
 
-_SHOWN = 5
+_MAX_SHOWN_LINES = 5
 # A note with texts of a request can be long; the output file has the full note.
-_LONGEST = 160
+_MAX_NOTE_LENGTH = 160
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class InputRow:
     @classmethod
     def of(cls, raw: RequestRow, number: int, earlier: dict[bytes, int]) -> InputRow:
         """Return a row with its request id; a row whose id occurs in ``earlier`` rows gets an error."""
-        request_id, user_id = identity(raw.record, number)
+        request_id, user_id = request_identity(raw.record, number)
         error = raw.error
         if request_id is not None:
             # Hashes have the same size for all ids, so that millions of them need little memory.
@@ -88,11 +88,11 @@ class InputRow:
             return Unparsed(request_id=self.request_id or "", reason=self.error)
         return recommender.read(self.raw.record, self.number)
 
-    def record(self, answered: Answered) -> Ranked:
+    def record(self, answered: AnnotatedAnswer) -> RankingRecord:
         """Return the record to write for an answer."""
         answer, reasons = answered.answer, answered.reasons
         ranking = answer if isinstance(answer, Ranking) else None
-        return Ranked(
+        return RankingRecord(
             request_id=self.request_id,
             user_id=self.user_id,
             line=self.raw.line,
@@ -121,14 +121,14 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
     Raises:
         LlmrecError: If a file, a model or an option cannot be used.
     """
-    options = resolved(options)
+    options = with_resolved_model(options)
     if options.to is not None:
         return _rank_into_table(options, options.to)
     if options.target != STDOUT:
-        return _rank_into(options)
+        return _rank_into_file(options)
     with TemporaryDirectory(prefix="llmrec-rank-") as folder:
         target = Path(folder) / ("lists.txt" if options.form in ("trec", "recbole") else "lists.jsonl")
-        summary = _rank_into(replace(options, out=target))
+        summary = _rank_into_file(replace(options, out=target))
         with target.open("rb") as stream:
             shutil.copyfileobj(stream, terminal.out().buffer)
         terminal.out().flush()
@@ -137,39 +137,39 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
 
 def _rank_into_table(options: RankOptions, to: str) -> Mapping[str, Any]:
     """Rank a file of requests into a table of a database; a file in the working folder keeps the lists until then."""
-    with into_table(to, TABLE, LISTS, replace=options.restart, out=options.out) as (database, out):
+    with open_output_table(to, LIST_TABLE, LIST_SCHEMA, replace=options.restart, out=options.out) as (database, out):
         if options.form != "auto":
             raise RecipeError(
                 "--form has no effect with --to, whose table has one row per item; drop one of the options",
                 kind="contradiction",
                 column="--form",
             )
-        summary = _rank_into(replace(options, out=out))
-        database.write(TABLE, as_table(read_records(out)), index=LISTED_BY, replace=options.restart)
+        summary = _rank_into_file(replace(options, out=out))
+        database.write(LIST_TABLE, to_arrow_table(read_records(out)), index=LIST_INDEX, replace=options.restart)
     return {**summary, "out": database.shown}
 
 
-def _rank_into(options: RankOptions) -> Mapping[str, Any]:
-    form_of(options.target, options.form)
+def _rank_into_file(options: RankOptions) -> Mapping[str, Any]:
+    resolve_form(options.target, options.form)
     reads = (options.source, options.items)
-    check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
+    check_output_file(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
     budget = StageTimer()
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)
-    with locked(options.parts, is_rank_file):
+    with lock_folder(options.parts, is_rank_file):
         if options.restart:
-            empty(options.parts)
-        with opening(options, source, options.parts, budget) as (recommender, key):
-            done = None if options.restart else finished(options.target, options.layout, key)
-            summary = done or _work(options, source, recommender, key)
+            empty_parts_folder(options.parts)
+        with open_keyed_ranker(options, source, options.parts, budget) as (recommender, key):
+            done = None if options.restart else read_finished_summary(options.target, options.layout, key)
+            summary = done or _rank_and_write(options, source, recommender, key)
         if done is not None:
             log.warning("%s is already complete; use --restart to rank again", options.target)
-        remove(options.parts)
+        remove_parts_folder(options.parts)
     return summary
 
 
 @contextmanager
-def opening(
+def open_keyed_ranker(
     options: RankOptions, source: RequestFile, folder: Path, budget: StageTimer
 ) -> Iterator[tuple[Ranker, str]]:
     """Open the model, and yield it with the hash of all inputs; a new folder is removed on failure.
@@ -188,12 +188,12 @@ def opening(
             with budget.stage("start"):
                 recommender = open_ranker(options, store=folder / "answers.sqlite", budget=budget)
                 opened.enter_context(recommender)
-                check_titled(options, source, recommender)
+                check_titles(options, source, recommender)
                 key = rank_key(options, source, recommender)
         except BaseException:
             opened.close()
             if not any(folder.glob(part_name("*"))):
-                remove(folder)
+                remove_parts_folder(folder)
             raise
         yield recommender, key
 
@@ -203,7 +203,7 @@ def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> 
     return digest_of(requests=source.sha256, limit=options.limit, users=recommender.histories, **recommender.identity)
 
 
-def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
+def check_titles(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
     """Reject a file in which a request names an item only by id, if there is no catalogue."""
     for raw in islice(source, options.limit) if recommender.items == {} else ():
         if raw.record is not None and (fault := recommender.untitled(raw.record)):
@@ -215,7 +215,7 @@ def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker)
             )
 
 
-def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
+def read_finished_summary(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
     """Return the summary of an existing output with the same inputs, if the file is unchanged."""
     done = read_stage(summary_path(target), key, itemgetter("sha256"))
     same = done is not None and done.get("form") == form and target.is_file() and sha256_of(target) == done["sha256"]
@@ -230,7 +230,7 @@ def part_name(number: int | str) -> str:
     return f"part-{number:0>8}.jsonl" if isinstance(number, int) else f"part-{number}.jsonl"
 
 
-def _claim(folder: Path, key: str) -> None:
+def _remove_outdated_parts(folder: Path, key: str) -> None:
     """Remove parts that were computed from other inputs."""
     mark = folder / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
@@ -251,21 +251,21 @@ def is_rank_file(name: str) -> bool:
     return _RANK_FILE.fullmatch(name) is not None
 
 
-def empty(folder: Path) -> None:
+def empty_parts_folder(folder: Path) -> None:
     """Remove the parts from a folder, but not its lock."""
     for path in folder.iterdir():
-        if path.name != LOCK and is_rank_file(path.name) and (path.is_symlink() or path.is_file()):
+        if path.name != LOCK_FILE and is_rank_file(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
 
 
-def remove(folder: Path) -> None:
+def remove_parts_folder(folder: Path) -> None:
     """Remove a folder of parts, except for files that `llmrec rank` did not write."""
-    empty(folder)
-    others = [path.name for path in folder.iterdir() if path.name != LOCK]
+    empty_parts_folder(folder)
+    others = [path.name for path in folder.iterdir() if path.name != LOCK_FILE]
     if others:
         log.warning("%s is kept because it contains files that llmrec did not write: %s", folder, ", ".join(others[:3]))
         return
-    (folder / LOCK).unlink()
+    (folder / LOCK_FILE).unlink()
     folder.rmdir()
 
 
@@ -277,7 +277,7 @@ def rank_parts(
     key: str,
     tally: RankTotals,
     shard: Shard | None = None,
-) -> Iterator[list[Ranked]]:
+) -> Iterator[list[RankingRecord]]:
     """Rank the requests part by part; existing parts are not ranked again.
 
     Args:
@@ -289,9 +289,9 @@ def rank_parts(
         tally: The counter of records.
         shard: Rank only the parts of this shard; the ids of earlier rows are read to detect duplicates.
     """
-    _claim(folder, key)
+    _remove_outdated_parts(folder, key)
     budget, earlier = recommender.budget, dict[bytes, int]()
-    total, size = part_sizes(options, source)
+    total, size = total_and_part_size(options, source)
     parts = (shard or Shard(1, 1)).chunks(total, size)
     rows = islice(source, total)
     mine = max(0, min(total, parts.stop * size) - parts.start * size)
@@ -317,33 +317,34 @@ def rank_parts(
             yield records
 
 
-def part_sizes(options: RankOptions, source: RequestFile) -> tuple[int, int]:
+def total_and_part_size(options: RankOptions, source: RequestFile) -> tuple[int, int]:
     """Return the number of requests to rank, and the number of requests per part."""
     total = source.rows if options.limit is None else min(source.rows, options.limit)
-    return total, max(PART, options.batch)
+    return total, max(PART_SIZE, options.batch)
 
 
-def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Mapping[str, Any]:
+def _rank_and_write(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Mapping[str, Any]:
     budget, tally, form = recommender.budget, RankTotals(), options.layout
     owners: dict[str, int] = {}
     paths: list[Path] = []
     for records in rank_parts(options, source, recommender, options.parts, key, tally):
         if form != "records" or options.to is not None:
-            check_owners(source.path, records, owners)
+            check_unique_users(source.path, records, owners)
         paths.append(options.parts / part_name(len(paths)))
     with budget.stage("write"):
-        write_lists(options.target, stored(paths), form, options.tag)
-    summary = summary_of(inputs_of(options, source, recommender, key), tally, budget.stages)
-    write_checked(options.summary, summary)
+        write_lists(options.target, read_part_records(paths), form, options.tag)
+    summary = ranking_summary(ranking_inputs(options, source, recommender, key), tally, budget.stages)
+    write_checked_json(options.summary, summary)
     return summary
 
 
-def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
+def check_unique_users(source: Path, records: Sequence[RankingRecord], earlier: dict[str, int]) -> None:
     """Reject a second list for the same user if users identify the lists in the output."""
     for record in records:
-        if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
+        if record.error is None and (first := earlier.setdefault(record_key(record), record.line)) != record.line:
             raise DataError(
-                f"{source}, line {record.line} requests a second list of {listed(record)[:60]!r}, after line {first}, "
+                f"{source}, line {record.line} requests a second list of {record_key(record)[:60]!r}, after line "
+                f"{first}, "
                 "but outputs with one row per item identify lists by user; omit user_id to use the id of the request, "
                 "or write records to a file",
                 kind="duplicate",
@@ -352,7 +353,7 @@ def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int
             )
 
 
-def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
+def read_part_records(paths: Iterable[Path]) -> Iterator[RankingRecord]:
     """Yield the records of finished parts."""
     for path in paths:
         records = read_part(path)
@@ -392,7 +393,7 @@ class RankTotals:
     fresh_tokens: int = 0
     parts: list[PartCost] = field(default_factory=list)
 
-    def add(self, records: Sequence[Ranked], *, seconds: float | None = None) -> None:
+    def add(self, records: Sequence[RankingRecord], *, seconds: float | None = None) -> None:
         """Count the records of a part.
 
         Args:
@@ -408,7 +409,7 @@ class RankTotals:
         if seconds is not None:
             self.parts.append(PartCost(len(records), seconds))
 
-    def _add(self, record: Ranked) -> None:
+    def _add(self, record: RankingRecord) -> None:
         self.lines += 1
         self.retrieved += record.retrieved > 0
         self.written += sum(bool(text) for text in record.rationale)
@@ -424,11 +425,11 @@ class RankTotals:
         )
         if record.error is not None:
             self.failed += 1
-            if len(self.failures) < _SHOWN:
+            if len(self.failures) < _MAX_SHOWN_LINES:
                 self.failures.append({"line": record.line, "request_id": record.request_id, "error": record.error})
         if record.notes:
             self.noted += 1
-            if len(self.notes) < _SHOWN:
+            if len(self.notes) < _MAX_SHOWN_LINES:
                 self.notes.append({"line": record.line, "request_id": record.request_id, "notes": list(record.notes)})
 
 
@@ -465,7 +466,9 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
     rows["with notes"] = f"{summary['with_notes']:,}"
     for item in summary["notes"]:
         note = "; ".join(item["notes"])
-        rows[f"  note on line {item['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
+        rows[f"  note on line {item['line']}"] = (
+            note if len(note) <= _MAX_NOTE_LENGTH else f"{note[: _MAX_NOTE_LENGTH - 1]}…"
+        )
     if summary["requests_per_second"] is not None:
         tokens = "" if "signature" in summary else f", {summary['tokens_per_second']:,.0f} tokens/s"
         rows["speed"] = f"{summary['requests_per_second']:,.2f} requests/s{tokens}"
@@ -475,9 +478,11 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
             f"{item['mean']:.3f} on average ({item['fastest_part']:.3f} to {item['slowest_part']:.3f} per part)"
         )
     if "signature" not in summary:
-        rows["cost"] = _cost(summary)
+        rows["cost"] = _format_cost(summary)
     if summary["rationale"] is not None:
-        rows["cost of rationales"] = f"{summary['rationale']['written']:,} written: {_cost(summary['rationale'])}"
+        rows["cost of rationales"] = (
+            f"{summary['rationale']['written']:,} written: {_format_cost(summary['rationale'])}"
+        )
     if summary.get("retriever") is not None:
         result = summary["retriever"]
         rows["retrieved"] = f"{result['k']} by {result['retriever']}, for {summary['with_retrieved']:,} lines"
@@ -494,7 +499,7 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _cost(spent: Mapping[str, Any]) -> str:
+def _format_cost(spent: Mapping[str, Any]) -> str:
     """Return a cost as text: totals, and tokens and forward passes per ranked request."""
     prompts, answers, item = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
     text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
@@ -505,7 +510,7 @@ def _cost(spent: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RankingInputs:
     """The inputs of a ranking, for its summary.
 
     Attributes:
@@ -525,12 +530,12 @@ class Inputs:
     key: str
 
 
-def inputs_of(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Inputs:
+def ranking_inputs(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> RankingInputs:
     """Return the inputs of a ranking for its summary."""
-    return Inputs(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
+    return RankingInputs(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
 
 
-def summary_of(inputs: Inputs, tally: RankTotals, seconds: Mapping[str, float]) -> dict[str, Any]:
+def ranking_summary(inputs: RankingInputs, tally: RankTotals, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Return the summary for the terminal and the JSON file.
 
     Args:
@@ -556,25 +561,25 @@ def summary_of(inputs: Inputs, tally: RankTotals, seconds: Mapping[str, float]) 
         "with_notes": tally.noted,
         "notes": tally.notes,
         "with_retrieved": tally.retrieved,
-        **_costs(tally, tally.cost),
-        "rationale": {"written": tally.written, **_costs(tally, tally.rationale)} if reasons else None,
+        **_cost_totals(tally, tally.cost),
+        "rationale": {"written": tally.written, **_cost_totals(tally, tally.rationale)} if reasons else None,
         "from_earlier_run": tally.lines - tally.fresh,
         "requests_per_second": round(tally.fresh_ranked / ranking, 3) if tally.fresh_ranked else None,
         "tokens_per_second": round(tally.fresh_tokens / ranking, 1) if tally.fresh_ranked else None,
-        "seconds_per_request": _seconds(tally),
+        "seconds_per_request": _seconds_per_request(tally),
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-        "versions": versions(),
-        "machine": machine(),
+        "versions": package_versions(),
+        "machine": machine_facts(),
     }
 
 
-def _costs(tally: RankTotals, cost: Cost) -> dict[str, Any]:
+def _cost_totals(tally: RankTotals, cost: Cost) -> dict[str, Any]:
     """Return the totals of a cost, and the means per ranked request if there are any."""
     sums, ranked = asdict(cost), tally.lines - tally.failed
     return {**sums, "per_request": {name: round(sum_ / ranked, 2) for name, sum_ in sums.items()} if ranked else None}
 
 
-def _seconds(tally: RankTotals) -> dict[str, float] | None:
+def _seconds_per_request(tally: RankTotals) -> dict[str, float] | None:
     """Return the seconds per request of this call: mean, fastest part and slowest part."""
     if not tally.parts:
         return None

@@ -11,40 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.rank.outputs import check_out, outdate, summary_path
-from llmrec.answer.rank.ranker import Ranker, resolved
+from llmrec.answer.rank.outputs import check_output_file, mark_outdated, summary_path
+from llmrec.answer.rank.ranker import Ranker, with_resolved_model
 from llmrec.answer.rank.run import (
     STDOUT,
-    Inputs,
     PartCost,
+    RankingInputs,
     RankTotals,
-    check_owners,
-    check_titled,
-    empty,
-    finished,
-    inputs_of,
+    check_titles,
+    check_unique_users,
+    empty_parts_folder,
     is_rank_file,
-    opening,
+    open_keyed_ranker,
     part_name,
-    part_sizes,
     rank_key,
     rank_parts,
-    remove,
-    stored,
-    summary_of,
+    ranking_inputs,
+    ranking_summary,
+    read_finished_summary,
+    read_part_records,
+    remove_parts_folder,
+    total_and_part_size,
 )
-from llmrec.data.ranked import form_of, write_lists
+from llmrec.data.ranked import resolve_form, write_lists
 from llmrec.data.request_file import open_requests
-from llmrec.durable import write_checked
+from llmrec.durable import write_checked_json
 from llmrec.errors import RecipeError
-from llmrec.machine import machine, versions
-from llmrec.pipeline.resume import StageTimer, locked
-from llmrec.pipeline.shards import Finished, finish, reusable_shard, shard_folder, shards_of, verify_shards
+from llmrec.machine import machine_facts, package_versions
+from llmrec.pipeline.resume import StageTimer, lock_folder
+from llmrec.pipeline.shards import FinishedShard, finish_shard, job_folder, reusable_shard, shard_folder, verify_shards
 from llmrec.records import Shard
 
 log = logging.getLogger(__name__)
 
-_FRESH = ("fresh", "fresh_ranked", "fresh_tokens")
+_FRESH_COUNTS = ("fresh", "fresh_ranked", "fresh_tokens")
 
 
 def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = None) -> Path:
@@ -62,28 +62,28 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     Raises:
         LlmrecError: As `llmrec.answer.rank.run.rank_file`.
     """
-    options = resolved(options)
+    options = with_resolved_model(options)
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are merged into a file; give a file", kind="unsupported", column="--out")
-    form_of(options.target, options.form)
+    resolve_form(options.target, options.form)
     reads = (options.source, options.items)
-    check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
+    check_output_file(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
     folder, budget = shard_folder(options.target, shard), ranker.budget if ranker else StageTimer()
     before = dict(budget.stages)
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)
     try:
-        with locked(folder, is_rank_file):
+        with lock_folder(folder, is_rank_file):
             if options.restart:
-                empty(folder)
-                outdate(options.target)
+                empty_parts_folder(folder)
+                mark_outdated(options.target)
             if ranker:
-                check_titled(options, source, ranker)
+                check_titles(options, source, ranker)
                 opened: AbstractContextManager[tuple[Ranker, str]] = nullcontext(
                     (ranker, rank_key(options, source, ranker))
                 )
             else:
-                opened = opening(options, source, folder, budget)
+                opened = open_keyed_ranker(options, source, folder, budget)
             with opened as (recommender, key):
                 done = reusable_shard(folder, key)
                 if done is not None and done.facts["form"] == options.layout:
@@ -91,16 +91,16 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                 else:
                     tally = RankTotals()
                     deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)
-                    names = [part_name(number) for number in shard.chunks(*part_sizes(options, source))]
+                    names = [part_name(number) for number in shard.chunks(*total_and_part_size(options, source))]
                     seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
-                    summary = _summary(inputs_of(options, source, recommender, key), options, tally, seconds)
-                    finish(folder, "rank", shard, key, names, summary)
+                    summary = _shard_summary(ranking_inputs(options, source, recommender, key), options, tally, seconds)
+                    finish_shard(folder, "rank", shard, key, names, summary)
             # The part contains the answers, so the answer cache is not needed.
             for path in folder.glob("answers.sqlite*"):
                 path.unlink()
     finally:
         with suppress(OSError):  # if ranking failed, the folder of the shard does not exist
-            shards_of(options.target).rmdir()
+            job_folder(options.target).rmdir()
     return folder
 
 
@@ -110,10 +110,10 @@ def drop_shards(target: Path) -> None:
     Raises:
         LlmrecError: If a shard is in progress.
     """
-    for folder in sorted(shards_of(target).glob("*-of-*")):
-        with locked(folder, is_rank_file):
-            remove(folder)
-    outdate(target)
+    for folder in sorted(job_folder(target).glob("*-of-*")):
+        with lock_folder(folder, is_rank_file):
+            remove_parts_folder(folder)
+    mark_outdated(target)
 
 
 def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
@@ -128,46 +128,46 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
     """
     shards = verify_shards(target, folders)
     first = shards[0].facts
-    inputs = Inputs(first["requests"], target, first["form"], first["blank_lines"], first["told"], shards[0].key)
-    form_of(target, inputs.form)
+    inputs = RankingInputs(first["requests"], target, first["form"], first["blank_lines"], first["told"], shards[0].key)
+    resolve_form(target, inputs.form)
     parts = target.with_name(target.name + ".parts")
-    check_out(target, (Path(inputs.requests),), option="the file to merge into", by="rank", parts=parts)
-    with locked(parts, is_rank_file):
-        done = finished(target, inputs.form, inputs.key)
+    check_output_file(target, (Path(inputs.requests),), option="the file to merge into", by="rank", parts=parts)
+    with lock_folder(parts, is_rank_file):
+        done = read_finished_summary(target, inputs.form, inputs.key)
         if done is not None:
             log.warning("%s is already complete", target)
-        summary = done or _merged(shards, inputs)
-        remove(parts)
+        summary = done or _merge_shards(shards, inputs)
+        remove_parts_folder(parts)
     return summary
 
 
-def _merged(shards: Sequence[Finished], inputs: Inputs) -> Mapping[str, Any]:
+def _merge_shards(shards: Sequence[FinishedShard], inputs: RankingInputs) -> Mapping[str, Any]:
     paths = [item.folder / name for item in shards for name in item.files]
     tally = RankTotals()
     owners: dict[str, int] = {}
     for path in paths:
-        records = list(stored([path]))
+        records = list(read_part_records([path]))
         tally.add(records)
         if inputs.form != "records":
-            check_owners(Path(inputs.requests), records, owners)
-    write_lists(inputs.out, stored(paths), inputs.form, shards[0].facts["tag"])
+            check_unique_users(Path(inputs.requests), records, owners)
+    write_lists(inputs.out, read_part_records(paths), inputs.form, shards[0].facts["tag"])
     seconds: Counter[str] = Counter()
     for shard in shards:
         seconds.update(shard.facts["seconds"])
         tally.parts += [PartCost(**part) for part in shard.facts["parts"]]
-        for name in _FRESH:
+        for name in _FRESH_COUNTS:
             setattr(tally, name, getattr(tally, name) + shard.facts[name])
-    summary = summary_of(inputs, tally, seconds)
+    summary = ranking_summary(inputs, tally, seconds)
     summary["shards"] = [
         {"shard": str(shard.shard), **{name: shard.facts[name] for name in ("seconds", "versions", "machine")}}
         for shard in shards
     ]
-    write_checked(summary_path(inputs.out), summary)
+    write_checked_json(summary_path(inputs.out), summary)
     return summary
 
 
-def _summary(
-    inputs: Inputs, options: RankOptions, tally: RankTotals, seconds: Mapping[str, float]
+def _shard_summary(
+    inputs: RankingInputs, options: RankOptions, tally: RankTotals, seconds: Mapping[str, float]
 ) -> Mapping[str, Any]:
     """Return the values of a shard that the summary of all shards needs."""
     return {
@@ -178,9 +178,9 @@ def _summary(
         "tag": options.tag,
         "lines": tally.lines,
         "failed": tally.failed,
-        **{name: getattr(tally, name) for name in _FRESH},
+        **{name: getattr(tally, name) for name in _FRESH_COUNTS},
         "parts": [asdict(part) for part in tally.parts],
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-        "versions": versions(),
-        "machine": machine(),
+        "versions": package_versions(),
+        "machine": machine_facts(),
     }

@@ -11,26 +11,26 @@ import numpy as np
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.tree import (
-    BLOCK,
-    Candidates,
+    BLOCK_TOKENS,
+    CandidateTree,
     MaskedTree,
     PlainTree,
     PrefixReader,
-    padded,
-    read_through,
-    reads_states,
-    states_of,
-    sums,
-    takes_trees,
+    can_read_trees,
+    can_score_states,
+    head_inputs,
+    pad_sequences,
+    score_candidates,
+    sum_by_candidate,
 )
 from llmrec.backends.search import search, single_token_labels
 from llmrec.errors import BackendError, require
-from llmrec.models.exits import Exits
-from llmrec.models.memory import ASKING, reporting_full_memory
+from llmrec.models.exits import EarlyExits
+from llmrec.models.memory import EVALUATION_ADVICE, convert_memory_errors
 from llmrec.models.rating_head import RatingHead, last_states
-from llmrec.models.traits import chosen_logprobs, is_paired, takes_block_mask
+from llmrec.models.traits import can_use_block_mask, chosen_logprobs, is_encoder_decoder
 from llmrec.progress import count_answers
-from llmrec.types import Capability, Completion, Prompt, Read, Scores, SearchResult
+from llmrec.types import Capability, Completion, HeadRating, Prompt, Scores, SearchResult
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ class TokenCounter:
 log = logging.getLogger(__name__)
 
 # Advice in the error if GPU memory is insufficient.
-_reports_full_memory = reporting_full_memory("asking the model", ASKING, "eval.batch_tokens")
+_converts_memory_errors = convert_memory_errors("asking the model", EVALUATION_ADVICE, "eval.batch_tokens")
 # Number of rows of logits converted to float32 at a time.
 _ROWS = 256
 # Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
@@ -113,7 +113,7 @@ class HFBackend:
         head: The rating head trained with the model, if any.
         wide: Score the candidates of many prompts in each pass, instead of one prompt after the other with shared
             prefixes read once. None: on a GPU, where passes cost more than tokens.
-        exit: The early exit for one-token labels, see `llmrec.models.exits.Exits`; None: the last layer.
+        exit: The early exit for one-token labels, see `llmrec.models.exits.EarlyExits`; None: the last layer.
 
     Attributes:
         listener: Receives the text of a single prompt piece by piece while it is generated.
@@ -136,37 +136,37 @@ class HFBackend:
     ) -> None:
         self._torch = require("torch", "train")
         self.model = model.eval()
-        self.model.generation_config = self._greedy(model.generation_config, encoder)
+        self.model.generation_config = self._greedy_settings(model.generation_config, encoder)
         self.encoder = encoder
         on_gpu = model.device.type == "cuda"
         self.batch_tokens = batch_tokens or (_GPU_TOKENS if on_gpu else _CPU_TOKENS)
         self._wide = on_gpu if wide is None else wide
-        _say_what_scales(model.config, encoder.max_length)
-        self._paired = is_paired(model.config)
-        reads = takes_trees(model) if self._paired else takes_block_mask(model.config)
+        _warn_position_scaling(model.config, encoder.max_length)
+        self._paired = is_encoder_decoder(model.config)
+        reads = can_read_trees(model) if self._paired else can_use_block_mask(model.config)
         self.packed = reads if packed is None else packed
         self._proven = packed is not None
         self._tree: Any = None
         self._prefixes: Any = None if self._paired else PrefixReader(self.model)
         self._warm = warm
         self._head = head.to(model.device) if head is not None else None
-        self.exits = None if exit is None else Exits(self.model, exit)
+        self.exits = None if exit is None else EarlyExits(self.model, exit)
         self.listener: Callable[[str], None] | None = None
 
-    @_reports_full_memory
+    @_converts_memory_errors
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
         answers: list[Completion | None] = [None] * len(prompts)
         for stop in {prompt.stop for prompt in prompts}:
             chosen = [i for i, prompt in enumerate(prompts) if prompt.stop == stop]
-            for batch in self._batches([len(encoded[i]) + max_tokens for i in chosen]):
+            for batch in self._group_by_length([len(encoded[i]) + max_tokens for i in chosen]):
                 rows = [chosen[j] for j in batch]
                 for i, completion in zip(rows, self._decode([encoded[i] for i in rows], stop, max_tokens), strict=True):
                     answers[i] = completion
         return [answer for answer in answers if answer is not None]
 
-    @_reports_full_memory
+    @_converts_memory_errors
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
@@ -192,11 +192,11 @@ class HFBackend:
             else:
                 if self.exits is not None:
                     self.exits.whole += 1
-                if self._may_pack(ids, texts):
+                if self._can_pack(ids, texts):
                     result, route = self._score_packed(ids, texts), "hf:tree"
                 else:
                     result, route = self._score_rows(ids, texts), "hf:rows"
-            scores[i] = _scores(result, ids, texts, route)
+            scores[i] = _candidate_scores(result, ids, texts, route)
             count_answers(1)
         return [item for item in scores if item is not None]
 
@@ -204,8 +204,8 @@ class HFBackend:
         self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]], *, closed: bool
     ) -> list[Scores]:
         """Score the candidates of many prompts in each pass, in batches of prompts of similar length."""
-        trees = self._reads_trees()
-        engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._rows_tree()
+        trees = self._can_read_trees()
+        engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._row_engine()
         labels = [None if self._paired else single_token_labels(tail, closed=closed) for tail in tails]
         prompts = [ids if label is None else [*ids, *label.shared] for ids, label in zip(encoded, labels, strict=True)]
         behind = [
@@ -213,15 +213,17 @@ class HFBackend:
             for tail, label in zip(tails, labels, strict=True)
         ]
         result: list[Scores | None] = [None] * len(encoded)
-        for batch in self._batches([len(ids) + sum(map(len, tail)) for ids, tail in zip(prompts, behind, strict=True)]):
-            values = read_through(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
+        for batch in self._group_by_length(
+            [len(ids) + sum(map(len, tail)) for ids, tail in zip(prompts, behind, strict=True)]
+        ):
+            values = score_candidates(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
             for i, logprobs in zip(batch, values, strict=True):
                 name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
-                result[i] = _scores(logprobs, encoded[i], behind[i], name)
+                result[i] = _candidate_scores(logprobs, encoded[i], behind[i], name)
             count_answers(len(batch))
         return [item for item in result if item is not None]
 
-    @_reports_full_memory
+    @_converts_memory_errors
     def search(
         self,
         prompts: Sequence[Prompt],
@@ -233,10 +235,10 @@ class HFBackend:
         exact: bool = False,
     ) -> list[SearchResult]:
         """Search a catalogue, in batches of similar length; see `Backend.search`."""
-        tree = self._reads_trees()
+        tree = self._can_read_trees()
         if self._tree is None:
             pad, warm = self.encoder.tokenizer.pad_token_id, self._warm and not self._paired
-            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else self._rows_tree()
+            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else self._row_engine()
         return search(
             self._tree,
             self.encoder,
@@ -250,8 +252,8 @@ class HFBackend:
             batch_tokens=self.batch_tokens,
         )
 
-    @_reports_full_memory
-    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+    @_converts_memory_errors
+    def rate(self, prompts: Sequence[Prompt]) -> list[HeadRating]:
         """Predict ratings in batches of similar length, with one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:
             raise BackendError(
@@ -261,13 +263,13 @@ class HFBackend:
                 column="tasks.rating.strategies",
             )
         torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
-        result: list[Read | None] = [None] * len(prompts)
-        for batch in self._batches([len(ids) for ids in encoded]):
+        result: list[HeadRating | None] = [None] * len(prompts)
+        for batch in self._group_by_length([len(ids) for ids in encoded]):
             ids, mask = self._padded([encoded[i] for i in batch])
             with torch.inference_mode():
                 values = self._head.ratings(last_states(self.model, ids, mask))
             for i, value in zip(batch, values, strict=True):
-                result[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
+                result[i] = HeadRating(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
             count_answers(len(batch))
         return [read for read in result if read is not None]
 
@@ -283,7 +285,7 @@ class HFBackend:
             self.exits.whole = 0
         self.model = self._tree = self._prefixes = None
 
-    def _greedy(self, stored: Any, encoder: Encoder) -> Any:
+    def _greedy_settings(self, stored: Any, encoder: Encoder) -> Any:
         """Return settings for greedy decoding.
 
         Other settings of generation_config.json, such as beams, penalties or suppressed tokens, would change answers
@@ -298,14 +300,14 @@ class HFBackend:
             pad_token_id=encoder.tokenizer.pad_token_id,
         )
 
-    def _reads_trees(self) -> bool:
+    def _can_read_trees(self) -> bool:
         """Test whether a token tree can be computed as one sequence."""
         if self.packed and not self._proven:
             some = [self.encoder.piece(text) for text in ("one two", "three")]
-            self._may_pack(list(self.encoder.piece("a b c")), some)
-        return self.packed and takes_trees(self.model)
+            self._can_pack(list(self.encoder.piece("a b c")), some)
+        return self.packed and can_read_trees(self.model)
 
-    def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
+    def _can_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
         """Test whether candidates can be packed into one sequence, since a model may ignore the mask."""
         if self.packed and not self._proven and len(tails) > 1:
             some = tails[-2:]
@@ -317,7 +319,7 @@ class HFBackend:
                 log.warning("this model ignores custom attention masks, so candidates are scored one by one")
         return self.packed
 
-    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+    def _group_by_length(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group indices by length, so that there is little padding and a batch stays within ``batch_tokens``."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -352,7 +354,7 @@ class HFBackend:
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Return prompts padded on the left, or on the right for an encoder, with their mask."""
         # A decoder continues at the end of the prompt; an encoder counts positions from its beginning.
-        return padded(prompts, self.encoder.tokenizer.pad_token_id, self.model.device, left=not self._paired)
+        return pad_sequences(prompts, self.encoder.tokenizer.pad_token_id, self.model.device, left=not self._paired)
 
     def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
         torch, device = self._torch, self.model.device
@@ -361,8 +363,8 @@ class HFBackend:
         with torch.inference_mode():
             if not self._states:
                 logits = self.model(input_ids=row, logits_to_keep=1).logits
-                return [float(item) for item in _picked(logits[0, -1].expand(len(labels), -1), targets)]
-            states = self._prefixes.last(ids) if self._reads_trees() else states_of(self.model, row)[0, -1:]
+                return [float(item) for item in _picked_logprobs(logits[0, -1].expand(len(labels), -1), targets)]
+            states = self._prefixes.last(ids) if self._can_read_trees() else head_inputs(self.model, row)[0, -1:]
             result = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(targets), targets)
         return [float(item) for item in result]
 
@@ -374,15 +376,15 @@ class HFBackend:
         """
         torch, device, start = self._torch, self.model.device, len(ids)
         if self._paired:
-            return read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), [ids], [tails])[0]
-        tree = Candidates.of(tails)
+            return score_candidates(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), [ids], [tails])[0]
+        tree = CandidateTree.of(tails)
         after, targets = (torch.from_numpy(item).to(device) for item in (tree.after, tree.targets))
-        if self._states and len(tree.tokens) <= BLOCK:
+        if self._states and len(tree.tokens) <= BLOCK_TOKENS:
             # Few tokens after the prompt: answers such as yes and no, whose prompts share prefixes.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
                 result = chosen_logprobs(self.model.get_output_embeddings(), states, after, targets).cpu().numpy()
-            return sums(result, tree.owners, len(tails))
+            return sum_by_candidate(result, tree.owners, len(tails))
         size = start + len(tree.tokens)
         seen = np.tri(size, start, dtype=bool)
         seen = np.hstack([seen, np.vstack([np.zeros((start, len(tree.tokens)), dtype=bool), tree.sees])])
@@ -405,37 +407,37 @@ class HFBackend:
                 logits = self.model(**inputs, logits_to_keep=kept).logits[0]
                 totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
                 result = (logits[after, targets].float() - totals[after]).double().cpu().numpy()
-        return sums(result, tree.owners, len(tails))
+        return sum_by_candidate(result, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """Score each candidate as a full sequence (the reference implementation)."""
         torch = self._torch
         if self._paired:
-            return read_through(self._rows_tree(), [ids], [tails])[0]
+            return score_candidates(self._row_engine(), [ids], [tails])[0]
         results = []
         for tail in tails:
             row = torch.tensor([ids + list(tail)], device=self.model.device)
             targets = row[0, len(ids) :]
             with torch.inference_mode():
                 if self._states:
-                    states, after = states_of(self.model, row)[0, len(ids) - 1 : -1], torch.arange(len(tail))
+                    states, after = head_inputs(self.model, row)[0, len(ids) - 1 : -1], torch.arange(len(tail))
                     head = self.model.get_output_embeddings()
                     result = chosen_logprobs(head, states, after.to(row.device), targets)
                 else:
                     logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
-                    result = _picked(logits, targets).double()
+                    result = _picked_logprobs(logits, targets).double()
                 results.append(float(result.sum()))
         return results
 
     @cached_property
     def _states(self) -> bool:
-        return reads_states(self.model)
+        return can_score_states(self.model)
 
-    def _rows_tree(self) -> PlainTree:
+    def _row_engine(self) -> PlainTree:
         return PlainTree(self.model, self.encoder.tokenizer.pad_token_id, states=self._states)
 
 
-def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
+def _warn_position_scaling(config: PretrainedConfig, longest: int) -> None:
     """Warn if position scaling depends on the longest prompt of a batch."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -452,12 +454,14 @@ def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
         )
 
 
-def _scores(logprobs: Sequence[float], ids: Sequence[int], tails: Sequence[tuple[int, ...]], engine: str) -> Scores:
+def _candidate_scores(
+    logprobs: Sequence[float], ids: Sequence[int], tails: Sequence[tuple[int, ...]], engine: str
+) -> Scores:
     lengths = tuple(len(tail) for tail in tails)
     return Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine)
 
 
-def _picked(logits: torch.Tensor, ids: Any) -> Any:
+def _picked_logprobs(logits: torch.Tensor, ids: Any) -> Any:
     """Return the full-softmax log-probability of each chosen id, float32, shape (n,)."""
     logits = logits.float()
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)

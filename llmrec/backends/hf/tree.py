@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmrec.decode.beam import Floats, LogprobQueries, TreeEngine, TreeTokens
 from llmrec.errors import require
-from llmrec.models.traits import cache_bytes, chosen_logprobs, is_paired, plain_head
+from llmrec.models.traits import cache_bytes_per_token, chosen_logprobs, is_encoder_decoder, is_plain_head
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +51,10 @@ class Body(Protocol):
         ...
 
 
-def takes_trees(model: torch.nn.Module) -> bool:
+def can_read_trees(model: torch.nn.Module) -> bool:
     """Whether a model supports token trees: its logits are computed row by row, and positions can be set."""
-    plain = plain_head(model.config, model.get_output_embeddings())
-    return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
+    plain = is_plain_head(model.config, model.get_output_embeddings())
+    return plain and (not is_encoder_decoder(model.config) or model.config.model_type in ("t5", "mt5"))
 
 
 def output_scale(config: PretrainedConfig) -> float:
@@ -62,7 +62,7 @@ def output_scale(config: PretrainedConfig) -> float:
     return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
-def padded(texts: Sequence[Sequence[int]], pad: int, device: Any, *, left: bool = False) -> tuple[Any, Any]:
+def pad_sequences(texts: Sequence[Sequence[int]], pad: int, device: Any, *, left: bool = False) -> tuple[Any, Any]:
     """Return padded token ids and their mask, each of shape (texts, longest)."""
     torch, longest = require("torch", "train"), max(map(len, texts))
     ids = torch.full((len(texts), longest), pad)
@@ -74,30 +74,30 @@ def padded(texts: Sequence[Sequence[int]], pad: int, device: Any, *, left: bool 
     return ids.to(device), mask.to(device)
 
 
-def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
+def head_inputs(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
     """Return the input of the head, shape (rows, columns, d).
 
     The ids are of shape (rows, columns), of an encoder-decoder those of its decoder, which gets the further inputs:
     masks, or the encoder's states.
     """
-    scale = output_scale(model.config) if is_paired(model.config) else 1.0
+    scale = output_scale(model.config) if is_encoder_decoder(model.config) else 1.0
     states = model.get_decoder()(input_ids=ids, use_cache=False, **inputs).last_hidden_state
     return states if scale == 1.0 else states * scale
 
 
-def reads_states(model: torch.nn.Module) -> bool:
+def can_score_states(model: torch.nn.Module) -> bool:
     """Test on a few tokens whether a model's logits equal its head applied to the hidden states."""
-    if not takes_trees(model):
+    if not can_read_trees(model):
         return False
     torch = require("torch", "train")
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.inference_mode():
-        if is_paired(model.config):
+        if is_encoder_decoder(model.config):
             encoded = model.get_encoder()(input_ids=ids).last_hidden_state
             logits = model(encoder_outputs=(encoded,), decoder_input_ids=ids, use_cache=False).logits
-            states = states_of(model, ids, encoder_hidden_states=encoded)
+            states = head_inputs(model, ids, encoder_hidden_states=encoded)
         else:
-            logits, states = model(input_ids=ids, use_cache=False).logits, states_of(model, ids)
+            logits, states = model(input_ids=ids, use_cache=False).logits, head_inputs(model, ids)
         expected = model.get_output_embeddings()(states)
     return bool(torch.allclose(expected.float(), logits.float(), atol=1e-4, rtol=0.02))
 
@@ -120,7 +120,7 @@ class CausalBody:
         return out.last_hidden_state, out.past_key_values
 
 
-class PairedBody:
+class T5Body:
     """The decoder of T5 after the encoded prompts, whose keys and values are computed once."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -135,7 +135,7 @@ class PairedBody:
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """Encode prompts, padded on the right, and return the start token of the decoder for each."""
-        ids, self._seen = padded(prompts, 0, self._model.device)
+        ids, self._seen = pad_sequences(prompts, 0, self._model.device)
         out = self._model.get_encoder()(input_ids=ids, attention_mask=self._seen)
         self._states, self._positions = out.last_hidden_state, None
         return [(self._start,)] * len(prompts)
@@ -197,7 +197,7 @@ class MaskedTree:
         """
         self._torch = require("torch", "train")
         self._model, self._pad, self._keep = model, pad, warm
-        self._body: Body = PairedBody(model) if is_paired(model.config) else CausalBody(model)
+        self._body: Body = T5Body(model) if is_encoder_decoder(model.config) else CausalBody(model)
         self._cache: Any = None
         self._warm: tuple[tuple[int, ...], Any] | None = None
         self._prompts: list[tuple[int, ...]] = []
@@ -221,7 +221,7 @@ class MaskedTree:
         # For every prompt and fed token: its position, and the later columns that it attends to.
         self._positions = lengths - 1
         self._sees = np.zeros((len(prompts), 0), dtype=bool)
-        known = self._resume(prompts)
+        known = self._reuse_cache(prompts)
         ids = np.full((len(prompts), longest - known), self._pad)
         for row, prompt in enumerate(prompts):
             ids[row, longest - known - (len(prompt) - known) :] = prompt[known:]
@@ -235,9 +235,9 @@ class MaskedTree:
         """Read tokens after the prompts; see `TreeEngine`."""
         torch, count = self._torch, len(fed.tokens)
         base, before = len(self._positions), self._sees.shape[1]
-        slots = _ranks(fed.users)
+        slots = _ranks_within_prompt(fed.users)
         wide = int(slots.max()) + 1
-        self._grow(fed, slots, wide)
+        self._record_tokens(fed, slots, wide)
         ids = np.full((len(self._lengths), wide), self._pad)
         positions = np.zeros((len(self._lengths), wide), dtype=np.int64)
         ids[fed.users, slots] = fed.tokens
@@ -255,11 +255,11 @@ class MaskedTree:
     def close(self) -> None:
         """Discard the tree; with ``warm``, keep the cache of a single prompt."""
         if self._keep and len(self._prompts) == 1 and self._cache is not None:
-            shorten(self._cache, len(self._prompts[0]))
+            truncate_cache(self._cache, len(self._prompts[0]))
             self._warm = (self._prompts[0], self._cache)
         self._cache = None
 
-    def _resume(self, prompts: Sequence[Sequence[int]]) -> int:
+    def _reuse_cache(self, prompts: Sequence[Sequence[int]]) -> int:
         """Reuse the cache, and return how many tokens of a single prompt it contains."""
         warm, self._warm = self._warm, None
         if warm is None or len(prompts) != 1:
@@ -268,11 +268,11 @@ class MaskedTree:
         # The last token is read again, since its logits are needed.
         known = min(len(warm[0]) if alike is None else alike, len(prompts[0]) - 1)
         if known:
-            shorten(warm[1], known)
+            truncate_cache(warm[1], known)
             self._cache = warm[1]
         return known
 
-    def _grow(self, fed: TreeTokens, slots: NDArray[np.int64], wide: int) -> None:
+    def _record_tokens(self, fed: TreeTokens, slots: NDArray[np.int64], wide: int) -> None:
         """Record position, column and ancestors of fed tokens; parents precede their children."""
         base, before = len(self._positions), self._sees.shape[1]
         sees = np.zeros((base + len(fed.tokens), before + wide), dtype=bool)
@@ -311,13 +311,13 @@ class MaskedTree:
         return result
 
 
-def shorten(cache: Any, length: int) -> None:
+def truncate_cache(cache: Any, length: int) -> None:
     """Truncate a cache to a length."""
     if (over := cache.get_seq_length() - length) > 0:
         cache.crop(-over)
 
 
-def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
+def _ranks_within_prompt(users: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the number of earlier tokens for the same prompt, shape (n,)."""
     order = np.argsort(users, kind="stable")
     counts = np.bincount(users)
@@ -333,7 +333,7 @@ def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
 # once.
 
 
-_BLOCK = 64
+_TEXTS_PER_PASS = 64
 
 
 class PlainTree:
@@ -351,7 +351,7 @@ class PlainTree:
         Args:
             model: A causal language model, or an encoder-decoder, in evaluation mode.
             pad: Any token id.
-            states: Whether the model `reads_states`: chosen logits are then computed in float32 whatever its dtype.
+            states: Whether the model `can_score_states`: chosen logits are then computed in float32 whatever its dtype.
         """
         self._states = states
         self._torch = require("torch", "train")
@@ -368,7 +368,7 @@ class PlainTree:
         if not self._paired:
             self._texts = [tuple(prompt) for prompt in prompts]
             return self._answers(targets)
-        ids, mask = padded(prompts, self._pad, self._model.device)
+        ids, mask = pad_sequences(prompts, self._pad, self._model.device)
         with self._torch.inference_mode():
             self._encoded = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         self._mask = mask
@@ -390,8 +390,8 @@ class PlainTree:
     def _answers(self, targets: LogprobQueries) -> Floats:
         torch, result = self._torch, np.empty(len(targets.tokens))
         used, group = np.unique(targets.after, return_inverse=True)
-        for start in range(0, len(used), _BLOCK):
-            part = used[start : start + _BLOCK].tolist()
+        for start in range(0, len(used), _TEXTS_PER_PASS):
+            part = used[start : start + _TEXTS_PER_PASS].tolist()
             selected = np.flatnonzero((group >= start) & (group < start + len(part)))
             last = self._last(part)
             at = torch.from_numpy(group[selected] - start).to(last.device)
@@ -409,7 +409,7 @@ class PlainTree:
     def _last(self, numbers: Sequence[int]) -> Any:
         """Return the last hidden states of the texts, shape (n, d), or their logits, shape (n, vocabulary)."""
         torch, texts = self._torch, [self._texts[n] for n in numbers]
-        ids, mask = padded(texts, self._pad, self._model.device)
+        ids, mask = pad_sequences(texts, self._pad, self._model.device)
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
         rows = torch.arange(len(texts), device=ids.device)
         self.tokens += sum(map(len, texts))
@@ -417,17 +417,17 @@ class PlainTree:
         with torch.inference_mode():
             if self._paired:
                 owners = torch.tensor([self._users[n] for n in numbers], device=ids.device)
-                out = self._paired_last(ids, self._encoded[owners], self._mask[owners])
+                out = self._decoder_outputs(ids, self._encoded[owners], self._mask[owners])
             # Padded on the right: with causal attention, no text attends to the padding.
             elif self._states:
-                out = states_of(self._model, ids, attention_mask=mask)
+                out = head_inputs(self._model, ids, attention_mask=mask)
             else:
                 out = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return out[rows, ends]
 
-    def _paired_last(self, ids: torch.Tensor, encoded: Any, seen: Any) -> Any:
+    def _decoder_outputs(self, ids: torch.Tensor, encoded: Any, seen: Any) -> Any:
         if self._states:
-            return states_of(self._model, ids, encoder_hidden_states=encoded, encoder_attention_mask=seen)
+            return head_inputs(self._model, ids, encoder_hidden_states=encoded, encoder_attention_mask=seen)
         out = self._model(encoder_outputs=(encoded,), attention_mask=seen, decoder_input_ids=ids, use_cache=False)
         return out.logits
 
@@ -439,10 +439,10 @@ class PlainTree:
 # whether or not it was read before: a score does not depend on earlier prompts.
 
 
-BLOCK = 64
+BLOCK_TOKENS = 64
 """Tokens per block. Smaller blocks share more prefixes, but need more and smaller matrix products."""
 # Bytes of cached keys and values: for a small model all requests of a batch, for a large model a few.
-_KEPT = 768 << 20
+_MAX_CACHE_BYTES = 768 << 20
 
 
 @dataclass(slots=True)
@@ -462,7 +462,7 @@ class PrefixReader:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._torch, self._model = require("torch", "train"), model
-        self._room = max(1, _KEPT // cache_bytes(model.config, model.dtype.itemsize))
+        self._room = max(1, _MAX_CACHE_BYTES // cache_bytes_per_token(model.config, model.dtype.itemsize))
         self._known: list[_CachedPrompt] = []
         self.read = 0
 
@@ -496,7 +496,7 @@ class PrefixReader:
                 past_key_values=cache,
                 use_cache=True,
             )
-        shorten(out.past_key_values, len(ids))
+        truncate_cache(out.past_key_values, len(ids))
         self._known[-1].cache = out.past_key_values
         self.read += len(tokens)
         return torch.cat([first, out.last_hidden_state[0]])
@@ -510,11 +510,11 @@ class PrefixReader:
         torch = self._torch
         known, kept = self._like(ids)
         if kept:
-            shorten(known.cache, kept)
+            truncate_cache(known.cache, kept)
         states: Any = None
         with torch.inference_mode():
-            for start in range(kept, len(ids), BLOCK):
-                row = torch.tensor([ids[start : start + BLOCK]], device=self._model.device)
+            for start in range(kept, len(ids), BLOCK_TOKENS):
+                row = torch.tensor([ids[start : start + BLOCK_TOKENS]], device=self._model.device)
                 out = self._model.get_decoder()(input_ids=row, past_key_values=known.cache, use_cache=True)
                 states, known.cache = out.last_hidden_state, out.past_key_values
         known.ids = ids
@@ -531,15 +531,15 @@ class PrefixReader:
         to another user, and only the frame of the question is the same.
         """
         # The last token is always read, since its hidden state is the result.
-        most = (len(ids) - 1) // BLOCK
-        shared = [min(most, _same(ids, item.ids) // BLOCK) for item in self._known]
+        most = (len(ids) - 1) // BLOCK_TOKENS
+        shared = [min(most, _common_prefix_length(ids, item.ids) // BLOCK_TOKENS) for item in self._known]
         best = max(range(len(shared)), key=lambda i: (shared[i], i), default=None)
-        if best is None or 2 * shared[best] * BLOCK < len(ids):
+        if best is None or 2 * shared[best] * BLOCK_TOKENS < len(ids):
             return _CachedPrompt([], None), 0
-        return self._known.pop(best), shared[best] * BLOCK
+        return self._known.pop(best), shared[best] * BLOCK_TOKENS
 
 
-def _same(one: Sequence[int], other: Sequence[int]) -> int:
+def _common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the length of the common prefix of two prompts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
@@ -548,7 +548,7 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class CandidateTree:
     """The candidates for a prompt as a tree of common prefixes.
 
     Attributes:
@@ -570,7 +570,7 @@ class Candidates:
     targets: NDArray[np.int64]
 
     @staticmethod
-    def of(tails: Sequence[tuple[int, ...]]) -> Candidates:
+    def of(tails: Sequence[tuple[int, ...]]) -> CandidateTree:
         """Build a tree from the tokens of candidates, in which common prefixes occur once."""
         numbers: dict[tuple[int, ...], int] = {(): 0}
         parents: list[int] = []
@@ -591,7 +591,7 @@ class Candidates:
         for number, parent in enumerate(parents):
             if parent:
                 sees[number] |= sees[parent - 1]
-        return Candidates(
+        return CandidateTree(
             tokens=[prefix[-1] for prefix in prefixes],
             parents=parents,
             depths=np.array([len(prefix) - 1 for prefix in prefixes], dtype=np.int64),
@@ -602,11 +602,11 @@ class Candidates:
         )
 
 
-def read_through(
+def score_candidates(
     engine: TreeEngine, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[float]]:
     """Return the log-probabilities of candidates after each prompt, computed for all prompts at once."""
-    trees = [Candidates.of(tails) for tails in candidates]
+    trees = [CandidateTree.of(tails) for tails in candidates]
     # Prompts have the first indices, followed by all fed tokens.
     begins = np.cumsum([len(prompts), *(len(tree.tokens) for tree in trees)])
     after = [np.where(tree.after == 0, n, tree.after - 1 + begins[n]) for n, tree in enumerate(trees)]
@@ -627,9 +627,12 @@ def read_through(
     finally:
         engine.close()
     parts = np.split(result, np.cumsum([len(tree.targets) for tree in trees])[:-1])
-    return [sums(part, tree.owners, len(tails)) for part, tree, tails in zip(parts, trees, candidates, strict=True)]
+    return [
+        sum_by_candidate(part, tree.owners, len(tails))
+        for part, tree, tails in zip(parts, trees, candidates, strict=True)
+    ]
 
 
-def sums(logprobs: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
+def sum_by_candidate(logprobs: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
     """Sum the log-probabilities over the tokens of each candidate."""
     return [float(total) for total in np.bincount(owners, weights=logprobs, minlength=count)]

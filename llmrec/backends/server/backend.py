@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from llmrec.backends.cache import StoredLedger
 from llmrec.backends.encode import Encoder
-from llmrec.backends.search import Labels, single_token_labels
+from llmrec.backends.search import LabelTokens, single_token_labels
 from llmrec.backends.server import probe
 from llmrec.backends.server.client import (
     EventLoopThread,
@@ -31,9 +31,9 @@ from llmrec.backends.server.client import (
     chat_body,
     completion_body,
     likelihood_body,
-    usage,
+    parse_usage,
 )
-from llmrec.backends.server.probe import MARGIN, LabelLogProbabilities, ServerCapabilities, probe_all
+from llmrec.backends.server.probe import FLOOR_MARGIN, LabelLogProbabilities, ServerCapabilities, probe_servers
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean
@@ -45,11 +45,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # default limit of vLLM
-_NAMED = 20
+_MAX_NAMED_TOKENS = 20
 # Candidates per request.
-_TOGETHER = 32
+_CANDIDATES_PER_REQUEST = 32
 _SHOWN, _LONG = 60, 100_000
-_WRITTEN = "the strategies list, parsed and text, which parse generated text, still work"
+_TEXT_STRATEGIES_HINT = "the strategies list, parsed and text, which parse generated text, still work"
 
 
 class OpenAIBackend(Backend):
@@ -78,7 +78,7 @@ class OpenAIBackend(Backend):
         self._loop = EventLoopThread()
         self._floored = False
         try:
-            self.offers: ServerCapabilities = self._loop.run(probe_all(self.wire, section, encoder))
+            self.offers: ServerCapabilities = self._loop.run(probe_servers(self.wire, section, encoder))
         except BaseException:
             self.close()
             raise
@@ -89,7 +89,7 @@ class OpenAIBackend(Backend):
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt greedily; see `Backend.generate`."""
-        return _in_order(self.generate_each(prompts, max_tokens=max_tokens))
+        return _sort_by_index(self.generate_each(prompts, max_tokens=max_tokens))
 
     def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
         """Yield each prompt's index and generated text as they arrive.
@@ -97,13 +97,13 @@ class OpenAIBackend(Backend):
         Raises:
             BackendError: If a request fails permanently, after all others were answered.
         """
-        return self._each([self._generation(question, max_tokens) for question in _questions(prompts)])
+        return self._iterate_results([self._generation_job(question, max_tokens) for question in _questions(prompts)])
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Compute candidate scores if the server returns log-probabilities; see `Backend.score`."""
-        return _in_order(self.score_each(prompts, candidates, closed=closed))
+        return _sort_by_index(self.score_each(prompts, candidates, closed=closed))
 
     def score_each(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
@@ -116,13 +116,13 @@ class OpenAIBackend(Backend):
         if "score" not in self.capabilities:
             raise BackendError(
                 f"the server {self._section.where} returns no log-probabilities of {self._section.model}, so nothing "
-                f"can be scored; {_WRITTEN} (tasks.<family>.strategies)",
+                f"can be scored; {_TEXT_STRATEGIES_HINT} (tasks.<family>.strategies)",
                 kind="unsupported",
                 at=self._section.where,
             )
-        route = self._exact_scores if self.offers.exact else self._chat_scores
+        route = self._exact_score_job if self.offers.exact else self._chat_score_job
         pairs = zip(_questions(prompts), candidates, strict=True)
-        return self._each([route(question, tuple(texts), closed) for question, texts in pairs])
+        return self._iterate_results([route(question, tuple(texts), closed) for question, texts in pairs])
 
     def close(self) -> None:
         """Close all connections; calling it twice is harmless."""
@@ -133,7 +133,7 @@ class OpenAIBackend(Backend):
 
     # ----------------------------------------------------------------------- requests
 
-    def _each(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> Iterator[tuple[int, T]]:
+    def _iterate_results(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> Iterator[tuple[int, T]]:
         if self._loop is None:
             raise BackendError("this client was closed; create a new client", kind="closed")
         try:
@@ -144,7 +144,7 @@ class OpenAIBackend(Backend):
         finally:
             self.spending.book()
 
-    def _generation(self, question: _Question, most: int) -> Callable[[], Awaitable[Completion]]:
+    def _generation_job(self, question: _Question, most: int) -> Callable[[], Awaitable[Completion]]:
         section, encoder, prompt = self._section, self._encoder, question.prompt
         if self.offers.exact and encoder is not None:
             ids = encoder.prompt(prompt)
@@ -157,11 +157,13 @@ class OpenAIBackend(Backend):
             path, body = "/chat/completions", self._chat(prompt, most)
 
         def read(value: Any) -> Completion:
-            return probe.completion(value, stop=prompt.stop, chat=path != "/completions")
+            return probe.parse_completion(value, stop=prompt.stop, chat=path != "/completions")
 
         return lambda: self.wire.ask(path, body, read, what=question.named)
 
-    def _exact_scores(self, query: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
+    def _exact_score_job(
+        self, query: _Question, texts: tuple[str, ...], closed: bool
+    ) -> Callable[[], Awaitable[Scores]]:
         assert self._encoder is not None
         ids = self._encoder.prompt(query.prompt)
         tails = self._encoder.continuations(query.prompt, ids, texts, closed=closed)
@@ -169,56 +171,61 @@ class OpenAIBackend(Backend):
         if labels is not None and self.offers.named:
             return lambda: self._named(query, ids, labels)
         if labels is not None and self.offers.top:
-            return lambda: self._top(query, ids, labels)
+            return lambda: self._score_top_labels(query, ids, labels)
         if self.offers.likelihood:
-            return lambda: self._echoed(query, ids, tails)
+            return lambda: self._score_echoed_texts(query, ids, tails)
         raise BackendError(
             f"the server {self._section.where} returns log-probabilities of the first token only, but {query.named()} "
             f"needs log-probabilities of longer texts, such as {texts[0]!r}. Strategies with one-token labels (label, "
-            f"expected) work, and {_WRITTEN} (tasks.<family>.strategies)",
+            f"expected) work, and {_TEXT_STRATEGIES_HINT} (tasks.<family>.strategies)",
             kind="unsupported",
             at=self._section.where,
         )
 
-    async def _named(self, question: _Question, ids: list[int], labels: Labels) -> Scores:
+    async def _named(self, question: _Question, ids: list[int], labels: LabelTokens) -> Scores:
         """Score labels by the exact log-probabilities of their tokens."""
         results: list[float] = []
-        for start in range(0, len(labels.distinct), _NAMED):
-            part = labels.distinct[start : start + _NAMED]
+        for start in range(0, len(labels.distinct), _MAX_NAMED_TOKENS):
+            part = labels.distinct[start : start + _MAX_NAMED_TOKENS]
             keys = {"logprobs": 1, "logprob_token_ids": list(part), "return_tokens_as_token_ids": True}
             body = completion_body(self._section, [*ids, *labels.shared], room=1, **keys)
-            read = partial(probe.named_labels, ids=part)
+            read = partial(probe.parse_named_labels, ids=part)
             results += await self.wire.ask("/completions", body, read, what=question.named)
-        return _scores(results, len(ids), "openai:one-token")
+        return _label_scores(results, len(ids), "openai:one-token")
 
-    async def _top(self, question: _Question, ids: list[int], labels: Labels) -> Scores:
+    async def _score_top_labels(self, question: _Question, ids: list[int], labels: LabelTokens) -> Scores:
         """Score labels that are among the most likely tokens."""
         assert self._encoder is not None
-        spellings = [_spellings(self._encoder, i) for i in labels.distinct]
+        spellings = [_token_spellings(self._encoder, i) for i in labels.distinct]
         body = completion_body(self._section, [*ids, *labels.shared], room=1, logprobs=self.offers.top)
-        read = partial(probe.top_labels, spellings=spellings)
+        read = partial(probe.parse_top_labels, spellings=spellings)
         result = await self.wire.ask("/completions", body, read, what=question.named)
         self._note(result)
-        return _scores(result.logprobs, len(ids), f"openai:top-{self.offers.top}")
+        return _label_scores(result.logprobs, len(ids), f"openai:top-{self.offers.top}")
 
-    async def _echoed(self, question: _Question, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
+    async def _score_echoed_texts(
+        self, question: _Question, ids: list[int], tails: Sequence[tuple[int, ...]]
+    ) -> Scores:
         """Score whole texts by the log-probabilities of echoed prompts."""
         sums: list[float] = []
-        for start in range(0, len(tails), _TOGETHER):
-            part = tails[start : start + _TOGETHER]
+        for start in range(0, len(tails), _CANDIDATES_PER_REQUEST):
+            part = tails[start : start + _CANDIDATES_PER_REQUEST]
             body = likelihood_body(self._section, [[*ids, *tail] for tail in part])
-            read = partial(probe.tail_sums, start=len(ids), tails=part)
+            read = partial(probe.sum_candidate_logprobs, start=len(ids), tails=part)
             sums += await self.wire.ask("/completions", body, read, what=question.named)
         lengths = tuple(len(tail) for tail in tails)
         return Scores(logprobs=tuple(sums), tokens=lengths, prompt_tokens=len(ids), engine="openai:echo")
 
-    def _chat_scores(self, query: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
+    def _chat_score_job(
+        self, query: _Question, texts: tuple[str, ...], closed: bool
+    ) -> Callable[[], Awaitable[Scores]]:
         labels = [text.strip() for text in texts]
         if closed or len(set(labels)) != len(labels) or not all(label.isalnum() for label in labels):
             raise BackendError(
                 f"the server {self._section.where} is used through the chat API, which returns log-probabilities of "
                 f"the first token only, but {query.named()} needs log-probabilities of whole texts, such as "
-                f"{texts[0]!r}; {_WRITTEN} (tasks.<family>.strategies). If model.name is the server's model, "
+                f"{texts[0]!r}; {_TEXT_STRATEGIES_HINT} (tasks.<family>.strategies). If model.name is the server's "
+                "model, "
                 "eval.server.chat=completions may score them",
                 kind="unsupported",
                 at=self._section.where,
@@ -227,12 +234,12 @@ class OpenAIBackend(Backend):
         body = self._chat(query.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
 
         def read(value: Any) -> tuple[LabelLogProbabilities, int]:
-            return probe.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
+            return probe.parse_chat_labels(value, labels), (parse_usage(value) or Cost()).prompt_tokens
 
         async def ask() -> Scores:
             result, length = await self.wire.ask("/chat/completions", body, read, what=query.named)
             self._note(result)
-            return _scores(result.logprobs, length, f"openai:chat-top-{self.offers.top}")
+            return _label_scores(result.logprobs, length, f"openai:chat-top-{self.offers.top}")
 
         return ask
 
@@ -249,7 +256,7 @@ class OpenAIBackend(Backend):
                 "score, %g nats below the least likely of these tokens",
                 self._section.where,
                 self.offers.top,
-                MARGIN,
+                FLOOR_MARGIN,
             )
 
 
@@ -272,16 +279,16 @@ def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
     return [_Question(index, len(prompts), prompt) for index, prompt in enumerate(prompts, start=1)]
 
 
-def _spellings(encoder: Encoder, token: int) -> tuple[str, ...]:
+def _token_spellings(encoder: Encoder, token: int) -> tuple[str, ...]:
     """Return the ways in which servers may write a token."""
     raw = str(encoder.tokenizer.convert_ids_to_tokens(token))
     return raw, raw.replace("▁", " ").replace("Ġ", " "), str(encoder.tokenizer.decode([token]))
 
 
-def _scores(logprobs: Sequence[float], prompt_tokens: int, engine: str) -> Scores:
+def _label_scores(logprobs: Sequence[float], prompt_tokens: int, engine: str) -> Scores:
     return Scores(logprobs=tuple(logprobs), tokens=(1,) * len(logprobs), prompt_tokens=prompt_tokens, engine=engine)
 
 
-def _in_order(answers: Iterator[tuple[int, T]]) -> list[T]:
+def _sort_by_index(answers: Iterator[tuple[int, T]]) -> list[T]:
     """Sort answers in the order of the prompts."""
     return [answer for _, answer in sorted(answers, key=itemgetter(0))]

@@ -42,7 +42,7 @@ from llmrec.types import Cost, Prompt
 
 _MILLION = 1_000_000
 # More tokens per answer are treated as an error; sums of them would overflow SQLite's integers.
-_MOST = 2**32
+_MAX_REPORTED_TOKENS = 2**32
 
 
 class ServerUsage:
@@ -115,13 +115,13 @@ class ServerUsage:
             self._ledger.spend(cost)
 
 
-def usage(value: Any) -> Cost | None:
+def parse_usage(value: Any) -> Cost | None:
     """Return the usage that an answer reports; None if it reports none."""
     result = value.get("usage") if isinstance(value, dict) else None
     if not isinstance(result, dict):
         return None
     counts = [result.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(count, int) and 0 <= count <= _MOST for count in counts):
+    if not all(isinstance(count, int) and 0 <= count <= _MAX_REPORTED_TOKENS for count in counts):
         return None
     return Cost(prompt_tokens=counts[0], completion_tokens=counts[1])
 
@@ -129,14 +129,14 @@ def usage(value: Any) -> Cost | None:
 # Load balancing over servers with the same model: a failing server is skipped for a while.
 
 
-FIRST_REST = 1.0
+FIRST_PAUSE = 1.0
 """Seconds that a failing server is skipped at first; doubled after every further failure."""
 # Number of consecutive failures after which a server is skipped; after a refused connection, one is enough.
-_PATIENCE = 3
+_MAX_FAULTS = 3
 
 
 @dataclass(slots=True)
-class Server:
+class ServerState:
     """The state of a server for load balancing.
 
     Attributes:
@@ -149,7 +149,7 @@ class Server:
 
     url: str
     until: float = 0.0
-    rest: float = FIRST_REST
+    rest: float = FIRST_PAUSE
     faults: int = 0
     tried: bool = False
 
@@ -166,11 +166,11 @@ class ServerPool:
     """
 
     def __init__(self, urls: Sequence[str], longest: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._servers = [Server(url) for url in urls]
+        self._servers = [ServerState(url) for url in urls]
         self._longest, self._clock = longest, clock
         self._next = 0
 
-    def take(self, last: Server | None = None) -> Server:
+    def take(self, last: ServerState | None = None) -> ServerState:
         """Return the server for the next attempt of a request.
 
         Args:
@@ -188,25 +188,25 @@ class ServerPool:
             chosen.until, chosen.tried = now + chosen.rest, True
         return chosen
 
-    def another(self, than: Server) -> bool:
+    def another(self, than: ServerState) -> bool:
         """Whether another server is available now."""
         return any(server is not than and server.until <= self._clock() for server in self._servers)
 
-    def answered(self, server: Server) -> None:
+    def answered(self, server: ServerState) -> None:
         """Record that a server responded, so it is available."""
         server.faults = 0
         if server.until and not server.tried:
             return
         if server.tried:
             log.warning("%s is available again", server.url)
-        server.until, server.rest, server.tried = 0.0, FIRST_REST, False
+        server.until, server.rest, server.tried = 0.0, FIRST_PAUSE, False
 
-    def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
+    def failed(self, server: ServerState, fault: str, wait: float | None = None) -> None:
         """Record a failure, and skip the server after too many, or for the ``wait`` seconds of its Retry-After."""
         server.faults += 1
         if len(self._servers) == 1 or (server.until and not server.tried):
             return
-        unavailable = fault.startswith("no connection") or server.faults >= _PATIENCE or server.tried
+        unavailable = fault.startswith("no connection") or server.faults >= _MAX_FAULTS or server.tried
         if not (unavailable or wait):
             return
         rest = max(wait or 0.0, server.rest if unavailable else 0.0)
@@ -219,23 +219,23 @@ class ServerPool:
 
 log = logging.getLogger(__name__)
 
-LARGEST = 64 * 2**20
+MAX_ANSWER_BYTES = 64 * 2**20
 """Maximum size of an answer in bytes."""
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 """Exceptions that parsers raise for a malformed answer."""
 
 _MASK = "***"
 # Shorter keys are placeholders for servers without keys ("EMPTY"), or words that an answer may contain.
-_SECRET = 8
+_MIN_KEY_LENGTH = 8
 
 
 T = TypeVar("T")
 
-_TRANSIENT = frozenset({408, 425, 429})
-_NO_ROUTE = frozenset({404, 405, 501})
-_SHOWN = 300
-_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-_MENDS: Mapping[int, str] = {
+_TRANSIENT_STATUSES = frozenset({408, 425, 429})
+_NO_ROUTE_STATUSES = frozenset({404, 405, 501})
+_MAX_MESSAGE_LENGTH = 300
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+_FIXES: Mapping[int, str] = {
     401: "set eval.server.key_env to the environment variable with a valid API key",
     402: "the account has no credit left",
     403: "set eval.server.key_env to the environment variable with an API key for this model",
@@ -253,7 +253,7 @@ class FinalServerError(BackendError):
     @property
     def no_route(self) -> bool:
         """Whether the server lacks the route."""
-        return self.status in _NO_ROUTE
+        return self.status in _NO_ROUTE_STATUSES
 
 
 class _RetryableError(Exception):
@@ -276,7 +276,7 @@ class ServerClient:
         httpx = require("httpx", "openai")
         self._httpx, self._section, self._spending = httpx, section, spending
         self._fleet = ServerPool(section.urls, section.longest_wait)
-        self._key = key_of(section)
+        self._key = read_api_key(section)
         # shared by the copies for single servers, like all counters
         self._warned: set[str] = set()
         self.where = section.where
@@ -285,7 +285,7 @@ class ServerClient:
         for name in ("httpx", "httpcore"):
             # these loggers write one line per request
             logging.getLogger(name).setLevel(logging.WARNING)
-        local = any(urlsplit(url).hostname in _LOCAL for url in section.urls)
+        local = any(urlsplit(url).hostname in _LOCAL_HOSTS for url in section.urls)
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = httpx.AsyncClient(
             # Only these encodings can be decompressed incrementally.
@@ -313,7 +313,7 @@ class ServerClient:
             BackendError: If the server rejects the request.
         """
         faults: list[str] = []
-        server: Server | None = None
+        server: ServerState | None = None
         wait: float | None = None
         for attempt in range(self._section.attempts):
             # Another server is tried at once, but not one after another without waiting.
@@ -322,7 +322,7 @@ class ServerClient:
             self._spending.check()
             server = self._fleet.take(server)
             try:
-                result = await self._once(server.url, path, body, read, what)
+                result = await self._send_once(server.url, path, body, read, what)
             except _RetryableError as fault:
                 faults.append(fault.kind)
                 self.attempts[fault.kind.partition(":")[0]] += 1
@@ -365,7 +365,7 @@ class ServerClient:
         """Close all connections."""
         await self._client.aclose()
 
-    async def _once(
+    async def _send_once(
         self, url: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], what: Callable[[], str]
     ) -> T:
         try:
@@ -373,7 +373,7 @@ class ServerClient:
             async with asyncio.timeout(self._section.timeout):
                 stream = self._client.stream("GET" if body is None else "POST", url + path, json=body)
                 async with stream as response:
-                    content = await unpacked(response)
+                    content = await read_body(response)
         except (TimeoutError, self._httpx.TimeoutException):
             raise _RetryableError("time-out") from None
         except (self._httpx.RemoteProtocolError, self._httpx.ReadError, self._httpx.DecodingError):
@@ -381,11 +381,13 @@ class ServerClient:
         except self._httpx.TransportError as error:
             raise _RetryableError(f"no connection: {self._words(str(error)) or type(error).__name__}") from None
         status = int(response.status_code)
-        if status in _TRANSIENT or (status >= 500 and status != 501):
-            raise _RetryableError(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
+        if status in _TRANSIENT_STATUSES or (status >= 500 and status != 501):
+            raise _RetryableError(
+                f"status {status}", parse_retry_after(response.headers.get("retry-after"), time.time())
+            )
         if status != 200:
-            fix = _MENDS.get(status, "see eval.server in the recipe")
-            text = self._words(_message(content.decode("utf-8", "replace")))
+            fix = _FIXES.get(status, "see eval.server in the recipe")
+            text = self._words(_error_message(content.decode("utf-8", "replace")))
             refusal = FinalServerError(
                 f"{url}{path} refused {what()} with status {status}: {text}; {fix}",
                 kind="failed",
@@ -409,7 +411,7 @@ class ServerClient:
         Raises:
             BackendError: If there is a cap and the answer reports no usage.
         """
-        cost = usage(value)
+        cost = parse_usage(value)
         if cost is not None:
             self._spending.count(cost)
         elif body is not None and self._spending.capped:
@@ -430,21 +432,21 @@ class ServerClient:
         """Return the message of a server as one short line without the API key."""
         if self._key:
             text = text.replace(self._key, _MASK)
-        return clean(text, _SHOWN)
+        return clean(text, _MAX_MESSAGE_LENGTH)
 
     def _masked(self, value: Any) -> Any:
         """Remove the API key from an answer, because a server may repeat it and it would be cached."""
-        if self._key is None or len(self._key) < _SECRET:
+        if self._key is None or len(self._key) < _MIN_KEY_LENGTH:
             return value
-        masked = _replaced(value, self._key, _MASK)
+        masked = _replace_in_strings(value, self._key, _MASK)
         if masked != value and not self._warned:
             self._warned.add(_MASK)
             log.warning("%s repeats the API key in its answers; the key is replaced with %s", self.where, _MASK)
         return masked
 
 
-async def unpacked(response: Any) -> bytes:
-    """Read a response body, up to `LARGEST` bytes both compressed and decompressed.
+async def read_body(response: Any) -> bytes:
+    """Read a response body, up to `MAX_ANSWER_BYTES` bytes both compressed and decompressed.
 
     Raises:
         _Again: If it is larger or cannot be decompressed.
@@ -458,30 +460,30 @@ async def unpacked(response: Any) -> bytes:
         sent += len(chunk)
         if unpacker is not None:
             try:
-                chunk = unpacker.decompress(chunk, LARGEST - size + 1)
+                chunk = unpacker.decompress(chunk, MAX_ANSWER_BYTES - size + 1)
             except zlib.error:
                 raise _RetryableError("answer cut off") from None
         parts.append(chunk)
         size += len(chunk)
-        if max(size, sent) > LARGEST:
-            raise _RetryableError(f"the answer is larger than {LARGEST // 2**20} MiB")
+        if max(size, sent) > MAX_ANSWER_BYTES:
+            raise _RetryableError(f"the answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
     if unpacker is not None and sent and not unpacker.eof:
         raise _RetryableError("answer cut off")
     return b"".join(parts)
 
 
-def _replaced(value: Any, old: str, new: str) -> Any:
+def _replace_in_strings(value: Any, old: str, new: str) -> Any:
     """Replace a text in all strings of a JSON value."""
     if isinstance(value, str):
         return value.replace(old, new)
     if isinstance(value, list):
-        return [_replaced(item, old, new) for item in value]
+        return [_replace_in_strings(item, old, new) for item in value]
     if isinstance(value, dict):
-        return {name.replace(old, new): _replaced(item, old, new) for name, item in value.items()}
+        return {name.replace(old, new): _replace_in_strings(item, old, new) for name, item in value.items()}
     return value
 
 
-def retry_after(value: str | None, now: float) -> float | None:
+def parse_retry_after(value: str | None, now: float) -> float | None:
     """Return the seconds in a ``Retry-After`` header, a number or date; None if it is missing. ``now``: since 1970."""
     if value is None:
         return None
@@ -495,7 +497,7 @@ def retry_after(value: str | None, now: float) -> float | None:
     return None if math.isnan(seconds) else max(0.0, seconds)
 
 
-def _message(text: str) -> str:
+def _error_message(text: str) -> str:
     """Return the message in an error response, in any of the usual formats."""
     try:
         value = json.loads(text)
@@ -507,7 +509,7 @@ def _message(text: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def key_of(section: ServerSection) -> str | None:
+def read_api_key(section: ServerSection) -> str | None:
     """Return the API key of a server; None if it needs none.
 
     Raises:
@@ -533,7 +535,7 @@ def key_of(section: ServerSection) -> str | None:
     return key
 
 
-_END_SECONDS = 10.0
+_JOIN_SECONDS = 10.0
 
 
 class EventLoopThread:
@@ -555,7 +557,7 @@ class EventLoopThread:
         progress are finished and yielded, then the first failure is raised. Closing the iterator cancels all jobs.
         """
         done: SimpleQueue[_Received[T] | None] = SimpleQueue()
-        work = asyncio.run_coroutine_threadsafe(_all(jobs, together, done), self._loop)
+        work = asyncio.run_coroutine_threadsafe(_run_all_jobs(jobs, together, done), self._loop)
         try:
             while (result := done.get()) is not None:
                 yield result.index, result.result
@@ -569,7 +571,7 @@ class EventLoopThread:
         """End the thread; calling it twice is harmless."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_END_SECONDS)
+            self._thread.join(_JOIN_SECONDS)
         if not self._loop.is_running() and not self._loop.is_closed():
             self._loop.close()
 
@@ -583,7 +585,7 @@ class _Received(Generic[T]):
     taken: asyncio.Event
 
 
-async def _all(
+async def _run_all_jobs(
     jobs: Sequence[Callable[[], Awaitable[T]]], together: int, done: SimpleQueue[_Received[T] | None]
 ) -> Exception | None:
     waiting = iter(enumerate(jobs))
@@ -616,13 +618,13 @@ async def _all(
 def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: int, **keys: Any) -> dict[str, Json]:
     """Return the body of a request that continues token ids or a text by greedy decoding."""
     prompt = ids if isinstance(ids, str) else list(ids)
-    return _with_extra(section, {"prompt": prompt, "max_tokens": room, **keys})
+    return _request_body(section, {"prompt": prompt, "max_tokens": room, **keys})
 
 
 def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
     """Return the body of a request for the log-probabilities of token sequences."""
     keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
-    return _with_extra(section, keys)
+    return _request_body(section, keys)
 
 
 def chat_body(
@@ -647,9 +649,9 @@ def chat_body(
         turns.append({"role": "assistant", "content": prefix})
         if continues:
             keys |= {"continue_final_message": True, "add_generation_prompt": False}
-    return _with_extra(section, {"messages": turns, "max_tokens": room + section.thinking_tokens, **keys})
+    return _request_body(section, {"messages": turns, "max_tokens": room + section.thinking_tokens, **keys})
 
 
-def _with_extra(section: ServerSection, keys: dict[str, Json]) -> dict[str, Json]:
+def _request_body(section: ServerSection, keys: dict[str, Json]) -> dict[str, Json]:
     body = {"model": section.model, "temperature": 0, **keys, **section.extra}
     return {name: value for name, value in body.items() if value is not None}

@@ -24,7 +24,7 @@ from llmrec.backends.server.client import (
     chat_body,
     completion_body,
     likelihood_body,
-    usage,
+    parse_usage,
 )
 from llmrec.durable import Json
 from llmrec.errors import BackendError
@@ -36,7 +36,7 @@ from llmrec.types import Completion, Cost, Message, Prompt, Segment
 # All parsers raise a ValueError, LookupError or TypeError for a malformed answer, whose request is then retried.
 
 
-MARGIN = 1.0
+FLOOR_MARGIN = 1.0
 """Distance in nats of a label that was not returned below the least likely returned token."""
 
 _THOUGHT = re.compile(r"\A.*</think(?:ing)?>\s*", re.DOTALL)
@@ -54,7 +54,7 @@ class LabelLogProbabilities:
 # --------------------------------------------------------------------------- texts
 
 
-def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
+def parse_choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     """Return the choices in an answer, in the order of the prompts.
 
     Raises:
@@ -67,13 +67,13 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     return [choice for _, choice in sorted(zip(indices, result, strict=True), key=itemgetter(0))]
 
 
-def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
+def parse_completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     """Parse a generated text, without a reasoning block and up to the stop text.
 
     An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0. Line
     breaks before the answer of a chat do not end it.
     """
-    (choice,) = choices(value, 1)
+    (choice,) = parse_choices(value, 1)
     thought = False
     if chat:
         message = choice["message"]
@@ -85,14 +85,14 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
         raise ValueError("the text of the answer is not a string")
     # JSON can contain lone surrogates, which cannot be encoded as UTF-8.
     text = text.encode("utf-8", "replace").decode("utf-8")
-    cost = usage(value) or Cost()
+    cost = parse_usage(value) or Cost()
     result = Completion(
         text=text,
         prompt_tokens=cost.prompt_tokens,
         completion_tokens=cost.completion_tokens,
         finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
     )
-    text, ended = without_thoughts(text)
+    text, ended = remove_reasoning(text)
     if not ended:
         return replace(result, text="", finish_reason="length")
     if chat or thought or text != result.text:
@@ -102,7 +102,7 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     return replace(result, text=text)
 
 
-def without_thoughts(text: str) -> tuple[str, bool]:
+def remove_reasoning(text: str) -> tuple[str, bool]:
     """Return the text after the last reasoning block, and whether all blocks end.
 
     Some templates open the block in the prompt, so that the answer contains only its end.
@@ -114,43 +114,43 @@ def without_thoughts(text: str) -> tuple[str, bool]:
 # --------------------------------------------------------------------------- log-probabilities
 
 
-def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
+def parse_named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
     """Parse the log-probabilities of requested token ids at the first generated token.
 
     Raises:
         LookupError: If one of them was not returned.
     """
-    result = first(value)
-    return tuple(_nats(result[f"token_id:{i}"]) for i in ids)
+    result = parse_first_logprobs(value)
+    return tuple(_parse_logprob(result[f"token_id:{i}"]) for i in ids)
 
 
-def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> LabelLogProbabilities:
+def parse_top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> LabelLogProbabilities:
     """Parse the log-probabilities of labels among the most likely first tokens of a completion.
 
     The spellings are how servers may write each label's token, the most reliable first.
     """
-    result = first(value)
-    return by_name(result, [next((name for name in names if name in result), names[0]) for names in spellings])
+    result = parse_first_logprobs(value)
+    return label_logprobs(result, [next((name for name in names if name in result), names[0]) for names in spellings])
 
 
-def chat_labels(value: Any, texts: Sequence[str]) -> LabelLogProbabilities:
+def parse_chat_labels(value: Any, texts: Sequence[str]) -> LabelLogProbabilities:
     """Parse the log-probabilities of labels among the most likely first tokens of a chat answer.
 
     White space around a token is not part of its label: an answer may begin with either form, so both are summed.
     """
-    return by_name(chat_first(value), [text.strip() for text in texts])
+    return label_logprobs(parse_chat_logprobs(value), [text.strip() for text in texts])
 
 
-def chat_first(value: Any) -> dict[str, float]:
+def parse_chat_logprobs(value: Any) -> dict[str, float]:
     """Return the log-probabilities of the most likely first tokens of a chat answer, by text without white space."""
-    (choice,) = choices(value, 1)
+    (choice,) = parse_choices(value, 1)
     result: dict[str, list[float]] = {}
     for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
-        result.setdefault(entry["token"].strip(), []).append(_nats(entry["logprob"]))
-    return {name: _log_sum(values) for name, values in result.items()}
+        result.setdefault(entry["token"].strip(), []).append(_parse_logprob(entry["logprob"]))
+    return {name: _log_sum_exp(values) for name, values in result.items()}
 
 
-def by_name(returned: Mapping[str, float], names: Sequence[str]) -> LabelLogProbabilities:
+def label_logprobs(returned: Mapping[str, float], names: Sequence[str]) -> LabelLogProbabilities:
     """Return the log-probability of each label; missing labels get a value below the smallest returned one.
 
     Raises:
@@ -158,39 +158,39 @@ def by_name(returned: Mapping[str, float], names: Sequence[str]) -> LabelLogProb
     """
     if not returned:
         raise ValueError("no log-probability was returned")
-    values = {name: _nats(value) for name, value in returned.items()}
-    floor = min(values.values()) - MARGIN
+    values = {name: _parse_logprob(value) for name, value in returned.items()}
+    floor = min(values.values()) - FLOOR_MARGIN
     return LabelLogProbabilities(
         tuple(values.get(name, floor) for name in names),
         sum(name not in values for name in names),
     )
 
 
-def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
+def sum_candidate_logprobs(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
     """Sum the log-probabilities of each candidate's tokens after ``start`` tokens of the echoed prompt."""
     sums = []
-    for choice, tail in zip(choices(value, len(tails)), tails, strict=True):
+    for choice, tail in zip(parse_choices(value, len(tails)), tails, strict=True):
         rows = choice["logprobs"]["token_logprobs"]
         if len(rows) < start + len(tail):
             raise ValueError(f"expected {start + len(tail)} log-probabilities, received {len(rows)}")
-        sums.append(sum(_nats(row) for row in rows[start : start + len(tail)]))
+        sums.append(sum(_parse_logprob(row) for row in rows[start : start + len(tail)]))
     return sums
 
 
-def first(value: Any) -> dict[str, float]:
+def parse_first_logprobs(value: Any) -> dict[str, float]:
     """Return the log-probabilities of the most likely first tokens of a completion, by text."""
-    (choice,) = choices(value, 1)
-    return {name: _nats(nats) for name, nats in choice["logprobs"]["top_logprobs"][0].items()}
+    (choice,) = parse_choices(value, 1)
+    return {name: _parse_logprob(nats) for name, nats in choice["logprobs"]["top_logprobs"][0].items()}
 
 
-def _nats(value: Any) -> float:
+def _parse_logprob(value: Any) -> float:
     """Return a log-probability; servers write a large negative number for zero probability."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
         raise ValueError(f"{value!r} is not a log-probability")
     return float(value)
 
 
-def _log_sum(values: Sequence[float]) -> float:
+def _log_sum_exp(values: Sequence[float]) -> float:
     top = max(values)
     return top + math.log(sum(math.exp(value - top) for value in values))
 
@@ -200,11 +200,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Digits, accents, another script and a symbol: tokenizers with the same number of tokens are treated as equal.
-_TEXT = "Heat (1995), Amélie, 羅生門, Ночной дозор: 3.5 of 5, №1 🎬 antidisestablishmentarianism"
-_PROMPT = Prompt(messages=(Message("user", (Segment("text", "Answer with one digit, 1 or 2."),)),))
+_PROBE_TEXT = "Heat (1995), Amélie, 羅生門, Ночной дозор: 3.5 of 5, №1 🎬 antidisestablishmentarianism"
+_PROBE_PROMPT = Prompt(messages=(Message("user", (Segment("text", "Answer with one digit, 1 or 2."),)),))
 # The maximum values that servers allow, in current and older versions.
-_TOPS = (20, 5)
-_ROOM = 4
+_TOP_COUNTS = (20, 5)
+_MAX_TOKENS = 4
 # Nats by which servers with the same model may differ for a likely token, because of kernels and half precision.
 _ALIKE, _LIKELY = 0.5, -3.0
 
@@ -228,25 +228,25 @@ class ServerCapabilities:
     continues: bool = False
 
 
-async def probe_all(wire: ServerClient, section: ServerSection, encoder: Encoder | None) -> ServerCapabilities:
+async def probe_servers(wire: ServerClient, section: ServerSection, encoder: Encoder | None) -> ServerCapabilities:
     """Detect the capabilities of several servers, which must be equal.
 
     Raises:
-        BackendError: As `probe`; or if they differ in capabilities, in whether they list the model, or in their answers
-        to one prompt.
+        BackendError: As `probe_server`; or if they differ in capabilities, in whether they list the model, or in their
+        answers to one prompt.
     """
     wires = wire.each()
-    result = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
+    result = await asyncio.gather(*(probe_server(one, section, encoder) for one in wires), return_exceptions=True)
     offers = [item for item in result if isinstance(item, ServerCapabilities)]
     for item in result:
         if isinstance(item, BaseException):
             raise item
     if len(wires) == 1:
         return offers[0]
-    differ = [_different(offers[0], offer) for offer in offers]
+    differ = [_describe_capability_difference(offers[0], offer) for offer in offers]
     if not any(differ):
-        reports = [await _report_of(one, section, encoder, offers[0]) for one in wires]
-        differ = [_contradicts(reports[0], item) for item in reports]
+        reports = [await _request_model_report(one, section, encoder, offers[0]) for one in wires]
+        differ = [_describe_model_difference(reports[0], item) for item in reports]
     for one, difference in zip(wires, differ, strict=True):
         if difference:
             raise BackendError(
@@ -267,7 +267,7 @@ class _ModelReport:
     tokens: dict[str, float]
 
 
-async def _report_of(
+async def _request_model_report(
     wire: ServerClient, section: ServerSection, encoder: Encoder | None, offers: ServerCapabilities
 ) -> _ModelReport:
     """Request a server's list of models, and log-probabilities after a prompt if it returns any."""
@@ -282,14 +282,14 @@ async def _report_of(
     if not offers.top:
         return _ModelReport(known, {})
     if offers.exact and encoder is not None:
-        body = completion_body(section, list(encoder.piece(_TEXT)), room=1, logprobs=offers.top)
-        return _ModelReport(known, await _try(wire, "/completions", body, first))
+        body = completion_body(section, list(encoder.piece(_PROBE_TEXT)), room=1, logprobs=offers.top)
+        return _ModelReport(known, await _send_test_request(wire, "/completions", body, parse_first_logprobs))
     keys = {"logprobs": True, "top_logprobs": offers.top}
-    body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False) | keys
-    return _ModelReport(known, await _try(wire, "/chat/completions", body, chat_first))
+    body = chat_body(section, _PROBE_PROMPT, room=_MAX_TOKENS, control=(), continues=False) | keys
+    return _ModelReport(known, await _send_test_request(wire, "/chat/completions", body, parse_chat_logprobs))
 
 
-def _different(one: ServerCapabilities, other: ServerCapabilities) -> str:
+def _describe_capability_difference(one: ServerCapabilities, other: ServerCapabilities) -> str:
     """Return how the capabilities of two servers differ; empty if they are equal."""
     names = [
         name
@@ -299,7 +299,7 @@ def _different(one: ServerCapabilities, other: ServerCapabilities) -> str:
     return ", ".join(f"{name} is {getattr(one, name)} and {getattr(other, name)}" for name in names)
 
 
-def _contradicts(one: _ModelReport, other: _ModelReport) -> str:
+def _describe_model_difference(one: _ModelReport, other: _ModelReport) -> str:
     """Return the evidence that two servers have different models; empty if there is none."""
     if None not in (one.listed, other.listed) and one.listed != other.listed:
         return "only one of the two servers lists the model"
@@ -310,14 +310,14 @@ def _contradicts(one: _ModelReport, other: _ModelReport) -> str:
     return ""
 
 
-async def probe(wire: ServerClient, section: ServerSection, encoder: Encoder | None) -> ServerCapabilities:
+async def probe_server(wire: ServerClient, section: ServerSection, encoder: Encoder | None) -> ServerCapabilities:
     """Detect the capabilities of a server.
 
     Raises:
         BackendError: If it does not answer, or lacks what ``eval.server.chat: completions`` needs.
     """
     if section.chat != "chat":
-        result = await _completions(wire, section, encoder) if encoder is not None else "there is no tokenizer"
+        result = await _probe_completions(wire, section, encoder) if encoder is not None else "there is no tokenizer"
         if isinstance(result, ServerCapabilities):
             return result
         if section.chat == "completions":
@@ -329,16 +329,20 @@ async def probe(wire: ServerClient, section: ServerSection, encoder: Encoder | N
                 column="eval.server.chat",
             )
         log.info("%s uses the chat endpoint: %s", wire.where, result)
-    return ServerCapabilities(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))
+    return ServerCapabilities(
+        exact=False, top=await _probe_chat_logprobs(wire, section), continues=await _can_continue(wire)
+    )
 
 
-async def _completions(wire: ServerClient, section: ServerSection, encoder: Encoder) -> ServerCapabilities | str:
+async def _probe_completions(wire: ServerClient, section: ServerSection, encoder: Encoder) -> ServerCapabilities | str:
     """Return the capabilities for completions, or why token ids cannot be continued."""
-    ids = list(encoder.piece(_TEXT))
+    ids = list(encoder.piece(_PROBE_TEXT))
     # Some servers add a token before the text.
-    for text, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
+    for text, lengths in ((_PROBE_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
         try:
-            read = await _try(wire, "/completions", completion_body(section, text, room=1), _read_tokens)
+            read = await _send_test_request(
+                wire, "/completions", completion_body(section, text, room=1), _parse_prompt_length
+            )
         except FinalServerError as refusal:
             if refusal.status in (401, 402, 403):
                 raise
@@ -347,45 +351,49 @@ async def _completions(wire: ServerClient, section: ServerSection, encoder: Enco
             return "it does not report a prompt's tokens, so the tokenizer of model.name cannot be checked"
         if read not in lengths:
             return f"the tokenizer of model.name splits a text into {len(ids)} tokens, the server into {read}"
-    top, named = await _labels(wire, section, ids)
-    rows = [ids, ids[:_ROOM]]
-    return ServerCapabilities(exact=True, top=top, named=named, likelihood=await _echoes(wire, section, rows))
+    top, named = await _probe_label_logprobs(wire, section, ids)
+    rows = [ids, ids[:_MAX_TOKENS]]
+    return ServerCapabilities(
+        exact=True, top=top, named=named, likelihood=await _has_prompt_logprobs(wire, section, rows)
+    )
 
 
-async def _labels(wire: ServerClient, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
+async def _probe_label_logprobs(wire: ServerClient, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
     """Return how many of the most likely tokens a completion can return, and whether it accepts token ids."""
-    for top in _TOPS:
+    for top in _TOP_COUNTS:
         body = completion_body(section, ids, room=1, logprobs=top)
-        if not await _offered(wire, "/completions", body, lambda value: top_labels(value, [("",)])):
+        if not await _is_supported(wire, "/completions", body, lambda value: parse_top_labels(value, [("",)])):
             continue
         requested = ids[:2]
         keys: dict[str, Json] = {"logprob_token_ids": requested, "return_tokens_as_token_ids": True}
-        read = partial(named_labels, ids=requested)
-        return top, await _offered(wire, "/completions", body | {"logprobs": 1} | keys, read)
+        read = partial(parse_named_labels, ids=requested)
+        return top, await _is_supported(wire, "/completions", body | {"logprobs": 1} | keys, read)
     return 0, False
 
 
-async def _echoes(wire: ServerClient, section: ServerSection, rows: list[list[int]]) -> bool:
+async def _has_prompt_logprobs(wire: ServerClient, section: ServerSection, rows: list[list[int]]) -> bool:
     # The first token of a text has no log-probability.
-    read = partial(tail_sums, start=1, tails=[row[1:] for row in rows])
-    return await _offered(wire, "/completions", likelihood_body(section, rows), read, count=len(rows))
+    read = partial(sum_candidate_logprobs, start=1, tails=[row[1:] for row in rows])
+    return await _is_supported(wire, "/completions", likelihood_body(section, rows), read, count=len(rows))
 
 
-async def _chat_top(wire: ServerClient, section: ServerSection) -> int:
+async def _probe_chat_logprobs(wire: ServerClient, section: ServerSection) -> int:
     """Return how many most likely first tokens a chat answer returns; 0 if the model writes reasoning first."""
-    body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False)
+    body = chat_body(section, _PROBE_PROMPT, room=_MAX_TOKENS, control=(), continues=False)
     # Any answer proves that URL, key and model are valid: later errors mean that a capability is missing.
-    await _try(wire, "/chat/completions", body, lambda value: completion(value, stop=None, chat=True))
+    await _send_test_request(
+        wire, "/chat/completions", body, lambda value: parse_completion(value, stop=None, chat=True)
+    )
     if section.thinking_tokens:
         return 0
-    for top in _TOPS:
+    for top in _TOP_COUNTS:
         keys = {"logprobs": True, "top_logprobs": top}
-        if await _offered(wire, "/chat/completions", body | keys, lambda value: chat_labels(value, [""])):
+        if await _is_supported(wire, "/chat/completions", body | keys, lambda value: parse_chat_labels(value, [""])):
             return top
     return 0
 
 
-async def _continues(wire: ServerClient) -> bool:
+async def _can_continue(wire: ServerClient) -> bool:
     """Whether the server is vLLM, which can continue an assistant message."""
 
     def read(value: Any) -> bool:
@@ -397,7 +405,7 @@ async def _continues(wire: ServerClient) -> bool:
         return False
 
 
-async def _offered(
+async def _is_supported(
     wire: ServerClient, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1
 ) -> bool:
     """Whether a server accepts a request and returns the requested result.
@@ -406,7 +414,7 @@ async def _offered(
     """
 
     def kept(value: Any) -> bool:
-        choices(value, count)
+        parse_choices(value, count)
         try:
             read(value)
         except MALFORMED:
@@ -414,17 +422,17 @@ async def _offered(
         return True
 
     try:
-        return await _try(wire, path, body, kept)
+        return await _send_test_request(wire, path, body, kept)
     except FinalServerError:
         return False
 
 
-async def _try(wire: ServerClient, path: str, body: dict[str, Json], read: Callable[[Any], T]) -> T:
+async def _send_test_request(wire: ServerClient, path: str, body: dict[str, Json], read: Callable[[Any], T]) -> T:
     return await wire.ask(path, body, read, what=lambda: "a test request")
 
 
-def _read_tokens(value: Any) -> int | None:
+def _parse_prompt_length(value: Any) -> int | None:
     """Return the length of the prompt in tokens as reported by the server; None if it is not reported."""
-    choices(value, 1)
-    result = usage(value)
+    parse_choices(value, 1)
+    result = parse_usage(value)
     return None if result is None else result.prompt_tokens

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from llmrec.durable import loads
+from llmrec.durable import parse_json
 from llmrec.errors import require
 from llmrec.types import Backend
 
 # The adapter ranks that vLLM supports: `vllm.config.lora.MaxLoRARanks`.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_SUPPORTED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _WEIGHTS = "adapter_model.safetensors"
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The layers that adapters may change."""
-_TENSOR = re.compile(rf"\.(?:{'|'.join(LINEAR)})\.lora_[AB]\.weight$")
+_ADAPTER_TENSOR = re.compile(rf"\.(?:{'|'.join(LINEAR_LAYERS)})\.lora_[AB]\.weight$")
 # PEFT settings that vLLM ignores or rejects, with their neutral values. An adapter has one rank and scale for all
 # modules.
-_PLAIN: Mapping[str, tuple[object, ...]] = {
+_NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
     "use_qalora": (False, None),
@@ -67,13 +67,13 @@ class Adaptable(Protocol):
         ...
 
 
-def live_adapters(base: str, weights: str, folder: Path, digest: str) -> list[Adapter]:
+def loadable_adapters(base: str, weights: str, folder: Path, digest: str) -> list[Adapter]:
     """Return the adapter in a folder as a list; empty if vLLM does not support it."""
-    rank = live_rank(folder)
+    rank = loadable_rank(folder)
     return [] if rank is None else [Adapter(base, weights, folder, digest, rank)]
 
 
-def live_rank(folder: Path) -> int | None:
+def loadable_rank(folder: Path) -> int | None:
     """Return the rank of the adapter in a folder; None if vLLM does not support it and it must be merged.
 
     Supported are LoRA and rsLoRA of linear layers, and nothing else: no DoRA, no trained token rows, and no other
@@ -84,16 +84,16 @@ def live_rank(folder: Path) -> int | None:
         return None
     if not {name for name in names if name.endswith(".json")} <= {"adapter_config.json"}:
         return None
-    config: dict[str, Any] = loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if any(key in config and config[key] not in values for key, values in _PLAIN.items()):
+    config: dict[str, Any] = parse_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if any(key in config and config[key] not in values for key, values in _NEUTRAL_SETTINGS.items()):
         return None
     with require("safetensors", "train").safe_open(folder / _WEIGHTS, "np") as weights:
-        if not all(_TENSOR.search(name) for name in weights.keys()):  # noqa: SIM118
+        if not all(_ADAPTER_TENSOR.search(name) for name in weights.keys()):  # noqa: SIM118
             return None
     rank = int(config["r"])
-    return rank if rank <= _RANKS[-1] else None
+    return rank if rank <= _SUPPORTED_RANKS[-1] else None
 
 
-def admitted_rank(rank: int) -> int:
+def required_engine_rank(rank: int) -> int:
     """Return the maximum rank with which an engine must be started to serve adapters of this rank."""
-    return next(known for known in _RANKS if known >= rank)
+    return next(known for known in _SUPPORTED_RANKS if known >= rank)

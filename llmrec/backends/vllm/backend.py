@@ -1,7 +1,7 @@
 """The vLLM backend, on CPU and GPU: batched decoding and exact candidate scores with a cached prefix.
 
 Candidates and catalogues are trees of tokens after a prompt. A tree is covered by paths, and each path is one request
-(`plan`), answered by one of three routes:
+(`plan_requests`), answered by one of three routes:
 
 - ``prefill``: the path is part of the prompt, and `prompt_logprob_token_ids` requests its tokens, with the prefix cache
     on: one step per path (the V2 model runner, which vLLM uses on GPUs);
@@ -25,24 +25,24 @@ import numpy as np
 from llmrec import terminal
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
-from llmrec.backends.vllm.adapters import LINEAR, Adapter, admitted_rank
+from llmrec.backends.vllm.adapters import LINEAR_LAYERS, Adapter, required_engine_rank
 from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, EngineProcesses, Limits, StepCounter
 from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens
 from llmrec.errors import BackendError, EngineFailure, require
-from llmrec.machine import Node, node_memory
+from llmrec.machine import NodeMemory, read_node_memory
 from llmrec.progress import count_answers
 from llmrec.types import Backend, Capability, Completion, Prompt, Scores, SearchResult
 
 # Size of the KV cache on a CPU: what the requests need, within the free memory.
 
 
-BLOCK = 32
+BLOCK_TOKENS = 32
 """Tokens per cache block on the CPU: vLLM's default of 128 caches less, since only full blocks are kept."""
 GIB = 2.0**30
 # The largest cache for a small model; for a larger model it is the size of the weights.
-_MOST = 2**30
+_MAX_CACHE_BYTES = 2**30
 # Memory of the engine processes in addition to weights and cache.
-_PROCESSES = 2**29
+_PROCESS_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Workload:
 
     Attributes:
         tokens: Tokens of prompts and answers in the largest batch.
-        token_bytes: Bytes of keys and values per token; see `llmrec.models.traits.cache_bytes`.
+        token_bytes: Bytes of keys and values per token; see `llmrec.models.traits.cache_bytes_per_token`.
         weights: Bytes of the weights.
     """
 
@@ -61,27 +61,27 @@ class Workload:
 
     def least(self, longest: int) -> int:
         """Return the smallest cache that vLLM accepts: one request of ``longest`` tokens, and a reserved block."""
-        return self.token_bytes * BLOCK * (-(-longest // BLOCK) + 2)
+        return self.token_bytes * BLOCK_TOKENS * (-(-longest // BLOCK_TOKENS) + 2)
 
     def needed(self, longest: int) -> int:
         """Return the bytes that the largest batch needs, up to the upper limit.
 
         A strategy that repeats the prompts of a batch finds them cached only if all of them fit.
         """
-        return max(self.least(longest), min(self.tokens * self.token_bytes, max(_MOST, self.weights)))
+        return max(self.least(longest), min(self.tokens * self.token_bytes, max(_MAX_CACHE_BYTES, self.weights)))
 
     def sizes(self, longest: int, free: int) -> Iterator[int]:
         """Yield cache sizes to try: the needed size, limited to ``free``, then half of it, down to the smallest."""
         least = self.least(longest)
-        size = max(least, min(self.needed(longest), free - self.weights - _PROCESSES))
+        size = max(least, min(self.needed(longest), free - self.weights - _PROCESS_BYTES))
         while size > least:
             yield size
             size = max(least, size // 2)
         yield least
 
-    def is_short(self, size: int, node: Node) -> bool:
+    def is_short(self, size: int, node: NodeMemory) -> bool:
         """Whether a start with a cache of ``size`` bytes may have failed because of insufficient memory."""
-        return node.free < 2 * (size + self.weights + _PROCESSES)
+        return node.free < 2 * (size + self.weights + _PROCESS_BYTES)
 
 
 # Reads token trees with vLLM: each request is a whole text, whose prefix is in the prefix cache.
@@ -117,7 +117,7 @@ class EngineAnswers(NamedTuple):
 Reader = Callable[[Sequence[EngineRequest]], EngineAnswers]
 
 
-def plan(
+def plan_requests(
     texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], *, chains: bool, limit: int
 ) -> tuple[list[EngineRequest], list[int]]:
     """Return the requests that compute the needed log-probabilities of token trees.
@@ -132,7 +132,7 @@ def plan(
         chains: Whether requests may follow a path; otherwise each node is one request.
         limit: The maximum number of different ids per request.
     """
-    follow = _links(texts, starts, ids, limit) if chains else {}
+    follow = _next_nodes(texts, starts, ids, limit) if chains else {}
     asks: list[EngineRequest] = []
     entries: list[int] = []
     for head in sorted(set(range(len(texts))) - set(follow.values())):
@@ -158,7 +158,9 @@ def plan(
     return asks, entries
 
 
-def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int) -> dict[int, int]:
+def _next_nodes(
+    texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int
+) -> dict[int, int]:
     """Return, for each node of a path, the next node to be computed by the same request."""
     numbers = {text: n for n, text in enumerate(texts)}
     links: dict[int, int] = {}
@@ -185,7 +187,7 @@ class VLLMTree:
 
         Args:
             read: The function that answers requests.
-            chains: Whether requests may follow a path of tokens; see `plan`.
+            chains: Whether requests may follow a path of tokens; see `plan_requests`.
             limit: The maximum number of different ids per request.
         """
         self._read, self._chains, self._limit = read, chains, limit
@@ -219,7 +221,7 @@ class VLLMTree:
         keys, inverse = np.unique(owners * base + targets.tokens, return_inverse=True)
         starts = np.searchsorted(keys // base, np.arange(len(numbers) + 1)).tolist()
         ids = (keys % base).tolist()
-        requests, entries = plan(list(numbers), starts, ids, chains=self._chains, limit=self._limit)
+        requests, entries = plan_requests(list(numbers), starts, ids, chains=self._chains, limit=self._limit)
         answers = self._read(requests)
         self.tokens += answers.tokens
         self.requests += answers.requests
@@ -229,7 +231,7 @@ class VLLMTree:
         return result[inverse]
 
 
-def parameters(vllm: Any, ask: EngineRequest, *, prefill: bool) -> Any:
+def sampling_parameters(vllm: Any, ask: EngineRequest, *, prefill: bool) -> Any:
     """Return the sampling parameters of a request.
 
     With ``prefill``, the forced tokens belong to the prompt; otherwise they are generated.
@@ -254,14 +256,16 @@ def parameters(vllm: Any, ask: EngineRequest, *, prefill: bool) -> Any:
     )
 
 
-def answered(output: Any, ask: EngineRequest, *, prefill: bool) -> list[float] | None:
+def parse_output(output: Any, ask: EngineRequest, *, prefill: bool) -> list[float] | None:
     """Parse the output of an engine; None if vLLM omitted values of cached tokens.
 
     Raises:
         BackendError: If the engine did not follow forced tokens.
     """
     text = output.outputs[0]
-    steps = [[float(step[token].logprob) for token in row] for step, row in _rows(text.logprobs, ask, prefill)]
+    steps = [
+        [float(step[token].logprob) for token in row] for step, row in _requested_steps(text.logprobs, ask, prefill)
+    ]
     if prefill and ask.forced:
         if (scores := output.prompt_token_id_logprobs) is None:
             return None
@@ -277,7 +281,7 @@ def answered(output: Any, ask: EngineRequest, *, prefill: bool) -> list[float] |
     return [value for values in steps for value in values]
 
 
-def _rows(steps: Sequence[Any], ask: EngineRequest, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
+def _requested_steps(steps: Sequence[Any], ask: EngineRequest, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """Yield the generated steps with the tokens requested for each."""
     return zip(steps, ask.targets[-1:] if prefill else ask.targets, strict=False)
 
@@ -287,26 +291,26 @@ log = logging.getLogger(__name__)
 # vLLM rejects more ids in one request
 _MAX_IDS = 128
 # vLLM's default share of GPU memory
-_MOST_MEMORY = 0.92
+_MAX_MEMORY_SHARE = 0.92
 # If the GPU is full, vLLM reports what is missing.
-_LEAST_MEMORY = 0.01
+_MIN_MEMORY_SHARE = 0.01
 # Bytes for the CUDA context of the vLLM process, estimated at 0.3 to 0.55 GiB, with a margin.
-_CONTEXT = 0.75 * GIB
+_CONTEXT_BYTES = 0.75 * GIB
 # The largest cache for a small model if the requests are unknown.
-_UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
-INSTEAD = "eval.backend=hf (as an option: --backend hf)"
+_DEFAULT_WORKLOAD = Workload(tokens=2**16, token_bytes=2**14, weights=0)
+WITHOUT_VLLM = "eval.backend=hf (as an option: --backend hf)"
 """The settings that use a model without vLLM, for messages."""
 
 
-def free_share(gpus: int = 1) -> float:
+def free_gpu_share(gpus: int = 1) -> float:
     """Return the share of GPU memory that is free for an engine; vLLM rejects a larger share.
 
     vLLM compares it with what is free once its process has its own CUDA context. With several GPUs it is the share of
     the fullest, since vLLM takes the same share of each.
     """
     cuda = require("torch", "train").cuda
-    shares: list[float] = [(free - _CONTEXT) / total for free, total in map(cuda.mem_get_info, range(gpus))]
-    return max(_LEAST_MEMORY, min(_MOST_MEMORY, *shares))
+    shares: list[float] = [(free - _CONTEXT_BYTES) / total for free, total in map(cuda.mem_get_info, range(gpus))]
+    return max(_MIN_MEMORY_SHARE, min(_MAX_MEMORY_SHARE, *shares))
 
 
 class _Options(TypedDict, total=False):
@@ -326,7 +330,7 @@ class _Options(TypedDict, total=False):
 
 
 @dataclass
-class _Process:
+class _SharedEngine:
     """A started engine, which several backends may share; ``llm`` is None after it was closed."""
 
     watch: EngineProcesses
@@ -381,9 +385,9 @@ class VLLMBackend(Backend):
         options = _Options()
         if on_cpu:
             # eager mode has no disadvantage on a CPU
-            options |= {"block_size": BLOCK, "enforce_eager": True}
+            options |= {"block_size": BLOCK_TOKENS, "enforce_eager": True}
         else:
-            options["gpu_memory_utilization"] = gpu_memory or free_share(tensor_parallel * pipeline_parallel)
+            options["gpu_memory_utilization"] = gpu_memory or free_gpu_share(tensor_parallel * pipeline_parallel)
             options["enforce_eager"] = eager
         options["tensor_parallel_size"], options["pipeline_parallel_size"] = tensor_parallel, pipeline_parallel
         # Only the V1 runner supports this logits processor.
@@ -392,9 +396,9 @@ class VLLMBackend(Backend):
             options["logits_processors"] = ["llmrec.backends.vllm.forced:ForcedTokens"]
         if adapters:
             options["enable_lora"], options["max_loras"] = True, len(adapters)
-            options["max_lora_rank"] = admitted_rank(max(adapter.rank for adapter in adapters))
+            options["max_lora_rank"] = required_engine_rank(max(adapter.rank for adapter in adapters))
             # Without the head, whose wrapper expects one row of logits per request, while scored prompts have many.
-            options["lora_target_modules"] = list(LINEAR)
+            options["lora_target_modules"] = list(LINEAR_LAYERS)
 
         def build() -> Any:
             return vllm.LLM(
@@ -415,17 +419,19 @@ class VLLMBackend(Backend):
             )
 
         if on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            self._process = _Process(*_fitted(folder, build, options, encoder.max_length, workload or _UNKNOWN))
+            self._process = _SharedEngine(
+                *_start_with_fitting_cache(folder, build, options, encoder.max_length, workload or _DEFAULT_WORKLOAD)
+            )
         else:
             watch = EngineProcesses()
             try:
-                self._process = _Process(watch, watch.start(build))
+                self._process = _SharedEngine(watch, watch.start(build))
             except Exception as error:
                 if on_cpu:
-                    memory, node = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB of KV cache", node_memory()
+                    memory, node = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB of KV cache", read_node_memory()
                 else:
                     memory, node = f"{options['gpu_memory_utilization']:.0%} of the memory", _gpu_memory()
-                raise _not_started(folder, error, memory, node) from error
+                raise _start_error(folder, error, memory, node) from error
         if forces:
             self.route = "forced"
         elif route == "auto":
@@ -479,7 +485,7 @@ class VLLMBackend(Backend):
             group if value is None else [(token,) for token in value.distinct]
             for group, value in zip(tails, labels, strict=True)
         ]
-        sums = self._sums([(*ids, *more) for ids, more in zip(encoded, shared, strict=True)], groups)
+        sums = self._continuation_logprobs([(*ids, *more) for ids, more in zip(encoded, shared, strict=True)], groups)
         return [
             Scores(
                 logprobs=tuple(values),
@@ -490,7 +496,7 @@ class VLLMBackend(Backend):
             for ids, group, value, values in zip(encoded, groups, labels, sums, strict=True)
         ]
 
-    def _sums(
+    def _continuation_logprobs(
         self, prompts: Sequence[tuple[int, ...]], tails: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[float]]:
         """Return the log-probability of each continuation after its prompt."""
@@ -505,7 +511,7 @@ class VLLMBackend(Backend):
             starts = [0, *accumulate(map(len, children.values()))]
             node_tokens = [(node, token) for node in nodes for token in children[node]]
             # Requests with the same prompt are adjacent, so that it stays in the cache.
-            part, entries = plan(
+            part, entries = plan_requests(
                 nodes, starts, [token for _, token in node_tokens], chains=self.route != "nodes", limit=_MAX_IDS
             )
             asks += [ask._replace(text=(*ids, *ask.text)) for ask in part]
@@ -559,7 +565,9 @@ class VLLMBackend(Backend):
         engine, self._process.llm = self._process.llm, None
         if engine is not None:
             core = engine.llm_engine.engine_core
-            self._process.watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
+            self._process.watch.close(
+                lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _wake_waiting_thread(core)
+            )
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], answers: int = 0) -> list[Any]:
         """Send the requests for a number of prompts."""
@@ -573,9 +581,9 @@ class VLLMBackend(Backend):
         except Exception as error:
             self.close()
             raise EngineFailure(
-                f"the vLLM engine {_line(error)}; run the same command again to continue"
+                f"the vLLM engine {_error_line(error)}; run the same command again to continue"
                 if isinstance(error, EngineLost)
-                else f"the vLLM engine failed: {_line(error)}; run the same command again to continue",
+                else f"the vLLM engine failed: {_error_line(error)}; run the same command again to continue",
                 kind="failed",
             ) from error
         except BaseException:
@@ -588,8 +596,8 @@ class VLLMBackend(Backend):
             return EngineAnswers([], 0, 0)
         prefill = self.route == "prefill"
         texts = [ask.text + ask.forced if prefill else ask.text for ask in asks]
-        outputs = self._run(texts, [parameters(self._vllm, ask, prefill=prefill) for ask in asks], prompts)
-        values = [answered(output, ask, prefill=prefill) for output, ask in zip(outputs, asks, strict=True)]
+        outputs = self._run(texts, [sampling_parameters(self._vllm, ask, prefill=prefill) for ask in asks], prompts)
+        values = [parse_output(output, ask, prefill=prefill) for output, ask in zip(outputs, asks, strict=True)]
         # the last generated token is not read
         tokens = sum(
             len(text) - (output.num_cached_tokens or 0) + len(output.outputs[0].token_ids) - 1
@@ -614,9 +622,9 @@ class VLLMBackend(Backend):
     def _room(self) -> int:
         """Return how many tokens can be searched together without evicting the previous round from the cache."""
         # A prefix needs a whole block, however few of its tokens are new.
-        return max(1, self._capacity() // 8)
+        return max(1, self._cache_tokens() // 8)
 
-    def _capacity(self) -> int:
+    def _cache_tokens(self) -> int:
         """Capacity of the KV cache in tokens."""
         block = self._block()
         return int(self._llm().llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
@@ -645,7 +653,7 @@ def _answers(
     return sorted(outputs, key=lambda output: int(output.request_id))
 
 
-def _release(core: Any) -> None:
+def _wake_waiting_thread(core: Any) -> None:
     """Wake a thread that waits for an engine that will never answer."""
     ended = RuntimeError("the engine was closed")
     if (waiting := getattr(core, "outputs_queue", None)) is not None:
@@ -655,21 +663,21 @@ def _release(core: Any) -> None:
             future.set_exception(ended)
 
 
-def _line(error: BaseException) -> str:
+def _error_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _cause(error: BaseException) -> str:
+def _start_failure_cause(error: BaseException) -> str:
     """Return why an engine did not start; for its child processes, the reason is only in the log."""
-    text = _line(error)
+    text = _error_line(error)
     if "root cause" in text:
         # The first sentence of the innermost process.
-        message = terminal.last_error().replace(";", ",").removeprefix("Worker failed with error '")
+        message = terminal.last_library_error().replace(";", ",").removeprefix("Worker failed with error '")
         text = message.partition(". ")[0].partition("', please check")[0] or text
     return text
 
 
-def _fitted(
+def _start_with_fitting_cache(
     folder: str, build: Callable[[], Any], options: _Options, longest: int, workload: Workload
 ) -> tuple[EngineProcesses, Any]:
     """Start a CPU engine with the largest KV cache that the memory of its NUMA node allows.
@@ -680,10 +688,10 @@ def _fitted(
     Raises:
         EngineFailure: If it does not start.
     """
-    node, least = node_memory(), workload.least(longest)
+    node, least = read_node_memory(), workload.least(longest)
     need = f"at least {least / GIB:.2f} GiB of KV cache and {workload.weights / GIB:.2f} GiB of weights"
     if least + workload.weights > node.free:
-        raise _short(folder, need, node)
+        raise _memory_error(folder, need, node)
     failed: list[Exception] = []
     for size in workload.sizes(longest, node.free):
         options["kv_cache_memory_bytes"] = size
@@ -693,28 +701,30 @@ def _fitted(
         except Exception as error:
             # A RuntimeError if a process died, but also VLLMError, ZMQError and errors of libraries.
             failed.append(error)
-            log.info("vLLM did not start with %.2f GiB of KV cache: %s", size / GIB, _line(error))
-        node = node_memory()
+            log.info("vLLM did not start with %.2f GiB of KV cache: %s", size / GIB, _error_line(error))
+        node = read_node_memory()
         if not (short := workload.is_short(size, node)) and len(failed) > 1:
             break
     if short:
-        raise _short(folder, f"{need} and working memory", node) from failed[-1]
-    raise _not_started(folder, failed[-1], f"{size / GIB:.2f} GiB of KV cache", node) from failed[-1]
+        raise _memory_error(folder, f"{need} and working memory", node) from failed[-1]
+    raise _start_error(folder, failed[-1], f"{size / GIB:.2f} GiB of KV cache", node) from failed[-1]
 
 
-def _short(folder: str, need: str, node: Node) -> EngineFailure:
+def _memory_error(folder: str, need: str, node: NodeMemory) -> EngineFailure:
     return EngineFailure(
-        f"vLLM could not start on {folder}: it needs {need}, and {_free(node)}; free memory, lower model.max_length, "
-        f"or set {INSTEAD}",
+        f"vLLM could not start on {folder}: it needs {need}, and {_describe_free_memory(node)}; free memory, lower "
+        "model.max_length, "
+        f"or set {WITHOUT_VLLM}",
         kind="exhausted",
         at=folder,
         column="eval.backend",
     )
 
 
-def _not_started(folder: str, error: Exception, memory: str, node: Node) -> EngineFailure:
+def _start_error(folder: str, error: Exception, memory: str, node: NodeMemory) -> EngineFailure:
     return EngineFailure(
-        f"vLLM could not start on {folder}: {_cause(error)} (it requested {memory}, and {_free(node)}); try {INSTEAD}, "
+        f"vLLM could not start on {folder}: {_start_failure_cause(error)} (it requested {memory}, and "
+        f"{_describe_free_memory(node)}); try {WITHOUT_VLLM}, "
         "a smaller eval.gpu_memory (--gpu-memory) on a GPU, or llmrec doctor",
         kind="failed",
         at=folder,
@@ -722,13 +732,13 @@ def _not_started(folder: str, error: Exception, memory: str, node: Node) -> Engi
     )
 
 
-def _free(node: Node) -> str:
+def _describe_free_memory(node: NodeMemory) -> str:
     return f"{node.name} has {node.free / GIB:.2f} of {node.total / GIB:.2f} GiB free"
 
 
-def _gpu_memory() -> Node:
+def _gpu_memory() -> NodeMemory:
     free, total = require("torch", "train").cuda.mem_get_info(0)
-    return Node(name="the GPU", total=total, free=free)
+    return NodeMemory(name="the GPU", total=total, free=free)
 
 
 def prepare_environment() -> None:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 # Seconds between two checks of the owner.
-_LOOK = 0.5
+_CHECK_SECONDS = 0.5
 
 
 def start_time(pid: int) -> str | None:
@@ -24,11 +24,11 @@ def start_time(pid: int) -> str | None:
 
     A process id can be reused later; together with the start time it is unique.
     """
-    fields = _stat(pid)
+    fields = _read_process_fields(pid)
     return fields[19] if fields else None
 
 
-def is_tracker(pid: int) -> bool:
+def is_resource_tracker(pid: int) -> bool:
     """Whether a process is Python's resource tracker, which unlinks shared memory once all others are gone."""
     try:
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -36,7 +36,7 @@ def is_tracker(pid: int) -> bool:
         return False
 
 
-def _stat(pid: int) -> list[str]:
+def _read_process_fields(pid: int) -> list[str]:
     """Return the fields of ``/proc/<pid>/stat`` from field 3 (state) on; empty if the process does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -46,25 +46,27 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
-def _with_children(known: dict[int, str]) -> dict[int, str]:
+def _add_child_processes(known: dict[int, str]) -> dict[int, str]:
     """Add child processes that the owner had no time to report."""
     live = {pid: start for pid, start in known.items() if start_time(pid) == start}
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}
+    parents = {pid: int(fields[1]) for pid in pids if (fields := _read_process_fields(pid))}
     result = set(live)
     while more := {pid for pid, parent in parents.items() if parent in result} - result:
         result |= more
-    return live | {pid: start for pid in result - set(live) if not is_tracker(pid) and (start := start_time(pid))}
+    return live | {
+        pid: start for pid in result - set(live) if not is_resource_tracker(pid) and (start := start_time(pid))
+    }
 
 
-def watch(owner: int, source: int) -> dict[int, str]:
+def watch_owner(owner: int, source: int) -> dict[int, str]:
     """Read lines ``<pid> <start time>`` until the owner ends or writes ``quit``; return the processes to kill."""
     known: dict[int, str] = {}
     rest = b""
     # The end of input is not sufficient, because a forked engine keeps the writing end open.
     while True:
         ended = os.getppid() != owner
-        ready, _, _ = select.select([source], [], [], 0 if ended else _LOOK)
+        ready, _, _ = select.select([source], [], [], 0 if ended else _CHECK_SECONDS)
         if not ready:
             # What the owner wrote before it ended has been read.
             if ended:
@@ -79,12 +81,12 @@ def watch(owner: int, source: int) -> dict[int, str]:
                 return {}
             pid, _, start = line.decode("ascii").partition(" ")
             known[int(pid)] = start
-    return _with_children(known)
+    return _add_child_processes(known)
 
 
 def main() -> None:
     """Watch the process whose id is the first argument."""
-    for pid, start in watch(int(sys.argv[1]), sys.stdin.fileno()).items():
+    for pid, start in watch_owner(int(sys.argv[1]), sys.stdin.fileno()).items():
         if start_time(pid) == start:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAIN = ("init_main_from_name", "init_main_from_path")
+_MAIN_KEYS = ("init_main_from_name", "init_main_from_path")
 
 
 class _ThreadState(threading.local):
@@ -54,29 +54,31 @@ class _ThreadState(threading.local):
     hidden = False
 
 
-_here = _ThreadState()
+_thread_state = _ThreadState()
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def without_main() -> Iterator[None]:
+def hide_main_module() -> Iterator[None]:
     """Prevent processes started in this thread from importing ``__main__``; other threads are not affected."""
     with _lock:
         if not getattr(spawn.get_preparation_data, "hides_main", False):
             # Stays in place, because restoring could undo later patches.
-            spawn.get_preparation_data = _hiding(spawn.get_preparation_data)  # type: ignore[assignment]
-    before, _here.hidden = _here.hidden, True
+            spawn.get_preparation_data = _without_main_keys(spawn.get_preparation_data)  # type: ignore[assignment]
+    before, _thread_state.hidden = _thread_state.hidden, True
     try:
         yield
     finally:
-        _here.hidden = before
+        _thread_state.hidden = before
 
 
-def _hiding(prepare: Callable[[str], dict[str, T]]) -> Callable[[str], dict[str, T]]:
+def _without_main_keys(prepare: Callable[[str], dict[str, T]]) -> Callable[[str], dict[str, T]]:
     @functools.wraps(prepare)
     def prepared(name: str) -> dict[str, T]:
         message = prepare(name)
-        return {key: value for key, value in message.items() if key not in _MAIN} if _here.hidden else message
+        return (
+            {key: value for key, value in message.items() if key not in _MAIN_KEYS} if _thread_state.hidden else message
+        )
 
     prepared.hides_main = True  # type: ignore[attr-defined]
     return prepared
@@ -85,8 +87,8 @@ def _hiding(prepare: Callable[[str], dict[str, T]]) -> Callable[[str], dict[str,
 # A process that waits for work is active for about 1 % of the time; one that computes uses whole cores. A process
 # without a core on a busy machine, or waiting for a disk, is recognised by its state.
 IDLE_SHARE = 0.05
-ENDED = frozenset({"gone", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
-_WAITING = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
+ENDED_STATES = frozenset({"gone", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
+_WAITING_STATES = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +145,13 @@ class HealthCheck:
         if steps != self._steps:
             self._steps, self._stepped = steps, now
             self._samples.clear()
-        self._samples.append(_Sample(now, {s.pid: s.cpu for s in seen}, any(s.state in _WAITING for s in seen)))
-        return self._ended(seen) or self._halted(now, seen) or self._quiet(now, seen) or self._endless(now)
+        self._samples.append(_Sample(now, {s.pid: s.cpu for s in seen}, any(s.state in _WAITING_STATES for s in seen)))
+        return (
+            self._ended(seen)
+            or self._stopped_problem(now, seen)
+            or self._quiet(now, seen)
+            or self._endless_problem(now)
+        )
 
     def _restart(self, now: float) -> None:
         self._stepped = now
@@ -152,14 +159,14 @@ class HealthCheck:
         self._samples.clear()
 
     def _ended(self, seen: Iterable[ProcessState]) -> str | None:
-        ended = [s for s in seen if s.vital and s.state in ENDED]
-        return f"died: {named(ended)} ended" if ended else None
+        ended = [s for s in seen if s.vital and s.state in ENDED_STATES]
+        return f"died: {describe_processes(ended)} ended" if ended else None
 
-    def _halted(self, now: float, seen: Iterable[ProcessState]) -> str | None:
+    def _stopped_problem(self, now: float, seen: Iterable[ProcessState]) -> str | None:
         halted = [s for s in seen if s.vital and s.state == psutil.STATUS_STOPPED]
         self._stopped = {s.pid: self._stopped.get(s.pid, now) for s in halted}
         long = [s for s in halted if now - self._stopped[s.pid] >= self._limits.quiet]
-        return f"hangs: {named(long)} has been stopped for {self._limits.quiet:.0f} s" if long else None
+        return f"hangs: {describe_processes(long)} has been stopped for {self._limits.quiet:.0f} s" if long else None
 
     def _quiet(self, now: float, seen: Iterable[ProcessState]) -> str | None:
         samples, limit = self._samples, self._limits.quiet
@@ -171,15 +178,16 @@ class HealthCheck:
         used = max((cpu - samples[0].cpu.get(pid, 0.0) for pid, cpu in samples[-1].cpu.items()), default=0.0)
         if used >= IDLE_SHARE * span or 2 * sum(sample.waiting for sample in samples) >= len(samples):
             return None
-        return f"hangs: {named(s for s in seen if s.vital)} is idle and has not finished a step for {limit:.0f} s"
+        idle = describe_processes(s for s in seen if s.vital)
+        return f"hangs: {idle} is idle and has not finished a step for {limit:.0f} s"
 
-    def _endless(self, now: float) -> str | None:
+    def _endless_problem(self, now: float) -> str | None:
         if now - self._stepped < self._limits.step:
             return None
         return f"hangs: it is busy, but has not finished a step for {self._limits.step / 60:.0f} minutes"
 
 
-def named(seen: Iterable[ProcessState]) -> str:
+def describe_processes(seen: Iterable[ProcessState]) -> str:
     """Return a description of processes for an error message."""
     return ", ".join(f"{s.name} (process {s.pid})" for s in seen) or "the engine"
 
@@ -222,21 +230,21 @@ class EngineProcesses:
             EngineLost: If one of its processes was stopped for long.
             Exception: Whatever ``build`` raises, after its processes are killed.
         """
-        self._guard = _guard()
-        before = {child.pid for child in _children(psutil.Process())}
+        self._guard = _start_guard()
+        before = {child.pid for child in _child_processes(psutil.Process())}
         troubles: list[str] = []
         try:
-            with self._collecting(before, troubles), without_main():
+            with self._record_started(before, troubles), hide_main_module():
                 engine = build()
         except BaseException as error:
             self._gather(before)
             self.kill()
-            self._dismiss()
+            self._stop_guard()
             if troubles and isinstance(error, Exception):
                 raise EngineLost(troubles[0]) from error
             raise
         self._gather(before)
-        self._adopt(engine)
+        self._mark_engine_processes(engine)
         return engine
 
     def run(self, work: Callable[[StepCounter], T]) -> T:
@@ -251,35 +259,37 @@ class EngineProcesses:
             return work(progress)
         # Not an executor, whose threads Python waits for at exit.
         outcome: Future[T] = Future()
-        self._thread = threading.Thread(target=_work, args=(work, progress, outcome), daemon=True, name="llmrec-vllm")
+        self._thread = threading.Thread(
+            target=_run_work, args=(work, progress, outcome), daemon=True, name="llmrec-vllm"
+        )
         self._thread.start()
         health = HealthCheck(self.limits, time.monotonic())
         try:
             while not wait([outcome], self.limits.poll).done:
                 if trouble := health.judge(time.monotonic(), self.look(), progress.steps):
-                    self._lost(trouble)
+                    self._raise_lost(trouble)
         except BaseException:
             self.kill()
             raise
         if (error := outcome.exception()) and (trouble := health.judge(time.monotonic(), self.look(), progress.steps)):
-            self._lost(trouble, error)
+            self._raise_lost(trouble, error)
         return outcome.result()
 
     def look(self) -> list[ProcessState]:
         """Return the current state of the engine processes and of the waiting thread."""
         for core in self._cores:
             if core.pid in self._members:
-                self._note(_children(self._members[core.pid]))
+                self._note(_child_processes(self._members[core.pid]))
         results = [self._seen(pid) for pid in self._members]
         for seen in results:
-            if not seen.vital and seen.state in ENDED:
+            if not seen.vital and seen.state in ENDED_STATES:
                 del self._members[seen.pid]
-        return [*(seen for seen in results if seen.pid in self._members), *self._caller()]
+        return [*(seen for seen in results if seen.pid in self._members), *self._caller_state()]
 
     def kill(self) -> list[int]:
         """Kill all processes of the engine, wait for their end, and return the remaining ones."""
         for process in list(self._members.values()):
-            self._note(_children(process))
+            self._note(_child_processes(process))
         for process in self._members.values():
             with contextlib.suppress(psutil.Error):
                 # this signal also ends stopped processes
@@ -296,13 +306,13 @@ class EngineProcesses:
             shut_down: vLLM's own shutdown, which may block.
             release: Wakes a thread that still waits for an answer.
         """
-        if any(seen.vital and seen.state in {*ENDED, psutil.STATUS_STOPPED} for seen in self.look()):
+        if any(seen.vital and seen.state in {*ENDED_STATES, psutil.STATUS_STOPPED} for seen in self.look()):
             self.kill()
         thread = self._thread
         if thread is not None and thread.is_alive():
             release()
             thread.join(2)
-        closing = threading.Thread(target=_quietly, args=(shut_down,), daemon=True, name="llmrec-vllm-close")
+        closing = threading.Thread(target=_log_failure, args=(shut_down,), daemon=True, name="llmrec-vllm-close")
         closing.start()
         closing.join(CLOSE_SECONDS)
         self.kill()
@@ -311,10 +321,10 @@ class EngineProcesses:
             core.join(1)
         self._members.clear()
         self._vital.clear()
-        self._dismiss()
+        self._stop_guard()
 
     @contextlib.contextmanager
-    def _collecting(self, before: set[int], troubles: list[str]) -> Iterator[None]:
+    def _record_started(self, before: set[int], troubles: list[str]) -> Iterator[None]:
         """Record processes while vLLM starts them, and abort if one of them is stopped."""
         over = threading.Event()
 
@@ -326,7 +336,7 @@ class EngineProcesses:
                 halted = [s for s in self.look() if s.state == psutil.STATUS_STOPPED]
                 since = {s.pid: since.get(s.pid, now) for s in halted}
                 if long := [s for s in halted if now - since[s.pid] >= self.limits.quiet]:
-                    troubles.append(f"{named(long)} was stopped for {self.limits.quiet:.0f} s")
+                    troubles.append(f"{describe_processes(long)} was stopped for {self.limits.quiet:.0f} s")
                     self.kill()
                     return
 
@@ -341,17 +351,17 @@ class EngineProcesses:
     def _gather(self, before: set[int]) -> None:
         """Record every new child process."""
         guard = self._guard.pid if self._guard else 0
-        self._note(p for p in _children(psutil.Process()) if p.pid not in before and p.pid != guard)
+        self._note(p for p in _child_processes(psutil.Process()) if p.pid not in before and p.pid != guard)
 
     def _note(self, processes: Iterable[psutil.Process]) -> None:
         for process in processes:
-            if process.pid in self._members or vllm_guard.is_tracker(process.pid):
+            if process.pid in self._members or vllm_guard.is_resource_tracker(process.pid):
                 continue
             self._members[process.pid] = process
             if self._guard is not None and (start := vllm_guard.start_time(process.pid)):
-                self._tell(f"{process.pid} {start}")
+                self._write_to_guard(f"{process.pid} {start}")
 
-    def _adopt(self, engine: Any) -> None:
+    def _mark_engine_processes(self, engine: Any) -> None:
         """Keep the processes of the engine, and mark the vital ones.
 
         The engine core is known from vLLM, a worker by its title. Others, such as compilers, are temporary.
@@ -361,13 +371,13 @@ class EngineProcesses:
         self._cores = tuple(getattr(manager, "processes", ()))
         roots = {process.pid for process in self._cores} & set(self._members)
         if roots:
-            members = roots.union(*({child.pid for child in _children(self._members[pid])} for pid in roots))
+            members = roots.union(*({child.pid for child in _child_processes(self._members[pid])} for pid in roots))
             self._members = {pid: process for pid, process in self._members.items() if pid in members}
         title = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
         titled = {pid for pid in self._members if self._seen(pid).name.startswith(title)}
         self._vital = roots | titled
 
-    def _caller(self) -> list[ProcessState]:
+    def _caller_state(self) -> list[ProcessState]:
         """Return the state of the waiting thread, which also prepares requests and reads answers."""
         if self._thread is None or self._thread.native_id is None:
             return []
@@ -377,7 +387,7 @@ class EngineProcesses:
         return []
 
     def _alive(self) -> list[int]:
-        return [pid for pid in self._members if self._seen(pid).state not in ENDED]
+        return [pid for pid in self._members if self._seen(pid).state not in ENDED_STATES]
 
     def _seen(self, pid: int) -> ProcessState:
         process, vital = self._members[pid], pid in self._vital
@@ -388,35 +398,35 @@ class EngineProcesses:
                 name, state, times = process.name(), process.status(), process.cpu_times()
         except psutil.Error:
             return ProcessState(pid=pid, name=self._names.get(pid, "process"), state="gone", cpu=0.0, vital=vital)
-        if state not in ENDED:
+        if state not in ENDED_STATES:
             # vLLM sets process titles only when they run; of a dead process, only the first letters are left.
             self._names[pid] = name
         name = self._names.get(pid, name)
         return ProcessState(pid=pid, name=name, state=state, cpu=times.user + times.system, vital=vital)
 
-    def _lost(self, trouble: str, cause: BaseException | None = None) -> None:
-        trouble += self._reason() if trouble.startswith("died") else ""
+    def _raise_lost(self, trouble: str, cause: BaseException | None = None) -> None:
+        trouble += self._end_reason() if trouble.startswith("died") else ""
         if left := self.kill():
             trouble += f"; process {', '.join(map(str, left))} cannot be killed"
         raise EngineLost(trouble) from cause
 
-    def _reason(self) -> str:
+    def _end_reason(self) -> str:
         """Return why a process ended, if known; the exit code is available only for children."""
         for core in self._cores:
-            if self._seen(core.pid).state in ENDED:
+            if self._seen(core.pid).state in ENDED_STATES:
                 core.join(1)
                 if core.exitcode not in (None, -9):
                     return f" with exit code {core.exitcode}"
                 return ", killed by signal 9, as the kernel does when memory runs out" if core.exitcode else ""
         return ", as happens when memory runs out"
 
-    def _tell(self, line: str) -> None:
+    def _write_to_guard(self, line: str) -> None:
         if self._guard is not None and self._guard.stdin is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._guard.stdin.write(f"{line}\n".encode("ascii"))
                 self._guard.stdin.flush()
 
-    def _dismiss(self) -> None:
+    def _stop_guard(self) -> None:
         guard, self._guard = self._guard, None
         if guard is None:
             return
@@ -427,28 +437,28 @@ class EngineProcesses:
             guard.wait(1)
 
 
-def _work(work: Callable[[StepCounter], T], progress: StepCounter, outcome: Future[T]) -> None:
+def _run_work(work: Callable[[StepCounter], T], progress: StepCounter, outcome: Future[T]) -> None:
     try:
         outcome.set_result(work(progress))
     except BaseException as error:
         outcome.set_exception(error)
 
 
-def _quietly(call: Callable[[], None]) -> None:
+def _log_failure(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception as error:
         log.debug("vLLM did not shut down cleanly: %s", error)
 
 
-def _children(process: psutil.Process) -> list[psutil.Process]:
+def _child_processes(process: psutil.Process) -> list[psutil.Process]:
     try:
         return list(process.children(recursive=True))
     except psutil.Error:
         return []
 
 
-def _guard() -> subprocess.Popen[bytes] | None:
+def _start_guard() -> subprocess.Popen[bytes] | None:
     """Start a process that ends the engine if this process is killed; None if it cannot start."""
     if not Path("/proc/self/stat").is_file() or not sys.executable:
         return None

@@ -9,20 +9,20 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.read.limits import WHOLE
+from llmrec.data.read.limits import MAX_EXACT_INTEGER
 
 
-def coded(ids: pl.Series) -> pl.Series:
+def encode_ids(ids: pl.Series) -> pl.Series:
     """Convert a column of ids to codes, which are indices into its sorted values."""
     if isinstance(ids.dtype, pl.Enum):
         return ids
     result = ids.cast(pl.String).to_arrow().dictionary_encode()
     # Arrow's own conversion to numpy imports pandas, if it is installed.
     rows = pl.Series(result.indices).to_numpy()
-    return from_dictionary(ids.name, pl.Series(result.dictionary, dtype=pl.String), [rows])
+    return coded_column(ids.name, pl.Series(result.dictionary, dtype=pl.String), [rows])
 
 
-def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
+def coded_column(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
     """Build a coded column from a list of values and indices into the list."""
     order = values.arg_sort()
     rank = np.empty(len(values), dtype=np.uint32)
@@ -31,14 +31,14 @@ def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.i
     return pl.Series(name, result).cat.to(pl.Enum(values.gather(order)))
 
 
-def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
+def concatenate_coded(name: str, parts: Sequence[pl.Series]) -> pl.Series:
     """Return the concatenation of coded columns."""
-    known = [codes(series) for series in parts]
+    known = [values_and_codes(series) for series in parts]
     values = pl.concat([part for part, _ in known]).unique().sort()
-    return from_dictionary(name, values, (values.search_sorted(part).to_numpy()[rows] for part, rows in known))
+    return coded_column(name, values, (values.search_sorted(part).to_numpy()[rows] for part, rows in known))
 
 
-def as_integers(series: pl.Series) -> pl.Series:
+def convert_whole_floats(series: pl.Series) -> pl.Series:
     """Return floats as integers if all are whole; other columns unchanged.
 
     Other libraries convert integers to floats, which must not change ids.
@@ -46,32 +46,32 @@ def as_integers(series: pl.Series) -> pl.Series:
     if not series.dtype.is_float():
         return series
     series = series.fill_nan(None)
-    integral = ((series == series.round(0)) & (series.abs() < WHOLE)).all()
+    integral = ((series == series.round(0)) & (series.abs() < MAX_EXACT_INTEGER)).all()
     return series.cast(pl.Int64) if integral else series
 
 
-def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
+def values_and_codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
     """Return the sorted values of a coded column, and the code of every row, shape (n,).
 
     A value need not occur: a subset of a table has the codes of the whole table.
     """
-    ids = coded(ids)
+    ids = encode_ids(ids)
     assert isinstance(ids.dtype, pl.Enum)
     return ids.dtype.categories, ids.to_physical().to_numpy()
 
 
-def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int32]:
+def map_ids_to_indices(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int32]:
     """Return the index of the id in each row, shape (n,); every distinct id is looked up only once.
 
     Args:
         ids: Names by row.
         number: Returns the numbers of names.
     """
-    names, row_codes = codes(ids)
+    names, row_codes = values_and_codes(ids)
     return number(names.to_list()).astype(np.int32)[row_codes] if len(names) else np.empty(0, dtype=np.int32)
 
 
-class Names:
+class SortedNames:
     """The sorted values of a coded column; a value is looked up by bisection, without a dictionary."""
 
     def __init__(self, values: pl.Series) -> None:
@@ -89,7 +89,7 @@ class Names:
         return index if index < len(self) and self[index] == name else None
 
 
-class Runs:
+class UserRowRanges:
     """The row range of every user, in a table grouped by user.
 
     Attributes:
@@ -99,7 +99,7 @@ class Runs:
 
     def __init__(self, users: pl.Series, rows: NDArray[np.integer]) -> None:
         """Find the row range of every user, given the users by code and the code of each row's user, in any order."""
-        self.users, self._names = users, Names(users)
+        self.users, self._names = users, SortedNames(users)
         self.ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(users)))])
 
     def of(self, user: str) -> slice:
@@ -108,15 +108,15 @@ class Runs:
         return slice(0, 0) if code is None else slice(int(self.ends[code]), int(self.ends[code + 1]))
 
 
-def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
+def pair_codes(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
     """Return a number for the (user, item) pair of every row, shape (n,); equal pairs have equal numbers."""
-    result = codes(users)[1].astype(np.uint64)
+    result = values_and_codes(users)[1].astype(np.uint64)
     result <<= np.uint64(32)
-    result |= codes(items)[1].astype(np.uint64)
+    result |= values_and_codes(items)[1].astype(np.uint64)
     return result
 
 
-def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+def duplicate_indices(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the indices of values that occur more than once, ascending."""
     ordered = pl.Series(numbers).sort().to_numpy()
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -126,13 +126,13 @@ def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.flatnonzero(pl.Series(numbers).is_in(twice).to_numpy())
 
 
-def different(numbers: NDArray[np.uint64]) -> int:
+def count_distinct(numbers: NDArray[np.uint64]) -> int:
     """Return the number of different values."""
     ordered = pl.Series(numbers).sort().to_numpy()
     return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 
 
-def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
+def recode_ids_like(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
     """Convert the ids of a data frame to the codes of another, and drop rows with unknown ids."""
     names = ("user_id", "item_id")
     cast = [pl.col(name).cast(pl.String).cast(other[name].dtype, strict=False) for name in names]

@@ -11,17 +11,17 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llmrec.data.read.codes import from_dictionary
+from llmrec.data.read.codes import coded_column
 from llmrec.data.read.tables import Table
-from llmrec.data.read.typed import floats
+from llmrec.data.read.typed import convert_to_floats
 
-Kind = Literal["id", "number", "text", "maybe"]
+ColumnKind = Literal["id", "number", "text", "maybe"]
 """The kind of a column's values: ids that repeat in many rows, numbers, or texts that all differ.
 
 ``maybe`` columns are texts that an object may lack.
 """
 
-_TEXTS = (pl.String, pl.Categorical, pl.Enum)
+_TEXT_TYPES = (pl.String, pl.Categorical, pl.Enum)
 
 
 class NeedsExactReader(Exception):
@@ -39,7 +39,7 @@ class NotNumeric(Exception):
 class Column:
     """The values of a column, added block by block."""
 
-    def __init__(self, name: str, kind: Kind) -> None:
+    def __init__(self, name: str, kind: ColumnKind) -> None:
         self.name, self.kind = name, kind
         self._categories = pl.Categorical(pl.Categories.random())
         # polars drops the categories of codes when no series uses them.
@@ -52,11 +52,11 @@ class Column:
         Raises:
             NoNumbers: If the column should be numeric and a value is not a finite number.
         """
-        if self.kind == "id" and (values.dtype in _TEXTS or values.dtype.is_integer()):
+        if self.kind == "id" and (values.dtype in _TEXT_TYPES or values.dtype.is_integer()):
             values = values.cast(pl.String).fill_null("").cast(self._categories)
             self._blocks.append(values.to_physical().to_numpy())
         elif self.kind == "number" and (values.dtype.is_float() or values.dtype == pl.String):
-            values = floats(values)
+            values = convert_to_floats(values)
             if values.null_count() or not values.is_finite().all():
                 raise NotNumeric(self.name)
             self._blocks.append(values.to_numpy())
@@ -91,10 +91,10 @@ class Column:
             present[block] = True
         values = pl.Series(np.flatnonzero(present).astype(np.uint32)).cat.to(self._alive.dtype).cast(pl.String)
         code = (np.cumsum(present) - 1).astype(np.uint32)
-        return from_dictionary(self.name, values, (code[block] for block in arrays))
+        return coded_column(self.name, values, (code[block] for block in arrays))
 
 
-def table_of(
+def table_from_columns(
     name: str,
     names: Sequence[str],
     columns: Iterable[Column],
@@ -122,12 +122,12 @@ def table_of(
         raise NeedsExactReader
     nothing = pl.repeat(None, rows, dtype=pl.Null, eager=True)
     frame = pl.DataFrame([read[column] if column in read else nothing.alias(column) for column in names])
-    locations = numbered(name, lines)
+    locations = row_location_table(name, lines)
     unread = frozenset(names) - read.keys()
     return Table(name, frame, sha256, locations.lines, locations.header, unusable=unusable or {}, unread=unread)
 
 
-def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
+def row_location_table(name: str, lines: Sequence[Sequence[int]]) -> Table:
     """Return a table without columns, which locates rows for error messages.
 
     Args:

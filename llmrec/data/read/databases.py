@@ -14,30 +14,30 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 import polars as pl
 import pyarrow as pa
 
-from llmrec.data.read.limits import no_file, reason, require_file
-from llmrec.data.read.parquet import from_arrow
+from llmrec.data.read.limits import check_regular_file, describe_file_problem, format_error
+from llmrec.data.read.parquet import table_from_arrow
 from llmrec.data.read.tables import Table
 from llmrec.errors import DataError, MissingExtra, require
 
-KEY = "data.query"
-_MARKS = (("sqlite", 0, b"SQLite format 3\0"), ("duckdb", 8, b"DUCK"))
+QUERY_KEY = "data.query"
+_FILE_SIGNATURES = (("sqlite", 0, b"SQLite format 3\0"), ("duckdb", 8, b"DUCK"))
 
 
-def is_database(path: str) -> bool:
+def is_database_url(path: str) -> bool:
     """Whether ``data.path`` names a database by its prefix: ``sqlite://``, ``duckdb://`` or ``postgresql://``."""
-    return urlsplit(path).scheme in _READ and "://" in path
+    return urlsplit(path).scheme in _QUERY_FUNCTIONS and "://" in path
 
 
-def database_at(path: Path) -> str | None:
+def detect_database_url(path: Path) -> str | None:
     """Return the database URL of a file that begins like a SQLite or DuckDB database."""
-    if no_file(path):
+    if describe_file_problem(path):
         return None  # reading a pipe would block
     try:
         with path.open("rb") as stream:
             head = stream.read(16)
     except OSError:
         return None
-    kind = next((kind for kind, start, mark in _MARKS if head[start:].startswith(mark)), None)
+    kind = next((kind for kind, start, mark in _FILE_SIGNATURES if head[start:].startswith(mark)), None)
     return None if kind is None else f"{kind}:///{path}"
 
 
@@ -65,17 +65,20 @@ def read_query(url: str, query: str) -> Table:
         )
     try:
         # The hash is over the rows, so that it does not depend on the size of blocks.
-        table = _READ[parts.scheme](url, query).combine_chunks()
+        table = _QUERY_FUNCTIONS[parts.scheme](url, query).combine_chunks()
     except (DataError, MissingExtra):
         raise
     except Exception as error:  # each library raises other types
         raise DataError.at(
-            url, "unreadable", f": the query failed ({reason(error)}); correct {KEY}, or data.path", KEY
+            url,
+            "unreadable",
+            f": the query failed ({format_error(error)}); correct {QUERY_KEY}, or data.path",
+            QUERY_KEY,
         ) from error
-    return from_arrow(url, table, _sha256(table))
+    return table_from_arrow(url, table, _hash_table(table))
 
 
-def tables_of(url: str) -> list[str]:
+def read_table_names(url: str) -> list[str]:
     """Return the names of a database's tables and views.
 
     Raises:
@@ -91,14 +94,14 @@ def tables_of(url: str) -> list[str]:
     return [str(name) for name in read_query(url, query).frame["name"]]
 
 
-def _sha256(table: pa.Table) -> str:
+def _hash_table(table: pa.Table) -> str:
     total = hashlib.sha256()
-    with pa.ipc.new_stream(_Sink(total), table.schema) as stream:
+    with pa.ipc.new_stream(_HashingWriter(total), table.schema) as stream:
         stream.write_table(table)
     return total.hexdigest()
 
 
-class _Sink:
+class _HashingWriter:
     """File object that hashes what is written to it and stores nothing."""
 
     closed = False
@@ -120,7 +123,7 @@ class _Sink:
 _SECRET = re.compile(r"://[^/@]*?:([^/]*)@|[?&][^=&]*password[^=&]*=([^&#]*)", re.IGNORECASE)
 
 
-def without_secrets(message: str, url: str) -> str:
+def mask_passwords(message: str, url: str) -> str:
     """Return a message with ``***`` in place of the passwords of a URL, which libpq may repeat in its messages.
 
     The URL may be invalid, as libpq repeats a password above all if its characters are not percent-encoded.
@@ -131,24 +134,26 @@ def without_secrets(message: str, url: str) -> str:
     return message
 
 
-def file_of(url: str) -> Path:
+def database_path(url: str) -> Path:
     """Return the path of the file in a URL such as ``sqlite:///shop.db``."""
     return Path(url.partition(":///")[2]).expanduser()
 
 
-def _file(url: str) -> Path:
-    path = file_of(url)
-    require_file(path, "check data.path", "the database")
+def _existing_database_path(url: str) -> Path:
+    path = database_path(url)
+    check_regular_file(path, "check data.path", "the database")
     return path
 
 
-def _sqlite(url: str, query: str) -> Any:
-    with closing(sqlite3.connect(f"file:{quote(str(_file(url).resolve()))}?mode=ro", uri=True)) as connection:
+def _query_sqlite(url: str, query: str) -> Any:
+    with closing(
+        sqlite3.connect(f"file:{quote(str(_existing_database_path(url).resolve()))}?mode=ro", uri=True)
+    ) as connection:
         return pl.read_database(query, connection, infer_schema_length=None).to_arrow()
 
 
-def _duckdb(url: str, query: str) -> Any:
-    with closing(require("duckdb", "tables").connect(str(_file(url)), read_only=True)) as connection:
+def _query_duckdb(url: str, query: str) -> Any:
+    with closing(require("duckdb", "tables").connect(str(_existing_database_path(url)), read_only=True)) as connection:
         # The query can read only this file: no other files and no network.
         connection.execute("SET enable_external_access = false")
         result = connection.sql(query)
@@ -157,7 +162,7 @@ def _duckdb(url: str, query: str) -> Any:
         return result.to_arrow_table()
 
 
-def _postgresql(url: str, query: str) -> Any:
+def _query_postgresql(url: str, query: str) -> Any:
     dbapi = require("adbc_driver_postgresql.dbapi", "tables")
     mark = "&" if urlsplit(url).query else "?"
     option = urlencode({"options": "-c default_transaction_read_only=on"}, quote_via=quote)
@@ -166,32 +171,36 @@ def _postgresql(url: str, query: str) -> Any:
         return cursor.fetch_arrow_table()
 
 
-_READ: Mapping[str, Callable[[str, str], Any]] = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}
+_QUERY_FUNCTIONS: Mapping[str, Callable[[str, str], Any]] = {
+    "sqlite": _query_sqlite,
+    "duckdb": _query_duckdb,
+    "postgresql": _query_postgresql,
+}
 
 
 # --------------------------------------------------------------------------- the Hugging Face hub
 
-_HUB = "hf://"
+_HUB_PREFIX = "hf://"
 
 
-def is_hub(path: str) -> bool:
+def is_hub_path(path: str) -> bool:
     """Whether ``data.path`` names a data set on the Hugging Face hub: ``hf://NAME`` or ``hf://NAME:SPLIT``."""
-    return path.startswith(_HUB)
+    return path.startswith(_HUB_PREFIX)
 
 
 def hub_name(path: str) -> str:
     """Return the data set name in ``hf://NAME[:SPLIT]``."""
-    return path.removeprefix(_HUB).partition(":")[0]
+    return path.removeprefix(_HUB_PREFIX).partition(":")[0]
 
 
-def read_hub(path: str) -> Table:
+def read_hub_dataset(path: str) -> Table:
     """Read ``hf://NAME[:SPLIT]`` with the datasets library; the default split is ``train``.
 
     Raises:
         DataError: If it cannot be loaded.
         MissingExtra: If the library is not installed.
     """
-    part = path.removeprefix(_HUB).partition(":")[2]
+    part = path.removeprefix(_HUB_PREFIX).partition(":")[2]
     datasets = require("datasets", "train")
     try:
         result = datasets.load_dataset(hub_name(path), split=part or "train")
@@ -200,8 +209,9 @@ def read_hub(path: str) -> Table:
         raise DataError.at(
             path,
             "unreachable",
-            f" cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in data.path, "
+            f" cannot be loaded ({type(error).__name__}: {format_error(error)}); check the name and the split in "
+            "data.path, "
             "and the connection to the hub, or download the table and set data.path to its file",
             "data.path",
         ) from error
-    return from_arrow(path, values)
+    return table_from_arrow(path, values)

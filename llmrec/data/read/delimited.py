@@ -1,7 +1,7 @@
 """Reads delimited text block by block: regular blocks with pyarrow, all others row by row.
 
-The careful reader parses every row, or reports the first one that cannot be used. It uses `fields`, as request files
-do, which continue after a broken row.
+The careful reader parses every row, or reports the first one that cannot be used. It uses `parse_rows`, as request
+files do, which continue after a broken row.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from llmrec.data.read.columns import Column, Kind, NotNumeric, table_of
+from llmrec.data.read.columns import Column, ColumnKind, NotNumeric, table_from_columns
 from llmrec.data.read.files import Source
-from llmrec.data.read.limits import enumerated, reason, shown
-from llmrec.data.read.tables import Table, check_columns, column_names
+from llmrec.data.read.limits import format_error, format_names, format_value
+from llmrec.data.read.tables import Table, check_columns, validate_column_names
 from llmrec.data.read.text import (
-    LONGEST,
+    MAX_LINE_BYTES,
     LineBlock,
     LineBlocks,
     TextFormat,
-    decoded,
-    first_encoding,
-    in_arrow,
+    arrow_buffer,
+    decode_block,
+    detect_encoding,
     numbered_lines,
 )
-from llmrec.display import shortened
+from llmrec.display import shorten_text
 from llmrec.errors import DataError, Location
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
 _LONGEST_HEADER = 2**20
 # Maximum number of lines above a header, lines needed to recognise it, and characters examined for both.
-_MAX_ABOVE, _MIN_ALIKE, _HEAD = 20, 4, 2**16
-_PARSED = 2 * 2**20
+_MAX_PREAMBLE_LINES, _MIN_REGULAR_LINES, _HEAD_CHARACTERS = 20, 4, 2**16
+_MIN_BLOCK_BYTES = 2 * 2**20
 _LINE = re.compile(r"[\r\n]*([^\r\n]+)(?:\r\n|\r|\n|$)")
-_FIELD = "\x1f"  # one character that replaces a longer separator
+_REPLACEMENT_SEPARATOR = "\x1f"  # one character that replaces a longer separator
 
 # The default limit of Python is 128 KiB per field, which a long text or a set of a thousand candidates can exceed.
-csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
 
 
 # --------------------------------------------------------------------------- reading row by row
@@ -67,7 +67,7 @@ class BrokenRow(Exception):
         super().__init__(str(error))
         self.line, self.start = line, start
         self.unfinished = str(error) == "unexpected end of data"
-        self.problem = f"{reason(error)}; check the double quotes in this row"
+        self.problem = f"{format_error(error)}; check the double quotes in this row"
         if "new-line character" in str(error):
             self.problem = (
                 "it contains a carriage return without a line feed; end every line with a line feed, or put double "
@@ -75,7 +75,7 @@ class BrokenRow(Exception):
             )
 
 
-def fields(
+def parse_rows(
     text: str, separator: str | None, *, quoted: bool = True, newline: str = "", start: int = 0, line: int = 0
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield rows with their 0-based line numbers; a blank line is a row without fields.
@@ -112,26 +112,26 @@ def fields(
 # --------------------------------------------------------------------------- tables
 
 
-def delimited(source: Source, form: TextFormat, wanted: Mapping[str, Kind] | None = None) -> Table:
+def read_delimited(source: Source, form: TextFormat, wanted: Mapping[str, ColumnKind] | None = None) -> Table:
     """Read a table provided by the user.
 
     Args:
         source: The file.
-        form: Its format; a table whose header lacks the separator may have another one, see `separator_of`.
+        form: Its format; a table whose header lacks the separator may have another one, see `detect_separator`.
         wanted: The columns to keep, with the kinds of their values; others are only listed by name. None: all columns.
 
     Raises:
         DataError: If it is not text, a row and the header differ in the number of fields, or a quote is not closed.
     """
-    file, kinds = Delimited(source, form), dict(wanted or {})
+    file, kinds = DelimitedReader(source, form), dict(wanted or {})
     while True:
         try:
-            return _gathered(file, source.name, kinds)
+            return _read_in_blocks(file, source.name, kinds)
         except NotNumeric as odd:
             kinds[odd.name] = "text"  # such as dates, which remain texts until they are parsed
 
 
-def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
+def _read_in_blocks(file: DelimitedReader, name: str, kinds: Mapping[str, ColumnKind]) -> Table:
     floats = [name for name, kind in kinds.items() if kind == "number"]
     columns: list[Column] = []
     lines: list[Sequence[int]] = []
@@ -141,13 +141,13 @@ def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
             list(pool.map(Column.add, columns, [block.frame[column.name] for column in columns]))
             lines.append(block.lines or ())
     pa.default_memory_pool().release_unused()
-    return table_of(name, file.names, columns, lines=lines)
+    return table_from_columns(name, file.names, columns, lines=lines)
 
 
 # --------------------------------------------------------------------------- blocks
 
 
-class Delimited:
+class DelimitedReader:
     """Reads a delimited file in blocks.
 
     Attributes:
@@ -173,7 +173,7 @@ class Delimited:
                     return self.names
         raise self._empty()
 
-    def blocks(self, wanted: Mapping[str, Kind] | None = None, floats: Collection[str] = ()) -> Iterator[Table]:
+    def blocks(self, wanted: Mapping[str, ColumnKind] | None = None, floats: Collection[str] = ()) -> Iterator[Table]:
         """Yield the rows in blocks.
 
         Args:
@@ -197,8 +197,8 @@ class Delimited:
                 if body.raw[:1] in b"\r\n" and not body.raw.strip(b"\r\n"):
                     continue
                 chosen = [name for name in wanted or () if name in self.names] or list(self.names)
-                block = self._fast(body, chosen, floats, row) or self._row_by_row(body, pieces, chosen, row)
-                again = None if self._form.columns else _second_header(block.frame)
+                block = self._fast(body, chosen, floats, row) or self._parse_row_by_row(body, pieces, chosen, row)
+                again = None if self._form.columns else _repeated_header_index(block.frame)
                 if again is not None:
                     fix = "download the file again" if self._source.published else "remove it"
                     raise DataError.at(block.where(again), "duplicate", f" repeats the header; {fix}")
@@ -210,7 +210,7 @@ class Delimited:
 
     def _open(self) -> AbstractContextManager[Any]:
         self.names = ()
-        self._encoding = first_encoding(self._source, self._form.encodings)
+        self._encoding = detect_encoding(self._source, self._form.encodings)
         return self._source.open()
 
     def _empty(self) -> DataError:
@@ -226,38 +226,38 @@ class Delimited:
         name, form = self._source.name, self._form
         self._separator, self._quoted = form.separator, form.quoted and len(form.separator) == 1
         if form.columns:
-            self.names = tuple(column_names(name, form.columns))
+            self.names = tuple(validate_column_names(name, form.columns))
             return piece
         if piece.raw.isspace():
             return None
         head = piece.raw
-        if len(head) > _HEAD:
-            head = head[: head.rfind(b"\n", 0, _HEAD) + 1 or head.find(b"\n") + 1 or len(head)]
+        if len(head) > _HEAD_CHARACTERS:
+            head = head[: head.rfind(b"\n", 0, _HEAD_CHARACTERS) + 1 or head.find(b"\n") + 1 or len(head)]
         row = None if self._source.published else 1
-        text = decoded(LineBlock(self._source, head, piece.line), self._encoding, header=row)
-        above = "" if self._source.published else self._above(text)
+        text = decode_block(LineBlock(self._source, head, piece.line), self._encoding, header=row)
+        above = "" if self._source.published else self._detect_preamble(text)
         line = piece.line + above.count("\n") + 1
         try:
-            cells, end = self._first_row(text[len(above) :])
+            cells, end = self._parse_first_row(text[len(above) :])
         except BrokenRow as broken:
             if broken.unfinished and not pieces.ended and head is piece.raw:
                 pieces.keep(head)
                 return None
             raise DataError.at(Location(name, 0, line + broken.line), "syntax", f": {broken.problem}") from broken
         fix = "download the file again" if self._source.published else "rename one"
-        self.names = tuple(column_names(name, cells, fix))
+        self.names = tuple(validate_column_names(name, cells, fix))
         body = len(text[: len(above) + end].encode(self._encoding))
         return LineBlock(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
 
-    def _above(self, text: str) -> str:
+    def _detect_preamble(self, text: str) -> str:
         """Return the lines above the header, and set the separator that the header uses."""
         name = self._source.name
-        skipped = preamble(text, self._form.separator)
+        skipped = count_preamble_lines(text, self._form.separator)
         *above, below = text.split("\n", skipped)
         if skipped and not self._warned:
             self._warned = True
             title = next((line.strip() for line in above if line.strip()), "")
-            log.warning("%s: skipped %d lines above the header, first %s", name, skipped, shown(title))
+            log.warning("%s: skipped %d lines above the header, first %s", name, skipped, format_value(title))
         first = below.partition("\n")[0]
         if len(first) > _LONGEST_HEADER:
             raise DataError.at(
@@ -266,11 +266,11 @@ class Delimited:
                 f": the first line has {len(first)} characters, so the file is not a table or has no line breaks; "
                 "write the file again",
             )
-        self._separator = separator_of(first, self._form.separator)
+        self._separator = detect_separator(first, self._form.separator)
         self._quoted = self._form.quoted and len(self._separator) == 1
         return text[: len(text) - len(below)]
 
-    def _first_row(self, text: str) -> tuple[list[str], int]:
+    def _parse_first_row(self, text: str) -> tuple[list[str], int]:
         """Return the fields of the first non-blank row, and the offset of its end."""
         if not self._quoted:
             first = _LINE.match(text)
@@ -293,12 +293,12 @@ class Delimited:
             return None
         separator = self._separator
         if len(separator) > 1:
-            if _FIELD.encode() in raw:
+            if _REPLACEMENT_SEPARATOR.encode() in raw:
                 return None
-            raw, separator = raw.replace(separator.encode(), _FIELD.encode()), _FIELD
+            raw, separator = raw.replace(separator.encode(), _REPLACEMENT_SEPARATOR.encode()), _REPLACEMENT_SEPARATOR
         if self._encoding != "utf-8":
             raw = raw.decode(self._encoding).encode()
-        parse = partial(_parsed, raw, separator, self.names, chosen)
+        parse = partial(_parse_with_arrow, raw, separator, self.names, chosen)
         table = parse([name for name in chosen if name in floats])
         if table is None and floats:
             table = parse(())
@@ -307,27 +307,27 @@ class Delimited:
         lines = range(piece.line + 1, piece.line + 1 + height)
         return Table(self._source.name, pl.DataFrame(pl.from_arrow(table)), lines=lines, rows=range(row, row + height))
 
-    def _row_by_row(self, piece: LineBlock, pieces: LineBlocks, chosen: Sequence[str], row: int) -> Table:
+    def _parse_row_by_row(self, piece: LineBlock, pieces: LineBlocks, chosen: Sequence[str], row: int) -> Table:
         """Read lines row by row; an incomplete row is kept for the next piece."""
         name, published = self._source.name, self._source.published
         header = None if published else 0 if self._form.columns else 1
-        text = decoded(piece, self._encoding, header=header)
+        text = decode_block(piece, self._encoding, header=header)
         rows: list[list[str]] = []
         lines: list[int] = []
         try:
-            for line, cells in fields(text, self._separator, quoted=self._quoted):
+            for line, cells in parse_rows(text, self._separator, quoted=self._quoted):
                 if not cells:
                     continue
                 if len(cells) != len(self.names):
-                    raise self._ragged(Location(name, row + len(rows) + 1, piece.line + line + 1), len(cells))
+                    raise self._ragged_row_error(Location(name, row + len(rows) + 1, piece.line + line + 1), len(cells))
                 rows.append(cells)
                 lines.append(piece.line + line + 1)
         except BrokenRow as broken:
             rest = text[broken.start :].encode(self._encoding) if broken.unfinished and not pieces.ended else b""
-            if not rest or (len(rest) > LONGEST and not published):
+            if not rest or (len(rest) > MAX_LINE_BYTES and not published):
                 location = Location(name, row + len(rows) + 1, piece.line + broken.line + 1)
                 raise DataError.at(location, "syntax", f": {broken.problem}") from broken
-            if len(rest) > LONGEST:
+            if len(rest) > MAX_LINE_BYTES:
                 raise pieces.too_long() from broken
             pieces.keep(rest)
         indices = [self.names.index(column) for column in chosen]
@@ -337,11 +337,12 @@ class Delimited:
         ]
         return Table(name, pl.DataFrame(columns), lines=lines, rows=range(row, row + len(rows)))
 
-    def _ragged(self, location: Location, count: int) -> DataError:
+    def _ragged_row_error(self, location: Location, count: int) -> DataError:
         width = len(self.names)
         if self._source.published:
             text = (
-                f"it should have {width} ({shortened(enumerated(self.names), 200)}); the file is damaged or does not "
+                f"it should have {width} ({shorten_text(format_names(self.names), 200)}); the file is damaged or "
+                "does not "
                 "belong to this data set; download it again"
             )
         else:
@@ -354,7 +355,7 @@ class Delimited:
         return DataError.at(location, "ragged-row", f" has {count} fields where {text}")
 
 
-def _second_header(frame: pl.DataFrame) -> int | None:
+def _repeated_header_index(frame: pl.DataFrame) -> int | None:
     """Return the index of the first row that repeats the header, as happens in concatenated files."""
     if any(kind != pl.String for kind in frame.dtypes):
         return None
@@ -362,14 +363,14 @@ def _second_header(frame: pl.DataFrame) -> int | None:
     return int(same.arg_max() or 0) if same.any() else None
 
 
-def _parsed(
+def _parse_with_arrow(
     raw: bytes, separator: str, names: Sequence[str], chosen: Sequence[str], floats: Collection[str]
 ) -> pa.Table | None:
     """Parse lines to columns; None if a line is not a regular row of valid values."""
     try:
         return pa_csv.read_csv(
-            in_arrow(raw),
-            read_options=pa_csv.ReadOptions(column_names=list(names), block_size=max(_PARSED, len(raw) // 8)),
+            arrow_buffer(raw),
+            read_options=pa_csv.ReadOptions(column_names=list(names), block_size=max(_MIN_BLOCK_BYTES, len(raw) // 8)),
             parse_options=pa_csv.ParseOptions(delimiter=separator, quote_char=False),
             convert_options=pa_csv.ConvertOptions(
                 column_types={name: pa.float64() if name in floats else pa.string() for name in names},
@@ -385,25 +386,25 @@ def _parsed(
 # --------------------------------------------------------------------------- recognising the format
 
 
-def preamble(text: str, usual: str) -> int:
+def count_preamble_lines(text: str, usual: str) -> int:
     """Return the number of lines above the header, such as titles and notes of spreadsheets.
 
     They have no separator and are followed by at least three lines that all have the same number of one; or they begin
     with ``#``.
     """
-    lines = text[:_HEAD].split("\n")[: _MAX_ABOVE + _MIN_ALIKE]
-    for index, line in enumerate(lines[:_MAX_ABOVE]):
-        mark = separator_of(line, usual)
+    lines = text[:_HEAD_CHARACTERS].split("\n")[: _MAX_PREAMBLE_LINES + _MIN_REGULAR_LINES]
+    for index, line in enumerate(lines[:_MAX_PREAMBLE_LINES]):
+        mark = detect_separator(line, usual)
         if mark not in line or line.startswith("#"):
             continue
-        alike = [line for line in lines[index : index + _MIN_ALIKE] if line.strip()]
-        even = len(alike) == _MIN_ALIKE and len({line.count(mark) for line in alike}) == 1
+        alike = [line for line in lines[index : index + _MIN_REGULAR_LINES] if line.strip()]
+        even = len(alike) == _MIN_REGULAR_LINES and len({line.count(mark) for line in alike}) == 1
         above = [line for line in lines[:index] if line.strip()]
         bare = all(line.startswith("#") or mark not in line for line in above)
         return index if above and even and bare and not any('"' in line for line in above) else 0
     return 0
 
 
-def separator_of(header: str, usual: str) -> str:
+def detect_separator(header: str, usual: str) -> str:
     """Return the separator of a header: the default one, ``::``, or another common one."""
     return next((mark for mark in (usual, "::", ";", "\t", "|", ",") if mark in header), usual)

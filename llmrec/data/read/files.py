@@ -19,33 +19,33 @@ import pyarrow as pa
 
 from llmrec.data.read import limits
 from llmrec.data.read.limits import (
-    BROKEN,
+    READ_ERRORS,
     LimitedStream,
-    archived,
-    enumerated,
-    no_file,
-    printable,
-    reason,
-    require_file,
-    shown,
-    stranger,
+    check_regular_file,
+    describe_file_problem,
+    describe_wrong_format,
+    format_error,
+    format_names,
+    format_value,
+    list_archive_files,
+    replace_unprintable,
 )
 from llmrec.errors import DataError, Location, did_you_mean
 
-STREAMS: Mapping[str, Callable[[Any], Any]] = {
+DECOMPRESSORS: Mapping[str, Callable[[Any], Any]] = {
     ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
     ".bz2": lambda stored: bz2.BZ2File(stored),
     ".xz": lambda stored: lzma.LZMAFile(stored),  # noqa: SIM115 - who opens it closes it
     ".zst": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"),
 }
 """Functions that open single compressed files, by ending."""
-PACKED = (*STREAMS, ".zip")
+COMPRESSED_ENDINGS = (*DECOMPRESSORS, ".zip")
 """Endings of compressed files."""
-_KINDS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _BLOCK = 4 * 2**20
-_HEAD = 2**16
-_MEND = "check data.path, data.items and data.users"
-_JSON = (".json", ".jsonl", ".ndjson")
+_HEAD_BYTES = 2**16
+_PATH_ADVICE = "check data.path, data.items and data.users"
+_JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 
 
 class Source(Protocol):
@@ -69,18 +69,18 @@ class Source(Protocol):
 # --------------------------------------------------------------------------- paths
 
 
-def check_path(path: Path, fix: str = _MEND) -> None:
+def check_path(path: Path, fix: str = _PATH_ADVICE) -> None:
     """Check that a table is a regular file.
 
     Raises:
         DataError: If it is missing or not a file.
     """
-    if no_file(path) == "does not exist":
-        raise DataError.at(path, "missing-file", f": the file does not exist{near(path)}; {fix}")
-    require_file(path, fix)
+    if describe_file_problem(path) == "does not exist":
+        raise DataError.at(path, "missing-file", f": the file does not exist{suggest_file_name(path)}; {fix}")
+    check_regular_file(path, fix)
 
 
-def user_path(text: str) -> Path:
+def expand_path(text: str) -> Path:
     """Return a path of a recipe with ``~`` expanded to the home folder.
 
     Raises:
@@ -94,14 +94,15 @@ def user_path(text: str) -> Path:
         path.exists()
     except OSError as error:
         raise DataError(
-            f"{shown(text)} cannot be a path ({reason(error)}); check data.path, data.items and data.users",
+            f"{format_value(text)} cannot be a path ({format_error(error)}); check data.path, data.items and "
+            "data.users",
             kind="bad-value",
             at=text,
         ) from error
     return path
 
 
-def near(path: Path) -> str:
+def suggest_file_name(path: Path) -> str:
     """Return a suggestion for the name of a missing file, as part of an error message."""
     try:
         return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
@@ -122,7 +123,7 @@ class HashedFile:
 
     published = False
 
-    def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = _MEND) -> None:
+    def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = _PATH_ADVICE) -> None:
         """Prepare to read a file.
 
         Args:
@@ -149,21 +150,23 @@ class HashedFile:
                     self.name, "too-large", (f" has {size} bytes, more than {self._limit}; split the file")
                 )
             with self._path.open("rb") as file:
-                hashed = _Hashed(file)
+                hashed = _HashingReader(file)
                 if packing and not size:
                     raise DataError.at(self.name, "empty", " is empty; write the table again")
                 if packing:
-                    with STREAMS[packing](hashed) as stream:
+                    with DECOMPRESSORS[packing](hashed) as stream:
                         yield LimitedStream(self.name, stream, size, self._limit)
                 else:
                     yield hashed
-                while hashed.read(_HEAD):
+                while hashed.read(_HEAD_BYTES):
                     pass
                 self.sha256 = hashed.digest.hexdigest()
-        except (*BROKEN, pa.ArrowException) as error:
+        except (*READ_ERRORS, pa.ArrowException) as error:
             if packing and getattr(error, "errno", None) is None:
-                raise _damaged(self.name, packing, error) from error
-            raise DataError.at(self.name, "unreadable", f" cannot be read ({reason(error)}); {self._fix}") from error
+                raise _damaged_error(self.name, packing, error) from error
+            raise DataError.at(
+                self.name, "unreadable", f" cannot be read ({format_error(error)}); {self._fix}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class InMemoryFile:
         yield io.BytesIO(self.raw)
 
 
-class _Hashed:
+class _HashingReader:
     """File object that hashes what is read from it."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -212,13 +215,13 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
         DataError: If it is missing, not a file, unreadable, empty, damaged or too large.
     """
     check_path(path)
-    packing = path.suffix.lower() if path.suffix.lower() in STREAMS else ""
+    packing = path.suffix.lower() if path.suffix.lower() in DECOMPRESSORS else ""
     stored = HashedFile(path, packing, limit=limits.MAX_BYTES)
     with stored.open() as stream:
-        head = stream.read(_HEAD)
-        if text and not packing and (problem := stranger(head)):
+        head = stream.read(_HEAD_BYTES)
+        if text and not packing and (problem := describe_wrong_format(head)):
             raise DataError.at(Location(stored.name, 1, 1), "wrong-format", f": {problem}")
-        raw = head + _all_of(stream)
+        raw = head + _read_to_end(stream)
     if not raw:
         raise DataError.at(path, "empty", " is empty; write the table again")
     return raw, stored.sha256
@@ -227,16 +230,18 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
 # --------------------------------------------------------------------------- compressed files
 
 
-def _damaged(name: str, packing: str, error: BaseException) -> DataError:
-    return DataError.at(name, "damaged", f" is damaged {_KINDS[packing]} ({reason(error)}); compress it again")
+def _damaged_error(name: str, packing: str, error: BaseException) -> DataError:
+    return DataError.at(
+        name, "damaged", f" is damaged {_COMPRESSION_NAMES[packing]} ({format_error(error)}); compress it again"
+    )
 
 
-def _all_of(stream: Any) -> bytes:
+def _read_to_end(stream: Any) -> bytes:
     """Read a stream to its end in blocks, so that memory grows only with the data."""
     return b"".join(iter(partial(stream.read, _BLOCK), b""))
 
 
-def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
+def read_zipped_table(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
     """Return the name and bytes of the only table in a zip archive.
 
     Args:
@@ -249,10 +254,12 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
     """
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-            entries = [entry for entry in archived(path, archive) if not entry.filename.startswith("__MACOSX/")]
+            entries = [
+                entry for entry in list_archive_files(path, archive) if not entry.filename.startswith("__MACOSX/")
+            ]
             tables = [entry for entry in entries if Path(entry.filename).suffix.lower() in endings]
             if len(tables) != 1:
-                names = enumerated([entry.filename for entry in (tables or entries)]) or "nothing"
+                names = format_names([entry.filename for entry in (tables or entries)]) or "nothing"
                 raise DataError.at(
                     path,
                     "ambiguous" if tables else "missing-file",
@@ -261,12 +268,12 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
                 )
             (entry,) = tables
             with archive.open(entry) as stream:
-                name = f"{path}/{printable(entry.filename)}"
+                name = f"{path}/{replace_unprintable(entry.filename)}"
                 capped = LimitedStream(name, stream, entry.compress_size, limits.MAX_BYTES)  # type: ignore[arg-type]
-                return entry.filename, _all_of(capped)
-    except (*BROKEN, ValueError) as error:
+                return entry.filename, _read_to_end(capped)
+    except (*READ_ERRORS, ValueError) as error:
         raise DataError.at(
-            path, "damaged", f" is not a readable zip archive ({reason(error)}); create the archive again"
+            path, "damaged", f" is not a readable zip archive ({format_error(error)}); create the archive again"
         ) from error
 
 
@@ -274,7 +281,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
 
 
 @dataclass(frozen=True)
-class Member:
+class DataFile:
     """A file in a folder or in an archive.
 
     Attributes:
@@ -291,7 +298,7 @@ class Member:
     @property
     def plain(self) -> str:
         """The file name without ``.gz``, and with ``.json`` for all extensions of JSON Lines."""
-        return plain_name(PurePosixPath(self.inner).name if self.inner is not None else self.path.name)
+        return normalise_file_name(PurePosixPath(self.inner).name if self.inner is not None else self.path.name)
 
     @property
     def folder(self) -> str:
@@ -311,23 +318,24 @@ class Member:
         try:
             if self.inner is None:
                 with self.path.open("rb") as stored:
-                    yield self._unpacked(stored, size) if packed else stored
+                    yield self._decompress(stored, size) if packed else stored
             else:
                 with zipfile.ZipFile(self.path) as archive, archive.open(self.inner) as stream:
                     entry = archive.getinfo(self.inner)
                     small = min(size, entry.compress_size)
-                    yield self._unpacked(stream, small) if packed else self._capped(stream, small)
-        except BROKEN as error:
+                    yield self._decompress(stream, small) if packed else self._limit_size(stream, small)
+        except READ_ERRORS as error:
             raise DataError.at(
                 self.name,
                 "damaged",
-                f" cannot be read completely ({reason(error)}); the file is damaged or truncated, so download it again",
+                f" cannot be read completely ({format_error(error)}); the file is damaged or truncated, so download "
+                "it again",
             ) from error
 
-    def _unpacked(self, stream: Any, stored: int) -> BinaryIO:
-        return self._capped(gzip.GzipFile(fileobj=stream), stored)
+    def _decompress(self, stream: Any, stored: int) -> BinaryIO:
+        return self._limit_size(gzip.GzipFile(fileobj=stream), stored)
 
-    def _capped(self, stream: Any, stored: int) -> BinaryIO:
+    def _limit_size(self, stream: Any, stored: int) -> BinaryIO:
         return cast(BinaryIO, LimitedStream(self.name, stream, stored))
 
     @property
@@ -338,20 +346,20 @@ class Member:
                 return hashlib.file_digest(stored, "sha256").hexdigest()
         except OSError as error:
             raise DataError.at(
-                self.path, "unreadable", f" cannot be read ({reason(error)}); check data.path"
+                self.path, "unreadable", f" cannot be read ({format_error(error)}); check data.path"
             ) from error
 
 
-def plain_name(name: str) -> str:
+def normalise_file_name(name: str) -> str:
     """Return a file name without ``.gz``, and with ``.json`` for all extensions of JSON Lines."""
     name = name[:-3] if name.lower().endswith(".gz") else name
-    for ending in _JSON:
+    for ending in _JSON_ENDINGS:
         if name.lower().endswith(ending):
             return name[: -len(ending)] + ".json"
     return name
 
 
-def listing(root: Path) -> list[Member]:
+def list_files(root: Path) -> list[DataFile]:
     """Return the files of a folder, or of a zip archive including its subfolders, sorted by name.
 
     Raises:
@@ -359,13 +367,13 @@ def listing(root: Path) -> list[Member]:
     """
     try:
         if root.is_dir():
-            return [Member(str(path), path) for path in sorted(root.iterdir())]
-        require_file(root, "check data.path")
+            return [DataFile(str(path), path) for path in sorted(root.iterdir())]
+        check_regular_file(root, "check data.path")
         with zipfile.ZipFile(root) as archive:
-            names = [entry.filename for entry in archived(root, archive)]
-    except (*BROKEN, ValueError) as error:
+            names = [entry.filename for entry in list_archive_files(root, archive)]
+    except (*READ_ERRORS, ValueError) as error:
         raise DataError.at(
-            root, "damaged", f" is not a readable folder or zip archive ({reason(error)}); download it again"
+            root, "damaged", f" is not a readable folder or zip archive ({format_error(error)}); download it again"
         ) from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
-    return [Member(f"{root}/{printable(name)}", root, name) for name in shown]
+    return [DataFile(f"{root}/{replace_unprintable(name)}", root, name) for name in shown]

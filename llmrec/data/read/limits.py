@@ -16,23 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from llmrec.display import shortened
+from llmrec.display import shorten_text
 from llmrec.errors import DataError, ErrorKind, Location
 
 MAX_BYTES = 8 * 2**30
 """Maximum decompressed size of a table; tables are held in memory as a whole."""
-FREE_BYTES = 16 * 2**20
+ALWAYS_ALLOWED_BYTES = 16 * 2**20
 """Decompressed bytes allowed for a file of any size."""
 MAX_RATIO = 100
 """Decompressed size allowed beyond that, in file sizes: data rarely compresses more than 20 to 1, a bomb 1,000 to 1."""
 ID_LIMIT = 1000
 """Maximum length of an id in characters; ids are copied unchanged into rows, results and reports."""
-WHOLE = 2**53
+MAX_EXACT_INTEGER = 2**53
 """Largest integer up to which floats are exact; two larger ids can be the same float."""
 MAX_MEMBERS = 100_000
 """Maximum number of files in an archive."""
 
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 """Exceptions raised while reading a damaged or unreadable file."""
 
 _GZIP = b"\x1f\x8b"
@@ -56,60 +56,60 @@ _FILE_TYPES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer instead of the file itself", "fetch the file with `git lfs pull`"),
     *((bytes((0x80, n)), "a Python pickle, which is never read", "write it as CSV or Parquet") for n in range(2, 6)),
 )
-_PAGES = (b"<!doctype html", b"<html")
+_HTML_STARTS = (b"<!doctype html", b"<html")
 
 
 # --------------------------------------------------------------------------- values in error messages
 
 
-def reason(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Return the message of another library as one short line, to be quoted in an error."""
-    return shortened(printable(" ".join(str(error).split())), 200)
+    return shorten_text(replace_unprintable(" ".join(str(error).split())), 200)
 
 
-def is_no_text(text: str) -> bool:
+def has_invalid_characters(text: str) -> bool:
     """Whether a string has a NUL or a lone surrogate, which UTF-8 text cannot contain."""
     return "\0" in text or (not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text))
 
 
-def printable(text: str) -> str:
+def replace_unprintable(text: str) -> str:
     """Return a text with unprintable characters replaced."""
     return text if text.isprintable() else "".join(mark if mark.isprintable() else "\ufffd" for mark in text)
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Return a value from a file in quotes, on one line, and shortened if it is long."""
     if isinstance(value, str) and len(value) > 80:
         value = value[:80] + "…"
-    return shortened(repr(value), 100)
+    return shorten_text(repr(value), 100)
 
 
-def enumerated(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Return column names as text, truncated to what fits on one line."""
-    result = ", ".join(name if name.isprintable() else repr(name) for name in (shortened(n, 60) for n in names[:40]))
-    return shortened(result, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+    result = ", ".join(name if name.isprintable() else repr(name) for name in (shorten_text(n, 60) for n in names[:40]))
+    return shorten_text(result, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
 
 # --------------------------------------------------------------------------- paths
 
 
-_ABSENT = ("does not exist", "is a broken link")
+_MISSING_REASONS = ("does not exist", "is a broken link")
 
 
-def no_file(path: Path) -> str:
+def describe_file_problem(path: Path) -> str:
     """Return why a path is not a readable file; an empty text if it is readable."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return _ABSENT[path.is_symlink()]
+        return _MISSING_REASONS[path.is_symlink()]
     except (OSError, ValueError) as error:
-        return f"cannot be read ({reason(error)})"
+        return f"cannot be read ({format_error(error)})"
     if stat.S_ISREG(mode):
         return ""
     return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
-def require_file(path: Path, fix: str, what: str = "") -> None:
+def check_regular_file(path: Path, fix: str, what: str = "") -> None:
     """Check that a path is a regular file, since reading a pipe or device could block or never end.
 
     Args:
@@ -120,23 +120,23 @@ def require_file(path: Path, fix: str, what: str = "") -> None:
     Raises:
         DataError: If it is not a regular file.
     """
-    problem = no_file(path)
+    problem = describe_file_problem(path)
     if problem:
-        kind: ErrorKind = "missing-file" if problem in _ABSENT else "unreadable"
+        kind: ErrorKind = "missing-file" if problem in _MISSING_REASONS else "unreadable"
         raise DataError(f"{what} {path} {problem}; {fix}".lstrip(), kind=kind, at=path)
 
 
-def stranger(head: bytes) -> str:
+def describe_wrong_format(head: bytes) -> str:
     """Return the type of a file that is not text, and how to fix it; empty if unknown."""
     for start, what, fix in _FILE_TYPES:
         if head.startswith(start):
             return f"this is {what}; {fix}"
-    if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
+    if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_HTML_STARTS):
         return "this is a web page; download the file again, perhaps after logging in"
     return ""
 
 
-def check_head(location: Location, head: bytes) -> None:
+def check_text_start(location: Location, head: bytes) -> None:
     """Reject a file that does not begin like UTF-8 text.
 
     Raises:
@@ -144,7 +144,7 @@ def check_head(location: Location, head: bytes) -> None:
     """
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError.at(location, "encoding", ": this looks like UTF-16; save the file as UTF-8")
-    problem = stranger(head[:100])
+    problem = describe_wrong_format(head[:100])
     if problem:
         raise DataError.at(location, "wrong-format", f": {problem}")
 
@@ -157,7 +157,7 @@ class LimitedStream:
 
     def __init__(self, name: str, stream: BinaryIO, stored: int, limit: int | None = None) -> None:
         self._name, self._stream, self._stored = name, stream, stored
-        roomy = max(FREE_BYTES, MAX_RATIO * stored)
+        roomy = max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * stored)
         self._limit = roomy if limit is None else min(limit, roomy)
         self._seen = 0
 
@@ -188,7 +188,7 @@ class LimitedStream:
 # --------------------------------------------------------------------------- archives
 
 
-def archived(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def list_archive_files(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """Return the files of an archive after checking all its entries.
 
     Nothing is extracted to disk; still, an archive with a malicious entry is not the published one.
@@ -207,13 +207,13 @@ def archived(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             raise DataError.at(
                 path,
                 "unsafe",
-                f" contains {shown(entry.filename)}, a path outside the archive; download the archive again",
+                f" contains {format_value(entry.filename)}, a path outside the archive; download the archive again",
             )
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise DataError.at(
                 path,
                 "unsafe",
-                f" contains {shown(entry.filename)}, which is a link, not a file; download the archive again",
+                f" contains {format_value(entry.filename)}, which is a link, not a file; download the archive again",
             )
     names = Counter(entry.filename for entry in entries)
     repeated = next((name for name, count in names.items() if count > 1), None)
@@ -221,6 +221,6 @@ def archived(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         raise DataError.at(
             path,
             "duplicate",
-            f" contains two files called {shown(repeated)}; create the archive again with one of them",
+            f" contains two files called {format_value(repeated)}; create the archive again with one of them",
         )
     return [entry for entry in entries if not entry.is_dir()]

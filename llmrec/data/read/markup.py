@@ -24,11 +24,11 @@ _MARKUP = re.compile(
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text contains HTML, even after `plain` has removed complete tags."""
+    """Whether a text contains HTML, even after `remove_markup` has removed complete tags."""
     return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
 
 
-def plain(text: str) -> str:
+def remove_markup(text: str) -> str:
     """Return a text without HTML tags and with entities decoded once: ``<p>A &amp; B</p>`` becomes ``A & B``.
 
     ``AT&T``, ``<3`` and tags unknown to HTML stay. Tags written as entities are removed too, because feeds of shops
@@ -36,15 +36,15 @@ def plain(text: str) -> str:
     """
     if "&" not in text and "<" not in text:
         return text
-    return _untagged(_ENTITY.sub(_decoded, _untagged(text)))
+    return _remove_tags(_ENTITY.sub(_decode_entity, _remove_tags(text)))
 
 
-def _untagged(text: str) -> str:
+def _remove_tags(text: str) -> str:
     result, count = _TAG.subn(lambda tag: "" if tag[1] else " ", text) if "<" in text else (text, 0)
     return " ".join(result.split()) if count else text
 
 
-def _decoded(match: re.Match[str]) -> str:
+def _decode_entity(match: re.Match[str]) -> str:
     # Python also decodes entities without a semicolon, which may be the beginning of an ordinary word.
     decoded = html.unescape(match[0]) if match[0][1] == "#" else html5.get(match[0][1:], match[0])
     return decoded.replace("\xa0", " ")  # a no-break space

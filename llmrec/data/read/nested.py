@@ -11,91 +11,91 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec.display import shortened
+from llmrec.display import shorten_text
 from llmrec.errors import DataError
 
-EACH = "[]"
+ELEMENT_SUFFIX = "[]"
 """Suffix of a list's name, for each of its elements."""
-_EACH = re.compile(r"\[\]")
+_ELEMENT_PATTERN = re.compile(r"\[\]")
 # Maximum depth of objects and number of keys per object; an object with more keys is a mapping by id, not columns.
-DEEPEST, MOST_KEYS = 20, 200
+MAX_DEPTH, MAX_KEYS = 20, 200
 OBJECTS, LISTS = "objects", "lists"
 
 
 # --------------------------------------------------------------------------- names
 
 
-def is_path(name: str) -> bool:
+def is_nested_path(name: str) -> bool:
     """Whether a name may be a path within a nested column, such as ``user.id``."""
-    return "." in name or EACH in name
+    return "." in name or ELEMENT_SUFFIX in name
 
 
-def head(name: str) -> str:
+def top_level_column(name: str) -> str:
     """Return the top-level column of a path."""
-    return name.partition(EACH)[0].partition(".")[0]
+    return name.partition(ELEMENT_SUFFIX)[0].partition(".")[0]
 
 
-def leaf(name: str) -> str:
+def leaf_name(name: str) -> str:
     """Return the last name of a path: ``sku`` of ``lines[].sku``, and ``skus`` of ``skus[]``."""
-    return name.removesuffix(EACH).rpartition(".")[2] if is_path(name) else name
+    return name.removesuffix(ELEMENT_SUFFIX).rpartition(".")[2] if is_nested_path(name) else name
 
 
-def lists_in(name: str) -> list[str]:
+def enclosing_lists(name: str) -> list[str]:
     """Return the lists on a path, outermost first."""
-    return [name[: match.end()] for match in _EACH.finditer(name)]
+    return [name[: match.end()] for match in _ELEMENT_PATTERN.finditer(name)]
 
 
-def paths_within(name: str, kind: Any) -> Iterator[str]:
+def readable_paths(name: str, kind: Any) -> Iterator[str]:
     """Yield the paths of readable values within a column of a given type."""
     if pa.types.is_struct(kind):
         for inner in kind:
-            yield from paths_within(f"{name}.{inner.name}", inner.type)
-    elif _is_list(kind):
-        yield from paths_within(name + EACH, kind.value_type)
-    elif is_plain(kind):
+            yield from readable_paths(f"{name}.{inner.name}", inner.type)
+    elif _is_expandable_list(kind):
+        yield from readable_paths(name + ELEMENT_SUFFIX, kind.value_type)
+    elif is_plain_type(kind):
         yield name
 
 
 # --------------------------------------------------------------------------- types
 
 
-def is_plain(kind: Any) -> bool:
+def is_plain_type(kind: Any) -> bool:
     """Whether a column can contain ids, numbers, times or texts."""
     types = pa.types
     if types.is_dictionary(kind):
-        return is_text(kind.value_type)
+        return is_text_type(kind.value_type)
     if types.is_list(kind) or types.is_large_list(kind):
-        return is_text(kind.value_type)
+        return is_text_type(kind.value_type)
     tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
     more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
     return any(test(kind) for test in (*tests, *more))
 
 
-def is_text(kind: Any) -> bool:
+def is_text_type(kind: Any) -> bool:
     """Whether a column has one text per row."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def is_read(kind: Any) -> bool:
+def is_readable_type(kind: Any) -> bool:
     """Whether a column has readable values, directly or within objects and lists."""
     if pa.types.is_struct(kind):
-        return any(is_read(inner.type) for inner in kind)
-    return is_plain(kind) or _is_list(kind)
+        return any(is_readable_type(inner.type) for inner in kind)
+    return is_plain_type(kind) or _is_expandable_list(kind)
 
 
-def _is_list(kind: Any) -> bool:
+def _is_expandable_list(kind: Any) -> bool:
     """Whether a column has lists whose elements can become rows: objects, texts or integers."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return False
     inner = kind.value_type
-    return is_read(inner) if pa.types.is_struct(inner) else is_text(inner) or pa.types.is_integer(inner)
+    return is_readable_type(inner) if pa.types.is_struct(inner) else is_text_type(inner) or pa.types.is_integer(inner)
 
 
-def describe(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """Describe the values of a nested or unsupported column."""
-    if is_read(kind):
+    if is_readable_type(kind):
         return OBJECTS if pa.types.is_struct(kind) else LISTS
-    return shortened(str(kind), 60)
+    return shorten_text(str(kind), 60)
 
 
 # --------------------------------------------------------------------------- columns
@@ -108,7 +108,7 @@ class FlattenedColumns:
     Attributes:
         file: The file, for errors.
         columns: Columns with a plain value in each row, by path.
-        lists: Columns with a list in each row, by path with `EACH`.
+        lists: Columns with a list in each row, by path with `ELEMENT_SUFFIX`.
         unusable: Descriptions of the other columns.
     """
 
@@ -124,15 +124,15 @@ class FlattenedColumns:
             DataError: If a path is the name of another column.
         """
         kind = column.type
-        if pa.types.is_struct(kind) and depth <= DEEPEST and kind.num_fields <= MOST_KEYS:
+        if pa.types.is_struct(kind) and depth <= MAX_DEPTH and kind.num_fields <= MAX_KEYS:
             for index, inner in enumerate(kind):
                 self.add(f"{name}.{inner.name}", pc.struct_field(column, [index]), depth + 1)
-            self.unusable[name] = describe(kind)
+            self.unusable[name] = describe_type(kind)
             return
-        if _is_list(kind):
-            self.lists[name + EACH] = column
-        if not is_plain(kind):
-            self.unusable[name] = describe(kind)
+        if _is_expandable_list(kind):
+            self.lists[name + ELEMENT_SUFFIX] = column
+        if not is_plain_type(kind):
+            self.unusable[name] = describe_type(kind)
         elif name in self.columns:
             raise DataError.at(
                 self.file,
@@ -144,7 +144,7 @@ class FlattenedColumns:
             self.columns[name] = column
 
 
-def opened(file: str, columns: Mapping[str, Any]) -> FlattenedColumns:
+def flatten_columns(file: str, columns: Mapping[str, Any]) -> FlattenedColumns:
     """Flatten the Arrow columns of a file; see `FlattenedColumns`."""
     result = FlattenedColumns(file)
     for name, column in columns.items():
@@ -152,18 +152,18 @@ def opened(file: str, columns: Mapping[str, Any]) -> FlattenedColumns:
     return result
 
 
-def in_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
+def arrow_to_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
     """Return plain Arrow columns as a polars frame.
 
     Raises:
         pyarrow.ArrowException, ValueError: If a text is not UTF-8 or a column cannot be read.
     """
-    table = pa.table([_bare(column) for column in columns.values()], names=list(columns))
+    table = pa.table([_strip_type_metadata(column) for column in columns.values()], names=list(columns))
     table.validate(full=True)  # Arrow does not check that texts are UTF-8
     return pl.DataFrame(pl.from_arrow(table))
 
 
-def _bare(column: Any) -> Any:
+def _strip_type_metadata(column: Any) -> Any:
     """Return a column without field names and metadata in its type, which may not be UTF-8."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

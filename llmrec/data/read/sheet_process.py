@@ -18,11 +18,11 @@ from typing import Any
 import fastexcel
 import polars as pl
 
-_LARGE = r"^-?\d{16,}(\.\d+)?$"
+_LARGE_NUMBER = r"^-?\d{16,}(\.\d+)?$"
 """Format of numbers from 10^15 on; floats are exact for integers up to 2^53, which is 9 * 10^15."""
 
 
-def limit(more: int) -> None:
+def limit_memory(more: int) -> None:
     """Limit the additional memory of this process to ``more`` bytes, if the system supports it."""
     try:
         import resource
@@ -34,7 +34,7 @@ def limit(more: int) -> None:
         pass
 
 
-def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[str, Any], pl.DataFrame | None]:
+def read_sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[str, Any], pl.DataFrame | None]:
     """Return the sheet names, the first row of the requested sheet, and its table, with every cell as text.
 
     Numbers of a spreadsheet are floats. Columns with some so large that two integers are the same float stay floats, so
@@ -50,7 +50,7 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
     if len(first) > most:
         return {"names": names, "head": first}, None
     frame = book.load_sheet(chosen, dtypes="string").to_polars()
-    large = [name for name in frame.columns if frame[name].str.contains(_LARGE).any()]
+    large = [name for name in frame.columns if frame[name].str.contains(_LARGE_NUMBER).any()]
     if large:
         kinds = {
             available_column.name: available_column.dtype
@@ -65,10 +65,10 @@ def main() -> None:
     """Read a spreadsheet from standard input, and write the requested sheet to standard output."""
     request = json.loads(sys.stdin.buffer.readline())
     raw = sys.stdin.buffer.read()
-    limit(request["bytes"])
+    limit_memory(request["bytes"])
     frame = None
     try:
-        answer, frame = sheet(raw, request["sheet"], load=request["load"], most=request["columns"])
+        answer, frame = read_sheet(raw, request["sheet"], load=request["load"], most=request["columns"])
     except BaseException as error:  # a panic of a Rust library is not an Exception
         answer = {"error": str(error)}
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -12,28 +12,36 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.data.read.limits import BROKEN, FREE_BYTES, MAX_RATIO, archived, enumerated, reason, shown
-from llmrec.data.read.tables import MAX_COLUMNS, Table, column_names
+from llmrec.data.read.limits import (
+    ALWAYS_ALLOWED_BYTES,
+    MAX_RATIO,
+    READ_ERRORS,
+    format_error,
+    format_names,
+    format_value,
+    list_archive_files,
+)
+from llmrec.data.read.tables import MAX_COLUMNS, Table, validate_column_names
 from llmrec.errors import DataError, did_you_mean, require
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
-SHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+SPREADSHEET_ENDINGS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 """Endings of spreadsheets."""
 _MEMORY, _MEMORY_PER_BYTE = 2**30, 40
 """Memory allowed for reading in bytes, and in bytes per byte of the decompressed file: a cell takes about 24."""
 
 
-def split_sheet(path: Path) -> tuple[Path, str | None]:
+def split_sheet_name(path: Path) -> tuple[Path, str | None]:
     """Split ``orders.xlsx#Sheet 2`` into path and sheet name; other paths are returned unchanged."""
     book, mark, sheet = str(path).rpartition("#")
-    if mark and Path(book).suffix.lower() in SHEETS and not path.exists():
+    if mark and Path(book).suffix.lower() in SPREADSHEET_ENDINGS and not path.exists():
         return Path(book), sheet
     return path, None
 
 
-def sheets_of(path: Path) -> list[str]:
+def list_sheets(path: Path) -> list[str]:
     """Return the sheets of a spreadsheet as written in recipes (``orders.xlsx#Sheet 2``).
 
     Raises:
@@ -46,7 +54,7 @@ def sheets_of(path: Path) -> list[str]:
     return [f"{path}#{name}" for name in names]
 
 
-def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
+def read_sheet(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     """Read one sheet; dates become ISO dates, and formulas are replaced by their saved values.
 
     All columns are texts, except those of numbers too large for ids; see `sheet_process`.
@@ -63,22 +71,22 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     """
     names, head, frame = _read_in_process(path, raw, sheet, load=True)
     if frame is None:
-        column_names(str(path), [text or f"column {n}" for n, text in enumerate(head, start=1)])
+        validate_column_names(str(path), [text or f"column {n}" for n, text in enumerate(head, start=1)])
         if sheet is None:
             raise DataError.at(path, "empty", " has no sheets; save it again, or save it as CSV")
         raise DataError.at(
             path,
             "unknown-name",
-            f" has no sheet {shown(sheet)}{did_you_mean(sheet, names)}; its sheets are: {enumerated(names)}",
+            f" has no sheet {format_value(sheet)}{did_you_mean(sheet, names)}; its sheets are: {format_names(names)}",
             "data.path",
         )
     chosen = names[0] if sheet is None else sheet
     if sheet is None and len(names) > 1:
-        others = enumerated(names[1:])
+        others = format_names(names[1:])
         log.warning("%s: reading the first sheet, %s; choose another with %s#SHEET: %s", path, chosen, path, others)
     name = f"{path}#{chosen}" if len(names) > 1 else str(path)
     # The library renames duplicate columns.
-    column_names(name, [text for text in head if text])
+    validate_column_names(name, [text for text in head if text])
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
     # Rows that were cleared but not deleted can follow the last data row.
@@ -95,7 +103,7 @@ def _read_in_process(
 ) -> tuple[list[str], list[str | None], pl.DataFrame | None]:
     """Read a sheet in a separate process; see `sheet_process`."""
     require("fastexcel", "tables")
-    size = _refuse_tricks(path, raw)
+    size = _validated_size(path, raw)
     request = json.dumps(
         {"sheet": sheet, "load": load, "bytes": _MEMORY + _MEMORY_PER_BYTE * size, "columns": MAX_COLUMNS}
     )
@@ -120,22 +128,25 @@ def _read_in_process(
         raise DataError.at(
             path,
             "damaged",
-            f" cannot be read as a spreadsheet ({reason(ValueError(answer['error']))}); save it again, or save it as "
+            f" cannot be read as a spreadsheet ({format_error(ValueError(answer['error']))}); save it again, or "
+            "save it as "
             "CSV",
         )
     return answer["names"], answer["head"], pl.read_ipc(rest) if rest else None
 
 
-def _refuse_tricks(path: Path, raw: bytes) -> int:
+def _validated_size(path: Path, raw: bytes) -> int:
     """Return the decompressed size of an archive, and reject zip bombs."""
     if not raw.startswith(b"PK"):
         return len(raw)
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            size = sum(entry.file_size for entry in archived(path, archive))
-    except (*BROKEN, ValueError) as error:
-        raise DataError.at(path, "damaged", f" is a damaged spreadsheet ({reason(error)}); save it again") from error
-    if size > max(FREE_BYTES, MAX_RATIO * len(raw)):
+            size = sum(entry.file_size for entry in list_archive_files(path, archive))
+    except (*READ_ERRORS, ValueError) as error:
+        raise DataError.at(
+            path, "damaged", f" is a damaged spreadsheet ({format_error(error)}); save it again"
+        ) from error
+    if size > max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * len(raw)):
         raise DataError.at(
             path,
             "too-large",

@@ -11,30 +11,38 @@ from pathlib import Path
 import psutil
 
 from llmrec.data.read import limits
-from llmrec.data.read.columns import Kind
-from llmrec.data.read.databases import database_at
-from llmrec.data.read.delimited import Delimited, delimited
-from llmrec.data.read.files import PACKED, HashedFile, InMemoryFile, Source, check_path, only_member, read_bytes
-from llmrec.data.read.limits import printable
-from llmrec.data.read.objects import json_file, json_lines, object_blocks, object_records
-from llmrec.data.read.parquet import columns_of, parquet
-from llmrec.data.read.sheets import SHEETS, sheet_of, split_sheet
-from llmrec.data.read.tables import Table, joined
-from llmrec.data.read.text import TextFormat, in_any_encoding
+from llmrec.data.read.columns import ColumnKind
+from llmrec.data.read.databases import detect_database_url
+from llmrec.data.read.delimited import DelimitedReader, read_delimited
+from llmrec.data.read.files import (
+    COMPRESSED_ENDINGS,
+    HashedFile,
+    InMemoryFile,
+    Source,
+    check_path,
+    read_bytes,
+    read_zipped_table,
+)
+from llmrec.data.read.limits import replace_unprintable
+from llmrec.data.read.objects import object_blocks, object_records, read_json_file, read_json_lines
+from llmrec.data.read.parquet import read_parquet_bytes, read_plain_columns
+from llmrec.data.read.sheets import SPREADSHEET_ENDINGS, read_sheet, split_sheet_name
+from llmrec.data.read.tables import Table, concatenate_tables
+from llmrec.data.read.text import TextFormat, read_in_any_encoding
 from llmrec.errors import DataError, Location
 
-ATOMIC = (".inter", ".item", ".user")
+ATOMIC_ENDINGS = (".inter", ".item", ".user")
 """Endings of RecBole's files, whose header gives the types of the columns."""
 _ATOMIC_KINDS = (":token", ":float", ":token_seq", ":float_seq")
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(ATOMIC, "\t")}
-_JSON = (".jsonl", ".ndjson", ".json")
-_PARQUET = (".parquet", ".pq")
-_TABLES = (*SEPARATORS, *_JSON, *_PARQUET)
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(ATOMIC_ENDINGS, "\t")}
+_JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+_PARQUET_ENDINGS = (".parquet", ".pq")
+_TABLE_ENDINGS = (*SEPARATORS, *_JSON_ENDINGS, *_PARQUET_ENDINGS)
 # Bytes examined to estimate the number of rows, and the peak memory per row.
-_HEAD, _ROW = 2**16, 100
+_HEAD_BYTES, _ROW_BYTES = 2**16, 100
 
 
-def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
+def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Table:
     """Read a CSV, TSV, JSON or Parquet file, compressed or not, or all files of a folder or pattern as one table.
 
     Text that is not UTF-8 is read as UTF-16 or Windows-1252 if it seems to be one of them, with a warning.
@@ -48,61 +56,61 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
         DataError: If it is missing, empty or malformed.
     """
     if path.is_dir() or is_pattern(path):
-        return _several(path, wanted)
-    path, sheet = split_sheet(path)
+        return _read_several_files(path, wanted)
+    path, sheet = split_sheet_name(path)
     check_path(path)
-    kind, packing = _endings(path)
+    kind, packing = _split_extensions(path)
     name = str(path)
-    if kind in SHEETS and not packing:
+    if kind in SPREADSHEET_ENDINGS and not packing:
         raw, sha256 = read_bytes(path, text=False)
-        return sheet_of(path, raw, sha256, sheet)
+        return read_sheet(path, raw, sha256, sheet)
     if packing == ".zip":
         stored, sha256 = read_bytes(path, text=False)
-        inner, raw = only_member(path, stored, _TABLES)
-        kind, member = Path(inner).suffix.lower(), f"{name}/{printable(inner)}"
-        if kind in _PARQUET:
-            return parquet(member, raw, sha256)
-        return replace(_text(InMemoryFile(member, raw), kind, wanted), sha256=sha256)
-    if kind not in _TABLES and (url := database_at(path)) is not None:
+        inner, raw = read_zipped_table(path, stored, _TABLE_ENDINGS)
+        kind, member = Path(inner).suffix.lower(), f"{name}/{replace_unprintable(inner)}"
+        if kind in _PARQUET_ENDINGS:
+            return read_parquet_bytes(member, raw, sha256)
+        return replace(_read_text_table(InMemoryFile(member, raw), kind, wanted), sha256=sha256)
+    if kind not in _TABLE_ENDINGS and (url := detect_database_url(path)) is not None:
         raise DataError.at(
             name, "wrong-format", f": this is a database; set data.path={url}, and data.query to a SELECT", "data.path"
         )
-    if kind not in _TABLES:
+    if kind not in _TABLE_ENDINGS:
         raise DataError.at(
             name,
             "wrong-format",
             f": files that end in {repr(kind) if kind else 'nothing'} are not tables; use a file that ends in "
-            f"{', '.join(sorted((*_TABLES, *SHEETS)))}",
+            f"{', '.join(sorted((*_TABLE_ENDINGS, *SPREADSHEET_ENDINGS)))}",
         )
-    if kind in _PARQUET:
-        if wanted is not None and not packing and (table := columns_of(path, wanted)) is not None:
+    if kind in _PARQUET_ENDINGS:
+        if wanted is not None and not packing and (table := read_plain_columns(path, wanted)) is not None:
             return table
         raw, sha256 = read_bytes(path, text=False)
-        return parquet(name, raw, sha256)
+        return read_parquet_bytes(name, raw, sha256)
     if wanted is not None and not packing and kind != ".json":
         check_memory(path)
     source = HashedFile(path, packing, limit=limits.MAX_BYTES if wanted is None or kind == ".json" else None)
-    table = _text(source, kind, wanted)
+    table = _read_text_table(source, kind, wanted)
     return replace(table, sha256=source.sha256)
 
 
-def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table:
+def _read_text_table(source: Source, kind: str, wanted: Mapping[str, ColumnKind] | None) -> Table:
     """Read delimited text or JSON objects, by file extension."""
     if kind == ".json":
-        return json_file(source)
-    if kind in _JSON:
-        return json_lines(source, wanted)
+        return read_json_file(source)
+    if kind in _JSON_ENDINGS:
+        return read_json_lines(source, wanted)
     form = TextFormat(kind="delimited", separator=SEPARATORS[kind], quoted=True)
-    if kind in ATOMIC and wanted is not None:
+    if kind in ATOMIC_ENDINGS and wanted is not None:
         wanted = {f"{name}{ending}": values for name, values in wanted.items() for ending in ("", *_ATOMIC_KINDS)}
-    table = in_any_encoding(source, lambda source: delimited(source, form, wanted))
-    return without_kinds(table) if kind in ATOMIC else table
+    table = read_in_any_encoding(source, lambda source: read_delimited(source, form, wanted))
+    return strip_column_types(table) if kind in ATOMIC_ENDINGS else table
 
 
 # --------------------------------------------------------------------------- files of published data sets
 
 
-def blocks(source: Source, form: TextFormat, wanted: Mapping[str, Kind]) -> Iterator[Table]:
+def read_blocks(source: Source, form: TextFormat, wanted: Mapping[str, ColumnKind]) -> Iterator[Table]:
     """Read columns of a published file, in blocks of rows.
 
     Args:
@@ -114,32 +122,32 @@ def blocks(source: Source, form: TextFormat, wanted: Mapping[str, Kind]) -> Iter
         DataError: If the file is damaged or empty, lacks a column, or a line cannot be read.
     """
     if form.kind == "delimited":
-        yield from Delimited(source, form).blocks(wanted)
+        yield from DelimitedReader(source, form).blocks(wanted)
     else:
         yield from object_blocks(source, form, wanted)
 
 
-def header(source: Source, form: TextFormat) -> tuple[str, ...]:
+def read_column_names(source: Source, form: TextFormat) -> tuple[str, ...]:
     """Return the column names of a published delimited file.
 
     Raises:
         DataError: If the file is missing, damaged or empty.
     """
-    return form.columns or Delimited(source, form).read_header()
+    return form.columns or DelimitedReader(source, form).read_header()
 
 
-def records(
+def read_records(
     source: Source, form: TextFormat, columns: Sequence[str]
 ) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Yield the rows of a published file, each with its location and its values by column.
 
     Raises:
-        DataError: As `blocks`.
+        DataError: As `read_blocks`.
     """
     if form.kind != "delimited":
         yield from object_records(source, form)
         return
-    for block in blocks(source, form, dict.fromkeys(columns, "text")):
+    for block in read_blocks(source, form, dict.fromkeys(columns, "text")):
         for index, row in enumerate(block.frame.iter_rows(named=True)):
             yield block.where(index), row
 
@@ -147,7 +155,7 @@ def records(
 # --------------------------------------------------------------------------- several files
 
 
-def of_atomic(path: Path, ending: str) -> Path | None:
+def find_atomic_file(path: Path, ending: str) -> Path | None:
     """Return the RecBole file with this extension next to the file of interactions; None if it is missing.
 
     Args:
@@ -165,23 +173,23 @@ def of_atomic(path: Path, ending: str) -> Path | None:
 
 def is_pattern(path: Path) -> bool:
     """Whether a path is a pattern such as ``part-*.csv``; a file with exactly that name takes precedence."""
-    return glob.has_magic(str(path)) and not split_sheet(path)[0].exists()
+    return glob.has_magic(str(path)) and not split_sheet_name(path)[0].exists()
 
 
-def fitting(pattern: Path) -> list[Path]:
+def matching_paths(pattern: Path) -> list[Path]:
     """Return the paths that match a pattern, sorted by name."""
     start = Path(pattern.anchor)
     return sorted(start.glob(str(pattern.relative_to(start))) if pattern.anchor else Path().glob(str(pattern)))
 
 
-def _endings(path: Path) -> tuple[str, str]:
+def _split_extensions(path: Path) -> tuple[str, str]:
     """Return the format extension and the compression extension of a path."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    packing = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
+    packing = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED_ENDINGS else ""
     return (suffixes[-1] if suffixes else ""), packing
 
 
-def without_kinds(table: Table) -> Table:
+def strip_column_types(table: Table) -> Table:
     """Return a RecBole table without the types in its column names; other tables unchanged."""
     columns = table.frame.columns
     if not all(name.endswith(_ATOMIC_KINDS) for name in columns):
@@ -190,23 +198,25 @@ def without_kinds(table: Table) -> Table:
     return replace(table, frame=table.frame.rename(bare), unread=frozenset(bare[name] for name in table.unread))
 
 
-def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
+def _read_several_files(path: Path, wanted: Mapping[str, ColumnKind] | None) -> Table:
     """Read the tables of a folder or pattern as one table, in the order of their names."""
-    result = sorted(path.iterdir()) if path.is_dir() else fitting(path)
-    if (events := of_atomic(path, ".inter")) is not None:
+    result = sorted(path.iterdir()) if path.is_dir() else matching_paths(path)
+    if (events := find_atomic_file(path, ".inter")) is not None:
         result = [events]  # other tables are about items and users
     shown = [file for file in result if file.is_file() and not file.name.startswith((".", "_"))]
-    files = [file for file in shown if _endings(file)[0] in _TABLES or _endings(file)[1] == ".zip"]
+    files = [
+        file for file in shown if _split_extensions(file)[0] in _TABLE_ENDINGS or _split_extensions(file)[1] == ".zip"
+    ]
     if not files:
         what = "is a folder with" if path.is_dir() else "matches"
         raise DataError.at(
-            path, "missing-file", f" {what} no table; provide files that end in {', '.join(sorted(_TABLES))}"
+            path, "missing-file", f" {what} no table; provide files that end in {', '.join(sorted(_TABLE_ENDINGS))}"
         )
     tables = [read_table(file, wanted) for file in files]
     if len(tables) == 1:
         return tables[0]
     digest = hashlib.sha256("".join(table.sha256 for table in tables).encode()).hexdigest()
-    return replace(joined(tables), name=str(path), sha256=digest)
+    return replace(concatenate_tables(tables), name=str(path), sha256=digest)
 
 
 def check_memory(path: Path) -> None:
@@ -217,11 +227,11 @@ def check_memory(path: Path) -> None:
     """
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD)
+            head = file.read(_HEAD_BYTES)
         rows = path.stat().st_size * max(1, head.count(b"\n")) / max(1, len(head))
     except OSError:
         return  # reading the file reports why
-    needed, free = rows * _ROW, psutil.virtual_memory().available
+    needed, free = rows * _ROW_BYTES, psutil.virtual_memory().available
     if needed > free:
         raise DataError.at(
             path,

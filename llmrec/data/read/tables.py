@@ -13,20 +13,20 @@ import polars as pl
 import pyarrow.compute as pc
 
 from llmrec.data.read import limits
-from llmrec.data.read.codes import as_integers, stacked
-from llmrec.data.read.limits import enumerated, reason, shown
-from llmrec.data.read.nested import EACH, in_polars, lists_in, opened, paths_within
+from llmrec.data.read.codes import concatenate_coded, convert_whole_floats
+from llmrec.data.read.limits import format_error, format_names, format_value
+from llmrec.data.read.nested import ELEMENT_SUFFIX, arrow_to_polars, enclosing_lists, flatten_columns, readable_paths
 from llmrec.errors import DataError, Location, did_you_mean
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
 MAX_COLUMNS = 2000
 """Maximum number of columns; more result from rows joined by a wrong line end or separator."""
 _LONGEST_NAME = 1000
-NONE = "none"
+NO_COLUMN = "none"
 """Value of a key of ``data.columns`` that disables a column, although one has llmrec's default name."""
-_COMPULSORY = ("data.columns.user", "data.columns.item")
+_REQUIRED_KEYS = ("data.columns.user", "data.columns.item")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Table:
         return self.lines[index] if self.lines is not None else index + 1 + self.header
 
 
-def column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> list[str]:
+def validate_column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> list[str]:
     """Return column names without surrounding spaces.
 
     Raises:
@@ -105,7 +105,7 @@ def column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> 
     repeated = next((column for column, count in Counter(names).items() if count > 1), None)
     if repeated is not None:
         raise DataError.at(
-            Location(name, 0, 1), "duplicate", f": the column {shown(repeated)} is repeated; {fix}", repeated
+            Location(name, 0, 1), "duplicate", f": the column {format_value(repeated)} is repeated; {fix}", repeated
         )
     return names
 
@@ -122,7 +122,7 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
                 name,
                 "missing-column",
                 f" has no column {column!r}{did_you_mean(column, names)}, unlike this data set; its columns are: "
-                f"{enumerated(names)}. Correct data.path, or download the file again",
+                f"{format_names(names)}. Correct data.path, or download the file again",
                 column,
             )
 
@@ -130,18 +130,18 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
 # --------------------------------------------------------------------------- columns named in a recipe
 
 
-def paths(table: Table) -> list[str]:
+def nested_column_paths(table: Table) -> list[str]:
     """Return the names of columns nested in lists."""
     first = table.parts[0] if table.parts else table
-    return [path for name, column in first.lists.items() for path in paths_within(name, column.type.value_type)]
+    return [path for name, column in first.lists.items() for path in readable_paths(name, column.type.value_type)]
 
 
-def find(table: Table, name: str | None, default: str, key: str) -> str | None:
+def find_column(table: Table, name: str | None, default: str, key: str) -> str | None:
     """Return the column that a recipe key names, or the default column if the table has it.
 
     Args:
         table: The table.
-        name: The recipe's value; None means ``default`` if that column exists, and `NONE` no column.
+        name: The recipe's value; None means ``default`` if that column exists, and `NO_COLUMN` no column.
         default: llmrec's default name.
         key: The recipe's key, for the error.
 
@@ -149,17 +149,17 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
         DataError: If the recipe names a missing column.
     """
     columns = table.frame.columns
-    if name == NONE and name not in columns and key not in _COMPULSORY:
+    if name == NO_COLUMN and name not in columns and key not in _REQUIRED_KEYS:
         return None
     check_usable(table, name or default, key)
     if name is None:
         return default if default in columns else None
     if name not in columns:
-        known = [*columns, *paths(table)]
+        known = [*columns, *nested_column_paths(table)]
         raise DataError.at(
             table.name,
             "missing-column",
-            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: {enumerated(known)}. Set "
+            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: {format_names(known)}. Set "
             f"{key}=COLUMN in the recipe",
             name,
         )
@@ -174,16 +174,20 @@ def check_usable(table: Table, column: str, key: str) -> None:
     """
     if column not in table.unusable:
         return
-    within = [path for path in (*table.frame.columns, *paths(table)) if path.startswith((f"{column}.", column + EACH))]
+    within = [
+        path
+        for path in (*table.frame.columns, *nested_column_paths(table))
+        if path.startswith((f"{column}.", column + ELEMENT_SUFFIX))
+    ]
     what = f"has {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
     if within:
-        what = f"has {table.unusable[column]}; name a column inside these values, such as {enumerated(within[:4])}"
+        what = f"has {table.unusable[column]}; name a column inside these values, such as {format_names(within[:4])}"
     raise DataError.at(
         table.name, "bad-value", f": column {column!r} {what}, or name another column as {key}=...", column
     )
 
 
-def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
+def check_users_match(name: str, users: pl.Series, known: pl.Series) -> None:
     """Reject a user table that has no user in common with the interactions.
 
     Args:
@@ -200,8 +204,9 @@ def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
         raise DataError.at(
             name,
             "mismatch",
-            f" (data.users): none of its {len(users)} users, such as {shown(str(users.sort()[0]))}, has an "
-            f"interaction. The interactions have user ids such as {shown(str(known.sort()[0]))}; use the same ids in "
+            f" (data.users): none of its {len(users)} users, such as {format_value(str(users.sort()[0]))}, has an "
+            f"interaction. The interactions have user ids such as {format_value(str(known.sort()[0]))}; use the "
+            "same ids in "
             "both tables",
         )
     if 2 * result < len(known):
@@ -211,7 +216,7 @@ def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
 # --------------------------------------------------------------------------- several tables
 
 
-def joined(tables: Sequence[Table]) -> Table:
+def concatenate_tables(tables: Sequence[Table]) -> Table:
     """Concatenate tables with the same columns; errors name the file of a row.
 
     Raises:
@@ -232,12 +237,14 @@ def joined(tables: Sequence[Table]) -> Table:
     columns = first.frame.columns
     unread = frozenset().union(*(table.unread for table in tables))
     try:
-        frame = pl.DataFrame([_stacked(name, [table.frame[name] for table in tables], unread) for name in columns])
+        frame = pl.DataFrame(
+            [_concatenate_column(name, [table.frame[name] for table in tables], unread) for name in columns]
+        )
     except pl.exceptions.PolarsError as error:
         raise DataError.at(
             "; ".join(table.name for table in tables),
             "bad-value",
-            f": a column has different types in these files ({reason(error)}); use the same type in all files",
+            f": a column has different types in these files ({format_error(error)}); use the same type in all files",
         ) from error
     return Table(
         "; ".join(table.name for table in tables),
@@ -249,22 +256,22 @@ def joined(tables: Sequence[Table]) -> Table:
     )
 
 
-def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
+def _concatenate_column(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
     """Return a column of the concatenated tables."""
     if name in unread:
         return pl.repeat(None, sum(map(len, parts)), dtype=pl.Null, eager=True).alias(name)
     if all(isinstance(part.dtype, pl.Enum) for part in parts):
-        return stacked(name, parts)
+        return concatenate_coded(name, parts)
     plain = [part.cast(pl.String) if isinstance(part.dtype, pl.Enum) else part for part in parts]
     if any(part.dtype == pl.String for part in plain):
-        plain = [as_integers(part) for part in plain]
+        plain = [convert_whole_floats(part) for part in plain]
     return pl.concat([part.to_frame(name) for part in plain], how="vertical_relaxed")[name]
 
 
 # --------------------------------------------------------------------------- lists
 
 
-def rows_of(table: Table, names: Iterable[str | None]) -> Table:
+def expand_lists(table: Table, names: Iterable[str | None]) -> Table:
     """Expand a list to one row per element, if the given columns are in a list.
 
     Errors name the original rows. A row with an empty list is excluded.
@@ -276,22 +283,22 @@ def rows_of(table: Table, names: Iterable[str | None]) -> Table:
     Raises:
         DataError: If the columns are in two lists, or all lists are empty.
     """
-    chosen = tuple(name for name in names if name is not None and EACH in name)
+    chosen = tuple(name for name in names if name is not None and ELEMENT_SUFFIX in name)
     if not chosen:
         return table
     if table.parts:
-        parts = joined([_along(part, chosen) for part in table.parts])
+        parts = concatenate_tables([_expand_file_lists(part, chosen) for part in table.parts])
         result = replace(parts, name=table.name, sha256=table.sha256)
     else:
-        result = _along(table, chosen)
+        result = _expand_file_lists(table, chosen)
     if result.frame.is_empty():
         raise DataError.at(table.name, "empty", f": the lists of {chosen[0]} are empty in all rows", chosen[0])
     return result
 
 
-def _along(table: Table, names: Sequence[str]) -> Table:
+def _expand_file_lists(table: Table, names: Sequence[str]) -> Table:
     """Expand a list in one file to one row per element."""
-    wanted = {name: lists_in(name) for name in names if name not in table.frame.columns}
+    wanted = {name: enclosing_lists(name) for name in names if name not in table.frame.columns}
     wanted = {name: lists for name, lists in wanted.items() if lists and lists[0] in table.lists}
     if not wanted:
         return table
@@ -307,16 +314,16 @@ def _along(table: Table, names: Sequence[str]) -> Table:
             )
     for name in wanted[longest]:
         if name in table.lists:
-            table = _exploded(table, name)
+            table = _expand_list(table, name)
     return table
 
 
-def _exploded(table: Table, name: str) -> Table:
+def _expand_list(table: Table, name: str) -> Table:
     """Return a table with one row per element of a list column."""
     column = table.lists[name]
     counts = pc.list_value_length(column).fill_null(0).to_numpy()
     rows = np.repeat(np.arange(len(counts)), counts)
-    sizes = [_bytes(column) for column in table.frame if column.dtype in (pl.String, pl.List(pl.String))]
+    sizes = [_text_bytes(column) for column in table.frame if column.dtype in (pl.String, pl.List(pl.String))]
     if sum(int((size.to_numpy() * counts).sum()) for size in sizes) > limits.MAX_BYTES:
         raise DataError.at(
             table.name,
@@ -325,8 +332,8 @@ def _exploded(table: Table, name: str) -> Table:
             "columns, or split the file",
             name,
         )
-    result = opened(table.name, {name: pc.list_flatten(column)})
-    inner = in_polars(result.columns).with_columns(pl.col(pl.String).fill_null(""))
+    result = flatten_columns(table.name, {name: pc.list_flatten(column)})
+    inner = arrow_to_polars(result.columns).with_columns(pl.col(pl.String).fill_null(""))
     frame = pl.concat([table.frame[rows], inner], how="horizontal")
     indices = rows.tolist()
     return replace(
@@ -339,7 +346,7 @@ def _exploded(table: Table, name: str) -> Table:
     )
 
 
-def _bytes(texts: pl.Series) -> pl.Series:
+def _text_bytes(texts: pl.Series) -> pl.Series:
     """Return the number of bytes of each text."""
     if texts.dtype == pl.String:
         return texts.str.len_bytes().cast(pl.Int64).fill_null(0)

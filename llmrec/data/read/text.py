@@ -13,21 +13,21 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from llmrec.data.read.files import InMemoryFile, Source
-from llmrec.data.read.limits import check_head, shown
+from llmrec.data.read.limits import check_text_start, format_value
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import Section
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
-Read = TypeVar("Read")
+ReadResult = TypeVar("ReadResult")
 
 BLOCK = 8 * 2**20
 """Bytes read at a time."""
-LONGEST = 64 * 2**20
+MAX_LINE_BYTES = 64 * 2**20
 """Maximum bytes of a line or field, so that a file with one endless line fails before memory is full."""
 _LINE = re.compile(r"[^\n]+")
-_MARK = re.compile(b"(?m)^(?:%b)+" % codecs.BOM_UTF8)
+_BYTE_ORDER_MARKS = re.compile(b"(?m)^(?:%b)+" % codecs.BOM_UTF8)
 
 
 class TextFormat(Section):
@@ -82,7 +82,7 @@ class LineBlock:
 
 
 class LineTooLong(DataError):
-    """Raised if a line, or a row with an unclosed quote, is longer than `LONGEST` bytes."""
+    """Raised if a line, or a row with an unclosed quote, is longer than `MAX_LINE_BYTES` bytes."""
 
 
 class LineBlocks:
@@ -133,9 +133,9 @@ class LineBlocks:
         if not raw:
             raise StopIteration
         if codecs.BOM_UTF8 in raw:
-            raw = _MARK.sub(b"", raw)
+            raw = _BYTE_ORDER_MARKS.sub(b"", raw)
         if not self.line:
-            check_head(self._head, raw)
+            check_text_start(self._head, raw)
         piece = LineBlock(self._source, raw, self.line)
         self.line += piece.height
         return piece if raw else next(self)
@@ -157,7 +157,7 @@ class LineBlocks:
                 return b"".join((*chunks, chunk[:end]))
             chunks.append(chunk)
             size += len(chunk)
-            if size > LONGEST:
+            if size > MAX_LINE_BYTES:
                 self._rest, self._in_long = b"", True
                 self.line += 1
                 raise self.too_long()
@@ -175,7 +175,8 @@ class LineBlocks:
         return LineTooLong.at(
             self._source.name,
             "too-large",
-            f" has a line{' or a quoted field' if self._quoted else ''} of more than {LONGEST} bytes, so the file is "
+            f" has a line{' or a quoted field' if self._quoted else ''} of more than {MAX_LINE_BYTES} bytes, so the "
+            "file is "
             f"not {'this data set' if published else 'a table'} or is damaged; {'download' if published else 'write'} "
             "it again",
         )
@@ -190,7 +191,7 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
         yield line, match.group()
 
 
-def in_arrow(raw: bytes) -> pa.BufferReader:
+def arrow_buffer(raw: bytes) -> pa.BufferReader:
     """Return bytes as an Arrow buffer reader.
 
     Arrow's threads may release a file after the call that read it has returned. For a Python object they need the
@@ -204,7 +205,7 @@ def in_arrow(raw: bytes) -> pa.BufferReader:
 # --------------------------------------------------------------------------- encodings
 
 
-def decoded(piece: LineBlock, encoding: str = "utf-8", *, header: int | None = None) -> str:
+def decode_block(piece: LineBlock, encoding: str = "utf-8", *, header: int | None = None) -> str:
     """Decode lines to text.
 
     Args:
@@ -237,19 +238,22 @@ def decoded(piece: LineBlock, encoding: str = "utf-8", *, header: int | None = N
         ) from error
 
 
-def decode(name: str, raw: bytes) -> str:
+def decode_file(name: str, raw: bytes) -> str:
     """Decode a whole UTF-8 file to text, without byte order marks.
 
     Raises:
         DataError: If it is not text, or a byte is not UTF-8 or NUL.
     """
-    check_head(Location(name, 1, 1), raw)
-    return decoded(
-        LineBlock(InMemoryFile(name, raw), raw := _MARK.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0), header=0
+    check_text_start(Location(name, 1, 1), raw)
+    return decode_block(
+        LineBlock(
+            InMemoryFile(name, raw), raw := _BYTE_ORDER_MARKS.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0
+        ),
+        header=0,
     )
 
 
-def first_encoding(source: Source, encodings: tuple[str, ...]) -> str:
+def detect_encoding(source: Source, encodings: tuple[str, ...]) -> str:
     """Return the first of several encodings that can decode the whole file."""
     for encoding in encodings[:-1]:
         decoder = codecs.getincrementaldecoder(encoding)()
@@ -272,7 +276,7 @@ def read_all(source: Source) -> bytes:
         return b"".join(iter(lambda: stream.read(BLOCK), b""))
 
 
-def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
+def read_in_any_encoding(source: Source, read: Callable[[Source], ReadResult]) -> ReadResult:
     """Read a table as UTF-8, or else in a detected encoding, with a warning.
 
     Args:
@@ -287,7 +291,7 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
     except DataError as error:
         if error.kind != "encoding":
             raise
-        again = _other(read_all(source))
+        again = _detect_other_encoding(read_all(source))
         if again is None:
             raise
     encoding, text = again
@@ -295,7 +299,12 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
     log.warning(
         "%s is not UTF-8 and was read as %s: %d characters are not ASCII, such as %s; if these look wrong, save the "
         "file as UTF-8",
-        *(source.name, encoding, sum(odd.values()), ", ".join(shown(mark) for mark, _ in odd.most_common(5)) or "none"),
+        *(
+            source.name,
+            encoding,
+            sum(odd.values()),
+            ", ".join(format_value(mark) for mark, _ in odd.most_common(5)) or "none",
+        ),
     )
     return read(InMemoryFile(source.name, text.encode()))
 
@@ -303,25 +312,25 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # UTF-32 begins like UTF-16 followed by a NUL character.
 _UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
-_BEYOND = re.compile(rb"[\x80-\xff]+")
+_NON_ASCII_RUN = re.compile(rb"[\x80-\xff]+")
 # Maximum mean length of runs of non-ASCII bytes: single letters in Western languages, whole words in others.
-_LONGEST_RUN = 1.5
-_LOOKED_AT = 200_000
+_MAX_MEAN_RUN = 1.5
+_MAX_RUNS_EXAMINED = 200_000
 # Non-ASCII characters of Western languages; nearly all non-ASCII characters of a file must be among them.
 _LETTERS = "äáàâãåæçéèêëíìîïñóòôöõøœúùûüßýžšðþ"
-_USUAL = frozenset(_LETTERS + _LETTERS.upper() + "‘’‚“”„–—…•·«»‹›°ºª¡¿€£¥§©®™\xa0´²³½¼")
-_LEAST = 0.9
+_WESTERN_CHARACTERS = frozenset(_LETTERS + _LETTERS.upper() + "‘’‚“”„–—…•·«»‹›°ºª¡¿€£¥§©®™\xa0´²³½¼")
+_MIN_WESTERN_SHARE = 0.9
 
 
-def _other(raw: bytes) -> tuple[str, str] | None:
+def _detect_other_encoding(raw: bytes) -> tuple[str, str] | None:
     """Return the detected encoding and the decoded text; None if no encoding is likely."""
     if raw.startswith(_UTF16_MARKS) and not raw.startswith(_UTF32_MARKS):
         try:
             return "UTF-16", raw.decode("utf-16")
         except UnicodeDecodeError:
             return None
-    runs = [len(run) for run in _BEYOND.findall(raw[: 100 * _LOOKED_AT])[:_LOOKED_AT]]
-    if b"\0" in raw or not runs or sum(runs) / len(runs) > _LONGEST_RUN:
+    runs = [len(run) for run in _NON_ASCII_RUN.findall(raw[: 100 * _MAX_RUNS_EXAMINED])[:_MAX_RUNS_EXAMINED]]
+    if b"\0" in raw or not runs or sum(runs) / len(runs) > _MAX_MEAN_RUN:
         return None
     try:
         raw.decode("utf-8")
@@ -334,5 +343,5 @@ def _other(raw: bytes) -> tuple[str, str] | None:
     except UnicodeDecodeError:
         return None
     odd = Counter(mark for mark in text if mark > "\x7f")
-    usual = sum(count for mark, count in odd.items() if mark in _USUAL)
-    return ("Windows-1252", text) if usual >= _LEAST * sum(odd.values()) else None
+    usual = sum(count for mark, count in odd.items() if mark in _WESTERN_CHARACTERS)
+    return ("Windows-1252", text) if usual >= _MIN_WESTERN_SHARE * sum(odd.values()) else None

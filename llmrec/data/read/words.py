@@ -7,10 +7,10 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmrec.data.read.nested import EACH, is_path
+from llmrec.data.read.nested import ELEMENT_SUFFIX, is_nested_path
 
 # Weight 1: an unambiguous name in tables of interactions. Names with lower weights also have other uses.
-_WORDS: Mapping[str, Mapping[float, str]] = {
+_ROLE_WORDS: Mapping[str, Mapping[float, str]] = {
     "user": {
         1.0: """user customer cust member reviewer client buyer shopper purchaser visitor reader viewer listener player
             subscriber patron guest uid consumer rater kunde kunden benutzer nutzer kaufer utilisateur acheteur
@@ -89,28 +89,28 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
 _FILLERS = frozenset(
     {"e", "the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"}
 )
-_SHORTEST_PART = 4
-_ENDINGS = ("id", "ids", "nr", "no", "ts", "at", "key", "name", "date", "time", "code", "text")
+_MIN_PART_LENGTH = 4
+_SHORT_ENDINGS = ("id", "ids", "nr", "no", "ts", "at", "key", "name", "date", "time", "code", "text")
 
 
-def _table() -> dict[str, dict[str, float]]:
+def _build_roles_by_word() -> dict[str, dict[str, float]]:
     result: dict[str, dict[str, float]] = {}
-    for role, by_weight in _WORDS.items():
+    for role, by_weight in _ROLE_WORDS.items():
         for weight, words in by_weight.items():
             for word in words.split():
-                known = result.setdefault(_plain(word), {})
+                known = result.setdefault(_normalise_text(word), {})
                 known[role] = max(weight, known.get(role, 0.0))
     return result
 
 
-def _plain(text: str) -> str:
+def _normalise_text(text: str) -> str:
     """Return a text in lower case without accents."""
     apart = unicodedata.normalize("NFKD", text.replace("ł", "l").replace("Ł", "L").replace("ß", "ss"))
     bare = "".join(c for c in apart if not "\u0300" <= c <= "\u036f")
     return unicodedata.normalize("NFKC", bare).casefold()
 
 
-_MEANING = _table()
+_ROLES_BY_WORD = _build_roles_by_word()
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,15 @@ class ColumnMeaning:
         return self.roles.get(role, 0.0)
 
 
-def tokens(name: str) -> list[str]:
+def tokenise_name(name: str) -> list[str]:
     """Split a name into words in lower case without accents: ``unixReviewTime`` gives unix, review, time."""
     apart = re.sub(r"(?<=[a-zà-ÿ0-9])(?=[A-ZÀ-Þ])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
-    return [part for part in re.split(r"[\W_]+", _plain(apart)) if part]
+    return [part for part in re.split(r"[\W_]+", _normalise_text(apart)) if part]
 
 
-def _words(name: str) -> list[str]:
+def _split_into_words(name: str) -> list[str]:
     """Split a name into words, and compounds into known words where possible."""
-    return [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
+    return [word for token in tokenise_name(name) for word in _split_compound(token.rstrip("0123456789") or token)]
 
 
 def _main_part(path: str) -> str:
@@ -146,34 +146,34 @@ def _main_part(path: str) -> str:
 
     An id or a name belongs to the object around it; in a list, to one of its elements.
     """
-    *outer, last = (_one(part) for part in path.split("."))
-    meanings = [_MEANING.get(word, {}) for word in _words(last)]
+    *outer, last = (_singular_name(part) for part in path.split("."))
+    meanings = [_ROLES_BY_WORD.get(word, {}) for word in _split_into_words(last)]
     bare = all("id" in roles or roles.get("title") == 0.9 for roles in meanings)
     return f"{outer[-1]} {last}" if outer and bare else last
 
 
-def _one(part: str) -> str:
+def _singular_name(part: str) -> str:
     """Return the singular of a list name, such as ``item`` for ``items``."""
-    name = part.removesuffix(EACH)
-    return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
+    name = part.removesuffix(ELEMENT_SUFFIX)
+    return name[:-1] if part != name and name.endswith("s") and _normalise_text(name[:-1]) in _ROLES_BY_WORD else name
 
 
-def named(name: str) -> ColumnMeaning:
+def interpret_column_name(name: str) -> ColumnMeaning:
     """Return what a column name means. The noun comes last: ``product_rating`` is a rating."""
-    words = _words(_main_part(name) if is_path(name) else name)
+    words = _split_into_words(_main_part(name) if is_nested_path(name) else name)
     roles: dict[str, float] = {}
     for word in words:
-        for role, weight in _MEANING.get(word, {}).items():
+        for role, weight in _ROLES_BY_WORD.get(word, {}).items():
             # "id" alone does not mean an item, and "at" or "on" means a time only with another word.
             if not (word in ("at", "on") and len(words) == 1):
                 roles[role] = max(weight, roles.get(role, 0.0))
-    unknown = any(word not in _MEANING and word not in _FILLERS and not word.isdigit() for word in words)
-    both = {word for word in words if {"item", "field"} <= _MEANING.get(word, {}).keys()}
+    unknown = any(word not in _ROLES_BY_WORD and word not in _FILLERS and not word.isdigit() for word in words)
+    both = {word for word in words if {"item", "field"} <= _ROLES_BY_WORD.get(word, {}).keys()}
     if words[:1] in (["num"], ["number"], ["no"]) and len(words) > 1:
         return ColumnMeaning({"count": 1.0}, False)
     is_id = roles.pop("id", 0.0) > 0
-    settled = _settled(roles, is_id)
-    if both and "field" in settled and not any("item" in _MEANING.get(word, {}) for word in set(words) - both):
+    settled = _resolve_roles(roles, is_id)
+    if both and "field" in settled and not any("item" in _ROLES_BY_WORD.get(word, {}) for word in set(words) - both):
         settled["item"] = 0.6  # an artist is an attribute of a song, and an item if there are no songs
     if unknown and not is_id:
         # the city of a customer is not a customer
@@ -181,7 +181,7 @@ def named(name: str) -> ColumnMeaning:
     return ColumnMeaning(settled, is_id)
 
 
-def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
+def _resolve_roles(roles: dict[str, float], is_id: bool) -> dict[str, float]:
     """Return the possible roles of a column, after considering all words of its name."""
     removed: set[str] = set()
     if "count" in roles:
@@ -211,30 +211,32 @@ def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
     return {role: weight for role, weight in roles.items() if role not in removed}
 
 
-def _parts(token: str) -> list[str]:
+def _split_compound(token: str) -> list[str]:
     """Split a compound such as ``kundennummer`` or ``movieid`` into two known words; empty if it is not one."""
-    if token in _MEANING or token in _FILLERS:
+    if token in _ROLES_BY_WORD or token in _FILLERS:
         return [token]
     for cut in range(len(token) - 2, 1, -1):
         head, tail = token[:cut], token[cut:]
         wide = max(map(ord, token)) > 0x2E80
-        head_ok = head in _MEANING and (len(head) >= _SHORTEST_PART or wide)
-        tail_ok = tail in _MEANING and (len(tail) >= _SHORTEST_PART or tail in _ENDINGS or wide)
+        head_ok = head in _ROLES_BY_WORD and (len(head) >= _MIN_PART_LENGTH or wide)
+        tail_ok = tail in _ROLES_BY_WORD and (len(tail) >= _MIN_PART_LENGTH or tail in _SHORT_ENDINGS or wide)
         if head_ok and tail_ok:
             return [head, tail]
     for cut in range(len(token) - 1, 0, -1):
         head, tail = token[:cut], token[cut:]
-        if head in _MEANING and (len(head) > _SHORTEST_PART or max(map(ord, head)) > 0x2E80):
-            return [head, *([tail] if tail in _MEANING else [])]
-    for cut in range(1, len(token) - _SHORTEST_PART):
-        if token[cut:] in _MEANING and len(token[cut:]) > _SHORTEST_PART:
+        if head in _ROLES_BY_WORD and (len(head) > _MIN_PART_LENGTH or max(map(ord, head)) > 0x2E80):
+            return [head, *([tail] if tail in _ROLES_BY_WORD else [])]
+    for cut in range(1, len(token) - _MIN_PART_LENGTH):
+        if token[cut:] in _ROLES_BY_WORD and len(token[cut:]) > _MIN_PART_LENGTH:
             return [token[cut:]]
     return [token]
 
 
-def noun_of(word: str) -> str | None:
+def plural_noun(word: str) -> str | None:
     """Return an English plural such as "films" for the items of a column or file; None if unknown."""
-    for part in (part for token in tokens(word) for part in _parts(token.rstrip("0123456789") or token)):
+    for part in (
+        part for token in tokenise_name(word) for part in _split_compound(token.rstrip("0123456789") or token)
+    ):
         result = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
         if result is not None:
             return result
@@ -255,7 +257,7 @@ _OTHER_EVENTS = frozenset({"removefromcart", "remove", "return", "refund", "canc
 
 def event_rank(value: str) -> int | None:
     """Return the rank of an event type by strength of interest, 0 for a purchase; None if unknown."""
-    word = "".join(tokens(value))
+    word = "".join(tokenise_name(value))
     if word in _OTHER_EVENTS:
         return len(_EVENTS)
     return _EVENT_WORDS.get(word, _EVENT_WORDS.get(word.removeprefix("add").removeprefix("to")))
@@ -267,15 +269,15 @@ _ORDER = """order bestell bestellung commande pedido ordine bestelling delivery 
 _ORDER_WORDS = frozenset(_ORDER.split())
 
 
-def about_orders(name: str) -> bool:
+def is_about_orders(name: str) -> bool:
     """Whether a column name is about an order or its delivery, such as ``delivery_note``."""
-    return any(part in _ORDER_WORDS for token in tokens(name) for part in (token, *_parts(token)))
+    return any(part in _ORDER_WORDS for token in tokenise_name(name) for part in (token, *_split_compound(token)))
 
 
-_REGULAR = """product movie film book song track game app show episode course video podcast album hotel restaurant venue
-    recipe listing offer article joke beer wine place artist post page document"""
+_REGULAR_NOUNS = """product movie film book song track game app show episode course video podcast album hotel restaurant
+    venue recipe listing offer article joke beer wine place artist post page document"""
 _NOUNS: Mapping[str, str] = {
-    **{word: f"{word}s" for word in _REGULAR.split()},
+    **{word: f"{word}s" for word in _REGULAR_NOUNS.split()},
     **dict.fromkeys(("sku", "asin", "artikel", "produkt", "producto", "produit", "prodotto", "produto"), "products"),
     **dict.fromkeys(("isbn", "buch", "livre", "libro", "livro", "boek"), "books"),
     **{"business": "businesses", "news": "news stories", "story": "stories", "dish": "dishes", "pelicula": "films"},

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from llmrec.data.read.files import Member, listing, near, user_path
-from llmrec.data.read.limits import reason, require_file
+from llmrec.data.read.files import DataFile, expand_path, list_files, suggest_file_name
+from llmrec.data.read.limits import check_regular_file, format_error
 from llmrec.data.sets.pages import KnownFormat, Layout
 from llmrec.errors import DataError
 from llmrec.resources import cache_dir
@@ -32,13 +32,13 @@ class LocatedFiles:
     where: str
     layout: Layout
     category: str
-    events: Member
-    items: Member | None
-    people: Member | None
-    renames: Member | None
+    events: DataFile
+    items: DataFile | None
+    people: DataFile | None
+    renames: DataFile | None
 
 
-def locate(known: KnownFormat, path: str | None, items: str | None) -> LocatedFiles:
+def locate_files(known: KnownFormat, path: str | None, items: str | None) -> LocatedFiles:
     """Find the files of a data set, and download them if necessary and possible.
 
     Args:
@@ -49,45 +49,49 @@ def locate(known: KnownFormat, path: str | None, items: str | None) -> LocatedFi
     Raises:
         DataError: If a file is missing or ambiguous.
     """
-    chosen = user_path(path) if path is not None else _cached(known)
+    chosen = expand_path(path) if path is not None else _find_or_download(known)
     if not chosen.is_dir() and (chosen.exists() or chosen.is_symlink()):
-        require_file(chosen, _ways(known))
+        check_regular_file(chosen, _describe_download(known))
     named = chosen.is_file() and chosen.suffix.lower() != ".zip"
     if named:
-        events = Member(str(chosen), chosen)
-        layout, category = _layout_of(known, events)
-        return _complete(known, str(chosen.parent), layout, category, events, listing(chosen.parent), items)
+        events = DataFile(str(chosen), chosen)
+        layout, category = _find_layout(known, events)
+        return _locate_companion_files(
+            known, str(chosen.parent), layout, category, events, list_files(chosen.parent), items
+        )
     for root in (chosen, *(chosen / folder for folder in known.folders)):
-        members = listing(root) if root.exists() else []
-        fitting = _fitting(known, members)
+        members = list_files(root) if root.exists() else []
+        fitting = _find_interaction_files(known, members)
         if fitting:
-            layout, category, events = _only(known, str(root), fitting)
-            return _complete(known, str(root), layout, category, events, members, items)
+            layout, category, events = _select_single_file(known, str(root), fitting)
+            return _locate_companion_files(known, str(root), layout, category, events, members, items)
     if not chosen.exists():
         raise DataError(
-            f"data.path={path}: the file or folder does not exist{near(chosen)}; {_ways(known)}",
+            f"data.path={path}: the file or folder does not exist{suggest_file_name(chosen)}; "
+            f"{_describe_download(known)}",
             kind="missing-file",
             at=chosen,
             column="data.path",
         )
     wanted = " or ".join(dict.fromkeys(pattern for layout in known.layouts for pattern in layout.events.files))
     raise DataError(
-        f"data.path={path or chosen} contains no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}",
+        f"data.path={path or chosen} contains no file {wanted} of {known.name} (each may end in .gz); "
+        f"{_describe_download(known)}",
         kind="missing-file",
         at=chosen,
         column="data.path",
     )
 
 
-def _ways(known: KnownFormat) -> str:
+def _describe_download(known: KnownFormat) -> str:
     return (
         f"download {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
         "the zip or the file"
     )
 
 
-def _cached(known: KnownFormat) -> Path:
-    if (folder := _wheel_folder(known)) is not None and _fitting(known, listing(folder)):
+def _find_or_download(known: KnownFormat) -> Path:
+    if (folder := _wheel_folder(known)) is not None and _find_interaction_files(known, list_files(folder)):
         return folder
     home = cache_dir() / "data"
     # The name of a data set described by the user is a path, not a folder of the cache.
@@ -97,14 +101,17 @@ def _cached(known: KnownFormat) -> Path:
                 return path
     if known.download is None:
         raise DataError(
-            f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path"
+            f"source {known.name!r} needs data.path: {_describe_download(known)}",
+            kind="missing-key",
+            column="data.path",
         )
     archive = home / f"{known.folders[0] if known.folders else known.name}.zip"
     try:
-        fetch(known.download, archive, md5=known.md5)
+        download_file(known.download, archive, md5=known.md5)
     except DataError as error:
         raise DataError(
-            f"{known.name} is not on this machine: {error}. Options: {_ways(known)}, or use a network with access to "
+            f"{known.name} is not on this machine: {error}. Options: {_describe_download(known)}, or use a network "
+            "with access to "
             f"{urlsplit(known.download).hostname}",
             kind=error.kind,
             at=error.location,
@@ -124,32 +131,34 @@ def _wheel_folder(known: KnownFormat) -> Path | None:
     return path if path is not None and path.is_dir() else None
 
 
-def captured(pattern: str, name: str) -> str | None:
+def match_wildcard(pattern: str, name: str) -> str | None:
     """Return the text that matches ``*`` in a pattern; None if the name does not match."""
     match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
     return None if match is None else (match[1] if match.groups() else "")
 
 
-def fits(layout: Layout, name: str) -> str | None:
+def match_category(layout: Layout, name: str) -> str | None:
     """Return the category of an interaction file from its name; None if it is another file."""
     if any(fnmatchcase(name.lower(), pattern) for pattern in layout.events.skip):
         return None
-    tried = (captured(pattern, name) for pattern in layout.events.files)
+    tried = (match_wildcard(pattern, name) for pattern in layout.events.files)
     return next((category for category in tried if category is not None), None)
 
 
-def _fitting(known: KnownFormat, members: Sequence[Member]) -> list[tuple[Layout, str, Member]]:
-    result: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
+def _find_interaction_files(known: KnownFormat, members: Sequence[DataFile]) -> list[tuple[Layout, str, DataFile]]:
+    result: dict[tuple[str, str], tuple[Layout, str, DataFile]] = {}
     for layout in known.layouts:
         for member in members:
-            category = fits(layout, member.plain)
+            category = match_category(layout, member.plain)
             if category is not None:
                 # A file that is stored both compressed and uncompressed counts once; the uncompressed one sorts first.
                 result.setdefault((member.folder, member.plain), (layout, category, member))
     return list(result.values())
 
 
-def _only(known: KnownFormat, where: str, fitting: list[tuple[Layout, str, Member]]) -> tuple[Layout, str, Member]:
+def _select_single_file(
+    known: KnownFormat, where: str, fitting: list[tuple[Layout, str, DataFile]]
+) -> tuple[Layout, str, DataFile]:
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(member.name.removeprefix(f"{where}/") for _, _, member in fitting[:6])
@@ -162,10 +171,10 @@ def _only(known: KnownFormat, where: str, fitting: list[tuple[Layout, str, Membe
     )
 
 
-def _layout_of(known: KnownFormat, events: Member) -> tuple[Layout, str]:
+def _find_layout(known: KnownFormat, events: DataFile) -> tuple[Layout, str]:
     """Return the variant of the data set to which a given file belongs, by file name or else by extension."""
     for layout in known.layouts:
-        category = fits(layout, events.plain)
+        category = match_category(layout, events.plain)
         if category is not None:
             return layout, category
     json = events.plain.lower().endswith(".json")
@@ -176,35 +185,37 @@ def _layout_of(known: KnownFormat, events: Member) -> tuple[Layout, str]:
     raise DataError.at(
         events.name,
         "wrong-format",
-        f": {known.name} has files that end in {wanted}, not in this ending; {_ways(known)}",
+        f": {known.name} has files that end in {wanted}, not in this ending; {_describe_download(known)}",
     )
 
 
-def _complete(
+def _locate_companion_files(
     known: KnownFormat,
     where: str,
     layout: Layout,
     category: str,
-    events: Member,
-    members: Sequence[Member],
+    events: DataFile,
+    members: Sequence[DataFile],
     items: str | None,
 ) -> LocatedFiles:
     """Return all files of the data set to which a file of interactions belongs."""
     siblings = [member for member in members if member.folder == events.folder]
 
-    def companion(patterns: Sequence[str]) -> Member | None:
+    def companion(patterns: Sequence[str]) -> DataFile | None:
         for pattern in patterns:
             name = pattern.replace("{}", category) if category else pattern.replace("{}", "*")
-            fitting = [member for member in siblings if captured(name, member.plain) is not None and member != events]
+            fitting = [
+                member for member in siblings if match_wildcard(name, member.plain) is not None and member != events
+            ]
             if len({member.plain for member in fitting}) == 1:
                 return fitting[0]
         return None
 
-    entries: Member | None = None
+    entries: DataFile | None = None
     if layout.items is not None:
-        entries = Member(items, user_path(items)) if items is not None else companion(layout.items.files)
+        entries = DataFile(items, expand_path(items)) if items is not None else companion(layout.items.files)
         if entries is None and layout.items.complete:
-            raise _missing(known, where, layout.items.files[0], "the file of items")
+            raise _missing_file_error(known, where, layout.items.files[0], "the file of items")
     elif items is not None:
         raise DataError(
             f"data.items: the source {known.name!r} has no item file; drop the key",
@@ -213,13 +224,13 @@ def _complete(
         )
     renames = companion(layout.renames.files) if layout.renames is not None else None
     if renames is None and layout.renames is not None and entries is not None:
-        raise _missing(known, where, layout.renames.files[0], "which maps the item ids")
+        raise _missing_file_error(known, where, layout.renames.files[0], "which maps the item ids")
     people = companion(layout.people.files) if layout.people is not None else None
     return LocatedFiles(where, layout, category, events, entries, people, renames)
 
 
-def _missing(known: KnownFormat, where: str, name: str, what: str) -> DataError:
-    return DataError.at(where, "missing-file", f" lacks {name} (or {name}.gz), {what}; {_ways(known)}")
+def _missing_file_error(known: KnownFormat, where: str, name: str, what: str) -> DataError:
+    return DataError.at(where, "missing-file", f" lacks {name} (or {name}.gz), {what}; {_describe_download(known)}")
 
 
 _TIMEOUT = 30
@@ -227,7 +238,7 @@ _MAX_ARCHIVE = 64 * 2**20
 _CHUNK = 2**20
 
 
-def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
+def download_file(url: str, target: Path, *, md5: str | None = None) -> None:
     """Download a file under a temporary name, verify it, and then move it to its path.
 
     Args:
@@ -244,7 +255,7 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     except OSError as error:
         raise DataError(
-            f"the download folder {target.parent} is not writable ({reason(error)}); set LLMREC_CACHE to another "
+            f"the download folder {target.parent} is not writable ({format_error(error)}); set LLMREC_CACHE to another "
             "folder",
             kind="unreadable",
             at=target.parent,
@@ -267,6 +278,6 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
             )
         part.replace(target)
     except (OSError, HTTPException, ValueError) as error:
-        raise DataError.at(url, "unreachable", f" cannot be downloaded ({reason(error)})") from error
+        raise DataError.at(url, "unreachable", f" cannot be downloaded ({format_error(error)})") from error
     finally:
         part.unlink(missing_ok=True)

@@ -16,14 +16,14 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 
 from llmrec.data.read.text import TextFormat
-from llmrec.recipe.load import load_page
+from llmrec.recipe.load import load_yaml_model
 from llmrec.recipe.schema import Section
-from llmrec.registry import SETS
+from llmrec.registry import DATA_SETS
 
 # --------------------------------------------------------------------------- keys of a description
 
 
-class Events(Section):
+class InteractionFile(Section):
     """Describes a file of interactions, one per row.
 
     Attributes:
@@ -98,7 +98,7 @@ class Attribute(Section):
         return value
 
 
-class Items(Section):
+class ItemFile(Section):
     """Describes a file of items.
 
     Attributes:
@@ -149,13 +149,13 @@ class ItemIdMap(Section):
 class Layout(Section):
     """The files of a data set in one of its published variants."""
 
-    events: Events
-    items: Items | None = None
+    events: InteractionFile
+    items: ItemFile | None = None
     people: UserFile | None = None
     renames: ItemIdMap | None = None
 
 
-class Published(Section):
+class PublishedSizes(Section):
     """The published size of a data set, from its web page or a paper.
 
     Attributes:
@@ -169,9 +169,9 @@ class Published(Section):
     rounded: bool = False
     files: Mapping[str, tuple[int | None, int | None, int]]
 
-    def of(self, file: str) -> Counts | None:
+    def of(self, file: str) -> DatasetSize | None:
         """Return the published size of a file of interactions; None if it is not published."""
-        return Counts(*self.files[file], self.origin, self.rounded) if file in self.files else None
+        return DatasetSize(*self.files[file], self.origin, self.rounded) if file in self.files else None
 
 
 class KnownFormat(Section):
@@ -208,29 +208,29 @@ class KnownFormat(Section):
     notes: tuple[str, ...] = ()
     layouts: Annotated[tuple[Layout, ...], Field(min_length=1)]
     item_width: int | None = None
-    counts: Published | None = None
+    counts: PublishedSizes | None = None
 
     @property
     def shipped(self) -> bool:
         """Whether the description is included in the package and can be selected by name."""
-        return not is_page(self.name)
+        return not is_description_path(self.name)
 
 
-PAGE = (".yaml", ".yml")
+DESCRIPTION_ENDINGS = (".yaml", ".yml")
 """Endings of a description's path."""
 
 
-def is_page(source: str) -> bool:
+def is_description_path(source: str) -> bool:
     """Whether a source is the path of a data set description."""
-    return source.lower().endswith(PAGE)
+    return source.lower().endswith(DESCRIPTION_ENDINGS)
 
 
-def published() -> list[KnownFormat]:
+def known_formats() -> list[KnownFormat]:
     """Return the descriptions of all included data sets, sorted by name."""
-    return [known(name) for name in sorted(SETS)]
+    return [read_known_format(name) for name in sorted(DATA_SETS)]
 
 
-def known(source: str) -> KnownFormat:
+def read_known_format(source: str) -> KnownFormat:
     """Return the description of a data set.
 
     Args:
@@ -239,20 +239,24 @@ def known(source: str) -> KnownFormat:
     Raises:
         RecipeError: If it is missing, or has an invalid key or value; the message names file, line and key.
     """
-    return load_page(KnownFormat, Path(source), {"name": source}, SETS) if is_page(source) else _published(source)
+    return (
+        load_yaml_model(KnownFormat, Path(source), {"name": source}, DATA_SETS)
+        if is_description_path(source)
+        else _read_shipped_format(source)
+    )
 
 
 @cache
-def _published(name: str) -> KnownFormat:
-    return load_page(KnownFormat, SETS[name], {"name": name}, SETS)
+def _read_shipped_format(name: str) -> KnownFormat:
+    return load_yaml_model(KnownFormat, DATA_SETS[name], {"name": name}, DATA_SETS)
 
 
 # --------------------------------------------------------------------------- comparison with published counts
 
 
 @dataclass(frozen=True)
-class Counts:
-    """The numbers of users and items with an interaction, None if not published, and of rows; see `Published`."""
+class DatasetSize:
+    """The numbers of users and items with an interaction, None if not published, and of rows; see `PublishedSizes`."""
 
     users: int | None
     items: int | None
@@ -260,7 +264,7 @@ class Counts:
     origin: str
     rounded: bool = False
 
-    def agrees(self, other: Counts) -> bool:
+    def agrees(self, other: DatasetSize) -> bool:
         """Whether two sizes agree in all numbers that both have."""
         pairs = (
             (self.users, other.users),
@@ -268,10 +272,11 @@ class Counts:
             (self.interactions, other.interactions),
         )
         return all(
-            mine is None or (theirs is not None and abs(mine - theirs) <= self._slack(mine)) for mine, theirs in pairs
+            mine is None or (theirs is not None and abs(mine - theirs) <= self._rounding_tolerance(mine))
+            for mine, theirs in pairs
         )
 
-    def _slack(self, number: int) -> int:
+    def _rounding_tolerance(self, number: int) -> int:
         if not self.rounded or number < 1000:
             return 0
         return 50_000 if number >= 1_000_000 else 50

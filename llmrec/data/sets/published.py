@@ -8,45 +8,54 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin, refuse_columns
+from llmrec.data.assemble import build_dataset, build_provenance, check_column_settings
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.columns import Kind, numbered
-from llmrec.data.read.files import Member
-from llmrec.data.read.markup import has_markup, plain
+from llmrec.data.read.columns import ColumnKind, row_location_table
+from llmrec.data.read.files import DataFile
+from llmrec.data.read.markup import has_markup, remove_markup
 from llmrec.data.read.objects import value_text
-from llmrec.data.read.table import blocks, records
+from llmrec.data.read.table import read_blocks, read_records
 from llmrec.data.read.tables import Table
-from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
-from llmrec.data.sets.locate import LocatedFiles, locate
-from llmrec.data.sets.pages import Attribute, Counts, Events, ItemIdMap, Items, KnownFormat, UserFile, known
-from llmrec.data.sets.pages import published as every_set
+from llmrec.data.read.typed import TimeUnit, date_column, epoch_column, id_column, number_column, plain_text_column
+from llmrec.data.sets.locate import LocatedFiles, locate_files
+from llmrec.data.sets.pages import (
+    Attribute,
+    DatasetSize,
+    InteractionFile,
+    ItemFile,
+    ItemIdMap,
+    KnownFormat,
+    UserFile,
+    read_known_format,
+)
+from llmrec.data.sets.pages import known_formats as every_set
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 from llmrec.types import Item
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
 NO_TEXT = "none"
 """Value of ``data.columns.text`` that excludes texts."""
-_UNTIMED = 0.0
+_NO_TIMESTAMP = 0.0
 _YEAR = "year"
 
 
-def published(section: DataSection, *, seed: int) -> Dataset:
+def load_published(section: DataSection, *, seed: int) -> Dataset:
     """Load the data set that ``data.source`` names.
 
     Raises:
         RecipeError: If its description has an invalid key or value.
         DataError: If a file is missing or damaged, or has an invalid row.
     """
-    return load(known(section.source), section)
+    return load_from_description(read_known_format(section.source), section)
 
 
 # --------------------------------------------------------------------------- loading
 
 
-def load(page: KnownFormat, section: DataSection) -> Dataset:
+def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
     """Load a published data set from its description.
 
     Args:
@@ -56,30 +65,32 @@ def load(page: KnownFormat, section: DataSection) -> Dataset:
     Raises:
         DataError: If a file is missing or damaged, or has an invalid row.
     """
-    refuse_columns(section, page.name, "text")
-    located = locate(page, section.path, section.items)
-    events = read_events(located.events, located.layout.events, _text_column(page, located.layout.events, section))
-    _check_widths(page, events.frame, located.events.name)
+    check_column_settings(section, page.name, "text")
+    located = locate_files(page, section.path, section.items)
+    events = read_events(
+        located.events, located.layout.events, _select_text_column(page, located.layout.events, section)
+    )
+    _check_column_order(page, events.frame, located.events.name)
     item_ids = set(events.frame["item_id"].unique())
-    catalogue = catalogue_of(located, item_ids, events.titles)
+    catalogue = build_catalogue(located, item_ids, events.titles)
     people: dict[str, dict[str, str]] = {}
     if located.people is not None and located.layout.people is not None:
-        people = read_people(located.people, located.layout.people)
+        people = read_user_profiles(located.people, located.layout.people)
     notes = [*page.notes, *catalogue.notes]
     if located.layout.events.time is None:
         notes.append("the data have no timestamps: a seeded hash orders the items of a user")
-    return assemble(
+    return build_dataset(
         section,
         events.table,
         events.frame,
         catalogue.items,
         name="-".join(filter(None, (page.name, located.category.lower()))),
-        provenance=origin(
+        provenance=build_provenance(
             page.name,
             (located.events, located.items, located.people, located.renames),
             rows=events.frame.height,
             licence=page.licence,
-            published=compared(page, located.events.plain, events.frame),
+            published=compare_with_published(page, located.events.plain, events.frame),
             notes=notes,
         ),
         users=people,
@@ -88,12 +99,12 @@ def load(page: KnownFormat, section: DataSection) -> Dataset:
     )
 
 
-def compared(page: KnownFormat, file: str, frame: pl.DataFrame) -> dict[str, str]:
+def compare_with_published(page: KnownFormat, file: str, frame: pl.DataFrame) -> dict[str, str]:
     """Return the provenance entries about published sizes, and warn if the sizes differ."""
     counted = page.counts.of(file) if page.counts is not None else None
     if counted is None:
         return {}
-    here = Counts(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
+    here = DatasetSize(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
     if counted.agrees(here):
         return {"published": f"as published: {counted} ({counted.origin})"}
     sentence = (
@@ -103,7 +114,7 @@ def compared(page: KnownFormat, file: str, frame: pl.DataFrame) -> dict[str, str
     return {"published": sentence}
 
 
-def _check_widths(page: KnownFormat, frame: pl.DataFrame, file: str) -> None:
+def _check_column_order(page: KnownFormat, frame: pl.DataFrame, file: str) -> None:
     """Reject columns in the order of another edition, whose values would be wrong."""
     if page.item_width is None:
         return
@@ -125,7 +136,7 @@ def _check_widths(page: KnownFormat, frame: pl.DataFrame, file: str) -> None:
         )
 
 
-def _text_column(known: KnownFormat, events: Events, section: DataSection) -> str | None:
+def _select_text_column(known: KnownFormat, events: InteractionFile, section: DataSection) -> str | None:
     column = section.columns.text
     if column is None:
         return events.texts[0] if events.texts else None
@@ -159,7 +170,7 @@ class PublishedEvents:
     titles: Mapping[str, str]
 
 
-def read_events(member: Member, spec: Events, text: str | None, also: Sequence[str] = ()) -> PublishedEvents:
+def read_events(member: DataFile, spec: InteractionFile, text: str | None, also: Sequence[str] = ()) -> PublishedEvents:
     """Read interactions.
 
     Args:
@@ -171,35 +182,37 @@ def read_events(member: Member, spec: Events, text: str | None, also: Sequence[s
     Raises:
         DataError: If a row is invalid; the message names it.
     """
-    wanted: dict[str, Kind] = dict.fromkeys((spec.user, spec.item[0]), "text")
+    wanted: dict[str, ColumnKind] = dict.fromkeys((spec.user, spec.item[0]), "text")
     wanted |= dict.fromkeys((*spec.item[1:], *also, *(column for column in (text, spec.title) if column)), "maybe")
     if spec.rating is not None:
         wanted[spec.rating] = "number"
     if spec.time is not None:
         wanted[spec.time] = "text" if spec.clock else "number"
-    unit: Unit | None = None
+    unit: TimeUnit | None = None
     frames: list[pl.DataFrame] = []
     lines: list[Sequence[int]] = []
     titles: dict[str, str] = {}
-    for block in blocks(member, spec.form, wanted):
-        series = {"user_id": ids(block, spec.user), "item_id": ids(block, *spec.item)}
+    for block in read_blocks(member, spec.form, wanted):
+        series = {"user_id": id_column(block, spec.user), "item_id": id_column(block, *spec.item)}
         if spec.rating is not None:
-            series["rating"] = numbers(block, spec.rating, "rating", absent=spec.unrated)
+            series["rating"] = number_column(block, spec.rating, "rating", absent=spec.unrated)
         if spec.time is None:
-            series["timestamp"] = pl.Series([_UNTIMED]).new_from_index(0, block.frame.height)
+            series["timestamp"] = pl.Series([_NO_TIMESTAMP]).new_from_index(0, block.frame.height)
         elif spec.clock:
-            series["timestamp"] = dates(block, spec.time, spec.clock)
+            series["timestamp"] = date_column(block, spec.time, spec.clock)
         else:
-            series["timestamp"], unit = moments(block, spec.time, unit)
+            series["timestamp"], unit = epoch_column(block, spec.time, unit)
         if text is not None:
-            series["text"] = unescaped(block, text)
-        series |= {column: unescaped(block, column) for column in also}
+            series["text"] = plain_text_column(block, text)
+        series |= {column: plain_text_column(block, column) for column in also}
         frames.append(pl.DataFrame(series))
         lines.append(block.lines or ())
         if spec.title is not None:
-            named = pl.DataFrame({"item": series["item_id"], "title": unescaped(block, spec.title)}).drop_nulls()
+            named = pl.DataFrame(
+                {"item": series["item_id"], "title": plain_text_column(block, spec.title)}
+            ).drop_nulls()
             titles = dict(named.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
-    return PublishedEvents(pl.concat(frames), numbered(member.name, lines), titles)
+    return PublishedEvents(pl.concat(frames), row_location_table(member.name, lines), titles)
 
 
 # --------------------------------------------------------------------------- items and users
@@ -213,7 +226,7 @@ class Catalogue:
     notes: tuple[str, ...] = ()
 
 
-def catalogue_of(located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
+def build_catalogue(located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
     """Return the `Item` of every item id, with the titles and fields that were read.
 
     Args:
@@ -228,11 +241,11 @@ def catalogue_of(located: LocatedFiles, item_ids: set[str], titles: Mapping[str,
     if spec is None or located.items is None:
         titles = {item: title for item, title in titles.items() if not has_markup(title)}
         items = {item: Item(item_id=item, title=titles.get(item, item)) for item in item_ids}
-        return Catalogue(items, untitled(located.where, len(item_ids - titles.keys()), len(items)))
+        return Catalogue(items, warn_untitled_items(located.where, len(item_ids - titles.keys()), len(items)))
     names = {item: item for item in item_ids}
     if located.renames is not None and located.layout.renames is not None:
         # An item that the renaming file lacks gets no entry, even if its number is the id of another item.
-        names = dict.fromkeys(item_ids, "") | _renamed(located.renames, located.layout.renames, item_ids)
+        names = dict.fromkeys(item_ids, "") | _read_id_map(located.renames, located.layout.renames, item_ids)
     listed = read_items(located.items, spec, set(names.values()))
     blank = {attribute.name: attribute.missing for attribute in spec.attributes}
     items = {}
@@ -243,10 +256,12 @@ def catalogue_of(located: LocatedFiles, item_ids: set[str], titles: Mapping[str,
             continue  # the check of interactions names the row
         missing += title is None
         items[item] = Item(item_id=item, title=title or item, fields=fields)
-    return Catalogue(items, untitled(located.items.name, missing, len(items)) + listed.notes(located.items.name))
+    return Catalogue(
+        items, warn_untitled_items(located.items.name, missing, len(items)) + listed.notes(located.items.name)
+    )
 
 
-def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
+def warn_untitled_items(where: str, missing: int, total: int) -> tuple[str, ...]:
     """Warn if items have no title, and return a note about them."""
     if not missing:
         return ()
@@ -258,15 +273,15 @@ def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
     return (note,)
 
 
-def _renamed(member: Member, spec: ItemIdMap, item_ids: set[str]) -> dict[str, str]:
+def _read_id_map(member: DataFile, spec: ItemIdMap, item_ids: set[str]) -> dict[str, str]:
     names: dict[str, str] = {}
-    for block in blocks(member, spec.form, {spec.old: "text", spec.new: "text"}):
+    for block in read_blocks(member, spec.form, {spec.old: "text", spec.new: "text"}):
         chosen = block.frame.filter(pl.col(spec.old).is_in(item_ids))
         names |= dict(chosen.select(spec.old, spec.new).iter_rows())
     return names
 
 
-Entries = dict[str, tuple[str | None, dict[str, str]]]
+ItemEntries = dict[str, tuple[str | None, dict[str, str]]]
 """Title and fields by item; the title is None if it is missing."""
 
 
@@ -281,7 +296,7 @@ class PublishedItems:
         markup: Items with HTML instead of a title.
     """
 
-    entries: Entries
+    entries: ItemEntries
     repeated: int
     nameless: int
     markup: int
@@ -299,7 +314,7 @@ class PublishedItems:
         return (*result, again) if self.repeated else result
 
 
-def read_items(member: Member, spec: Items, wanted: set[str]) -> PublishedItems:
+def read_items(member: DataFile, spec: ItemFile, wanted: set[str]) -> PublishedItems:
     """Read the titles and fields of items.
 
     Args:
@@ -310,11 +325,11 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> PublishedItems:
     Raises:
         DataError: If a row is invalid, or lacks a required title.
     """
-    result: Entries = {}
+    result: ItemEntries = {}
     repeated = nameless = markup = 0
     named = (spec.item, *spec.titles, *(column for attribute in spec.attributes for column in attribute.columns))
     columns = dict.fromkeys((*named, *((spec.year,) if spec.year else ())))
-    for location, row in records(member, spec.form, list(columns)):
+    for location, row in read_records(member, spec.form, list(columns)):
         item = value_text(location, spec.item, row.get(spec.item))
         if not item.strip():
             if not spec.gaps:
@@ -328,7 +343,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> PublishedItems:
         if item in result:
             repeated += 1
             continue
-        titles = [title for name in spec.titles if (title := _title(location, spec, name, row))]
+        titles = [title for name in spec.titles if (title := _item_title(location, spec, name, row))]
         title = next((name for name in titles if not has_markup(name)), None)
         markup += title is None and bool(titles)
         if title is None and spec.complete:
@@ -338,22 +353,22 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> PublishedItems:
                 f": column {spec.titles[0]!r} is empty; every item needs a title",
                 spec.titles[0],
             )
-        fields = {attribute.name: rendered(location, attribute, row) for attribute in spec.attributes}
+        fields = {attribute.name: format_attribute(location, attribute, row) for attribute in spec.attributes}
         if spec.film and title is not None:
             title, fields[_YEAR] = movie_title(title)
         result[item] = (title, fields)
     return PublishedItems(result, repeated, nameless, markup)
 
 
-def _title(location: Location, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
-    title = plain(value_text(location, column, row.get(column))).strip()
+def _item_title(location: Location, spec: ItemFile, column: str, row: Mapping[str, object]) -> str | None:
+    title = remove_markup(value_text(location, column, row.get(column))).strip()
     if not title or (spec.junk is not None and spec.junk in title):
         return None
     year = value_text(location, spec.year, row.get(spec.year)).strip() if spec.year else ""
     return spec.words.get(title) or (f"{title} ({year})" if year else title)
 
 
-def read_people(member: Member, spec: UserFile) -> dict[str, dict[str, str]]:
+def read_user_profiles(member: DataFile, spec: UserFile) -> dict[str, dict[str, str]]:
     """Read the profiles of users.
 
     Raises:
@@ -361,17 +376,17 @@ def read_people(member: Member, spec: UserFile) -> dict[str, dict[str, str]]:
     """
     people = {}
     columns = [spec.user, *(column for attribute in spec.attributes for column in attribute.columns)]
-    for location, row in records(member, spec.form, columns):
+    for location, row in read_records(member, spec.form, columns):
         user = value_text(location, spec.user, row.get(spec.user))
         if not user.strip():
             raise DataError.at(
                 location, "missing-value", f": column {spec.user!r} is empty; every profile needs a user", spec.user
             )
-        people[user] = {attribute.name: rendered(location, attribute, row) for attribute in spec.attributes}
+        people[user] = {attribute.name: format_attribute(location, attribute, row) for attribute in spec.attributes}
     return people
 
 
-def rendered(location: Location, attribute: Attribute, row: Mapping[str, object]) -> str:
+def format_attribute(location: Location, attribute: Attribute, row: Mapping[str, object]) -> str:
     """Return an additional field as one text: lists joined, codes replaced by words, HTML removed."""
     if attribute.flags:
         value: object = [flag for flag in attribute.flags if value_text(location, flag, row.get(flag)).strip() == "1"]
@@ -384,7 +399,7 @@ def rendered(location: Location, attribute: Attribute, row: Mapping[str, object]
     else:
         text = value_text(location, attribute.column, value)
         parts = text.split(attribute.split) if attribute.split else [text]
-    cleaned = ["" if has_markup(part) else part for part in (plain(part).strip() for part in parts)]
+    cleaned = ["" if has_markup(part) else part for part in (remove_markup(part).strip() for part in parts)]
     joined = attribute.join.join(attribute.words.get(part, part) for part in cleaned if part)
     if attribute.keep is not None and not re.fullmatch(attribute.keep, joined):
         return attribute.missing
@@ -393,11 +408,11 @@ def rendered(location: Location, attribute: Attribute, row: Mapping[str, object]
 
 # --------------------------------------------------------------------------- movie titles
 
-_ENDING = re.compile(r"^(?P<title>.*?)\s*\((?P<years>(?P<year>\d{4})(?:[-–]\d{0,4})?)\)(?:\s*\((?:V|TV)\))?$")
-_LATER = re.compile(
+_TITLE_WITH_YEAR = re.compile(r"^(?P<title>.*?)\s*\((?P<years>(?P<year>\d{4})(?:[-–]\d{0,4})?)\)(?:\s*\((?:V|TV)\))?$")
+_TRAILING_ARTICLE = re.compile(
     r"^(?P<also>a\.k\.a\. )?(?P<rest>.+), (?P<article>The|An?|Le|La|Les|L'|Il|El|Los|Las|Das|Der|Die|De[nt])$"
 )
-_FOREIGN = re.compile(r"^(?P<also>a\.k\.a\. )?(?P<rest>.+), (?P<article>I|O|De|Un[ae]?)$")
+_FOREIGN_TRAILING_ARTICLE = re.compile(r"^(?P<also>a\.k\.a\. )?(?P<rest>.+), (?P<article>I|O|De|Un[ae]?)$")
 _BRACKET = re.compile(r"\(([^()]*)\)")
 
 
@@ -407,16 +422,16 @@ def movie_title(raw: str) -> tuple[str, str]:
     ``"Fugitive, The (1993)"`` becomes ``"The Fugitive (1993)"``; articles in further titles in parentheses are moved
     too. The year is ``"unknown"`` if the title has none.
     """
-    ending = _ENDING.match(raw.strip())
+    ending = _TITLE_WITH_YEAR.match(raw.strip())
     title = ending["title"] if ending else raw.strip()
     head, bracket, tail = title.partition(" (")
-    further = _BRACKET.sub(lambda match: f"({_article_first(match[1], foreign=True)})", bracket + tail)
-    full_title = _article_first(head) + further
+    further = _BRACKET.sub(lambda match: f"({_move_article_first(match[1], foreign=True)})", bracket + tail)
+    full_title = _move_article_first(head) + further
     return (f"{full_title} ({ending['years']})", ending["year"]) if ending else (full_title, "unknown")
 
 
-def _article_first(title: str, *, foreign: bool = False) -> str:
-    match = _LATER.match(title) or (_FOREIGN.match(title) if foreign else None)
+def _move_article_first(title: str, *, foreign: bool = False) -> str:
+    match = _TRAILING_ARTICLE.match(title) or (_FOREIGN_TRAILING_ARTICLE.match(title) if foreign else None)
     if match is None:
         return title
     gap = "" if match["article"].endswith("'") else " "

@@ -7,43 +7,45 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from llmrec.data.read.files import Member, listing
-from llmrec.data.read.table import header
-from llmrec.data.sets.locate import captured, fits
-from llmrec.data.sets.pages import Events, KnownFormat, Layout, published
+from llmrec.data.read.files import DataFile, list_files
+from llmrec.data.read.table import read_column_names
+from llmrec.data.sets.locate import match_category, match_wildcard
+from llmrec.data.sets.pages import InteractionFile, KnownFormat, Layout, known_formats
 from llmrec.errors import LlmrecError
 
 # Column names that are too common to identify a data set.
-_COMMON = frozenset(
+_COMMON_COLUMNS = frozenset(
     ("user", "user_id", "item", "item_id", "id", "product_id", "rating", "time", "timestamp", "date", "title", "text")
 )
-_SEQUENCES, _LINES, _LONGEST = "sequences.txt", 20, 2**20
-_SAMPLES = ("train", "valid", "test")
+_SEQUENCES_FILE, _LINES_EXAMINED, _MAX_LINE_BYTES = "sequences.txt", 20, 2**20
+_SAMPLE_PARTS = ("train", "valid", "test")
 
 
-def sources_with(columns: Collection[str]) -> tuple[str, ...]:
+def sources_with_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Return the published data sets whose interaction files have the column names of a table.
 
     A data set is returned only if its user and item columns have distinctive names; files without a header have none.
     """
-    return tuple(page.name for page in published() if any(_fits(layout, columns) for layout in page.layouts))
+    return tuple(
+        page.name for page in known_formats() if any(_matches_columns(layout, columns) for layout in page.layouts)
+    )
 
 
-def _fits(layout: Layout, columns: Collection[str]) -> bool:
+def _matches_columns(layout: Layout, columns: Collection[str]) -> bool:
     events = layout.events
     if events.form.columns:
         return False
-    return _names(events) <= set(columns) and not {events.user, *events.item} & _COMMON
+    return _required_columns(events) <= set(columns) and not {events.user, *events.item} & _COMMON_COLUMNS
 
 
-def _names(events: Events) -> set[str]:
+def _required_columns(events: InteractionFile) -> set[str]:
     return {events.user, *events.item, *(name for name in (events.rating, events.time) if name is not None)}
 
 
 # --------------------------------------------------------------------------- files
 
 
-def source_of(path: Path) -> str | None:
+def recognise_source(path: Path) -> str | None:
     """Return the data source for a path that is a folder, a zip archive, or not a table.
 
     None if the path is a table, or unknown to all sources.
@@ -52,38 +54,42 @@ def source_of(path: Path) -> str | None:
         DataError: If a folder or an archive cannot be read.
     """
     if path.is_dir() or path.suffix.lower() == ".zip":
-        members = listing(path)
+        members = list_files(path)
         names = {member.plain.lower() for member in members}
-        if _SEQUENCES in names:
+        if _SEQUENCES_FILE in names:
             return "sequences"
-        if all({f"{part}.tsv", f"{part}.csv"} & names for part in _SAMPLES) and _are_samples(members):
+        if all({f"{part}.tsv", f"{part}.csv"} & names for part in _SAMPLE_PARTS) and _has_sample_columns(members):
             return "samples"
-        return next((page.name for page in _sets(members)), None)
-    member = Member(str(path), path)
+        return next((page.name for page in _matching_formats(members)), None)
+    member = DataFile(str(path), path)
     if member.plain.lower().endswith(".txt"):
-        return "sequences" if _holds_sequences(member) else None
+        return "sequences" if _is_sequences_file(member) else None
     # A file with a header is a table with columns to choose; other files are recognised by their names.
-    for page in _sets([member], alone=True):
-        if all(layout.events.form.columns for layout in page.layouts if fits(layout, member.plain) is not None):
+    for page in _matching_formats([member], alone=True):
+        if all(
+            layout.events.form.columns for layout in page.layouts if match_category(layout, member.plain) is not None
+        ):
             return page.name
     return None
 
 
-def _are_samples(members: Sequence[Member]) -> bool:
+def _has_sample_columns(members: Sequence[DataFile]) -> bool:
     train = next(member for member in members if member.plain.lower() in ("train.tsv", "train.csv"))
-    return {"history", "target"} <= set(_first_line(train).replace(",", "\t").split("\t"))
+    return {"history", "target"} <= set(_read_first_line(train).replace(",", "\t").split("\t"))
 
 
-def _first_line(member: Member) -> str:
+def _read_first_line(member: DataFile) -> str:
     with member.open() as stream:
-        return stream.readline(_LONGEST).decode("utf-8", "replace").strip()
+        return stream.readline(_MAX_LINE_BYTES).decode("utf-8", "replace").strip()
 
 
-def _holds_sequences(member: Member) -> bool:
+def _is_sequences_file(member: DataFile) -> bool:
     """Whether the first lines each have a user and the user's items, separated by spaces."""
     try:
         with member.open() as stream:
-            lines = [stream.readline(_LONGEST).decode("utf-8", "replace").strip() for _ in range(_LINES)]
+            lines = [
+                stream.readline(_MAX_LINE_BYTES).decode("utf-8", "replace").strip() for _ in range(_LINES_EXAMINED)
+            ]
     except LlmrecError:
         return False
     rows = [line.split(" ") for line in lines if line]
@@ -94,7 +100,7 @@ def _holds_sequences(member: Member) -> bool:
     return plain and len(set(users)) == len(users) > 1 and len({len(row) for row in rows}) > 1
 
 
-def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[KnownFormat]:
+def _matching_formats(members: Sequence[DataFile], *, alone: bool = False) -> Iterator[KnownFormat]:
     """Yield the published data sets that have these files, the most likely first.
 
     Args:
@@ -102,57 +108,63 @@ def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[KnownFo
         alone: Do not search for the item file.
     """
     fitting = [
-        (_specific(layout, member.plain), page, member)
-        for page in published()
+        (_pattern_specificity(layout, member.plain), page, member)
+        for page in known_formats()
         for layout in page.layouts
         for member in members
-        if fits(layout, member.plain) is not None
-        and (alone or _has_items(layout, member, members))
-        and _reads(layout.events, member)
+        if match_category(layout, member.plain) is not None
+        and (alone or _has_item_file(layout, member, members))
+        and _has_required_columns(layout.events, member)
     ]
     if not fitting:
         return
     best = max(literal for literal, _, _ in fitting)
     pages = [(page, member) for literal, page, member in fitting if literal == best]
-    named = [(page, member) for page, member in pages if _plain(Path(member.folder).name) in map(_plain, page.folders)]
+    named = [
+        (page, member)
+        for page, member in pages
+        if _normalise_name(Path(member.folder).name) in map(_normalise_name, page.folders)
+    ]
     if len(named or pages) > 1:
-        named = named or [(page, member) for page, member in pages if _counted(page, member)]
+        named = named or [(page, member) for page, member in pages if _has_published_count(page, member)]
     yield from (page for page, _ in named or sorted(pages, key=lambda pair: pair[0].counts is not None))
 
 
-def _plain(name: str) -> str:
+def _normalise_name(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def _specific(layout: Layout, name: str) -> int:
+def _pattern_specificity(layout: Layout, name: str) -> int:
     """Return the number of literal characters in the best pattern of a data set for a file name."""
-    return max(len(pattern.replace("*", "")) for pattern in layout.events.files if captured(pattern, name) is not None)
+    return max(
+        len(pattern.replace("*", "")) for pattern in layout.events.files if match_wildcard(pattern, name) is not None
+    )
 
 
-def _has_items(layout: Layout, events: Member, members: Sequence[Member]) -> bool:
+def _has_item_file(layout: Layout, events: DataFile, members: Sequence[DataFile]) -> bool:
     if layout.items is None or not layout.items.complete:
         return True
     near = [member.plain for member in members if member.folder == events.folder]
-    return any(captured(pattern, name) is not None for pattern in layout.items.files for name in near)
+    return any(match_wildcard(pattern, name) is not None for pattern in layout.items.files for name in near)
 
 
-def _reads(events: Events, member: Member) -> bool:
+def _has_required_columns(events: InteractionFile, member: DataFile) -> bool:
     """Whether a file has the columns of a data set: by its header or first record, else by their number."""
     if events.form.columns:
         named = not any(pattern.startswith("*") for pattern in events.files)
-        return named and len(_first_line(member).split(events.form.separator)) == len(events.form.columns)
+        return named and len(_read_first_line(member).split(events.form.separator)) == len(events.form.columns)
     try:
         if events.form.kind == "delimited":
-            names = set(header(member, events.form))
+            names = set(read_column_names(member, events.form))
         else:
-            line = _first_line(member)
+            line = _read_first_line(member)
             names = set(json.loads(line) if events.form.kind == "json" else ast.literal_eval(line))
     except (LlmrecError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return False
-    return _names(events) <= names and not {events.user, *events.item} <= _COMMON
+    return _required_columns(events) <= names and not {events.user, *events.item} <= _COMMON_COLUMNS
 
 
-def _counted(page: KnownFormat, member: Member) -> bool:
+def _has_published_count(page: KnownFormat, member: DataFile) -> bool:
     """Whether a file has the published number of rows."""
     counts = page.counts.of(member.plain) if page.counts is not None else None
     if counts is None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, catalogue, refuse_columns
+from llmrec.data.assemble import build_catalogue, build_dataset, check_column_settings
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.derived import NAMES, TITLES, keyphrases
-from llmrec.data.read.files import Member, user_path
+from llmrec.data.read.files import DataFile, expand_path
 from llmrec.data.read.table import read_table
-from llmrec.data.sets.pages import known
+from llmrec.data.sets.pages import read_known_format
 from llmrec.data.sets.published import read_events
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
@@ -21,7 +21,7 @@ _TEXT, _HEADLINE = "reviewText", "summary"
 _SCALE = (1.0, 5.0)
 
 
-def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
+def load_amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
     """Load a review file in the format of 2014, with one JSON object per line, gzipped or plain.
 
     HTML entities are decoded once. Ratings are stars from 1 to 5, timestamps are days, texts are whole reviews;
@@ -39,18 +39,18 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
             kind="missing-key",
             column="data.path",
         )
-    refuse_columns(section, "amazon-reviews", "title", "fields")
-    path = user_path(section.path)
-    member = Member(str(path), path)
-    events = read_events(member, known("amazon-2014").layouts[0].events, _TEXT, (_HEADLINE,))
+    check_column_settings(section, "amazon-reviews", "title", "fields")
+    path = expand_path(section.path)
+    member = DataFile(str(path), path)
+    events = read_events(member, read_known_format("amazon-2014").layouts[0].events, _TEXT, (_HEADLINE,))
     main, frame = events.table, events.frame.drop(_HEADLINE)
-    listed = read_table(user_path(section.items)) if section.items is not None else None
+    listed = read_table(expand_path(section.items)) if section.items is not None else None
     items = (
         {item: Item(item_id=item, title=item) for item in frame["item_id"].unique()}
         if listed is None
-        else catalogue(section, main, frame["item_id"], listed)
+        else build_catalogue(section, main, frame["item_id"], listed)
     )
-    dataset = assemble(
+    dataset = build_dataset(
         section,
         main,
         frame,
@@ -64,21 +64,21 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
             "sha256": member.sha256 if listed is None else f"{member.sha256}; {listed.sha256}",
             "rows": str(frame.height),
             "made": "no",
-            "derived": _derived_parts(listed is None),
+            "derived": _describe_derived_parts(listed is None),
             "licence": "research use; the reviews may not be redistributed",
         },
     )
     headlines = events.frame.with_columns(pl.col(_HEADLINE).fill_null("").alias("headline"))
     derives = frozenset({NAMES, TITLES} if listed is None else {NAMES})
-    return replace(dataset, reviews=_reviews(dataset.interactions, headlines), derives=derives)
+    return replace(dataset, reviews=_build_reviews(dataset.interactions, headlines), derives=derives)
 
 
-def _derived_parts(titles: bool) -> str:
+def _describe_derived_parts(titles: bool) -> str:
     derived = "features and sentences (keyphrases), user names (pseudonyms)"
     return f"titles (keyphrases of training reviews), {derived}" if titles else derived
 
 
-def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
+def _build_reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
     # Of repeated pairs the latest row was kept; take the headline from the same row.
     latest = headlines.with_row_index("_row").sort("timestamp", "_row")
     headline_of = {

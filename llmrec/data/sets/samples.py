@@ -16,23 +16,23 @@ from typing import NamedTuple
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin, refuse_columns
+from llmrec.data.assemble import build_dataset, build_provenance, check_column_settings
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.read.columns import Kind
-from llmrec.data.read.files import Member
-from llmrec.data.read.limits import shown
-from llmrec.data.read.table import blocks, header
+from llmrec.data.read.columns import ColumnKind
+from llmrec.data.read.files import DataFile
+from llmrec.data.read.limits import format_value
+from llmrec.data.read.table import read_blocks, read_column_names
 from llmrec.data.read.tables import Table
 from llmrec.data.sets.sequences import (
-    COLUMNS,
+    ITEM_COLUMN_KEYS,
     LICENCE,
-    by_line,
-    items_member,
-    items_of,
-    member_of,
-    members_of,
-    name_of,
-    table_form,
+    derive_dataset_name,
+    find_item_table,
+    find_named_file,
+    line_location_table,
+    list_source_files,
+    read_item_catalogue,
+    table_format,
 )
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
@@ -52,13 +52,13 @@ class _Row(NamedTuple):
     target: str
 
 
-def samples(section: DataSection, *, seed: int) -> Dataset:
+def load_samples(section: DataSection, *, seed: int) -> Dataset:
     """Load samples; requires ``data.split.kind: given``.
 
     Raises:
         DataError: If a file is missing, or has an invalid row or item.
     """
-    refuse_columns(section, "samples", *COLUMNS)
+    check_column_settings(section, "samples", *ITEM_COLUMN_KEYS)
     if section.split.kind != "given":
         raise DataError(
             f"data.split.kind={section.split.kind}: the source 'samples' comes with a fixed split; set "
@@ -66,47 +66,48 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
             kind="contradiction",
             column="data.split.kind",
         )
-    members = members_of("samples", section.path)
+    members = list_source_files("samples", section.path)
     # If the path names a file, its folder is used, because all three files are needed.
     files = {
-        part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
+        part: find_named_file(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()
     }
-    rows = {part: list(_read(member)) for part, member in files.items()}
+    rows = {part: list(_read_rows(member)) for part, member in files.items()}
     people = _group_by_user(rows)
-    training, dropped = _training_events(people)
-    held = {part: _held_out(people, part) for part in ("valid", "test")}
+    training, dropped = _training_interactions(people)
+    held = {part: _held_out_interactions(people, part) for part in ("valid", "test")}
     tables = [
-        by_line(files[part].name, _in_columns(events), header=1) for part, events in {"train": training, **held}.items()
+        line_location_table(files[part].name, _interaction_frame(events), header=1)
+        for part, events in {"train": training, **held}.items()
     ]
     frame = pl.concat([table.frame for table in tables])
-    entries = items_member(members, section)
-    catalogue, notes = items_of(section, frame["item_id"], entries)
-    dataset = assemble(
+    entries = find_item_table(members, section)
+    catalogue, notes = read_item_catalogue(section, frame["item_id"], entries)
+    dataset = build_dataset(
         section,
         Table(files["train"].name, frame, parts=tuple(tables)),
         frame,
         catalogue,
-        name=name_of(files["train"], "train"),
-        provenance=origin(
+        name=derive_dataset_name(files["train"], "train"),
+        provenance=build_provenance(
             "samples",
             (*files.values(), entries),
             rows=" / ".join(f"{part} {len(part_rows)}" for part, part_rows in rows.items()),
             licence=LICENCE,
-            notes=[*notes, *_limits(rows, people, dropped)],
+            notes=[*notes, *_provenance_notes(rows, people, dropped)],
         ),
     )
     valid, test = (frozenset((user, items[-1]) for user, items, _ in events) for events in held.values())
     return replace(dataset, given=GivenSplit(valid, test, frozenset(user for user, _ in valid | test)))
 
 
-def _read(member: Member) -> Iterator[_Row]:
-    form = table_form(member)
-    named = _USER in header(member, form)
-    wanted: dict[str, Kind] = {_HISTORY: "text", _TARGET: "text"}
+def _read_rows(member: DataFile) -> Iterator[_Row]:
+    form = table_format(member)
+    named = _USER in read_column_names(member, form)
+    wanted: dict[str, ColumnKind] = {_HISTORY: "text", _TARGET: "text"}
     if named:
         wanted[_USER] = "text"
-    for block in blocks(member, form, wanted):
+    for block in read_blocks(member, form, wanted):
         users = block.frame[_USER] if named else [""] * block.frame.height
         columns = (block.lines or (), users, block.frame[_HISTORY], block.frame[_TARGET])
         for index, (line, user, history, target) in enumerate(zip(*columns, strict=True)):
@@ -115,7 +116,7 @@ def _read(member: Member) -> Iterator[_Row]:
                 raise DataError.at(
                     block.where(index),
                     "bad-value",
-                    f": column {_TARGET!r} is {shown(target)}; write one item id",
+                    f": column {_TARGET!r} is {format_value(target)}; write one item id",
                     _TARGET,
                 )
             yield row
@@ -166,7 +167,7 @@ def _first_position(person: _Person) -> tuple[int, int]:
     return part, min(row.line for row in list(person.rows.values())[part])
 
 
-class _Events(NamedTuple):
+class _LineInteractions(NamedTuple):
     """Consecutive interactions of a user that come from one line."""
 
     user: str
@@ -174,9 +175,9 @@ class _Events(NamedTuple):
     line: int
 
 
-def _training_events(people: Sequence[_Person]) -> tuple[list[_Events], int]:
+def _training_interactions(people: Sequence[_Person]) -> tuple[list[_LineInteractions], int]:
     """Return the training interactions, and how many were left out because they are held out later."""
-    events: list[_Events] = []
+    events: list[_LineInteractions] = []
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
@@ -189,27 +190,27 @@ def _training_events(people: Sequence[_Person]) -> tuple[list[_Events], int]:
             kept = [item for item in new if item not in held]
             dropped += len(new) - len(kept)
             if kept:
-                events.append(_Events(person.name, kept, row.line))
+                events.append(_LineInteractions(person.name, kept, row.line))
             seen += new
     return events, dropped
 
 
-def _held_out(people: Sequence[_Person], part: str) -> list[_Events]:
+def _held_out_interactions(people: Sequence[_Person], part: str) -> list[_LineInteractions]:
     """Return the held-out rows, each as a separate user whose last interaction is held out."""
     return [
-        _Events(f"{person.name}/{part}-{number}", [*row.history, row.target], row.line)
+        _LineInteractions(f"{person.name}/{part}-{number}", [*row.history, row.target], row.line)
         for person in people
         for number, row in enumerate(person.rows[part], start=1)
     ]
 
 
-def _in_columns(events: Sequence[_Events]) -> pl.DataFrame:
+def _interaction_frame(events: Sequence[_LineInteractions]) -> pl.DataFrame:
     """Return one row per interaction, with its line number."""
     schema = {"user_id": pl.String(), "item_id": pl.List(pl.String), "line": pl.Int64()}
     return pl.DataFrame(events, schema=schema, orient="row").explode("item_id")
 
 
-def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropped: int) -> list[str]:
+def _provenance_notes(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropped: int) -> list[str]:
     held = [row for part in ("valid", "test") for row in rows[part]]
     learned = sum(bool(person.rows["train"]) for person in people)
     notes = [

@@ -12,52 +12,52 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin, refuse_columns
+from llmrec.data.assemble import build_dataset, build_provenance, check_column_settings
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.files import Member, listing, user_path
-from llmrec.data.read.limits import shown
-from llmrec.data.read.table import header
+from llmrec.data.read.files import DataFile, expand_path, list_files
+from llmrec.data.read.limits import format_value
+from llmrec.data.read.table import read_column_names
 from llmrec.data.read.tables import Table
-from llmrec.data.read.text import LineBlock, LineBlocks, TextFormat, decoded
-from llmrec.data.sets.pages import Attribute, Items
-from llmrec.data.sets.published import read_items, untitled
+from llmrec.data.read.text import LineBlock, LineBlocks, TextFormat, decode_block
+from llmrec.data.sets.pages import Attribute, ItemFile
+from llmrec.data.sets.published import read_items, warn_untitled_items
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
 
 LICENCE = "see the author of the files"
-COLUMNS = ("item", "title", "fields")
+ITEM_COLUMN_KEYS = ("item", "title", "fields")
 """Keys of ``data.columns`` that name columns of the table of items."""
-_FIELDS = ("categories", "category", "genres", "brand", "year")
+_DEFAULT_FIELDS = ("categories", "category", "genres", "brand", "year")
 
 
-def sequences(section: DataSection, *, seed: int) -> Dataset:
+def load_sequences(section: DataSection, *, seed: int) -> Dataset:
     """Load sequences; the order of items in a line is their time order.
 
     Raises:
         DataError: If a file is missing, or has an invalid line or item.
     """
-    refuse_columns(section, "sequences", *COLUMNS)
-    members = members_of("sequences", section.path)
-    named = is_file_named(section.path)
-    main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line per user")
-    entries = items_member(members, section)
-    frame = _read(main)
-    catalogue, notes = items_of(section, frame["item_id"], entries)
-    return assemble(
+    check_column_settings(section, "sequences", *ITEM_COLUMN_KEYS)
+    members = list_source_files("sequences", section.path)
+    named = is_file_path(section.path)
+    main = members[0] if named else find_named_file(members, ("sequences.txt",), section.path, "with one line per user")
+    entries = find_item_table(members, section)
+    frame = _read_interactions(main)
+    catalogue, notes = read_item_catalogue(section, frame["item_id"], entries)
+    return build_dataset(
         section,
-        by_line(main.name, frame),
+        line_location_table(main.name, frame),
         frame,
         catalogue,
-        name=name_of(main, "sequences"),
-        provenance=origin("sequences", (main, entries), rows=frame.height, licence=LICENCE, notes=notes),
+        name=derive_dataset_name(main, "sequences"),
+        provenance=build_provenance("sequences", (main, entries), rows=frame.height, licence=LICENCE, notes=notes),
     )
 
 
-def _read(main: Member) -> pl.DataFrame:
+def _read_interactions(main: DataFile) -> pl.DataFrame:
     """Return one row per interaction, with its line number."""
     with main.open() as stream:
-        frames = [_sequences_of(piece) for piece in LineBlocks(main, stream) if not piece.raw.isspace()]
+        frames = [_parse_sequences(piece) for piece in LineBlocks(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
         raise DataError.at(main.name, "empty", " contains no lines; write it again")
     users = pl.concat(frames)
@@ -68,13 +68,13 @@ def _read(main: Member) -> pl.DataFrame:
         raise DataError.at(
             Location(main.name, line=line),
             "duplicate",
-            f": user {shown(user)} already has line {first}; write one line per user, oldest item first",
+            f": user {format_value(user)} already has line {first}; write one line per user, oldest item first",
         )
     return users.explode("item_id")
 
 
-def _sequences_of(piece: LineBlock) -> pl.DataFrame:
-    texts = pl.Series("text", [decoded(piece)]).str.split("\n").explode().str.strip_chars()
+def _parse_sequences(piece: LineBlock) -> pl.DataFrame:
+    texts = pl.Series("text", [decode_block(piece)]).str.split("\n").explode().str.strip_chars()
     frame = pl.DataFrame({"text": texts}).with_row_index("line", offset=piece.line + 1).filter(pl.col("text") != "")
     words = pl.col("text").str.replace_all(r"\s+", " ").str.split(" ")
     frame = frame.select(words.list.first().alias("user_id"), words.list.slice(1).alias("item_id"), pl.col("line"))
@@ -84,7 +84,7 @@ def _sequences_of(piece: LineBlock) -> pl.DataFrame:
         raise DataError.at(
             Location(piece.source.name, line=line),
             "missing-value",
-            f": user {shown(user)} has no items; write the user and then the user's items, separated by spaces",
+            f": user {format_value(user)} has no items; write the user and then the user's items, separated by spaces",
         )
     return frame
 
@@ -92,7 +92,7 @@ def _sequences_of(piece: LineBlock) -> pl.DataFrame:
 # --------------------------------------------------------------------------- shared code
 
 
-def by_line(name: str, frame: pl.DataFrame, header: int = 0) -> Table:
+def line_location_table(name: str, frame: pl.DataFrame, header: int = 0) -> Table:
     """Return a table that locates interactions for errors, of which several are on one line.
 
     Args:
@@ -104,7 +104,7 @@ def by_line(name: str, frame: pl.DataFrame, header: int = 0) -> Table:
     return Table(name, frame, lines=lines, rows=array("q", (line - 1 - header for line in lines)))
 
 
-def members_of(source: str, path: str | None) -> list[Member]:
+def list_source_files(source: str, path: str | None) -> list[DataFile]:
     """Return the files in the folder or archive of ``data.path``, or in the folder that contains it.
 
     Raises:
@@ -117,7 +117,7 @@ def members_of(source: str, path: str | None) -> list[Member]:
             kind="missing-key",
             column="data.path",
         )
-    root = user_path(path)
+    root = expand_path(path)
     if not root.exists():
         raise DataError(
             f"data.path={path}: the file or folder does not exist; correct the path",
@@ -126,23 +126,23 @@ def members_of(source: str, path: str | None) -> list[Member]:
             column="data.path",
         )
     if root.is_file() and root.suffix.lower() != ".zip":
-        main = Member(str(root), root)
-        return [main, *(member for member in listing(root.parent) if member.plain != main.plain)]
-    return listing(root)
+        main = DataFile(str(root), root)
+        return [main, *(member for member in list_files(root.parent) if member.plain != main.plain)]
+    return list_files(root)
 
 
-def is_file_named(path: str | None) -> bool:
+def is_file_path(path: str | None) -> bool:
     """Whether ``data.path`` is a file, which is then read whatever its name is."""
-    return path is not None and user_path(path).is_file() and not path.lower().endswith(".zip")
+    return path is not None and expand_path(path).is_file() and not path.lower().endswith(".zip")
 
 
-def member_of(members: Sequence[Member], names: Sequence[str], path: str | None, what: str) -> Member:
+def find_named_file(members: Sequence[DataFile], names: Sequence[str], path: str | None, what: str) -> DataFile:
     """Return the file that has one of these names.
 
     Raises:
         DataError: If there is none.
     """
-    result = _first(members, names)
+    result = _first_named_file(members, names)
     if result is None:
         raise DataError(
             f"data.path={path} contains no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path",
@@ -153,24 +153,24 @@ def member_of(members: Sequence[Member], names: Sequence[str], path: str | None,
     return result
 
 
-def _first(members: Sequence[Member], names: Sequence[str]) -> Member | None:
+def _first_named_file(members: Sequence[DataFile], names: Sequence[str]) -> DataFile | None:
     return next((member for name in names for member in members if member.plain == name), None)
 
 
-def items_member(members: Sequence[Member], section: DataSection) -> Member | None:
+def find_item_table(members: Sequence[DataFile], section: DataSection) -> DataFile | None:
     """Return the table of items: ``data.items``, or else ``items.tsv`` or ``items.csv``."""
     if section.items is not None:
-        return Member(section.items, user_path(section.items))
-    return _first(members, ("items.tsv", "items.csv"))
+        return DataFile(section.items, expand_path(section.items))
+    return _first_named_file(members, ("items.tsv", "items.csv"))
 
 
-def table_form(member: Member) -> TextFormat:
+def table_format(member: DataFile) -> TextFormat:
     """Return the format of a table, by file extension."""
     return TextFormat(kind="delimited", separator="," if member.plain.lower().endswith(".csv") else "\t", quoted=True)
 
 
-def items_of(
-    section: DataSection, item_ids: pl.Series, entries: Member | None
+def read_item_catalogue(
+    section: DataSection, item_ids: pl.Series, entries: DataFile | None
 ) -> tuple[Mapping[str, Item], tuple[str, ...]]:
     """Return the `Item` of every item id in the table of items, and notes on missing titles.
 
@@ -184,18 +184,18 @@ def items_of(
     """
     wanted = set(item_ids.unique())
     if entries is None:
-        notes = untitled("a table of items (none is given)", len(wanted), len(wanted))
+        notes = warn_untitled_items("a table of items (none is given)", len(wanted), len(wanted))
         return {item: Item(item_id=item, title=item) for item in wanted}, notes
-    form = table_form(entries)
-    names = header(entries, form)
+    form = table_format(entries)
+    names = read_column_names(entries, form)
     columns = section.columns
     title = columns.title or ("title" if "title" in names else None)
     attributes = tuple(
         Attribute(name=name, column=name, split="|" if name == "genres" else None)
-        for name in (columns.fields or tuple(name for name in _FIELDS if name in names))
+        for name in (columns.fields or tuple(name for name in _DEFAULT_FIELDS if name in names))
     )
     key = columns.item
-    spec = Items(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes)
+    spec = ItemFile(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes)
     listed = read_items(entries, spec, wanted)
     known = listed.entries
     if listed.repeated and section.duplicates == "error":
@@ -206,10 +206,10 @@ def items_of(
         )
     catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
     missing = sum(name is None for name, _ in known.values())
-    return catalogue, untitled(entries.name, missing, len(known)) + listed.notes(entries.name)
+    return catalogue, warn_untitled_items(entries.name, missing, len(known)) + listed.notes(entries.name)
 
 
-def name_of(main: Member, usual: str) -> str:
+def derive_dataset_name(main: DataFile, usual: str) -> str:
     """Return a short name for data, derived from the file, folder or archive."""
     stem = main.plain.split(".")[0]
     around = Path(main.folder if main.inner is None else main.path.stem).name

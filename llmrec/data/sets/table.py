@@ -1,4 +1,4 @@
-"""Loads tables of users and data with explanations; `load` loads any source.
+"""Loads tables of users and data with explanations; `load_data` loads any source.
 
 A source is an entry of `llmrec.registry.SOURCES`. Explanations have the format of XRec (Ma et al., EMNLP Findings
 2024), in which a language model writes the profiles and explanations from real reviews.
@@ -14,50 +14,57 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data import dataset as filters
-from llmrec.data.assemble import assemble, catalogue, profiles
+from llmrec.data.assemble import build_catalogue, build_dataset, user_profiles
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.knowledge import with_facts
-from llmrec.data.read.columns import Kind
-from llmrec.data.read.databases import hub_name, is_database, is_hub, read_hub, read_query
-from llmrec.data.read.files import InMemoryFile, read_bytes, user_path
-from llmrec.data.read.limits import shown
-from llmrec.data.read.objects import json_lines
-from llmrec.data.read.sheets import split_sheet
-from llmrec.data.read.table import fitting, is_pattern, read_table
-from llmrec.data.read.tables import Table, find, joined, rows_of
-from llmrec.data.read.typed import ids, numbers, one_per_item, texts, times, unescaped
+from llmrec.data.read.columns import ColumnKind
+from llmrec.data.read.databases import hub_name, is_database_url, is_hub_path, read_hub_dataset, read_query
+from llmrec.data.read.files import InMemoryFile, expand_path, read_bytes
+from llmrec.data.read.limits import format_value
+from llmrec.data.read.objects import read_json_lines
+from llmrec.data.read.sheets import split_sheet_name
+from llmrec.data.read.table import is_pattern, matching_paths, read_table
+from llmrec.data.read.tables import Table, concatenate_tables, expand_lists, find_column
+from llmrec.data.read.typed import (
+    id_column,
+    most_frequent_texts,
+    number_column,
+    plain_text_column,
+    text_column,
+    time_column,
+)
 from llmrec.data.read.where import filter_rows
-from llmrec.data.sets.pages import is_page
-from llmrec.data.sets.published import published
-from llmrec.data.split import earlier
+from llmrec.data.sets.pages import is_description_path
+from llmrec.data.sets.published import load_published
+from llmrec.data.split import count_holdouts_before_training
 from llmrec.errors import DataError, LlmrecError
-from llmrec.plugins import broken
+from llmrec.plugins import failed_plugin_error
 from llmrec.recipe.schema import Columns, DataSection
-from llmrec.registry import SOURCES, is_plugin, lookup
+from llmrec.registry import SOURCES, import_component, is_plugin
 from llmrec.resources import resource
-from llmrec.terminal import logger
+from llmrec.terminal import single_warning_logger
 from llmrec.types import Item
 
-log = logger(__name__)
+log = single_warning_logger(__name__)
 
 
 # --------------------------------------------------------------------------- a split given in a table
 
-SPELLED: Mapping[str, str] = {
+PART_SPELLINGS: Mapping[str, str] = {
     "train": "train",
     **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
     "test": "test",
 }
 """Values of a column of parts, in lower case, and the parts that they mean."""
-_KEY = "data.columns.split"
+_SPLIT_KEY = "data.columns.split"
 
 
-def part_of(cell: str) -> str | None:
+def parse_split_part(cell: str) -> str | None:
     """Return the part of the split (train, valid or test) that a cell names; None if unknown."""
-    return SPELLED.get(cell.strip().lower())
+    return PART_SPELLINGS.get(cell.strip().lower())
 
 
-def parts_of(section: DataSection, table: Table) -> pl.Series | None:
+def split_parts(section: DataSection, table: Table) -> pl.Series | None:
     """Return the part of the split (train, valid, test) for every row; None if the split is not given.
 
     Args:
@@ -73,30 +80,31 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
         named = [part for part in PARTS if getattr(section.files, part) is not None]
         sizes = zip(named, table.parts, strict=True)
         return pl.Series([PARTS.index(name) for name, part in sizes for _ in range(part.frame.height)], dtype=pl.Int8)
-    column = find(table, section.columns.split, "split", _KEY)
+    column = find_column(table, section.columns.split, "split", _SPLIT_KEY)
     if column is None:
         raise DataError.at(
             table.name,
             "missing-column",
-            f" has no column 'split', which data.split.kind=given requires; set {_KEY} to the column with the values "
+            f" has no column 'split', which data.split.kind=given requires; set {_SPLIT_KEY} to the column with the "
+            "values "
             "train, valid and test, set data.files to one file per split, or choose another kind",
             "split",
         )
-    names = texts(table, column).str.strip_chars().str.to_lowercase()
-    parts = names.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
-    _all_parts(table, column, parts)
+    names = text_column(table, column).str.strip_chars().str.to_lowercase()
+    parts = names.replace_strict({word: PARTS.index(part) for word, part in PART_SPELLINGS.items()}, default=None)
+    _check_split_parts(table, column, parts)
     return parts.cast(pl.Int8)
 
 
-def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
+def _check_split_parts(table: Table, column: str, parts: pl.Series) -> None:
     unknown = parts.is_null().arg_true()
     if unknown.len():
         row = unknown[0]
         raise DataError.at(
             table.where(row),
             "bad-value",
-            f": column {column!r} has {shown(table.frame[column][row])}, which is not the name of a split "
-            f"({unknown.len()} rows); write {', '.join(SPELLED)}",
+            f": column {column!r} has {format_value(table.frame[column][row])}, which is not the name of a split "
+            f"({unknown.len()} rows); write {', '.join(PART_SPELLINGS)}",
             column,
         )
     for part in ("train", "test"):
@@ -110,11 +118,11 @@ def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
             )
 
 
-def split_facts(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
+def split_provenance(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     """Return the provenance entries of a given split, and warn if its parts overlap in time.
 
     Args:
-        parts: The result of `parts_of`.
+        parts: The result of `split_parts`.
         frame: The interactions, with ``user_id`` and, if available, ``timestamp``.
     """
     sizes = ", ".join(f"{name} {int((parts == index).sum())}" for index, name in enumerate(PARTS))
@@ -122,7 +130,7 @@ def split_facts(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     if not (parts == PARTS.index("valid")).any():
         notes.append("there is no validation split, so nothing can be tuned")
     train, test = (frame.filter(parts == PARTS.index(name)) for name in ("train", "test"))
-    if "timestamp" in frame.columns and (early := earlier(train, test)):
+    if "timestamp" in frame.columns and (early := count_holdouts_before_training(train, test)):
         notes.append(
             f"{early} of {test.height} test rows are earlier than a training row of their user, so histories contain "
             "later interactions and next-item metrics are not meaningful",
@@ -131,7 +139,7 @@ def split_facts(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     return {"split": sizes, **({"notes": "; ".join(notes)} if notes else {})}
 
 
-def load(section: DataSection, *, seed: int) -> Dataset:
+def load_data(section: DataSection, *, seed: int) -> Dataset:
     """Load any source and apply the filters of the recipe.
 
     Args:
@@ -142,8 +150,12 @@ def load(section: DataSection, *, seed: int) -> Dataset:
         RecipeError: If the source is missing, or its description is invalid.
         DataError: If the data or documents are missing or malformed, or the filters leave fewer than 2 items.
     """
-    source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
-    section = located(section)
+    source = (
+        load_published
+        if is_description_path(section.source)
+        else import_component(SOURCES, section.source, "data source", key="data.source")
+    )
+    section = resolve_data_paths(section)
     try:
         result = source(section, seed=seed)
     except LlmrecError:
@@ -151,7 +163,9 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     except Exception as error:
         if not is_plugin(SOURCES, section.source):
             raise
-        raise broken(f"data.source: the plug-in {section.source!r}", error, section.source, "data.source") from error
+        raise failed_plugin_error(
+            f"data.source: the plug-in {section.source!r}", error, section.source, "data.source"
+        ) from error
     if not isinstance(result, Dataset):
         raise DataError(
             f"data.source: {section.source!r} returned a {type(result).__name__}; a source must return a "
@@ -160,7 +174,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
             at=section.source,
             column="data.source",
         )
-    dataset = filters.apply(result, section.filter)
+    dataset = filters.filter_dataset(result, section.filter)
     if len(dataset.items) < 2:
         raise DataError(
             f"{dataset.name}: the filter leaves one item; a recommender requires at least 2, so relax data.filter",
@@ -170,15 +184,19 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     return with_facts(dataset, section.facts)
 
 
-def located(section: DataSection) -> DataSection:
+def resolve_data_paths(section: DataSection) -> DataSection:
     """Return a data section with existing paths, searched also in the folder LLMREC_DATA."""
     folder = os.environ.get("LLMREC_DATA")
     if not folder:
         return section
 
     def under(path: str | None) -> str | None:
-        result = None if path is None or split_sheet(Path(path))[0].exists() else Path(folder) / path
-        return str(result) if result is not None and (split_sheet(result)[0].exists() or _fits(result)) else path
+        result = None if path is None or split_sheet_name(Path(path))[0].exists() else Path(folder) / path
+        return (
+            str(result)
+            if result is not None and (split_sheet_name(result)[0].exists() or _has_matching_files(result))
+            else path
+        )
 
     files = section.files
     if files is not None:
@@ -188,11 +206,11 @@ def located(section: DataSection) -> DataSection:
     return section.model_copy(update={**tables, "files": files, "facts": facts})
 
 
-def _fits(pattern: Path) -> bool:
-    return is_pattern(pattern) and bool(fitting(pattern))
+def _has_matching_files(pattern: Path) -> bool:
+    return is_pattern(pattern) and bool(matching_paths(pattern))
 
 
-def table(section: DataSection, *, seed: int) -> Dataset:
+def load_table(section: DataSection, *, seed: int) -> Dataset:
     """Load a CSV, TSV, JSON Lines or Parquet table, or a data set from the Hugging Face hub.
 
     With ``data.split.kind: given``, a column of the table, or one file per part, defines what is held out.
@@ -201,33 +219,37 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         DataError: If a file, column or row cannot be used; the message names it.
         MissingExtra: If a hub data set is requested and ``datasets`` is not installed.
     """
-    main = _main(section)
+    main = _read_interactions(section)
     columns = section.columns
-    user = find(main, columns.user, "user_id", "data.columns.user") or ""
-    item = find(main, columns.item, "item_id", "data.columns.item") or ""
-    rating = find(main, columns.rating, "rating", "data.columns.rating")
-    time = find(main, columns.time, "timestamp", "data.columns.time")
-    text = find(main, columns.text, "text", "data.columns.text")
-    item_ids = ids(main, item)
-    user_ids = ids(main, user)
+    user = find_column(main, columns.user, "user_id", "data.columns.user") or ""
+    item = find_column(main, columns.item, "item_id", "data.columns.item") or ""
+    rating = find_column(main, columns.rating, "rating", "data.columns.rating")
+    time = find_column(main, columns.time, "timestamp", "data.columns.time")
+    text = find_column(main, columns.text, "text", "data.columns.text")
+    item_ids = id_column(main, item)
+    user_ids = id_column(main, user)
     series = {"user_id": user_ids, "item_id": item_ids}
     if rating is not None:
-        series["rating"] = numbers(main, rating, "rating")
+        series["rating"] = number_column(main, rating, "rating")
     if time is not None:
-        series["timestamp"] = times(main, time, columns.dates)
+        series["timestamp"] = time_column(main, time, columns.dates)
     if text is not None:
-        series["text"] = unescaped(main, text)
-    listed = rows_of(_read(section.items), _named(columns)) if section.items is not None else None
-    people = rows_of(_read(section.users), _named(columns)) if section.users is not None else None
+        series["text"] = plain_text_column(main, text)
+    listed = (
+        expand_lists(_read_file_or_hub(section.items), _named_columns(columns)) if section.items is not None else None
+    )
+    people = (
+        expand_lists(_read_file_or_hub(section.users), _named_columns(columns)) if section.users is not None else None
+    )
     tables = [part for part in (main, listed, people) if part is not None]
-    frame, parts = pl.DataFrame(series), parts_of(section, main)
-    return assemble(
+    frame, parts = pl.DataFrame(series), split_parts(section, main)
+    return build_dataset(
         section,
         main,
         frame,
-        catalogue(section, main, item_ids, listed),
-        name=_name(section),
-        users=profiles(section, main, user_ids, people),
+        build_catalogue(section, main, item_ids, listed),
+        name=_dataset_name(section),
+        users=user_profiles(section, main, user_ids, people),
         parts=parts,
         provenance={
             "source": "table",
@@ -237,12 +259,12 @@ def table(section: DataSection, *, seed: int) -> Dataset:
             "made": "no",
             "licence": "see the owner of the table",
             **({"where": section.filter.where} if section.filter.where is not None else {}),
-            **(split_facts(parts, frame) if parts is not None else {}),
+            **(split_provenance(parts, frame) if parts is not None else {}),
         },
     )
 
 
-def listed_items(section: DataSection) -> dict[str, Item]:
+def read_listed_items(section: DataSection) -> dict[str, Item]:
     """Return the `Item` of every row of the table of items, also without interactions.
 
     Args:
@@ -251,38 +273,38 @@ def listed_items(section: DataSection) -> dict[str, Item]:
     Raises:
         DataError: If a file or column cannot be used; the message names it.
     """
-    main = _main(section)
-    listed = rows_of(_read(section.items or ""), _named(section.columns))
-    item_ids = ids(main, find(main, section.columns.item, "item_id", "data.columns.item") or "")
-    return catalogue(section, main, item_ids, listed, complete=True)
+    main = _read_interactions(section)
+    listed = expand_lists(_read_file_or_hub(section.items or ""), _named_columns(section.columns))
+    item_ids = id_column(main, find_column(main, section.columns.item, "item_id", "data.columns.item") or "")
+    return build_catalogue(section, main, item_ids, listed, complete=True)
 
 
-def _main(section: DataSection) -> Table:
+def _read_interactions(section: DataSection) -> Table:
     """Return the interaction rows that the recipe keeps, from one table or from the files of a given split."""
     if section.files is not None:
         named = [path for part in PARTS if (path := getattr(section.files, part)) is not None]
-        return joined([_rows(path, section) for path in named])
+        return concatenate_tables([_read_filtered_rows(path, section) for path in named])
     if section.path is None:
         raise DataError(
             "source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]",
             kind="missing-key",
             column="data.path",
         )
-    return _rows(section.path, section)
+    return _read_filtered_rows(section.path, section)
 
 
-def _rows(path: str, section: DataSection) -> Table:
+def _read_filtered_rows(path: str, section: DataSection) -> Table:
     where = section.filter.where
-    if is_database(path) or section.query is not None:
-        result = _queried(path, section.query)
+    if is_database_url(path) or section.query is not None:
+        result = _run_query(path, section.query)
     else:
-        result = _read(path, _wanted(section.columns) if where is None else None)
-    result = rows_of(result, _named(section.columns))
+        result = _read_file_or_hub(path, _wanted_columns(section.columns) if where is None else None)
+    result = expand_lists(result, _named_columns(section.columns))
     return result if where is None else filter_rows(result, where)
 
 
-def _queried(path: str, query: str | None) -> Table:
-    if not is_database(path) or query is None:
+def _run_query(path: str, query: str | None) -> Table:
+    if not is_database_url(path) or query is None:
         lacks = f"data.path={path} is not a database" if query is not None else f"data.path={path} is a database"
         raise DataError(
             f"{lacks}: to read a database, set sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/NAME as "
@@ -293,15 +315,15 @@ def _queried(path: str, query: str | None) -> Table:
     return read_query(path, query)
 
 
-def _named(columns: Columns) -> tuple[str | None, ...]:
+def _named_columns(columns: Columns) -> tuple[str | None, ...]:
     """Return the names of the columns set in a recipe."""
     single = (columns.user, columns.item, columns.rating, columns.time, columns.title, columns.text, columns.split)
     return (*single, *columns.fields, *columns.user_fields)
 
 
-def _wanted(columns: Columns) -> dict[str, Kind]:
+def _wanted_columns(columns: Columns) -> dict[str, ColumnKind]:
     """Return the columns to read: columns named in the recipe, and columns with a default name."""
-    fields: dict[str, Kind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
+    fields: dict[str, ColumnKind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
     return fields | {
         columns.user or "user_id": "id",
         columns.item or "item_id": "id",
@@ -313,25 +335,25 @@ def _wanted(columns: Columns) -> dict[str, Kind]:
     }
 
 
-def _name(section: DataSection) -> str:
+def _dataset_name(section: DataSection) -> str:
     """Return the name of a data set, derived from the file, folder or hub name."""
     path = section.path or (section.files.train if section.files else "")
-    path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
-    if is_hub(path):
+    path = split_sheet_name(Path(path))[0].name if not is_database_url(path) and "#" in path else path
+    if is_hub_path(path):
         return hub_name(path)
     name = Path(path).absolute().parent.name if section.files else Path(path).name.split(".")[0]
     return name or "table"
 
 
-def _read(path: str, wanted: Mapping[str, Kind] | None = None) -> Table:
-    return read_hub(path) if is_hub(path) else read_table(user_path(path), wanted)
+def _read_file_or_hub(path: str, wanted: Mapping[str, ColumnKind] | None = None) -> Table:
+    return read_hub_dataset(path) if is_hub_path(path) else read_table(expand_path(path), wanted)
 
 
-_COLUMNS = ("uid", "iid", "title", "user_summary", "item_summary", "explanation")
+_EXPLANATION_COLUMNS = ("uid", "iid", "title", "user_summary", "item_summary", "explanation")
 
 
-def explanations(section: DataSection, *, seed: int) -> Dataset:
-    """Load a JSON Lines file, gzipped or plain, with the keys of `_COLUMNS`.
+def load_explanations(section: DataSection, *, seed: int) -> Dataset:
+    """Load a JSON Lines file, gzipped or plain, with the keys of `_EXPLANATION_COLUMNS`.
 
     Texts are the explanations; the text about an item is its field ``about``, that about a user the profile ``taste``.
     There are no ratings and no timestamps, so file order is time order.
@@ -351,22 +373,23 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             kind="contradiction",
             column="data.columns",
         )
-    path = user_path(section.path)
+    path = expand_path(section.path)
     raw, sha256 = read_bytes(path)
-    main = replace(json_lines(InMemoryFile(str(path), raw)), sha256=sha256)
-    absent = [name for name in _COLUMNS if name not in main.frame.columns]
+    main = replace(read_json_lines(InMemoryFile(str(path), raw)), sha256=sha256)
+    absent = [name for name in _EXPLANATION_COLUMNS if name not in main.frame.columns]
     if absent:
         raise DataError.at(
             main.name,
             "missing-column",
-            f" has no {absent[0]!r}; this source reads rows with the keys {', '.join(_COLUMNS)}. Use source "
+            f" has no {absent[0]!r}; this source reads rows with the keys {', '.join(_EXPLANATION_COLUMNS)}. Use "
+            "source "
             "'table' and data.columns for other tables",
             absent[0],
         )
-    users, items = ids(main, "uid"), ids(main, "iid")
-    series = texts(main, "explanation")
-    titles, about = one_per_item(main, items, "title"), one_per_item(main, items, "item_summary")
-    return assemble(
+    users, items = id_column(main, "uid"), id_column(main, "iid")
+    series = text_column(main, "explanation")
+    titles, about = most_frequent_texts(main, items, "title"), most_frequent_texts(main, items, "item_summary")
+    return build_dataset(
         section,
         main,
         pl.DataFrame({"user_id": users, "item_id": items, "text": series.set(series.str.strip_chars() == "", None)}),
@@ -375,7 +398,7 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             for item in items.unique()
         },
         name="explanations",
-        users={user: {"taste": taste} for user, taste in one_per_item(main, users, "user_summary").items()},
+        users={user: {"taste": taste} for user, taste in most_frequent_texts(main, users, "user_summary").items()},
         provenance={
             "source": "explanations",
             "path": main.name,
@@ -392,7 +415,7 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
 # --------------------------------------------------------------------------- the included synthetic reviews
 
 
-def made_reviews(section: DataSection, *, seed: int) -> Dataset:
+def load_made_reviews(section: DataSection, *, seed: int) -> Dataset:
     """Load the included synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
 
     Products have ``category``, ``brand`` and ``price``.
@@ -413,6 +436,6 @@ def made_reviews(section: DataSection, *, seed: int) -> Dataset:
         "rating_scale": section.rating_scale or (1.0, 5.0),
         "noun": section.noun if section.noun != DataSection.model_fields["noun"].default else "kitchen products",
     }
-    dataset = table(section.model_copy(update=settings), seed=seed)
+    dataset = load_table(section.model_copy(update=settings), seed=seed)
     provenance = {**dataset.provenance, "source": "made-reviews", "made": "yes", "licence": "the licence of llmrec"}
     return replace(dataset, name="made-reviews", provenance=provenance)

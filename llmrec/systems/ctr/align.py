@@ -19,13 +19,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from llmrec.baselines.base import LSA, PositiveFloat
-from llmrec.baselines.item_texts import STORE, TextsConfig, latent, texts_of
-from llmrec.baselines.neural import info_nce_both
+from llmrec.baselines.item_texts import STORE_PREFIX, TextsConfig, lsa_vectors, texts_of_items
+from llmrec.baselines.neural import symmetric_info_nce
 from llmrec.errors import require
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.models.text_encoder import fitting
+from llmrec.models.text_encoder import text_embedder_for_split
 from llmrec.recipe.schema import Positive
-from llmrec.systems.ctr.fields import Fields, Rows
+from llmrec.systems.ctr.fields import EncodedRows, FieldEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Forward = Callable[[NDArray[np.int64]], Any]
 
 # Share of the steps for learning-rate warm-up.
-_WARM = 0.1
+_WARM_UP_SHARE = 0.1
 
 
 class Align(TextsConfig):
@@ -70,7 +70,7 @@ class Align(TextsConfig):
     def _possible(self) -> Align:
         if self.width % self.parts:
             raise ValueError(f"width must be a multiple of parts, not {self.width} and {self.parts}")
-        if self.encoder.startswith(STORE):
+        if self.encoder.startswith(STORE_PREFIX):
             raise ValueError(
                 "encoder: a feature store cannot encode titles; name a text encoder, such as all-MiniLM-L6-v2"
             )
@@ -78,7 +78,7 @@ class Align(TextsConfig):
 
 
 @dataclass(frozen=True)
-class Sentences:
+class SentenceVectors:
     """Text vectors of users and items; row 0 is zeros, for unknown users and items.
 
     Attributes:
@@ -92,14 +92,14 @@ class Sentences:
     items: NDArray[np.float32]
 
     @staticmethod
-    def of(data: SplitDataset, fields: Fields, config: Align) -> Sentences:
+    def of(data: SplitDataset, fields: FieldEncoder, config: Align) -> SentenceVectors:
         """Encode the texts of users and items; with ``shuffled``, assign the texts at random.
 
         Raises:
             DataError: If no item has a title or a field, or the encoder was fine-tuned on another split.
             ModelError: If the encoder is missing.
         """
-        embed: Embed = words if config.encoder == LSA else fitting(config.encoder, data)
+        embed: Embed = embed_with_lsa if config.encoder == LSA else text_embedder_for_split(config.encoder, data)
 
         def vectors(sentences: Sequence[str], side: str) -> NDArray[np.float32]:
             indices = [index for index, text in enumerate(sentences) if text and config.sides in ("both", side)]
@@ -108,27 +108,27 @@ class Sentences:
             result[indices] = encoded
             return np.concatenate([np.zeros_like(result[:1]), result[config.order(len(sentences))]])
 
-        users, titles, items = texts(data, fields)
-        return Sentences(vectors(users, "user"), vectors(titles, "user"), vectors(items, "item"))
+        users, titles, items = user_and_item_texts(data, fields)
+        return SentenceVectors(vectors(users, "user"), vectors(titles, "user"), vectors(items, "item"))
 
     @property
     def width(self) -> int:
         """Dimension of the text vector of a training row."""
         return sum(item.shape[1] for item in (self.users, self.titles, self.items))
 
-    def of_rows(self, rows: Rows) -> NDArray[np.float32]:
+    def of_rows(self, rows: EncodedRows) -> NDArray[np.float32]:
         """Return the concatenated vectors of user, mean history title and item, shape (n, width)."""
         known = (rows.events > 0)[..., None]
         past = self.titles[rows.events].sum(axis=1) / np.maximum(known.sum(axis=1), 1)
         return np.concatenate([self.users[rows.users], past.astype(np.float32), self.items[rows.items]], axis=1)
 
 
-def words(sentences: Sequence[str]) -> NDArray[np.float32]:
+def embed_with_lsa(sentences: Sequence[str]) -> NDArray[np.float32]:
     """Return bag-of-words vectors of texts, shape (n, d)."""
-    return latent(sentences, sentences).astype(np.float32)
+    return lsa_vectors(sentences, sentences).astype(np.float32)
 
 
-def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], list[str]]:
+def user_and_item_texts(data: SplitDataset, fields: FieldEncoder) -> tuple[list[str], list[str], list[str]]:
     """Return user profiles, item titles, and titles with fields, in index order."""
     profiles = [fields.profiles.get(user, {}) for user in fields.users]
     users = [
@@ -136,7 +136,7 @@ def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], lis
         for profile in profiles
     ]
     items = [data.dataset.items[item] for item in fields.items]
-    return users, [clean(item.title) for item in items], texts_of(items)
+    return users, [clean(item.title) for item in items], texts_of_items(items)
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ class EpochResult:
     right: float
 
 
-def first_stage(
+def iterate_alignment_epochs(
     config: Align,
     network: torch.nn.Module,
-    rows: Rows,
+    rows: EncodedRows,
     *,
     represent: Forward,
     judge: Forward,
-    sentences: Sentences | None,
+    sentences: SentenceVectors | None,
     seed: int,
 ) -> Iterator[EpochResult]:
     """Align a network with texts, and yield after each epoch; without texts, train it on labels.
@@ -177,7 +177,7 @@ def first_stage(
         projections["texts"] = torch.nn.Linear(sentences.width, config.width)
     learned = [*network.parameters(), *projections.parameters()]
     optimiser = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
-    warmup = max(1.0, _WARM * config.epochs * math.ceil(len(rows) / config.batch))
+    warmup = max(1.0, _WARM_UP_SHARE * config.epochs * math.ceil(len(rows) / config.batch))
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warmup))
     rng = np.random.default_rng([seed, 3])
     for _ in range(config.epochs):
@@ -192,9 +192,11 @@ def first_stage(
             else:
                 batch = rows.of(part)
                 text = projections["texts"](torch.from_numpy(sentences.of_rows(batch)))
-                similarities = similar(projections["rows"](represent(part)), text, config.parts) / config.temperature
-                excluded = torch.from_numpy(same(batch))
-                loss = info_nce_both(similarities, excluded)
+                similarities = (
+                    ctrl_similarities(projections["rows"](represent(part)), text, config.parts) / config.temperature
+                )
+                excluded = torch.from_numpy(same_entity_mask(batch))
+                loss = symmetric_info_nce(similarities, excluded)
                 nearest = similarities.masked_fill(excluded, -math.inf).argmax(dim=1)
                 right += float((nearest == torch.arange(len(nearest))).sum())
             loss.backward()
@@ -204,7 +206,7 @@ def first_stage(
         yield EpochResult(total / len(rows), right / len(rows))
 
 
-def similar(rows: Any, sentences: Any, parts: int) -> Any:
+def ctrl_similarities(rows: Any, sentences: Any, parts: int) -> Any:
     """Return the CTRL similarity of rows and texts, which sums the best match of each part.
 
     Args:
@@ -220,7 +222,7 @@ def similar(rows: Any, sentences: Any, parts: int) -> Any:
     return sum(reduce(larger, [part @ other.T for other in text_parts]) for part in row_parts)
 
 
-def same(rows: Rows) -> NDArray[np.bool_]:
+def same_entity_mask(rows: EncodedRows) -> NDArray[np.bool_]:
     """Return a mask of rows with the same user or item, which are not negatives, shape (n, n)."""
     result: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
     np.fill_diagonal(result, val=False)

@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 
 from llmrec.baselines.rating_features import RequestFeatures
-from llmrec.data.read.codes import codes
-from llmrec.data.split import others
+from llmrec.data.read.codes import values_and_codes
+from llmrec.data.split import history_without_item
 from llmrec.types import Request
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 # A field with more values, or longer ones, is a text and not an attribute.
-_MOST_VALUES, _LONGEST_VALUE = 5_000, 60
+_MAX_VALUES, _MAX_VALUE_LENGTH = 5_000, 60
 # Maximum number of values per item and attribute, and minimum number of occurrences of a value.
-_READ, _LEAST = 8, 2
+_MAX_ENTITY_VALUES, _MIN_VALUE_COUNT = 8, 2
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,30 @@ class Attribute:
         counts: dict[str, Counter[str]] = {}
         for fields in entries:
             for name, value in fields.items():
-                counts.setdefault(name, Counter()).update(_parts(value))
+                counts.setdefault(name, Counter()).update(_split_values(value))
         results = []
         for name, counted in sorted(counts.items()):
-            values = sorted(value for value, count in counted.items() if count >= _LEAST)
+            values = sorted(value for value, count in counted.items() if count >= _MIN_VALUE_COUNT)
             longest = max(map(len, values), default=0)
-            if len(values) > 1 and len(values) <= _MOST_VALUES and longest <= _LONGEST_VALUE:
+            if len(values) > 1 and len(values) <= _MAX_VALUES and longest <= _MAX_VALUE_LENGTH:
                 results.append(Attribute(name, {value: index for index, value in enumerate(values, start=1)}))
         return tuple(results)
 
     def of(self, entries: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
         """Return the value indices of each item or user, shape (n, values), padded with 0."""
-        table = np.zeros((len(entries), _READ), dtype=np.int64)
+        table = np.zeros((len(entries), _MAX_ENTITY_VALUES), dtype=np.int64)
         for row, fields in enumerate(entries):
-            known = [number for part in _parts(fields.get(self.name, "")) if (number := self.numbers.get(part))]
-            table[row, : min(len(known), _READ)] = known[:_READ]
+            known = [number for part in _split_values(fields.get(self.name, "")) if (number := self.numbers.get(part))]
+            table[row, : min(len(known), _MAX_ENTITY_VALUES)] = known[:_MAX_ENTITY_VALUES]
         return table
 
 
-def _parts(value: str) -> list[str]:
+def _split_values(value: str) -> list[str]:
     return [part.strip() for part in value.replace(" > ", ", ").split(", ") if part.strip()]
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedRows:
     """Requests as indices; 0 means unknown or none.
 
     Attributes:
@@ -96,9 +96,9 @@ class Rows:
         """Return the number of rows."""
         return len(self.items)
 
-    def of(self, indices: NDArray[np.int64] | NDArray[np.bool_]) -> Rows:
+    def of(self, indices: NDArray[np.int64] | NDArray[np.bool_]) -> EncodedRows:
         """Return the selected rows."""
-        return Rows(
+        return EncodedRows(
             self.users[indices],
             self.items[indices],
             self.user_names[indices],
@@ -112,7 +112,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Fields:
+class FieldEncoder:
     """Maps users, items and attribute values to indices.
 
     Attributes:
@@ -138,7 +138,9 @@ class Fields:
     window: int
 
     @staticmethod
-    def of(data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float) -> tuple[Fields, Rows]:
+    def of(
+        data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float
+    ) -> tuple[FieldEncoder, EncodedRows]:
         """Return the index mappings, and the training ratings as requests.
 
         Raises:
@@ -152,7 +154,7 @@ class Fields:
         entries = [{}, *(data.dataset.items[item].fields for item in items)]
         attributes = Attribute.all_of(entries)
         profiles = {user: dict(data.dataset.users.get(user, {})) for user in known.user_index}
-        fields = Fields(
+        fields = FieldEncoder(
             users={user: index for index, user in enumerate(known.user_index, start=1)},
             items=items,
             warm=warm,
@@ -165,12 +167,12 @@ class Fields:
         )
         return fields, fields._training(data, numbers[np.argsort(known.order)])
 
-    def _training(self, data: SplitDataset, numbers: NDArray[np.float64]) -> Rows:
+    def _training(self, data: SplitDataset, numbers: NDArray[np.float64]) -> EncodedRows:
         frames = [data.known.drop_nulls("rating"), data.train.drop_nulls("rating")]
         columns = ["user_id", "item_id", "rating", "timestamp"]
         both = pl.concat([frame.select(pl.col(columns[:2]).cast(pl.String), *columns[2:]) for frame in frames])
         learned = np.arange(both.height) >= frames[0].height
-        _, of_user = codes(both["user_id"])
+        _, of_user = values_and_codes(both["user_id"])
         keys = [np.arange(both.height), of_user]
         if data.kind == "given":  # a given split may hold out ratings that are older than training ratings
             keys.insert(1, both["timestamp"].fill_null(-np.inf).to_numpy())
@@ -189,7 +191,7 @@ class Fields:
             events[usable, -back], liked[usable, -back] = items[usable - back], likes[usable - back]
         user_names = both["user_id"].to_numpy()[order]
         profiles = [self.profiles.get(user, {}) for user in user_names.tolist()]
-        rows = Rows(
+        rows = EncodedRows(
             users=np.array([self.users.get(user, 0) for user in user_names.tolist()], dtype=np.int64),
             items=items,
             user_names=user_names,
@@ -207,21 +209,21 @@ class Fields:
         result.numbers[:] = numbers
         return result
 
-    def encode(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
+    def encode(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> EncodedRows:
         """Convert requests to indices; a request without an item has item 0."""
         shape = len(requests), self.window
         events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         level = self.counted.counts.liked
         for row, request in enumerate(requests):
-            shown = [event for event in others(request.history, request.item) if event.rating is not None][
-                -self.window :
-            ]
+            shown = [
+                event for event in history_without_item(request.history, request.item) if event.rating is not None
+            ][-self.window :]
             start = self.window - len(shown)
             events[row, start:] = [self.items.get(event.item_id, 0) for event in shown]
             liked[row, start:] = [float(event.rating or 0) >= level for event in shown]
         profiles = [self.profiles.get(request.user_id, {}) for request in requests]
         numbers = [self.counted.row(request) for request in requests]
-        return Rows(
+        return EncodedRows(
             users=np.array([self.users.get(request.user_id, 0) for request in requests], dtype=np.int64),
             items=np.array([self.items.get(request.item or "", 0) for request in requests], dtype=np.int64),
             user_names=np.array([request.user_id for request in requests], dtype=object),

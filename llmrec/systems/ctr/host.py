@@ -14,14 +14,14 @@ from pydantic import Field, field_validator
 from llmrec.baselines.base import Baseline, Decay, PositiveFloat
 from llmrec.baselines.ctr import LikeRatioConfig
 from llmrec.baselines.neural import train_with_early_stopping
-from llmrec.baselines.profiles import Adaptor, Columns, adapt
+from llmrec.baselines.profiles import Adaptor, RowFeatures, gated_expert_sum
 from llmrec.baselines.validation import rating_cases
 from llmrec.data.features import FeatureKind
 from llmrec.errors import DataError, require
 from llmrec.recipe.schema import Positive, Width
 from llmrec.results import Reads
-from llmrec.systems.ctr.align import Align, Sentences, first_stage
-from llmrec.systems.ctr.fields import Fields, Rows
+from llmrec.systems.ctr.align import Align, SentenceVectors, iterate_alignment_epochs
+from llmrec.systems.ctr.fields import EncodedRows, FieldEncoder
 from llmrec.types import Answer, Case, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Small initial embeddings: with large ones two epochs overfit.
-_SPREAD = 0.05
+_INITIAL_DEVIATION = 0.05
 # Rows per batch of answers, and decimal places to which they are rounded, since the last digits depend on batch size.
-_ROWS, _DIGITS = 4096, 9
+_SCORING_BATCH, _ANSWER_DIGITS = 4096, 9
 
 
-class HostConfig(LikeRatioConfig):
+class CtrNetworkConfig(LikeRatioConfig):
     """Parameters of the inputs and training of a CTR network."""
 
     dim: Width = Field(16, description="Embedding dimension.")
@@ -115,7 +115,7 @@ class FeatureBatch:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class InputSizes:
     """Input sizes of a network: number of fields with pooled history, vector dimensions, count features."""
 
     fields: int
@@ -129,19 +129,19 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedNetwork:
     """A trained network in double precision, with the data needed to answer."""
 
-    fields: Fields
+    fields: FieldEncoder
     adaptor: Adaptor
     network: Any
     epochs: int
 
 
-H = TypeVar("H", bound=HostConfig)
+H = TypeVar("H", bound=CtrNetworkConfig)
 
 
-class Host(Baseline[H, Fitted]):
+class CtrNetwork(Baseline[H, FittedNetwork]):
     """Base class of CTR networks; subclasses implement the methods of *interface of hosts*.
 
     Fields are the item, its attributes, those of the user, the user (optional), the history, and one for each feature
@@ -186,7 +186,7 @@ class Host(Baseline[H, Fitted]):
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
-        fields, rows = Fields.of(data, self.name, liked=config.liked, window=config.window, decay=config.decay)
+        fields, rows = FieldEncoder.of(data, self.name, liked=config.liked, window=config.window, decay=config.decay)
         kinds: tuple[FeatureKind, ...] = ("user", "item") if config.sides == "both" else (config.sides,)
         adaptor = Adaptor.of(config.folders, rows, config.whitening, kinds=kinds, shuffle=config.shuffled, data=data)
         rows = self._unseen(data, adaptor, rows)
@@ -203,27 +203,27 @@ class Host(Baseline[H, Fitted]):
             if config.align is not None:
                 self._align(config.align, network, fields, rows, columns, data)
             epoch = self._train(network, fields, (rows, columns), (judged, adaptor.columns(judged)))
-        self._model = Fitted(fields, adaptor, network.double().eval(), epoch)
+        self._model = FittedNetwork(fields, adaptor, network.double().eval(), epoch)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the probability that the user likes the item, for each request."""
         model = self._fitted
         answers: list[Answer] = []
-        for start in range(0, len(requests), _ROWS):
-            part = requests[start : start + _ROWS]
+        for start in range(0, len(requests), _SCORING_BATCH):
+            part = requests[start : start + _SCORING_BATCH]
             rows = model.fields.encode(part)
             logits = self._judge(model.network, model.fields, rows, model.adaptor.columns(rows))
             for request, probability in zip(part, (1 / (1 + np.exp(-logits))).tolist(), strict=True):
                 if request.item is None:
                     answers.append(Unparsed(request_id=request.id, reason="the request has no item to judge"))
                     continue
-                value = min(max(round(probability, _DIGITS), 10**-_DIGITS), 1 - 10**-_DIGITS)
+                value = min(max(round(probability, _ANSWER_DIGITS), 10**-_ANSWER_DIGITS), 1 - 10**-_ANSWER_DIGITS)
                 answers.append(Probability(request_id=request.id, value=value))
         return answers
 
     # ----------------------------------------------------------------------- interface of hosts
 
-    def _build(self, sizes: Sizes) -> Any:
+    def _build(self, sizes: InputSizes) -> Any:
         """Build the network as a ``torch.nn.ModuleDict`` for these input sizes."""
         raise NotImplementedError
 
@@ -237,7 +237,7 @@ class Host(Baseline[H, Fitted]):
 
     # ----------------------------------------------------------------------- building blocks
 
-    def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
+    def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: EncodedRows) -> EncodedRows:
         """Return the training rows from which their own feature texts were not generated."""
         if not adaptor.seen:
             return rows
@@ -273,7 +273,7 @@ class Host(Baseline[H, Fitted]):
             )
         return rows.of(kept)
 
-    def _network(self, fields: Fields, adaptor: Adaptor) -> Any:
+    def _network(self, fields: FieldEncoder, adaptor: Adaptor) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
         numbers = len(fields.counted.mean) if config.numbers else 0
         of_items = [len(item_attribute.numbers) for item_attribute in fields.item_attributes]
@@ -288,14 +288,14 @@ class Host(Baseline[H, Fitted]):
                 "of_users": nn.ModuleList([nn.Embedding(n + 1, width, padding_idx=0) for n in of_users]),
                 "users": nn.Embedding(len(fields.users) + 1 if config.user_id else 1, width, padding_idx=0),
                 "numbers": nn.Linear(max(numbers, 1), 1),
-                "body": self._build(Sizes(count, config.dim, numbers)),
+                "body": self._build(InputSizes(count, config.dim, numbers)),
             }
         )
         if adaptor.tables:
             network["adaptor"] = adaptor.build(width, config.experts)
         for module in network.modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=_SPREAD)
+                nn.init.normal_(module.weight, std=_INITIAL_DEVIATION)
                 if module.padding_idx is not None:
                     with require("torch", "baselines").no_grad():
                         module.weight[module.padding_idx].zero_()
@@ -305,9 +305,9 @@ class Host(Baseline[H, Fitted]):
         self,
         align: Align,
         network: torch.nn.Module,
-        fields: Fields,
-        rows: Rows,
-        columns: Sequence[Columns],
+        fields: FieldEncoder,
+        rows: EncodedRows,
+        columns: Sequence[RowFeatures],
         data: SplitDataset,
     ) -> None:
         """Align the network with texts, which are then discarded."""
@@ -319,9 +319,12 @@ class Host(Baseline[H, Fitted]):
         def judge(part: NDArray[np.int64]) -> Any:
             return self._forward(network, fields, rows.of(part), [column.of(part) for column in columns])
 
-        sentences = None if align.longer else Sentences.of(data, fields, align)
+        sentences = None if align.longer else SentenceVectors.of(data, fields, align)
         for number, result in enumerate(
-            first_stage(align, network, rows, represent=represent, judge=judge, sentences=sentences, seed=self._seed), 1
+            iterate_alignment_epochs(
+                align, network, rows, represent=represent, judge=judge, sentences=sentences, seed=self._seed
+            ),
+            1,
         ):
             level = logging.DEBUG if self._config.quiet else logging.INFO
             log.log(level, "stage one, epoch %d: loss %.4f, own text nearest %.4f", number, result.loss, result.right)
@@ -329,9 +332,9 @@ class Host(Baseline[H, Fitted]):
     def _train(
         self,
         network: torch.nn.Module,
-        fields: Fields,
-        learned: tuple[Rows, list[Columns]],
-        judged: tuple[Rows, list[Columns]],
+        fields: FieldEncoder,
+        learned: tuple[EncodedRows, list[RowFeatures]],
+        judged: tuple[EncodedRows, list[RowFeatures]],
     ) -> int:
         """Train the network, keep the weights of the best epoch, and return that epoch."""
         torch, config = require("torch", "baselines"), self._config
@@ -359,25 +362,29 @@ class Host(Baseline[H, Fitted]):
         return train_with_early_stopping(network, judged_by, config, learn, name=self.name, measure="log-loss")
 
     def _judge(
-        self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]
+        self, network: torch.nn.Module, fields: FieldEncoder, rows: EncodedRows, columns: Sequence[RowFeatures]
     ) -> NDArray[np.float64]:
         """Return the log-odds of all rows, shape (n,)."""
         torch = require("torch", "baselines")
         network.eval()
         result = np.zeros(len(rows))
         with torch.no_grad():
-            for start in range(0, len(rows), _ROWS):
-                part = np.arange(start, min(start + _ROWS, len(rows)))
+            for start in range(0, len(rows), _SCORING_BATCH):
+                part = np.arange(start, min(start + _SCORING_BATCH, len(rows)))
                 some = [column.of(part) for column in columns]
                 result[part] = self._forward(network, fields, rows.of(part), some).double().numpy()
         return result
 
-    def _forward(self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Any:
+    def _forward(
+        self, network: torch.nn.Module, fields: FieldEncoder, rows: EncodedRows, columns: Sequence[RowFeatures]
+    ) -> Any:
         seen = self._see(network, fields, rows, columns)
         logits = self._output(network["body"], self._represent(network["body"], seen))
         return logits + network["numbers"](seen.numbers)[:, 0] if self._config.numbers else logits
 
-    def _see(self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> FeatureBatch:
+    def _see(
+        self, network: torch.nn.Module, fields: FieldEncoder, rows: EncodedRows, columns: Sequence[RowFeatures]
+    ) -> FeatureBatch:
         torch, config, kind = require("torch", "baselines"), self._config, network["item"].weight.dtype
 
         def vectors(table: Any, numbers: NDArray[np.int64]) -> Any:
@@ -394,7 +401,9 @@ class Host(Baseline[H, Fitted]):
         if config.user_id:
             parts.append(vectors(network["users"], rows.users))
         for index, entry in enumerate(columns):
-            parts.append(adapt(network["adaptor"], index, torch.from_numpy(entry.vectors[entry.entities]).to(kind)))
+            parts.append(
+                gated_expert_sum(network["adaptor"], index, torch.from_numpy(entry.vectors[entry.entities]).to(kind))
+            )
         events = vectors(network["item"], fields.warm[rows.events]) + vectors(network["likes"], rows.liked)
         for table, values in zip(network["of_items"], fields.item_values, strict=True):
             events = events + mean(table, values[rows.events])
@@ -413,7 +422,7 @@ class Host(Baseline[H, Fitted]):
         )
 
 
-def pooled(seen: FeatureBatch) -> Any:
+def pool_history(seen: FeatureBatch) -> Any:
     """Return the mean vectors of the liked and of the other items in the history, shape (b, 2, d)."""
     torch = require("torch", "baselines")
     means = []
@@ -424,11 +433,11 @@ def pooled(seen: FeatureBatch) -> Any:
 
 
 def all_fields(seen: FeatureBatch) -> Any:
-    """Return all fields and the `pooled` history, shape (b, f, d)."""
-    return require("torch", "baselines").cat([seen.fields, pooled(seen)], dim=1)
+    """Return all fields and the `pool_history` history, shape (b, f, d)."""
+    return require("torch", "baselines").cat([seen.fields, pool_history(seen)], dim=1)
 
 
-def layers(widths: Sequence[int], dropout: float, *, last: int | None = 1) -> Any:
+def dense_layers(widths: Sequence[int], dropout: float, *, last: int | None = 1) -> Any:
     """Return linear layers with ReLU and dropout, followed by a linear layer of size ``last``."""
     nn = require("torch", "baselines").nn
     modules: list[Any] = []

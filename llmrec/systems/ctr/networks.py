@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Width
-from llmrec.systems.ctr.host import FeatureBatch, Host, HostConfig, Sizes, all_fields, layers
+from llmrec.systems.ctr.host import CtrNetwork, CtrNetworkConfig, FeatureBatch, InputSizes, all_fields, dense_layers
 
 if TYPE_CHECKING:
     import torch
 
 
-class DIN(Host[HostConfig]):
+class DIN(CtrNetwork[CtrNetworkConfig]):
     """Deep interest network (Zhou et al., KDD 2018, section 4.3).
 
     The weight of a history item h for the item q is a network over ``[q, h, q - h, q * h]``. Weights are not
@@ -22,21 +22,21 @@ class DIN(Host[HostConfig]):
     """
 
     name = "din"
-    Config = HostConfig
+    Config = CtrNetworkConfig
     POOLED: ClassVar[int] = 1
 
-    def _build(self, sizes: Sizes) -> Any:
+    def _build(self, sizes: InputSizes) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
         return nn.ModuleDict(
             {
                 "weigh": nn.Sequential(nn.Linear(4 * sizes.dim, 36), nn.PReLU(), nn.Linear(36, 1)),
-                "deep": layers((sizes.wide, *config.widths), config.dropout),
+                "deep": dense_layers((sizes.wide, *config.widths), config.dropout),
             }
         )
 
     def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
-        interest = attended(body["weigh"], seen.item, seen.events, seen.mask)
+        interest = attend_to_history(body["weigh"], seen.item, seen.events, seen.mask)
         wide = torch.cat([seen.fields.flatten(1), interest, seen.numbers], dim=1)
         return (body["deep"][:-1](wide),)
 
@@ -44,7 +44,7 @@ class DIN(Host[HostConfig]):
         return body["deep"][-1](parts[0])[:, 0]
 
 
-def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
+def attend_to_history(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
     """Return the attention-weighted sum of the history, shape (b, d).
 
     Args:
@@ -59,51 +59,51 @@ def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
     return (weights[:, :, None] * events).sum(dim=1)
 
 
-class DeepFM(Host[HostConfig]):
+class DeepFM(CtrNetwork[CtrNetworkConfig]):
     """A factorisation machine and a deep network over the same embeddings (Guo et al., IJCAI 2017, section 2.1).
 
     Each feature has a weight in the first-order term, stored after its vector.
     """
 
     name = "deepfm"
-    Config = HostConfig
+    Config = CtrNetworkConfig
     FIRST_ORDER = True
 
-    def _build(self, sizes: Sizes) -> Any:
+    def _build(self, sizes: InputSizes) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
-        return nn.ModuleDict({"deep": layers((sizes.wide, *config.widths), config.dropout)})
+        return nn.ModuleDict({"deep": dense_layers((sizes.wide, *config.widths), config.dropout)})
 
     def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch, result = require("torch", "baselines"), all_fields(seen)
         fields, weights = result[:, :, :-1], result[:, :, -1]
         deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
-        return deep, weights, products(fields)[:, None]
+        return deep, weights, sum_pairwise_products(fields)[:, None]
 
     def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         deep, weights, pairs = parts
         return weights.sum(dim=1) + pairs[:, 0] + body["deep"][-1](deep)[:, 0]
 
 
-def products(fields: Any) -> Any:
+def sum_pairwise_products(fields: Any) -> Any:
     """Return the sum of the dot products of all pairs of fields: shape (b, f, d) -> (b,)."""
     return 0.5 * (fields.sum(dim=1) ** 2 - (fields**2).sum(dim=1)).sum(dim=1)
 
 
-class DCNConfig(HostConfig):
+class DCNConfig(CtrNetworkConfig):
     """Parameters of `DCN`."""
 
     cross: Positive = Field(2, description="Number of cross layers.")
 
 
-class DCN(Host[DCNConfig]):
+class DCN(CtrNetwork[DCNConfig]):
     """DCN-v2 with parallel cross and deep networks (Wang et al., WWW 2021, sections 3.2 and 3.3)."""
 
     name = "dcn"
     Config = DCNConfig
 
-    def _build(self, sizes: Sizes) -> Any:
+    def _build(self, sizes: InputSizes) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
-        deep = layers((sizes.wide, *config.widths), config.dropout, last=None)
+        deep = dense_layers((sizes.wide, *config.widths), config.dropout, last=None)
         return nn.ModuleDict(
             {
                 "cross": nn.ModuleList([nn.Linear(sizes.wide, sizes.wide) for _ in range(config.cross)]),
@@ -115,13 +115,13 @@ class DCN(Host[DCNConfig]):
     def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         first = torch.cat([all_fields(seen).flatten(1), seen.numbers], dim=1)
-        return (torch.cat([crossed(body["cross"], first), body["deep"](first)], dim=1),)
+        return (torch.cat([apply_cross_layers(body["cross"], first), body["deep"](first)], dim=1),)
 
     def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         return body["last"](parts[0])[:, 0]
 
 
-def crossed(cross: Any, first: Any) -> Any:
+def apply_cross_layers(cross: Any, first: Any) -> Any:
     """Apply cross layers, ``x <- x0 * (W x + b) + x`` each, shape (b, n)."""
     values = first
     for layer in cross:
@@ -129,7 +129,7 @@ def crossed(cross: Any, first: Any) -> Any:
     return values
 
 
-class AutoIntConfig(HostConfig):
+class AutoIntConfig(CtrNetworkConfig):
     """Parameters of `AutoInt`."""
 
     attention: Positive = Field(2, description="Number of attention layers.")
@@ -142,13 +142,13 @@ class AutoIntConfig(HostConfig):
         return self
 
 
-class AutoInt(Host[AutoIntConfig]):
+class AutoInt(CtrNetwork[AutoIntConfig]):
     """Self-attention over fields with a residual, and a parallel deep network (Song et al., CIKM 2019, AutoInt+)."""
 
     name = "autoint"
     Config = AutoIntConfig
 
-    def _build(self, sizes: Sizes) -> Any:
+    def _build(self, sizes: InputSizes) -> Any:
         nn, config, dim = require("torch", "baselines").nn, self._config, sizes.dim
         return nn.ModuleDict(
             {
@@ -158,7 +158,7 @@ class AutoInt(Host[AutoIntConfig]):
                         for _ in range(config.attention)
                     ]
                 ),
-                "deep": layers((sizes.wide, *config.widths), config.dropout),
+                "deep": dense_layers((sizes.wide, *config.widths), config.dropout),
                 "last": nn.Linear(sizes.fields * dim, 1),
             }
         )
@@ -167,7 +167,7 @@ class AutoInt(Host[AutoIntConfig]):
         torch, fields = require("torch", "baselines"), all_fields(seen)
         deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
         for block in body["blocks"]:
-            fields = attend(block, fields, self._config.heads)
+            fields = apply_attention_layer(block, fields, self._config.heads)
         return deep, fields.flatten(1)
 
     def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
@@ -175,7 +175,7 @@ class AutoInt(Host[AutoIntConfig]):
         return body["last"](fields)[:, 0] + body["deep"][-1](deep)[:, 0]
 
 
-def attend(block: Any, fields: Any, heads: int) -> Any:
+def apply_attention_layer(block: Any, fields: Any, heads: int) -> Any:
     """Apply an attention layer without scaling, ``relu(softmax(q k) v + W fields)``, shape (b, f, d)."""
     torch = require("torch", "baselines")
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.encode import Encoder
-from llmrec.durable import replacing
+from llmrec.durable import replace_atomically
 from llmrec.errors import ModelError, require
 from llmrec.machine import has_cuda
-from llmrec.models.first_layers import first_layers
-from llmrec.models.load import load_tokenizer, weights_stamp
-from llmrec.models.text_encoder import batches_of, find_encoder
+from llmrec.models.first_layers import load_first_layers
+from llmrec.models.load import load_tokenizer, model_folder_hash
+from llmrec.models.text_encoder import find_encoder, group_by_length
 from llmrec.progress import Progress
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Minimum number of rows for a progress bar, and number of rows whose last state is cached.
-_MANY, _REMEMBERED = 256, 1 << 15
+_MIN_PROGRESS_ROWS, _MAX_CACHED_ROWS = 256, 1 << 15
 
 
-def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
+def load_end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
     """Return the encoder of a language model, which stays loaded for the next call with the same weights."""
-    return _opened(name, find_encoder(name)[1], half, layers)
+    return _load_once(name, find_encoder(name)[1], half, layers)
 
 
 @lru_cache(maxsize=1)
-def _opened(name: str, stamp: str, half: bool, layers: int | None) -> EndStates:
+def _load_once(name: str, stamp: str, half: bool, layers: int | None) -> EndStates:
     return EndStates(name, half=half, layers=layers)
 
 
@@ -63,11 +63,11 @@ class EndStates:
 
     def __init__(self, name: str, *, half: bool, layers: int | None = None) -> None:
         self._torch = require("torch", "train")
-        body, folder = first_layers(name, layers, column="encoder")
+        body, folder = load_first_layers(name, layers, column="encoder")
         self._body = body.eval().requires_grad_(False).to("cuda" if has_cuda() else "cpu")
         section = ModelSection(name=name, dtype="float32")
         self._encoder = Encoder(load_tokenizer(folder, section), max_length=section.max_length)
-        self._name, self._half, self._stamp = name, half, f"{weights_stamp(folder)}-{layers}"
+        self._name, self._half, self._stamp = name, half, f"{model_folder_hash(folder)}-{layers}"
         self._known: dict[tuple[str, ...], NDArray[np.float32]] = {}
         self._limit = getattr(body.config, "max_position_embeddings", None)
         self.width = int(body.config.hidden_size)
@@ -103,9 +103,9 @@ class EndStates:
                 return np.split(tensors.load_file(file)["states"], ends[:-1])
             except Exception as error:
                 log.warning("%s cannot be read (%s); computing the hidden states again", file, error)
-        result = self._computed(lead, rows, most, last=False)
+        result = self._compute_states(lead, rows, most, last=False)
         if result:
-            with replacing(file) as draft:
+            with replace_atomically(file) as draft:
                 tensors.save_file({"states": np.concatenate(result)}, draft)
         return result
 
@@ -113,13 +113,13 @@ class EndStates:
         """Return the cached hidden state after the last text of each row, shape (width,) each; see `after`."""
         keys = [(lead, str(most), *row) for row in rows]
         new = dict.fromkeys(key for key in keys if key not in self._known)
-        if len(self._known) + len(new) > _REMEMBERED:
+        if len(self._known) + len(new) > _MAX_CACHED_ROWS:
             self._known, new = {}, dict.fromkeys(keys)
-        result = self._computed(lead, [key[2:] for key in new], most, last=True)
+        result = self._compute_states(lead, [key[2:] for key in new], most, last=True)
         self._known |= {key: state for key, (state,) in zip(new, result, strict=True)}
         return [self._known[key] for key in keys]
 
-    def _computed(
+    def _compute_states(
         self, lead: str, rows: Sequence[Sequence[str]], most: int, *, last: bool
     ) -> list[NDArray[np.float32]]:
         torch, first, device = self._torch, self.ids(lead), self._body.device
@@ -134,8 +134,8 @@ class EndStates:
                 column="max_len",
             )
         result: list[Any] = [None] * len(rows)
-        with Progress("reading", len(rows), unit="texts", quiet=len(rows) < _MANY) as bar:
-            for batch in batches_of(lengths):
+        with Progress("reading", len(rows), unit="texts", quiet=len(rows) < _MIN_PROGRESS_ROWS) as bar:
+            for batch in group_by_length(lengths):
                 ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
                 for index, row in enumerate(batch):
                     ids[index, : lengths[row]] = torch.tensor([*first, *(item for line in lines[row] for item in line)])

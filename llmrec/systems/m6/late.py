@@ -12,10 +12,10 @@ from pydantic import Field
 from llmrec.baselines.base import Baseline, PositiveFloat
 from llmrec.baselines.ctr import LikeRatioConfig
 from llmrec.baselines.neural import load_network_state, network_state
-from llmrec.data.split import others, scale_of, threshold
+from llmrec.data.split import history_without_item, liked_threshold, scale_of
 from llmrec.errors import DataError, require
 from llmrec.machine import cpu_has_bf16
-from llmrec.models.load import resolve
+from llmrec.models.load import resolve_model_folder
 from llmrec.progress import Progress
 from llmrec.recipe.schema import Depth, ModelSection, Positive
 from llmrec.results import Reads
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PROFILE, LIKED, DISLIKED, CANDIDATE = range(4)
 # Candidates per batch for one history.
-_CANDIDATES = 64
+_CANDIDATE_BATCH = 64
 
 
 class LateConfig(LikeRatioConfig):
@@ -58,7 +58,7 @@ class LateConfig(LikeRatioConfig):
 
 
 @dataclass
-class Late:
+class LateInteractionModel:
     """The model: lower layers, joint layers and head.
 
     Attributes:
@@ -139,7 +139,7 @@ class Late:
         return self.parts["head"](normal)[:, 0]
 
 
-class LateInteraction(Baseline[LateConfig, Late]):
+class LateInteraction(Baseline[LateConfig, LateInteractionModel]):
     """Predicts the probability of a like from cached text states and a few joint layers.
 
     The lower layers are frozen. The joint layers, the segment embeddings and the head are trained with the
@@ -176,12 +176,12 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the trained weights as arrays."""
-        return network_state(_learned(self._fitted))
+        return network_state(_trainable_modules(self._fitted))
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the trained weights from `state`."""
         model = self._late(self._lower(), data)
-        load_network_state(_learned(model), state)
+        load_network_state(_trainable_modules(model), state)
         self._model = model
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -192,11 +192,11 @@ class LateInteraction(Baseline[LateConfig, Late]):
         groups: dict[tuple[str, tuple[Event, ...]], list[int]] = {}
         for n, request in enumerate(requests):
             if request.item is not None:
-                groups.setdefault((request.user_id, others(request.history, request.item)), []).append(n)
+                groups.setdefault((request.user_id, history_without_item(request.history, request.item)), []).append(n)
         for (_, past), indices in groups.items():
             user = model.user(past)
-            for start in range(0, len(indices), _CANDIDATES):
-                part = indices[start : start + _CANDIDATES]
+            for start in range(0, len(indices), _CANDIDATE_BATCH):
+                part = indices[start : start + _CANDIDATE_BATCH]
                 with torch.no_grad():
                     logits = model.logits(user, [model.candidate(str(requests[n].item)) for n in part])
                 for n, probability in zip(part, logits.sigmoid().tolist(), strict=True):
@@ -208,9 +208,9 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     def _lower(self) -> LowerLayers:
         section = ModelSection(name=self._config.model, dtype="float32")
-        return LowerLayers(resolve(section), section, self._config.joint, self._config.layers)
+        return LowerLayers(resolve_model_folder(section), section, self._config.joint, self._config.layers)
 
-    def _late(self, lower: LowerLayers, data: SplitDataset) -> Late:
+    def _late(self, lower: LowerLayers, data: SplitDataset) -> LateInteractionModel:
         nn, config = require("torch", "train").nn, self._config
         parts = nn.ModuleDict(
             {
@@ -220,10 +220,10 @@ class LateInteraction(Baseline[LateConfig, Late]):
         )
         for parameter in parts.parameters():
             nn.init.zeros_(parameter)
-        liked = threshold(scale_of(data), config.liked)
-        return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
+        liked = liked_threshold(scale_of(data), config.liked)
+        return LateInteractionModel(lower, parts, data.dataset.items, liked, config.history, config.joint)
 
-    def _prompts(self, data: SplitDataset, model: Late) -> tuple[list[list[PromptPart]], list[float]]:
+    def _prompts(self, data: SplitDataset, model: LateInteractionModel) -> tuple[list[list[PromptPart]], list[float]]:
         """Return a prompt for each training rating, and the labels."""
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
@@ -241,10 +241,15 @@ class LateInteraction(Baseline[LateConfig, Late]):
             )
         chosen = rng.permutation(len(result))[: self._config.rows]
         rows = [result[n] for n in chosen]
-        prompts = [[*model.user(others(past, event.item_id)), model.candidate(event.item_id)] for past, event in rows]
+        prompts = [
+            [*model.user(history_without_item(past, event.item_id)), model.candidate(event.item_id)]
+            for past, event in rows
+        ]
         return prompts, [float(float(event.rating or 0) >= model.liked) for _, event in rows]
 
-    def _train(self, model: Late, prompts: Sequence[Sequence[PromptPart]], truth: Sequence[float]) -> None:
+    def _train(
+        self, model: LateInteractionModel, prompts: Sequence[Sequence[PromptPart]], truth: Sequence[float]
+    ) -> None:
         torch, config = require("torch", "train"), self._config
         trained = [p for part in (model.lower.joint, model.parts) for p in part.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=config.learning_rate)
@@ -263,6 +268,6 @@ class LateInteraction(Baseline[LateConfig, Late]):
         model.lower.joint.eval()
 
 
-def _learned(model: Late) -> Any:
+def _trainable_modules(model: LateInteractionModel) -> Any:
     """Return the trainable modules, a ``torch.nn.ModuleDict``."""
     return require("torch", "train").nn.ModuleDict({"joint": model.lower.joint, "parts": model.parts})

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.features import Features, FeatureStore, Provenance, write_version, writing
+from llmrec.data.features import Features, FeatureStore, Provenance, lock_store, write_version
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError, require
-from llmrec.models.exits import check
-from llmrec.models.load import load_model, load_tokenizer, weights_stamp
+from llmrec.models.exits import check_early_exits
+from llmrec.models.load import load_model, load_tokenizer, model_folder_hash
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
 
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Number of texts per batch.
-_TEXTS = 64
+_TEXT_BATCH = 64
 # Text for checking that the divided model equals the whole model, and tolerance relative to the largest state.
-_SAMPLE = "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
+_SAMPLE_TEXT = (
+    "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
+)
 _TOLERANCE = 1e-3
 
 
@@ -67,7 +69,7 @@ class LowerLayers:
     def __init__(self, folder: str, section: ModelSection, joint: int, layers: int | None = None) -> None:
         self._torch = require("torch", "train")
         model = load_model(folder, section, dtype=self._torch.float32)
-        check(model, "model")
+        check_early_exits(model, "model")
         body = model.get_decoder()
         every, total = list(body.layers), len(body.layers)
         used = total if layers is None else layers
@@ -81,13 +83,13 @@ class LowerLayers:
         self.layer = used - joint
         self._body = body.eval().requires_grad_(False)
         self._encoder = Encoder(load_tokenizer(folder, section), max_length=section.max_length)
-        self._cut(every[:used], body.norm)
-        expected = self._sample()
+        self._set_layers(every[:used], body.norm)
+        expected = self._sample_states()
         try:
-            self.joint = _upper(body, every[self.layer : used], slice(self.layer, used), total)
-            self._cut(every[: self.layer], self._torch.nn.Identity())
+            self.joint = _copy_upper_layers(body, every[self.layer : used], slice(self.layer, used), total)
+            self._set_layers(every[: self.layer], self._torch.nn.Identity())
             with self._torch.no_grad():
-                result = self.joint(inputs_embeds=self._sample(), use_cache=False).last_hidden_state
+                result = self.joint(inputs_embeds=self._sample_states(), use_cache=False).last_hidden_state
             deviation = float((result - expected).abs().max() / expected.abs().max())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             log.debug("%s cannot be divided", section.name, exc_info=error)
@@ -100,7 +102,7 @@ class LowerLayers:
                 column="joint",
             )
         self._known: dict[str, Any] = {}
-        self._folder = cache_dir() / "segments" / f"{weights_stamp(folder)}-{self.layer}"
+        self._folder = cache_dir() / "segments" / f"{model_folder_hash(folder)}-{self.layer}"
         self.width = int(model.config.get_text_config().hidden_size)
         self.read = 0
 
@@ -112,28 +114,28 @@ class LowerLayers:
         """
         return list(self._encoder.piece(text or "\n"))
 
-    def _cut(self, layers: Sequence[Any], norm: torch.nn.Module) -> None:
+    def _set_layers(self, layers: Sequence[Any], norm: torch.nn.Module) -> None:
         self._body.layers, self._body.norm = self._torch.nn.ModuleList(layers), norm
         self._body.config.num_hidden_layers = len(layers)
 
-    def _sample(self) -> Any:
+    def _sample_states(self) -> Any:
         with self._torch.no_grad():
-            return self._body(input_ids=self._torch.tensor([self.ids(_SAMPLE)]), use_cache=False).last_hidden_state
+            return self._body(input_ids=self._torch.tensor([self.ids(_SAMPLE_TEXT)]), use_cache=False).last_hidden_state
 
     def states(self, texts: Sequence[str]) -> list[Any]:
         """Return the hidden states of each text after the lower layers, (tokens, d) each; computed once per text."""
         torch = self._torch
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         new.sort(key=lambda text: len(self.ids(text)))
-        for start in range(0, len(new), _TEXTS):
-            part = [self.ids(text) for text in new[start : start + _TEXTS]]
+        for start in range(0, len(new), _TEXT_BATCH):
+            part = [self.ids(text) for text in new[start : start + _TEXT_BATCH]]
             ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)
             for row, tokens in enumerate(part):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
             # With causal attention, padding on the right has no effect.
             with torch.no_grad():
                 result = self._body(input_ids=ids, use_cache=False).last_hidden_state
-            for text, tokens, states in zip(new[start : start + _TEXTS], part, result, strict=True):
+            for text, tokens, states in zip(new[start : start + _TEXT_BATCH], part, result, strict=True):
                 self._known[text] = states[: len(tokens)].clone()
             self.read += sum(map(len, part))
         return [self._known[text] for text in texts]
@@ -149,7 +151,7 @@ class LowerLayers:
         If another process is writing to the store, nothing is stored.
         """
         unique = sorted(set(texts))
-        result = self._load(unique)
+        result = self._load_cached_states(unique)
         if result < len(unique):
             rows = {
                 _token_key(text, n): state
@@ -158,7 +160,7 @@ class LowerLayers:
             }
             source = Provenance(system="segments", encoder={"layer": self.layer, "stamp": self._folder.name})
             try:
-                with writing(self._folder) as root:
+                with lock_store(self._folder) as root:
                     store = self._store()
                     if store is not None:
                         names = store.ids("item")
@@ -170,7 +172,7 @@ class LowerLayers:
                 log.info("%s; hidden states of texts are not stored", error)
         return result
 
-    def _load(self, texts: Iterable[str]) -> int:
+    def _load_cached_states(self, texts: Iterable[str]) -> int:
         store, before = self._store(), len(self._known)
         if store is None:
             return 0
@@ -194,7 +196,7 @@ def _token_key(text: str, number: int) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}:{number}"
 
 
-def _upper(body: torch.nn.Module, layers: Sequence[Any], indices: slice, total: int) -> Any:
+def _copy_upper_layers(body: torch.nn.Module, layers: Sequence[Any], indices: slice, total: int) -> Any:
     """Return a decoder with copies of the upper layers, which takes hidden states as input.
 
     Args:

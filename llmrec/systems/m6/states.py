@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import Catalogue, Log, PositiveFloat, ScoredBaseline, counts
-from llmrec.baselines.item_texts import WHITENINGS, PrincipalAxes, WhitenedConfig, refuse_unpretrained, texts_of, unit
+from llmrec.baselines.base import Catalogue, InteractionLog, PositiveFloat, ScoredBaseline, item_counts
+from llmrec.baselines.item_texts import (
+    WHITENINGS,
+    PrincipalAxes,
+    WhitenedConfig,
+    check_pretrained_encoder,
+    normalise_vectors,
+    texts_of_items,
+)
 from llmrec.baselines.neural import (
     NeuralConfig,
     case_users,
@@ -24,7 +31,7 @@ from llmrec.baselines.neural import (
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Positive, Width
 from llmrec.results import Reads
-from llmrec.systems.m6.end_states import EndStates, end_states
+from llmrec.systems.m6.end_states import EndStates, load_end_states
 from llmrec.types import Request
 
 if TYPE_CHECKING:
@@ -34,9 +41,9 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 # Maximum number of tokens of a title, and of an item text.
-_TITLE, _TEXT = 32, 128
+_MAX_TITLE_TOKENS, _MAX_TEXT_TOKENS = 32, 128
 # Number of validation cases for early stopping.
-_STOP_CASES = 5_000
+_EARLY_STOPPING_CASES = 5_000
 
 
 class StateTowerConfig(WhitenedConfig, NeuralConfig):
@@ -69,7 +76,7 @@ class StateTowerConfig(WhitenedConfig, NeuralConfig):
 
 
 @dataclass
-class Towers:
+class TwoTowerModel:
     """Normalised states of all items, shape (items, d), and the trained network."""
 
     catalogue: Catalogue
@@ -108,7 +115,7 @@ class Towers:
         return normalize(self.of_users(histories), dim=1) / self.config.temperature
 
 
-class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
+class StateTower(ScoredBaseline[StateTowerConfig, TwoTowerModel]):
     """Predicts the next item from a language model's hidden states after the history and after each item's text.
 
     As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a textual history and the state after an
@@ -148,17 +155,17 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
             MissingExtra: If torch or transformers is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
-        refuse_unpretrained(self.name, config.encoder, "transitions-text")
+        check_pretrained_encoder(self.name, config.encoder, "transitions-text")
         self._open(data)
         catalogue = Catalogue.of(data)
         texts = PrincipalAxes.of(self._vectors(data, catalogue.ids))
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
-        events = Log.of(data, catalogue)
-        cases = early_stopping_cases(data, config, _STOP_CASES)
+        events = InteractionLog.of(data, catalogue)
+        cases = early_stopping_cases(data, config, _EARLY_STOPPING_CASES)
         rows, rng = self._rows(events), np.random.default_rng(self._seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            model = self._towers(catalogue, vectors, counts(events, catalogue))
+            model = self._create_towers(catalogue, vectors, item_counts(events, catalogue))
             train_ranker_with_early_stopping(
                 model, cases, config, lambda optimiser: self._epoch(model, rows, optimiser, rng)
             )
@@ -180,9 +187,11 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
             vectors = torch.from_numpy(state["vectors"])
-            self._model = self._towers(catalogue, vectors, counts(Log.of(data, catalogue), catalogue))
+            self._model = self._create_towers(
+                catalogue, vectors, item_counts(InteractionLog.of(data, catalogue), catalogue)
+            )
         load_network_state(self._model.network, state)
-        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _EARLY_STOPPING_CASES))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits of all items after each history, shape (n, items)."""
@@ -198,25 +207,29 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
     @property
     def reader(self) -> EndStates:
         """The language model, loaded on first use."""
-        return end_states(self._config.encoder, half=self._config.half, layers=self._config.layers)
+        return load_end_states(self._config.encoder, half=self._config.half, layers=self._config.layers)
 
     def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
         """Return the states after the texts of items, before whitening, shape (n, d)."""
-        texts = texts_of([data.dataset.items[item] for item in ids])
+        texts = texts_of_items([data.dataset.items[item] for item in ids])
         rows = [[texts[index]] for index in self._config.order(len(ids))]
-        return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
+        return normalise_vectors(
+            np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_MAX_TEXT_TOKENS))
+        )
 
-    def _rows(self, events: Log) -> list[NDArray[np.int64]]:
+    def _rows(self, events: InteractionLog) -> list[NDArray[np.int64]]:
         """Encode the item sequences of users, and return every training target with the items before it."""
         config, owners = self._config, list[int]()
         pieces: list[NDArray[np.int64]] = []
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
         for user, items in enumerate(np.split(events.items, ends[:-1])):
-            user_log = Log(np.zeros(len(items), np.int32), items, np.zeros(len(items)), 1)
+            user_log = InteractionLog(np.zeros(len(items), np.int32), items, np.zeros(len(items)), 1)
             windows = training_segments(user_log, config.max_len)[: config.windows]
             pieces.extend(windows)
             owners.extend([user] * len(windows))
-        computed = self.reader.after(self._lead, self._titles_of([piece[:-1] for piece in pieces]), most=_TITLE)
+        computed = self.reader.after(
+            self._lead, self._titles_of([piece[:-1] for piece in pieces]), most=_MAX_TITLE_TOKENS
+        )
         for piece, states in zip(pieces, computed, strict=True):
             self._known |= {piece[: at + 1].tobytes(): state for at, state in enumerate(states)}
         result = PrincipalAxes.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
@@ -232,11 +245,11 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         """Return the hidden states after histories, shape (n, d); 0 for an empty history."""
         keys = [history.tobytes() for history in histories]
         new = {key: item for key, item in zip(keys, histories, strict=True) if key and key not in self._known}
-        computed = self.reader.last(self._lead, self._titles_of(list(new.values())), most=_TITLE)
+        computed = self.reader.last(self._lead, self._titles_of(list(new.values())), most=_MAX_TITLE_TOKENS)
         result = dict(zip(new, computed, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
         return np.stack([result[key] if key in result else self._known[key] for key in keys])
 
-    def _towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> Towers:
+    def _create_towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> TwoTowerModel:
         nn, (centre, whitening), dim = require("torch", "baselines").nn, self._whitening, self._config.dim
         network = nn.ModuleDict(
             {
@@ -249,14 +262,16 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
 
         def query(histories: Sequence[NDArray[np.int64]]) -> Any:
             torch = require("torch", "baselines")
-            states = torch.from_numpy(unit((self.states(histories) - centre) @ whitening))
+            states = torch.from_numpy(normalise_vectors((self.states(histories) - centre) @ whitening))
             return network["user"](torch.nn.functional.dropout(states, self._config.dropout, network.training))
 
-        return Towers(catalogue, vectors, popular / popular.max(initial=1.0), network, query, self._config, self.name)
+        return TwoTowerModel(
+            catalogue, vectors, popular / popular.max(initial=1.0), network, query, self._config, self.name
+        )
 
     def _epoch(
         self,
-        model: Towers,
+        model: TwoTowerModel,
         rows: Sequence[NDArray[np.int64]],
         optimiser: torch.optim.Optimizer,
         rng: np.random.Generator,

@@ -13,7 +13,7 @@ import numpy as np
 from llmrec import __version__
 from llmrec.baselines.base import Baseline
 from llmrec.baselines.neural import case_users, load_network_state, network_state, train_with_early_stopping
-from llmrec.baselines.rated import Ratings, rate, ratings
+from llmrec.baselines.rated import Ratings, rate_requests, training_ratings
 from llmrec.baselines.validation import rating_cases
 from llmrec.data.features import Features, Pair, Provenance
 from llmrec.data.split import split_validation_users
@@ -22,10 +22,10 @@ from llmrec.metrics.rating import rmse
 from llmrec.models.text_encoder import find_encoder
 from llmrec.recipe.schema import FusionSection
 from llmrec.results import Reads
-from llmrec.systems.carried import Carried
-from llmrec.systems.ubert.network import Reviewed, UBertConfig, batches, network_of, projected
-from llmrec.systems.ubert.pretrain import pretrained
-from llmrec.systems.ubert.reviews import Frozen, Reviews, Side, Tokens
+from llmrec.systems.carried import TransferableNetwork
+from llmrec.systems.ubert.network import ReviewModel, UBertConfig, create_network, project_states, shuffled_batches
+from llmrec.systems.ubert.pretrain import pretrain_encoders
+from llmrec.systems.ubert.reviews import FrozenEncoder, Reviews, Side, Tokens
 from llmrec.types import Answer, Case, Request
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 # Number of validation ratings for early stopping.
-_STOP_CASES = 5_000
+_EARLY_STOPPING_CASES = 5_000
 # Decimal places of answers, since further digits depend on the batch size.
-_DIGITS = 6
+_ANSWER_DIGITS = 6
 _RESERVED: float = FusionSection.model_fields["reserved"].default
 # Tokens per batch of projections.
-_TOKENS = 1 << 16
+_TOKEN_BATCH = 1 << 16
 # Part of the names of user and item embeddings, which are specific to a data set.
 _DOMAIN_WEIGHTS = ".own."
 
 
-class UBert(Baseline[UBertConfig, Reviewed]):
+class UBert(Baseline[UBertConfig, ReviewModel]):
     """Predicts a rating from the training reviews of user and item (Qiu et al., AAAI 2021).
 
     A frozen text encoder computes the token states of all training reviews. The user encoder combines the embeddings of
@@ -54,8 +54,8 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     squared error as loss. In training, the review of the predicted pair is excluded on both sides. A user or an item
     without training ratings has the mean vector of all others, and no tokens.
 
-    ``pretrain`` and `pretrained` first train on masked opinion words and on the ratings of single reviews. ``start``
-    loads weights from another domain, without user and item embeddings.
+    ``pretrain`` and `pretrain_encoders` first train on masked opinion words and on the ratings of single reviews.
+    ``start`` loads weights from another domain, without user and item embeddings.
     """
 
     name = "ubert"
@@ -69,7 +69,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     }
     FITS: ClassVar[int] = 5
     # The weights after pretraining alone, which cannot predict ratings.
-    _pretrained: Reviewed | None = None
+    _pretrained: ReviewModel | None = None
 
     def learn(self, data: SplitDataset) -> None:
         """Train on training ratings and reviews.
@@ -90,17 +90,17 @@ class UBert(Baseline[UBertConfig, Reviewed]):
 
             def judge() -> float:
                 model.update_means()
-                result = _rated(model, [case.request for case in cases])
+                result = _predict_ratings(model, [case.request for case in cases])
                 return rmse(np.clip(result, *model.known.scale), truth)
 
             def learn(optimiser: Optimizer) -> float:
-                return _epoch(model, optimiser, rng)
+                return _train_epoch(model, optimiser, rng)
 
             train_with_early_stopping(
                 model.network, judge if cases else None, config, learn, name=self.name, measure="RMSE"
             )
         self.looked_at = case_users(cases)
-        self._pretrained, self._model = None, _finished(model)
+        self._pretrained, self._model = None, _finalise_model(model)
 
     def pretrained(self, data: SplitDataset) -> None:
         """Only pretrain, on masked opinion words and ratings of single reviews; errors as in `learn`."""
@@ -163,7 +163,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted network from `state`."""
         torch = require("torch", "baselines")
-        known, width = ratings(data, self.name), state["network.down.weight"].shape[1]
+        known, width = training_ratings(data, self.name), state["network.down.weight"].shape[1]
         reviews = Reviews.read(data, known, self._config.order)
         with torch.random.fork_rng(devices=[]):
             model = self._untrained(known, reviews, Tokens(torch.from_numpy(state["read"]), state["starts"]), width)
@@ -176,42 +176,44 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         """Predict the rating of the item in each request."""
         model = self._fitted
         values = iter(
-            np.round(_rated(model, [entry for entry in requests if entry.item is not None]), _DIGITS).tolist()
+            np.round(
+                _predict_ratings(model, [entry for entry in requests if entry.item is not None]), _ANSWER_DIGITS
+            ).tolist()
         )
-        return rate(requests, model.known.scale, lambda user, item, request: float(next(values)))
+        return rate_requests(requests, model.known.scale, lambda user, item, request: float(next(values)))
 
     def _cases(self, data: SplitDataset) -> list[Case]:
-        return [] if self._config.patience is None else rating_cases(data, _STOP_CASES)
+        return [] if self._config.patience is None else rating_cases(data, _EARLY_STOPPING_CASES)
 
-    def _carried(self, model: Reviewed) -> Carried:
+    def _carried(self, model: ReviewModel) -> TransferableNetwork:
         """Return the transferable network."""
         shape = {"dim": self._config.dim, "width": model.network["down"].in_features}
-        return Carried(self.name, model.network, shape, _DOMAIN_WEIGHTS, self._config)
+        return TransferableNetwork(self.name, model.network, shape, _DOMAIN_WEIGHTS, self._config)
 
-    def _untrained(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
+    def _untrained(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> ReviewModel:
         """Return the network with random weights."""
-        network = network_of(width, len(known.user_index), len(known.item_index), self._config)
-        return Reviewed(known, reviews, tokens, network, self._config, {})
+        network = create_network(width, len(known.user_index), len(known.item_index), self._config)
+        return ReviewModel(known, reviews, tokens, network, self._config, {})
 
-    def _initial(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
+    def _initial(self, data: SplitDataset, *, pairs: bool = True) -> ReviewModel:
         """Return the network before training on ratings, with transferred or pretrained weights."""
-        config, known = self._config, ratings(data, self.name)
+        config, known = self._config, training_ratings(data, self.name)
         reviews = Reviews.read(data, known, config.order)
-        frozen = Frozen(config.encoder, data, config.tokens)
+        frozen = FrozenEncoder(config.encoder, data, config.tokens)
         tokens = frozen.states(*frozen.tokens(reviews.texts if pairs else ()))
         model = self._untrained(known, reviews, tokens, tokens.values.shape[1])
         if config.start is not None:
             self._carried(model).load(config.start, data)
         if config.pretrain:
-            pretrained(model, frozen, self._seed)
+            pretrain_encoders(model, frozen, self._seed)
         return model
 
 
-def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> float:
+def _train_epoch(model: ReviewModel, optimiser: Optimizer, rng: np.random.Generator) -> float:
     """Train for one epoch on the training ratings, and return the mean loss."""
     torch, known, total = require("torch", "baselines"), model.known, 0.0
     model.network.train()
-    for part in batches(len(known.values), model.config.batch, rng):
+    for part in shuffled_batches(len(known.values), model.config.batch, rng):
         targets = torch.from_numpy(((known.values[part] - known.mean) / model.spread).astype(np.float32))
         loss = torch.nn.functional.mse_loss(model.forward(known.users[part], known.items[part]), targets)
         optimiser.zero_grad(set_to_none=True)
@@ -221,7 +223,7 @@ def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> f
     return total / len(known.values)
 
 
-def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
+def _predict_ratings(model: ReviewModel, requests: Sequence[Request]) -> NDArray[np.float64]:
     """Return the predicted ratings of requests before clipping, shape (n,)."""
     known = model.known
     users = np.array([known.user_index.get(request.user_id, -1) for request in requests], dtype=np.int64)
@@ -229,12 +231,12 @@ def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
     return model.rate(users, items)
 
 
-def _finished(model: Reviewed) -> Reviewed:
+def _finalise_model(model: ReviewModel) -> ReviewModel:
     """Return the network in double precision, with projected tokens instead of frozen hidden states."""
     torch, states = require("torch", "baselines"), model.tokens.values
     model.network.eval()
     with torch.no_grad():
-        parts = [projected(model.network, part, 0.0) for part in states.split(_TOKENS)]
+        parts = [project_states(model.network, part, 0.0) for part in states.split(_TOKEN_BATCH)]
     model.tokens = Tokens(torch.cat(parts), model.tokens.starts)
     model.network.double()
     model.update_means()

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from llmrec.baselines.base import LSA, PositiveFloat
-from llmrec.baselines.item_texts import STORE, TextsConfig
+from llmrec.baselines.item_texts import STORE_PREFIX, TextsConfig
 from llmrec.baselines.rated import Ratings
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Width
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # (user, item) pairs per batch of answers.
-_ROWS = 64
+_PAIR_BATCH = 64
 
 
 class UBertConfig(TextsConfig):
@@ -57,20 +57,20 @@ class UBertConfig(TextsConfig):
 
     @model_validator(mode="after")
     def _check_tokens(self) -> UBertConfig:
-        if self.encoder == LSA or self.encoder.startswith(STORE):
+        if self.encoder == LSA or self.encoder.startswith(STORE_PREFIX):
             raise ValueError(f"encoder: {self.encoder} has no token embeddings; name a text encoder")
         return self
 
 
 @dataclass
-class Reviewed:
+class ReviewModel:
     """A network with the reviews that it reads.
 
     Attributes:
         known: The training ratings with indices.
         reviews: The training reviews.
-        tokens: The tokens of the reviews: frozen states, and after training the result of `projected`.
-        network: The result of `network_of`.
+        tokens: The tokens of the reviews: frozen states, and after training the result of `project_states`.
+        network: The result of `create_network`.
         config: The parameters.
         mean_vectors: By side, the mean vector of all users, or items, with training ratings, used for unknown ones.
     """
@@ -95,7 +95,7 @@ class Reviewed:
             return self.tokens.values[torch.from_numpy(positions)].to(self.network["down"].weight.dtype)
         # A token that several pairs share is projected once.
         unique, where = np.unique(positions, return_inverse=True)
-        result = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
+        result = project_states(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
         return result[torch.from_numpy(where.reshape(positions.shape))]
 
     def side(self, side: Side, users: NDArray[np.int64], items: NDArray[np.int64]) -> tuple[Any, Any, Any]:
@@ -105,7 +105,7 @@ class Reviewed:
         positions, mask = self.tokens.positions(rows)
         tokens, token_mask = self.read(positions), torch.from_numpy(mask)
         indices = torch.from_numpy(users if side == "user" else items)
-        vectors = encoded(self.network[side], indices.clamp(min=0), tokens, token_mask)
+        vectors = encode_entities(self.network[side], indices.clamp(min=0), tokens, token_mask)
         if side in self.mean_vectors:
             vectors = torch.where((indices >= 0)[:, None], vectors, self.mean_vectors[side])
         return vectors, tokens, token_mask
@@ -115,7 +115,7 @@ class Reviewed:
         torch = require("torch", "baselines")
         user, of_user, user_mask = self.side("user", users, items)
         item, of_item, item_mask = self.side("item", users, items)
-        match = matched(self.network["match"], of_user, user_mask, of_item, item_mask)
+        match = match_tokens(self.network["match"], of_user, user_mask, of_item, item_mask)
         drop = torch.nn.functional.dropout(
             torch.cat([user, item, match], dim=1), self.config.dropout, self.network.training
         )
@@ -127,8 +127,8 @@ class Reviewed:
         result = np.zeros(len(users))
         self.network.eval()
         with torch.no_grad():
-            for start in range(0, len(users), _ROWS):
-                part = slice(start, start + _ROWS)
+            for start in range(0, len(users), _PAIR_BATCH):
+                part = slice(start, start + _PAIR_BATCH)
                 result[part] = self.forward(users[part], items[part]).double().numpy()
         return self.known.mean + self.spread * result
 
@@ -139,8 +139,8 @@ class Reviewed:
         parts = []
         self.network.eval()
         with torch.no_grad():
-            for start in range(0, count, _ROWS):
-                indices = np.arange(start, min(count, start + _ROWS))
+            for start in range(0, count, _PAIR_BATCH):
+                indices = np.arange(start, min(count, start + _PAIR_BATCH))
                 unknown = np.full(len(indices), -1)
                 parts.append(self.side(side, *((indices, unknown) if side == "user" else (unknown, indices)))[0])
         return torch.cat(parts)
@@ -151,14 +151,14 @@ class Reviewed:
         self.mean_vectors = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
 
-def projected(network: torch.nn.Module, states: torch.Tensor, dropout: float) -> Any:
+def project_states(network: torch.nn.Module, states: torch.Tensor, dropout: float) -> Any:
     """Project frozen token states: shape (n, d) -> (n, dim)."""
     functional = require("torch", "baselines").nn.functional
     result = functional.gelu(network["down"](states.to(network["down"].weight.dtype)))
     return functional.dropout(result, dropout, network.training)
 
 
-def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
+def scaled_dot_attention(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
     """Return scaled dot-product attention; 0 for rows without tokens.
 
     Args:
@@ -177,7 +177,7 @@ def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
     return (weights @ values) * mask.any(dim=1)[:, None, None]
 
 
-def encoded(side: Any, indices: Any, tokens: Any, mask: torch.Tensor) -> Any:
+def encode_entities(side: Any, indices: Any, tokens: Any, mask: torch.Tensor) -> Any:
     """Return vectors of users (or items) from embeddings and attention over review tokens, shape (b, dim).
 
     Args:
@@ -187,10 +187,10 @@ def encoded(side: Any, indices: Any, tokens: Any, mask: torch.Tensor) -> Any:
         mask: True for tokens, shape (b, t).
     """
     name = side["own"](indices) + side["domain"].weight
-    return name + attended(side["query"](name)[:, None, :], side["key"](tokens), tokens, mask)[:, 0]
+    return name + scaled_dot_attention(side["query"](name)[:, None, :], side["key"](tokens), tokens, mask)[:, 0]
 
 
-def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: Any) -> Any:
+def match_tokens(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: Any) -> Any:
     """Match the tokens of user and item by attention in both directions, averaged over tokens, shape (b, 2 dim)."""
     torch = require("torch", "baselines")
     means = []
@@ -199,14 +199,14 @@ def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: A
         # One affinity matrix for both directions, transposed for the second.
         keys = match["affinity"](others) if name == "user" else others
         query = tokens if name == "user" else match["affinity"](tokens)
-        aligned = attended(query, keys, others, there)
+        aligned = scaled_dot_attention(query, keys, others, there)
         joint = match[name](torch.cat([tokens, aligned, tokens * aligned], dim=-1)).relu()
         weights = (mask & there.any(dim=1, keepdim=True)).to(joint.dtype)
         means.append((joint * weights[:, :, None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1))
     return torch.cat(means, dim=1)
 
 
-def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
+def create_network(width: int, users: int, items: int, config: UBertConfig) -> Any:
     """Build the network, with user and item embeddings of 0; ``width`` is the size of token states."""
     nn, dim = require("torch", "baselines").nn, config.dim
 
@@ -231,7 +231,7 @@ def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
     )
 
 
-def batches(count: int, size: int, rng: np.random.Generator) -> Sequence[NDArray[np.int64]]:
+def shuffled_batches(count: int, size: int, rng: np.random.Generator) -> Sequence[NDArray[np.int64]]:
     """Return the row indices of each training step, in random order."""
     order = rng.permutation(count)
     return [order[start : start + size] for start in range(0, count, size)]

@@ -13,8 +13,8 @@ import numpy as np
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.progress import Progress
-from llmrec.systems.ubert.network import Reviewed, UBertConfig, batches, encoded
-from llmrec.systems.ubert.reviews import Frozen, Span
+from llmrec.systems.ubert.network import ReviewModel, UBertConfig, encode_entities, shuffled_batches
+from llmrec.systems.ubert.reviews import FrozenEncoder, Span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 # Minimum number of reviews with a word of the lexicon.
-_LEAST = 5
+_MIN_WORD_REVIEWS = 5
 
 
-def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float64]) -> tuple[str, ...]:
+def opinion_words(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float64]) -> tuple[str, ...]:
     """Return the sorted opinion words, from a file or else the words that best predict ratings.
 
     Without a file these are the words with the largest ``|mean rating of the reviews with it - mean| * sqrt(reviews)``.
@@ -62,7 +62,9 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
     for text, rating in zip(texts, (ratings - ratings.mean()).tolist(), strict=True):
         for word in {item.lower() for item in _WORD.findall(text)}:
             residuals[word].append(rating)
-    effects = {word: abs(sum(item)) / len(item) ** 0.5 for word, item in residuals.items() if len(item) >= _LEAST}
+    effects = {
+        word: abs(sum(item)) / len(item) ** 0.5 for word, item in residuals.items() if len(item) >= _MIN_WORD_REVIEWS
+    }
     return tuple(sorted(sorted(effects, key=lambda word: (-effects[word], word))[: config.opinions]))
 
 
@@ -117,14 +119,14 @@ class MaskedTexts:
         return MaskedTexts(hidden, columns[0], columns[1], columns[2])
 
 
-def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
+def last_pair_ratings(known: Ratings) -> dict[tuple[int, int], float]:
     """Return the last rating of each (user, item) pair."""
     last = np.argsort(known.order)
     columns = (column[last].tolist() for column in (known.users, known.items, known.values))
     return {(user, item): value for user, item, value in zip(*columns, strict=True)}
 
 
-def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
+def pretrain_encoders(model: ReviewModel, frozen: FrozenEncoder, seed: int) -> None:
     """Pretrain the user encoder on single reviews, and copy it to the item encoder.
 
     The user encoder gets one review with masked opinion words. Each masked word is predicted from the state of its
@@ -137,7 +139,7 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
         seed: The seed for masks, order and weights of the two heads, which are discarded afterwards.
 
     Raises:
-        RecipeError: See `lexicon`.
+        RecipeError: See `opinion_words`.
         ModelError: If the text encoder has no token for masked words.
     """
     torch, config, reviews = require("torch", "baselines"), model.config, model.reviews
@@ -150,9 +152,9 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
             column="pretrain",
         )
     known = model.known
-    ratings = last_of_pairs(known)
+    ratings = last_pair_ratings(known)
     truth = np.array([ratings[pair] for pair in zip(reviews.users.tolist(), reviews.items.tolist(), strict=True)])
-    words = lexicon(config, reviews.texts, truth)
+    words = opinion_words(config, reviews.texts, truth)
     rng = np.random.default_rng([seed, 1])
     plain, spans = frozen.tokens(reviews.texts)
     hidden = MaskedTexts.of(reviews.texts, plain, spans, words, mask=frozen.mask, share=config.masked, rng=rng)
@@ -168,10 +170,12 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     network.train()
     with Progress("ubert: single reviews", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
         for epoch in range(config.pretrain):
-            for part in batches(len(truth), config.batch, rng):
+            for part in shuffled_batches(len(truth), config.batch, rng):
                 positions, mask = model.tokens.positions([part[[row]] for row in range(len(part))])
                 tokens = model.read(positions)
-                users = encoded(network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask))
+                users = encode_entities(
+                    network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask)
+                )
                 loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], targets[part])
                 masked = [(row, index) for row, text in enumerate(part.tolist()) for index in of_text[text]]
                 if masked:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmrec.errors import DataError, require
-from llmrec.models.text_encoder import OpenEncoder, find_encoder, open_encoder, refuse_other_split, states_of
+from llmrec.models.text_encoder import (
+    LoadedEncoder,
+    check_encoder_split,
+    find_encoder,
+    iterate_states,
+    load_text_encoder,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -140,7 +146,7 @@ class Tokens:
         return positions, mask
 
 
-class Frozen:
+class FrozenEncoder:
     """A frozen text encoder that returns token states, without special tokens."""
 
     def __init__(self, name: str, data: SplitDataset, most: int) -> None:
@@ -155,8 +161,8 @@ class Frozen:
             DataError: If it was fine-tuned on another split.
             ModelError: If it is missing, or cannot be opened.
         """
-        refuse_other_split(name, data)
-        self._encoder: OpenEncoder = open_encoder(find_encoder(name)[0])
+        check_encoder_split(name, data)
+        self._encoder: LoadedEncoder = load_text_encoder(find_encoder(name)[0])
         self._most = min(most + 2, self._encoder.limit)
 
     @property
@@ -180,7 +186,7 @@ class Frozen:
         kept = [[index for index, (start, end) in enumerate(span) if end > start] for span in spans]
         starts = np.concatenate([[0], np.cumsum([len(item) for item in kept])]).astype(np.int64)
         values = torch.zeros(int(starts[-1]), self._encoder.model.config.hidden_size, dtype=torch.float16)
-        for rows, states, _ in states_of(self._encoder, encoded):
+        for rows, states, _ in iterate_states(self._encoder, encoded):
             for row, state in zip(rows, states, strict=True):
                 values[starts[row] : starts[row + 1]] = state[kept[row]].half().cpu()
         return Tokens(values, starts)

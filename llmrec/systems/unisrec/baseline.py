@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
-from llmrec.baselines.item_texts import STORE, text_vectors
+from llmrec.baselines.base import Catalogue, InteractionLog, ScoredBaseline, item_counts
+from llmrec.baselines.item_texts import STORE_PREFIX, text_vectors
 from llmrec.baselines.neural import (
     case_users,
     early_stopping_cases,
@@ -25,8 +25,14 @@ from llmrec.baselines.neural import (
 from llmrec.errors import RecipeError, require
 from llmrec.progress import Progress
 from llmrec.results import Reads
-from llmrec.systems.carried import Carried
-from llmrec.systems.unisrec.network import DropWords, UniSRecConfig, Universal, contrasted, network_of
+from llmrec.systems.carried import TransferableNetwork
+from llmrec.systems.unisrec.network import (
+    DropWords,
+    UniSRecConfig,
+    UniSRecModel,
+    create_network,
+    train_contrastive_epoch,
+)
 from llmrec.types import Request
 
 if TYPE_CHECKING:
@@ -36,12 +42,12 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 # Number of validation cases for early stopping.
-_STOP_CASES = 5_000
+_EARLY_STOPPING_CASES = 5_000
 # Properties that must match those of transferred weights, and the name of item embeddings, which are not transferred.
-_SHAPE, _DOMAIN_WEIGHTS = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
+_SHAPE_PARAMETERS, _DOMAIN_WEIGHTS = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
 
 
-class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
+class UniSRec(ScoredBaseline[UniSRecConfig, UniSRecModel]):
     """Predicts the next item from the texts of a sequence, with weights that can be used on other data sets.
 
     After Hou et al. (KDD 2022). A text vector x becomes ``v = sum_k g_k (x - b_k) W_k``: parametric whitenings, mixed
@@ -78,7 +84,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
-        cases = early_stopping_cases(data, config, _STOP_CASES)
+        cases = early_stopping_cases(data, config, _EARLY_STOPPING_CASES)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             model, pieces = self._initial(data)
@@ -92,7 +98,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             pretrained = config.start is not None or config.pretrain > 0
 
             def learn(optimiser: Optimizer) -> float:
-                return _epoch(model, pieces, optimiser, rng)
+                return _train_epoch(model, pieces, optimiser, rng)
 
             train_ranker_with_early_stopping(model, cases, config, learn, param_groups=param_groups, learned=pretrained)
         self.looked_at = case_users(cases)
@@ -145,7 +151,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         other._model = replace(
             model,
             catalogue=catalogue,
-            vectors=_vectors(data, catalogue, self._config),
+            vectors=_text_tensor(data, catalogue, self._config),
             embedding_rows=np.where(known, model.embedding_rows[old_rows], -1),
             popular=np.where(known, model.popular[old_rows], 0.0),
         ).finished()
@@ -160,41 +166,43 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
-            model = self._untrained(catalogue, torch.from_numpy(state["vectors"]), Log.of(data, catalogue))
+            model = self._untrained(catalogue, torch.from_numpy(state["vectors"]), InteractionLog.of(data, catalogue))
         load_network_state(model.network, state)
         self._model = model.finished()
-        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _EARLY_STOPPING_CASES))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits of all items after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
-    def _carried(self, model: Universal) -> Carried:
+    def _carried(self, model: UniSRecModel) -> TransferableNetwork:
         """Return the transferable network."""
-        shape = {key: getattr(self._config, key) for key in _SHAPE} | {"width": model.vectors.shape[1]}
-        return Carried(self.name, model.network, shape, _DOMAIN_WEIGHTS, self._config)
+        shape = {key: getattr(self._config, key) for key in _SHAPE_PARAMETERS} | {"width": model.vectors.shape[1]}
+        return TransferableNetwork(self.name, model.network, shape, _DOMAIN_WEIGHTS, self._config)
 
-    def _untrained(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
+    def _untrained(self, catalogue: Catalogue, vectors: Any, events: InteractionLog) -> UniSRecModel:
         """Return a network with random weights."""
-        popular = counts(events, catalogue)
+        popular = item_counts(events, catalogue)
         embedding_rows = np.full(len(popular), -1, dtype=np.int64)
         embedding_rows[popular > 0] = np.arange(int((popular > 0).sum()))
-        network = network_of(vectors.shape[1], int((popular > 0).sum()) if self._config.ids else 0, self._config)
-        return Universal(catalogue, vectors, embedding_rows, popular / popular.max(initial=1.0), network, self._config)
+        network = create_network(vectors.shape[1], int((popular > 0).sum()) if self._config.ids else 0, self._config)
+        return UniSRecModel(
+            catalogue, vectors, embedding_rows, popular / popular.max(initial=1.0), network, self._config
+        )
 
-    def _initial(self, data: SplitDataset) -> tuple[Universal, list[NDArray[np.int64]]]:
+    def _initial(self, data: SplitDataset) -> tuple[UniSRecModel, list[NDArray[np.int64]]]:
         """Return the network before training on items, with transferred or pretrained weights, and the sequences."""
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
-        events = Log.of(data, catalogue)
-        model = self._untrained(catalogue, _vectors(data, catalogue, config), events)
+        events = InteractionLog.of(data, catalogue)
+        model = self._untrained(catalogue, _text_tensor(data, catalogue, config), events)
         if config.start is not None:
             self._carried(model).load(config.start, data)
         numbers = model.embedding_rows[events.items].astype(np.int32)
         pieces = training_segments(replace(events, items=numbers), config.max_len)
         if config.pretrain:
             rng, text = np.random.default_rng([self._seed, 1]), None
-            if config.word_drop and not config.encoder.startswith(STORE):
+            if config.word_drop and not config.encoder.startswith(STORE_PREFIX):
                 shortened = text_vectors(data, catalogue.ids, config, DropWords(config.word_drop, self._seed))
                 text = torch.from_numpy(shortened.astype(np.float32))[model.warm]
             optimiser = torch.optim.AdamW(
@@ -204,17 +212,17 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
                 f"{self.name}: contrast", config.pretrain, unit="epochs", quiet=config.quiet, passing=True
             ) as bar:
                 for epoch in range(config.pretrain):
-                    contrasted(model, pieces, text, optimiser, rng)
+                    train_contrastive_epoch(model, pieces, text, optimiser, rng)
                     bar.reach(epoch + 1)
         return model, pieces
 
 
-def _vectors(data: SplitDataset, catalogue: Catalogue, config: UniSRecConfig) -> Any:
+def _text_tensor(data: SplitDataset, catalogue: Catalogue, config: UniSRecConfig) -> Any:
     return require("torch", "baselines").from_numpy(text_vectors(data, catalogue.ids, config).astype(np.float32))
 
 
-def _epoch(
-    model: Universal, pieces: Sequence[NDArray[np.int64]], optimiser: Optimizer, rng: np.random.Generator
+def _train_epoch(
+    model: UniSRecModel, pieces: Sequence[NDArray[np.int64]], optimiser: Optimizer, rng: np.random.Generator
 ) -> float:
     """Train for one epoch with a softmax over all training items, and return the mean loss."""
     torch, config, warm = require("torch", "baselines"), model.config, model.warm

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from llmrec.baselines.base import LSA, Catalogue, PositiveFloat
-from llmrec.baselines.item_texts import STORE, TextsConfig
-from llmrec.baselines.neural import Batch, equal_length_batches, info_nce, training_batches
-from llmrec.baselines.sasrec import AttentionConfig, attended, attention_network
+from llmrec.baselines.item_texts import STORE_PREFIX, TextsConfig
+from llmrec.baselines.neural import SequenceBatch, equal_length_batches, info_nce, training_batches
+from llmrec.baselines.sasrec import AttentionConfig, apply_attention_blocks, attention_network
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 # Sequences per batch of scores.
-_ROWS = 512
+_SCORING_BATCH = 512
 # Minimum standard deviation of the noise of gates.
-_NOISE = 1e-2
+_MIN_GATE_NOISE = 1e-2
 
 
 class UniSRecConfig(TextsConfig, AttentionConfig):
@@ -70,11 +70,11 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
     @property
     def named(self) -> bool:
         """Whether text vectors come from a pretrained encoder, which does not depend on the data set."""
-        return self.encoder != LSA and not self.encoder.startswith(STORE)
+        return self.encoder != LSA and not self.encoder.startswith(STORE_PREFIX)
 
 
 @dataclass
-class Universal:
+class UniSRecModel:
     """A network on item texts, with the text vectors of all items.
 
     Attributes:
@@ -115,7 +115,7 @@ class Universal:
             vectors: Text vectors to use instead of those of the items, shape (n, d).
         """
         torch, network = require("torch", "baselines"), self.network
-        result = adapted(network, self.vectors[rows] if vectors is None else vectors, self.config.dropout)
+        result = mix_whitenings(network, self.vectors[rows] if vectors is None else vectors, self.config.dropout)
         if "table" in network:
             embedding_rows = torch.from_numpy(self.embedding_rows[rows])
             # Items without training interactions have only a text vector.
@@ -124,7 +124,7 @@ class Universal:
 
     def encoded(self, items: Any) -> Any:
         """Return one normalised vector per position, shape (b, t, dim)."""
-        states = attended(self.network, items, self.config.heads, self.config.dropout)
+        states = apply_attention_blocks(self.network, items, self.config.heads, self.config.dropout)
         return require("torch", "baselines").nn.functional.normalize(states, dim=-1)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
@@ -136,12 +136,12 @@ class Universal:
         with torch.no_grad():
             raw = self.represented(np.arange(len(self.items))) if self.table is None else self.table
             compared = torch.nn.functional.normalize(raw, dim=1).T / self.config.temperature
-            for rows in equal_length_batches(histories, _ROWS):
+            for rows in equal_length_batches(histories, _SCORING_BATCH):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows]))
                 result[rows] = (self.encoded(raw[items])[:, -1] @ compared).numpy()
         return result
 
-    def finished(self) -> Universal:
+    def finished(self) -> UniSRecModel:
         """Return the model with the output vectors of all items precomputed."""
         torch = require("torch", "baselines")
         self.network.eval()
@@ -149,10 +149,10 @@ class Universal:
             return replace(self, table=self.represented(np.arange(len(self.items))))
 
 
-def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
+def mix_whitenings(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
     """Return a mixture of parametric whitenings of text vectors: shape (n, d) -> (n, dim)."""
     functional, adaptor = require("torch", "baselines").nn.functional, network["adaptor"]
-    gates = gates_of(network, vectors)
+    gates = gate_weights(network, vectors)
     left = functional.dropout(vectors, dropout, network.training)
     experts, width, dim = adaptor["maps"].shape
     spread = (left @ adaptor["maps"].transpose(0, 1).reshape(width, -1)).view(-1, experts, dim)
@@ -160,17 +160,17 @@ def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
     return (gates[:, :, None] * centred).sum(dim=1)
 
 
-def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
+def gate_weights(network: torch.nn.Module, vectors: Any) -> Any:
     """Return the mixture weights of the whitening experts, shape (n, experts), with noise during training."""
     torch, adaptor = require("torch", "baselines"), network["adaptor"]
     logits = vectors @ adaptor["gate"]
     if network.training:
-        deviation = torch.nn.functional.softplus(vectors @ adaptor["noise"]) + _NOISE
+        deviation = torch.nn.functional.softplus(vectors @ adaptor["noise"]) + _MIN_GATE_NOISE
         logits = logits + torch.randn_like(logits) * deviation
     return torch.softmax(logits, dim=-1)
 
 
-def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
+def create_network(width: int, items: int, config: UniSRecConfig) -> Any:
     """Build the network of adaptor, sequence encoder and item embeddings, with equal gates."""
     torch = require("torch", "baselines")
     nn, dim, experts = torch.nn, config.dim, config.experts
@@ -190,7 +190,7 @@ def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
 # --------------------------------------------------------------------------- contrastive losses
 
 
-def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
+def contrastive_loss(left: Any, right: Any, same: Any, temperature: float) -> Any:
     """Return the InfoNCE loss, the mean of ``-log(exp(l_i . r_i / t) / sum_j exp(l_i . r_j / t))`` over rows.
 
     Args:
@@ -202,8 +202,8 @@ def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
     return info_nce(left @ right.T / temperature, same[:, None] == same[None, :])
 
 
-def contrasted(
-    model: Universal,
+def train_contrastive_epoch(
+    model: UniSRecModel,
     pieces: Sequence[NDArray[np.int64]],
     dropped: Any,
     optimiser: torch.optim.Optimizer,
@@ -226,20 +226,20 @@ def contrasted(
         raw = model.represented(warm)
         states, rows = model.encoded(raw[items]), targets >= 0
         following = torch.nn.functional.normalize(raw[targets[rows]], dim=1)
-        loss = contrastive(states[rows], following, targets[rows], config.temperature)
+        loss = contrastive_loss(states[rows], following, targets[rows], config.temperature)
         if config.contrast:
             both = raw if dropped is None else torch.cat([raw, model.represented(warm, dropped)])
-            changed, ends = changed_sequences(batch, config.item_drop, len(raw) if dropped is not None else 0, rng)
+            changed, ends = augment_sequences(batch, config.item_drop, len(raw) if dropped is not None else 0, rng)
             last, every = rows.sum(dim=1) - 1, torch.arange(len(items))
             other = model.encoded(both[torch.from_numpy(changed)])[every, torch.from_numpy(ends)]
-            pair = contrastive(states[every, last], other, targets[every, last], config.temperature)
+            pair = contrastive_loss(states[every, last], other, targets[every, last], config.temperature)
             loss = loss + config.contrast * pair
         loss.backward()
         optimiser.step()
 
 
-def changed_sequences(
-    batch: Batch, share: float, offset: int, rng: np.random.Generator
+def augment_sequences(
+    batch: SequenceBatch, share: float, offset: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Drop items from sequences; with ``offset``, a random half loses words of its texts instead.
 

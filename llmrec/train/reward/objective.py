@@ -19,29 +19,29 @@ from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.data.hashing import hash_one
 from llmrec.decode.beam import Floats
-from llmrec.decode.rollouts import Group, rollouts
+from llmrec.decode.rollouts import RolloutGroup, sample_rollouts
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.recipe.schema import RewardSection
-from llmrec.train.batches import parted
-from llmrec.train.loss import AllowedTokens, of_rows, target_losses
-from llmrec.train.packing import PackedRows, one_bin, stack, tree
+from llmrec.train.batches import micro_batch_indices
+from llmrec.train.loss import AllowedTokens, sum_by_row, target_losses
+from llmrec.train.packing import PackedRows, pack_into_one_bin, pack_rows, stack_sequences
 from llmrec.train.precision import mixed_precision
 from llmrec.train.reward.rewards import Rewards
-from llmrec.train.steps import Steps
+from llmrec.train.steps import PlannedSteps
 from llmrec.types import Case
 
 # Group-relative advantages and the clipped loss of whole items (GRPO, Shao et al., arXiv 2402.03300, section
 # 4.1).
 #
 # The action is an item, regardless of its number of tokens: probability ratio and divergence are per item. Every
-# rollout has a weight (`llmrec.decode.rollouts.Group`), so that a sum over a group is an expectation over the model's
-# choices: equal draws are one rollout with the sum of their weights, and items drawn without replacement have weights
-# that correct for their probability of being drawn (Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free!,
-# 2019).
+# rollout has a weight (`llmrec.decode.rollouts.RolloutGroup`), so that a sum over a group is an expectation over the
+# model's choices: equal draws are one rollout with the sum of their weights, and items drawn without replacement have
+# weights that correct for their probability of being drawn (Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for
+# Free!, 2019).
 
 
 # A smaller standard deviation is rounding noise; TRL adds the same constant.
-_LEAST = 1e-4
+_MIN_DEVIATION = 1e-4
 
 
 def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) -> Floats:
@@ -54,7 +54,7 @@ def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) ->
     """
     values = np.asarray(rewards, dtype=np.float64)
     gains: Floats = values - weights @ values
-    return gains / (np.sqrt(weights @ gains**2) + _LEAST) if normalise else gains
+    return gains / (np.sqrt(weights @ gains**2) + _MIN_DEVIATION) if normalise else gains
 
 
 class PolicyLoss(NamedTuple):
@@ -91,7 +91,7 @@ def policy_loss(
 
 
 @dataclass
-class _Part:
+class _RolloutBatch:
     """Rollouts of an optimiser step that are computed in one micro-batch.
 
     Attributes:
@@ -116,7 +116,7 @@ class _SampledRollouts:
     """The rollouts of step ``number``, in parts, with the values to log."""
 
     number: int
-    parts: Sequence[_Part]
+    parts: Sequence[_RolloutBatch]
     metrics: dict[str, float]
 
 
@@ -129,7 +129,7 @@ class RewardObjective:
 
     def __init__(
         self,
-        steps: Steps,
+        steps: PlannedSteps,
         cases: Sequence[Case],
         section: RewardSection,
         rewards: Rewards,
@@ -153,7 +153,7 @@ class RewardObjective:
         model.eval()
         if self._drawn is None or self._drawn.number != number:
             self._drawn = None
-            self._drawn = self._draw(model, number)
+            self._drawn = self._sample_rollouts(model, number)
         return len(self._drawn.parts)
 
     def loss(self, model: torch.nn.Module, number: int, part: int = 0) -> tuple[Any, float]:
@@ -177,12 +177,12 @@ class RewardObjective:
         """Return the values to log about the last rollouts; see `llmrec.records.RewardLine`."""
         return dict(self._drawn.metrics) if self._drawn is not None else {}
 
-    def _draw(self, model: torch.nn.Module, number: int) -> _SampledRollouts:
+    def _sample_rollouts(self, model: torch.nn.Module, number: int) -> _SampledRollouts:
         """Draw rollouts for a step, and compute their rewards and their likelihood under the reference model."""
         section, catalogue = self._section, self._rewards.catalogue
         cases = [self._cases[row] for row in self._numbers[number]]
-        prompts = [_prompt(row) for row in self._steps[number].rows]
-        groups = rollouts(
+        prompts = [_prompt_tokens(row) for row in self._steps[number].rows]
+        groups = sample_rollouts(
             MaskedTree(model.get_base_model(), self._pad),
             catalogue,
             prompts,
@@ -200,12 +200,12 @@ class RewardObjective:
         # rollout indices of the packed rows
         orders: list[list[int]] = []
         for prompt, group in zip(prompts, groups, strict=True):
-            rows = [_row(prompt, catalogue, item) for item in group.items.tolist()]
+            rows = [_rollout_row(prompt, catalogue, item) for item in group.items.tolist()]
             index_of = {id(row): n for n, row in enumerate(rows)}
-            bins.append(one_bin(rows))
+            bins.append(pack_into_one_bin(rows))
             orders.append([index_of[id(row)] for row in bins[-1].rows])
         parts = []
-        for chosen in parted([item.columns for item in bins], self._limit):
+        for chosen in micro_batch_indices([item.columns for item in bins], self._limit):
             parts.append(
                 self._part(
                     model,
@@ -215,23 +215,23 @@ class RewardObjective:
                     np.concatenate([gains[n][orders[n]] for n in chosen]),
                 )
             )
-        metrics = _metrics(cases, groups, rewards, self._rewards.items)
+        metrics = _rollout_metrics(cases, groups, rewards, self._rewards.items)
         targets = sum(len(part.packed["targets"]) for part in parts)
         metrics |= {"tokens": sum(entry.columns for entry in bins), "targets": targets}
         return _SampledRollouts(number, parts, metrics)
 
     def _part(
         self, model: torch.nn.Module, bins: Sequence[PackedRows], items: Any, weights: Floats, gains: Floats
-    ) -> _Part:
+    ) -> _RolloutBatch:
         """Return rollouts that are computed together, with their likelihood under the reference model."""
-        laid = asdict(stack([tree(entry.rows) for entry in bins], self._pad))
+        laid = asdict(stack_sequences([pack_rows(entry.rows) for entry in bins], self._pad))
         packed = {name: torch.from_numpy(values).to(model.device) for name, values in laid.items()}
         legal = None
         if self._section.logprobs == "legal":
             legal = AllowedTokens.of(self._rewards.catalogue, items.tolist(), model.device)
         with torch.no_grad(), model.disable_adapter():
             reference = self._logprobs(model, packed, legal)
-        return _Part(
+        return _RolloutBatch(
             packed, legal, torch.from_numpy(weights).to(reference), torch.from_numpy(gains).to(reference), reference
         )
 
@@ -239,21 +239,21 @@ class RewardObjective:
         """Return the log-probability of every rollout at the temperature of the recipe, float32, shape (rollouts,)."""
         with mixed_precision(model):
             losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)
-        return of_rows(packed, -losses)
+        return sum_by_row(packed, -losses)
 
 
-def _prompt(row: TokenRow) -> tuple[int, ...]:
+def _prompt_tokens(row: TokenRow) -> tuple[int, ...]:
     """Return the prompt tokens of a tokenised question."""
     return row.ids[: next(n for n, label in enumerate(row.labels) if label != IGNORED)]
 
 
-def _row(prompt: tuple[int, ...], catalogue: TokenTrie, item: int) -> TokenRow:
+def _rollout_row(prompt: tuple[int, ...], catalogue: TokenTrie, item: int) -> TokenRow:
     path = catalogue.path(int(catalogue.ranks[item]))
     return TokenRow((*prompt, *path), (*[IGNORED] * len(prompt), *path))
 
 
-def _metrics(
-    cases: Sequence[Case], groups: Sequence[Group], rewards: Sequence[Sequence[float]], items: Sequence[str]
+def _rollout_metrics(
+    cases: Sequence[Case], groups: Sequence[RolloutGroup], rewards: Sequence[Sequence[float]], items: Sequence[str]
 ) -> dict[str, float]:
     """Return the values to log about the rollouts of a step; see `llmrec.records.RewardLine`."""
     count = len(groups)

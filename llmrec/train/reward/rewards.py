@@ -10,7 +10,7 @@ import numpy as np
 
 from llmrec.decode.token_tree import TokenTrie
 from llmrec.recipe.schema import RewardKind
-from llmrec.tasks.base import pairs_of
+from llmrec.tasks.base import user_item_pairs
 from llmrec.tasks.task import Task
 from llmrec.types import Case, CatalogueScorer, Event, Example, Ranking, Segment
 
@@ -102,7 +102,7 @@ class Rewards:
         return [float(value) for value in below / max(len(scores) - 1, 1)]
 
 
-def closing_of(catalogue: TokenTrie) -> int:
+def closing_token_count(catalogue: TokenTrie) -> int:
     """Return 1 if all token paths of a catalogue end with the same token, otherwise 0.
 
     Other shared tokens may be a level of the codes.
@@ -114,7 +114,7 @@ def closing_of(catalogue: TokenTrie) -> int:
 # Training interactions as questions in evaluation form: the prompt of a request, with its answer as target.
 
 
-def question(task: Task, case: Case, template: str) -> Example:
+def training_question(task: Task, case: Case, template: str) -> Example:
     """Return a training question with its answer in the form used for evaluation."""
     request, truth = case.request, str(case.truth)
     prompt = task.prompt(request, template=template)
@@ -128,5 +128,5 @@ def question(task: Task, case: Case, template: str) -> Example:
         messages=prompt.messages,
         answer=(*prompt.answer_prefix, Segment("target", text), *stop),
         ends_turn=prompt.stop is None,
-        pairs=pairs_of(request.user_id, (*request.history, Event(item_id=truth))),
+        pairs=user_item_pairs(request.user_id, (*request.history, Event(item_id=truth))),
     )

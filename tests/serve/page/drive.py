@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from llmrec.metrics.stats import wilson
+from llmrec.metrics.stats import wilson_interval
 
 _RUN = "window.__hit=1;alert(1)"
 _TAGS = (
@@ -501,7 +501,7 @@ def _blind(drive: Drive, items: list[dict[str, Any]], users: list[str]) -> None:
     assert {0, 1} <= set(sides), sides
     page.wait_for_selector("#tally p")
     mine = sum(side is not None for side in sides)
-    low, high = (round(100 * end) for end in wilson(1.0, mine))
+    low, high = (round(100 * end) for end in wilson_interval(1.0, mine))
     assert page.locator("#tally dd").all_text_contents() == [str(mine), "0", str(10 - mine)]
     sentence = page.locator("#tally p").inner_text()
     assert f"100% prefer {models[0]}" in sentence and f"interval {low}% to {high}%" in sentence, sentence

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts, filled
+from llmrec.baselines.base import Catalogue, InteractionLog, ScoredBaseline, break_ties_by_popularity, item_counts
 from llmrec.data.split import SplitDataset
 from llmrec.recipe.schema import Section
 from llmrec.types import Request
@@ -51,7 +51,7 @@ class TitleWords(ScoredBaseline[TitleWordsConfig, Words]):
         catalogue = Catalogue.of(data)
         titles = [set(data.dataset.items[item].title.casefold().split()) for item in catalogue.ids]
         shared = np.array([[float(len(one & other)) for other in titles] for one in titles])
-        self._model = Words(catalogue, shared, counts(Log.of(data, catalogue), catalogue))
+        self._model = Words(catalogue, shared, item_counts(InteractionLog.of(data, catalogue), catalogue))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return a score for every request and item, shape (n, items)."""
@@ -60,4 +60,4 @@ class TitleWords(ScoredBaseline[TitleWordsConfig, Words]):
         for row, request in enumerate(requests):
             indices = model.catalogue.indices(event.item_id for event in request.history[-self.config.latest :])
             result[row] = model.shared[indices[indices >= 0]].sum(axis=0)
-        return filled(result, model.popular)
+        return break_ties_by_popularity(result, model.popular)

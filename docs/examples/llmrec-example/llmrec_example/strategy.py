@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.strategies.asking import Prompting, cost_of, scored
+from llmrec.strategies.asking import Prompting, cost_of, scored_requests
 from llmrec.types import Answer, Ranking, Request
 
 
@@ -24,7 +24,7 @@ class LikelihoodAToken:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request, in order."""
         answers: list[Answer] = []
-        for result in scored(self.asker, requests, closed=True):
+        for result in scored_requests(self.asker, requests, closed=True):
             self.engine = result.scores.engine
             values = [score / size for score, size in zip(result.scores.logprobs, result.scores.tokens, strict=True)]
             order = sorted(range(len(values)), key=lambda index: -values[index])

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmrec.answer.options import OptionHelp
-from llmrec.cli.console import say, show
+from llmrec.cli.console import say, show_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def compress(options: CompressOptions) -> None:
     """
     from llmrec.systems.m6.compress import compress as compressing
 
-    result = compressing.compress(
+    result = compressing.compress_model(
         options.run,
         options.out,
         target_ms=options.target_ms,
@@ -54,7 +54,7 @@ def compress(options: CompressOptions) -> None:
         + (", Pareto" if row.pareto else "")
         for row in result.rows
     }
-    show("20 candidates", lines, record={"compressed": result})
+    show_values("20 candidates", lines, record={"compressed": result})
     if result.chosen is None:
         say(f"no compressed model takes at most {options.target_ms:g} ms, so nothing was exported")
         raise typer.Exit(1)

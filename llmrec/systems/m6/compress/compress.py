@@ -25,34 +25,34 @@ from llmrec.durable import write_json, write_text
 from llmrec.errors import LlmrecError, ModelError, require
 from llmrec.evaluate.predictor import evaluate
 from llmrec.exports import safety
-from llmrec.exports.agreement import on_validation
+from llmrec.exports.agreement import build_validation_study
 from llmrec.exports.export import write_export
-from llmrec.exports.files import refuse, remove_machine_paths
+from llmrec.exports.files import check_replaceable, remove_machine_paths
 from llmrec.exports.options import ExportOptions
-from llmrec.machine import machine
+from llmrec.machine import machine_facts
 from llmrec.models import bottleneck
-from llmrec.models.load import device, load_config, load_model, load_tokenizer, quiet_libraries, release_memory
+from llmrec.models.load import device, load_config, load_model, load_tokenizer, release_memory, silence_libraries
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.recipe.shared import Dtype
-from llmrec.registry import lower as lower_better
-from llmrec.report.canvas import HALF, NARROW, Canvas, fitted, spanning
-from llmrec.report.charts import legend
-from llmrec.report.render import environment, style
-from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.registry import is_lower_better as lower_better
+from llmrec.report.canvas import HALF, NARROW, Canvas, linear_or_log_scale, linear_scale
+from llmrec.report.charts import draw_legend
+from llmrec.report.render import html_environment, read_style_sheet
+from llmrec.strategies.asking import Prompting, create_strategy
 from llmrec.tasks.family import family_of
 
 # --------------------------------------------------------------------------- combinations
 
 
-Kind = Literal["bfloat16", "float32", "int8"]
+WeightFormat = Literal["bfloat16", "float32", "int8"]
 """The storage format of weights; int8: only the linear layers of the blocks, the rest in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Measurement:
     """The measurements of a model at one depth and dtype.
 
     Attributes:
@@ -65,7 +65,7 @@ class Row:
     """
 
     layers: int
-    dtype: Kind
+    dtype: WeightFormat
     quality: float | None
     ms: float
     mb: float
@@ -73,7 +73,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Compressed:
+class CompressionResult:
     """The result of `llmrec compress`.
 
     Attributes:
@@ -88,19 +88,19 @@ class Compressed:
     metric: str
     cases: int
     target_ms: float
-    rows: tuple[Row, ...]
-    chosen: Row | None
+    rows: tuple[Measurement, ...]
+    chosen: Measurement | None
     folder: Path | None
 
 
-def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
+def mark_pareto_front(rows: Sequence[Measurement], *, lower: bool) -> tuple[Measurement, ...]:
     """Sort the measurements by latency, and mark the Pareto-optimal ones."""
 
-    def figures(row: Row) -> tuple[float, float, float]:
+    def figures(row: Measurement) -> tuple[float, float, float]:
         quality = float("-inf") if row.quality is None else -row.quality if lower else row.quality
         return quality, -row.ms, -row.mb
 
-    def beaten(row: Row) -> bool:
+    def beaten(row: Measurement) -> bool:
         values = figures(row)
         return any(
             all(o >= s for o, s in zip(other, values, strict=True)) and other != values for other in map(figures, rows)
@@ -109,7 +109,7 @@ def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
     return tuple(sorted((replace(row, pareto=not beaten(row)) for row in rows), key=lambda row: row.ms))
 
 
-def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
+def select_measurement(rows: Sequence[Measurement], target_ms: float, *, lower: bool) -> Measurement | None:
     """Return the best model below the latency target; None if there is none."""
     fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
     return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
@@ -118,41 +118,45 @@ def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
 # --------------------------------------------------------------------------- result file
 
 
-PAGE = "compress.html"
+PAGE_FILE = "compress.html"
 # Marker shape and colour of each dtype.
-_LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "int8": ("diamond", "few-shot")}
+_DTYPE_MARKERS = {
+    "bfloat16": ("circle", "zero-shot"),
+    "float32": ("triangle", "tuned"),
+    "int8": ("diamond", "few-shot"),
+}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 56, 296
 
 
-def write(result: Compressed, name: str, path: Path) -> None:
+def write_page(result: CompressionResult, name: str, path: Path) -> None:
     """Write the measurements of a run as an HTML page."""
     rows = [row for row in result.rows if row.quality is not None]
-    page = environment().get_template("compress.html.j2")
+    page = html_environment().get_template("compress.html.j2")
     nonce = hashlib.sha256(repr((name, result)).encode()).hexdigest()[:32]
-    pictures = [front(rows, result, width) for width in (HALF, NARROW)] if rows else []
-    write_text(path, page.render(name=name, found=result, plotted=pictures, nonce=nonce, style=style()))
+    pictures = [pareto_chart(rows, result, width) for width in (HALF, NARROW)] if rows else []
+    write_text(path, page.render(name=name, found=result, plotted=pictures, nonce=nonce, style=read_style_sheet()))
 
 
-def front(rows: Sequence[Row], result: Compressed, width: float) -> Canvas:
+def pareto_chart(rows: Sequence[Measurement], result: CompressionResult, width: float) -> Canvas:
     """Plot quality against latency with the Pareto front, labelled by number of layers."""
     canvas = Canvas(width=width, height=_BOTTOM + 46)
     times = [row.ms for row in rows]
-    x_axis = spanning([*times, result.target_ms] if result.target_ms > 0 else times, _LEFT, width - _RIGHT)
-    y_axis = fitted([row.quality for row in rows], _BOTTOM, _TOP)
+    x_axis = linear_or_log_scale([*times, result.target_ms] if result.target_ms > 0 else times, _LEFT, width - _RIGHT)
+    y_axis = linear_scale([row.quality for row in rows], _BOTTOM, _TOP)
     canvas.left(y_axis, _LEFT, x_axis.end, result.metric)
     canvas.below(x_axis, _TOP, _BOTTOM, "milliseconds, log scale" if x_axis.log else "milliseconds", ticks=5)
     if x_axis.low <= result.target_ms <= x_axis.high:
         target_x = x_axis(result.target_ms)
         canvas.line(target_x, _TOP, target_x, _BOTTOM, "reference")
         canvas.text(min(target_x + 4, width - 46), _TOP - 4, "target", "tick halo")
-    sign, pareto = -1 if lower_better(result.metric.partition(" of ")[0]) else 1, list[Row]()
+    sign, pareto = -1 if lower_better(result.metric.partition(" of ")[0]) else 1, list[Measurement]()
     for row in sorted(rows, key=lambda row: row.ms):
         if not pareto or sign * float(row.quality or 0) > sign * float(pareto[-1].quality or 0):
             pareto.append(row)
     canvas.path([(x_axis(row.ms), y_axis(float(row.quality or 0))) for row in pareto], "curve good")
-    legend(canvas, [(dtype, *_LOOKS[dtype]) for dtype in dict.fromkeys(row.dtype for row in rows)], _LEFT)
+    draw_legend(canvas, [(dtype, *_DTYPE_MARKERS[dtype]) for dtype in dict.fromkeys(row.dtype for row in rows)], _LEFT)
     for row in rows:
-        form, hue = _LOOKS[row.dtype]
+        form, hue = _DTYPE_MARKERS[row.dtype]
         x, y = x_axis(row.ms), y_axis(float(row.quality or 0))
         title = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
         canvas.mark(form, x, y, f"fill {hue}", size=8 if row == result.chosen else 5, title=title)
@@ -162,18 +166,18 @@ def front(rows: Sequence[Row], result: Compressed, width: float) -> Canvas:
 
 log = logging.getLogger(__name__)
 
-TABLE = "compress.json"
-CANDIDATES = 20
-KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
+TABLE_FILE = "compress.json"
+CANDIDATE_COUNT = 20
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("bfloat16", "float32", "int8")
 # Tolerance between the quality of the export and the measurement, since the order of sums differs.
 _TOLERANCE = 0.01
 # Files of a model that change when layers are removed.
-_MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
+_MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.BOTTLENECKS_FILE)
 
 
-def compress(
+def compress_model(
     run: Path, out: Path, *, target_ms: float, users: int, depths: Sequence[int] = (), force: bool = False
-) -> Compressed:
+) -> CompressionResult:
     """Measure all depths and dtypes, write the table and its page to the run, and export the chosen model.
 
     Args:
@@ -194,39 +198,39 @@ def compress(
             kind="bad-value",
             column="--target-ms",
         )
-    quiet_libraries()
+    silence_libraries()
     source = open_run(run)
     if source.merged is None:
         raise LlmrecError(
             f"{run / 'merged'} is missing or has changed; run `llmrec train` again", kind="damaged", at=run
         )
-    refuse(out, force=force)
-    study = on_validation(source.recipe, users)
-    family = _family(study)
+    check_replaceable(out, force=force)
+    study = build_validation_study(source.recipe, users)
+    family = _label_family(study)
     metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
-    kinds = [kind for kind in KINDS if kind != "int8" or find_spec("bitsandbytes") is not None]
+    kinds = [kind for kind in WEIGHT_FORMATS if kind != "int8" or find_spec("bitsandbytes") is not None]
     results = []
     for kind in kinds:
         try:
-            results.append(_measured(study, family, merged, kind, depths))
+            results.append(_measure_depths(study, family, merged, kind, depths))
         except ModelError as error:
             if kind != "int8":
                 raise
             # Keep earlier measurements if a package does not work here.
             log.warning("int8 is not available: %s", error)
-    rows = with_front([row for part in results for row in part], lower=lower_better(metric))
-    best = chosen(rows, target_ms, lower=lower_better(metric))
-    compressed = Compressed(
+    rows = mark_pareto_front([row for part in results for row in part], lower=lower_better(metric))
+    best = select_measurement(rows, target_ms, lower=lower_better(metric))
+    compressed = CompressionResult(
         f"{metric} of {family}", len(study.cases(family)), target_ms, rows, best, out if best is not None else None
     )
     table = {key: value for key, value in asdict(compressed).items() if key != "folder"}
-    write_json(run / TABLE, {**table, "machine": machine(), "llmrec": __version__})
-    write(compressed, study.recipe.name, run / PAGE)
+    write_json(run / TABLE_FILE, {**table, "machine": machine_facts(), "llmrec": __version__})
+    write_page(compressed, study.recipe.name, run / PAGE_FILE)
     if best is not None:
 
         def change(draft: Path) -> None:
-            cut(merged, draft, source.recipe, best)
-            (exported,) = _measured(study, family, draft, best.dtype, (best.layers,))
+            truncate_export(merged, draft, source.recipe, best)
+            (exported,) = _measure_depths(study, family, draft, best.dtype, (best.layers,))
             if abs((exported.quality or 0.0) - (best.quality or 0.0)) > _TOLERANCE:
                 raise LlmrecError(
                     f"{out}: the export has {metric} {exported.quality}, but {best.quality} was measured; this is a "
@@ -241,24 +245,24 @@ def compress(
     return compressed
 
 
-def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
+def truncate_export(merged: Path, draft: Path, recipe: Recipe, row: Measurement) -> None:
     """Replace the weights of an export by a model with fewer layers, and add a note to the model card.
 
     The weights are the measured ones, in the measured dtype.
     """
-    model = opened(merged, row.dtype, recipe)
+    model = load_in_format(merged, row.dtype, recipe)
     body, text_config = model.get_decoder(), model.config.get_text_config()
     for item in (body.config, text_config):
         item.num_hidden_layers = row.layers
         if getattr(item, "layer_types", None):
             item.layer_types = list(item.layer_types)[: row.layers]
     body.layers = body.layers[: row.layers]
-    for file in (*draft.glob("model*.safetensors*"), draft / bottleneck.WEIGHTS):
+    for file in (*draft.glob("model*.safetensors*"), draft / bottleneck.BOTTLENECKS_FILE):
         file.unlink(missing_ok=True)
     with TemporaryDirectory(dir=draft) as folder:
         model.save_pretrained(folder)
         bottleneck.save(model, Path(folder))
-        safety.keep_only(Path(folder), _MODEL_FILES)
+        safety.remove_other_files(Path(folder), _MODEL_FILES)
         for file in Path(folder).iterdir():
             file.replace(draft / file.name)
     remove_machine_paths(draft / "config.json")
@@ -273,7 +277,7 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
     write_text(draft / "README.md", card + note)
 
 
-def _family(study: Study) -> str:
+def _label_family(study: Study) -> str:
     """Return the first trained task that is answered by label probabilities."""
     for family in study.shares:
         template = study.eval_templates(family)[0]
@@ -287,13 +291,13 @@ def _family(study: Study) -> str:
     )
 
 
-def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
+def load_in_format(folder: Path, kind: WeightFormat, recipe: Recipe) -> Any:
     """Load a model with its weights in one of the measured dtypes.
 
     8-bit weights use LLM.int8() of bitsandbytes (Dettmers et al., arXiv 2208.07339): each row of a matrix and each
     token's states are scaled by their largest value.
     """
-    section = _section(folder, kind, recipe)
+    section = _model_section(folder, kind, recipe)
     if kind != "int8":
         return load_model(str(folder), section).to(device(section))
     require("bitsandbytes", "quant")
@@ -303,12 +307,12 @@ def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
     return load_model(str(folder), section, quantization_config=quantization)
 
 
-def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
+def _model_section(folder: Path, kind: WeightFormat, recipe: Recipe) -> ModelSection:
     dtype: Dtype = "bfloat16" if kind == "int8" else kind
     return ModelSection(name=str(folder), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
 
 
-class _Timed:
+class _TimedPredictor:
     """A model that records how many seconds its answers take."""
 
     def __init__(self, predictor: Any) -> None:
@@ -322,11 +326,13 @@ class _Timed:
         return answers
 
 
-def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Sequence[int]) -> list[Row]:
+def _measure_depths(
+    study: Study, family: str, folder: Path, kind: WeightFormat, depths: Sequence[int]
+) -> list[Measurement]:
     """Measure a model at several depths."""
-    section, cases = _section(folder, kind, study.recipe), study.cases(family)
+    section, cases = _model_section(folder, kind, study.recipe), study.cases(family)
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
-    model = opened(folder, kind, study.recipe)
+    model = load_in_format(folder, kind, study.recipe)
     layers = len(model.get_decoder().layers)
     template, family_info = study.eval_templates(family)[0], family_of(family)
     results = []
@@ -335,7 +341,7 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
         prompting = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
-        timed = _Timed(strategy_of(strategy, prompting))
+        timed = _TimedPredictor(create_strategy(strategy, prompting))
         evaluation = evaluate(timed, cases, name=family, kind=family_info.answer, protocol=protocol_of(study, family))
         if backend.exits is None or backend.exits.whole or not backend.exits.taken:
             raise LlmrecError(
@@ -347,8 +353,8 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
         quality = evaluation.figures.metrics[family_info.headline_at(study.recipe.eval.cutoffs)].value
         unused = {id(p) for layer in list(model.get_decoder().layers)[depth:] for p in layer.parameters()}
         size = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unused)
-        ms = 1e3 * CANDIDATES * timed.seconds / len(cases)
-        results.append(Row(depth, kind, None if quality is None else float(quality), ms, size / 1e6))
+        ms = 1e3 * CANDIDATE_COUNT * timed.seconds / len(cases)
+        results.append(Measurement(depth, kind, None if quality is None else float(quality), ms, size / 1e6))
     del model
     release_memory()
     return results
