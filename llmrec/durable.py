@@ -125,7 +125,7 @@ def parse_checked_json(content: bytes, parse: Callable[[bytes], Any] = parse_jso
     """Parse JSON written by `write_checked_json`, and verify and remove its checksum.
 
     Raises:
-        Changed: If it does not match its checksum.
+        ChecksumMismatch: If it does not match its checksum.
         ValueError: If ``parse`` rejects it.
     """
     end = _CHECKSUM_END.search(content)

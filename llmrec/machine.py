@@ -136,7 +136,7 @@ def describe_gpu_problem() -> str:
             f"torch {torch.__version__} has no kernels for {name}, whose compute capability {result[0]}.{result[1]} is "
             f"below {least[0]}.{least[1]}"
         )
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _has_nvidia_gpu_cached():
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not has_nvidia_gpu():
         return ""
     if torch.version.cuda is None:
         return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU only"
@@ -158,19 +158,14 @@ def _lowest_supported_capability(cuda: Any) -> tuple[int, int]:
     return min(((int(item[1]), int(item[2])) for item in result if item), default=(0, 0))
 
 
-@cache
-def _has_nvidia_gpu_cached() -> bool:
-    return has_nvidia_gpu()
-
-
 def gpu_has_bf16() -> bool:
     """Whether the GPU supports bfloat16 natively; Turing and older GPUs only emulate it."""
     return bool(require("torch", "train").cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor supports bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
-    return bool(read_processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    """Whether the processor supports bfloat16 natively."""
+    return read_processor().has_bf16
 
 
 def machine_facts() -> dict[str, str | int | float | None]:
@@ -219,6 +214,11 @@ class Processor:
     usable: int
     quota: float | None
     load: float
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it supports bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
+        return not self.flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ from llmrec.records import (
 from llmrec.registry import is_lower_better
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
+LANGUAGE_MODEL_ARMS: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
+"""The settings of a language model."""
 
 
 def arm_name(arm: str) -> str:
@@ -473,9 +475,14 @@ class Results(Displayed, Record):
         return str(self.recipe.get("name") or "Report")
 
     @property
+    def has_language_model(self) -> bool:
+        """Whether a language model was evaluated, alone or in an ensemble."""
+        return any(row.arm != "baseline" for row in self.rows)
+
+    @property
     def model_name(self) -> str | None:
         """Name of the language model, if any."""
-        section = self.recipe.get("model") if any(row.arm != "baseline" for row in self.rows) else None
+        section = self.recipe.get("model") if self.has_language_model else None
         return (str(section.get("name") or "") or None) if isinstance(section, dict) else None
 
     @property
@@ -484,7 +491,7 @@ class Results(Displayed, Record):
         return tuple(dict.fromkeys(row.task for row in self.rows))
 
     def row(self, row_id: str) -> Row:
-        """Return a model by its row id; `check` has verified the ids in comparisons."""
+        """Return a model by its row id; `llmrec.report.results` has verified the ids in comparisons."""
         return next(row for row in self.rows if row.id == row_id)
 
     def members(self, row: Row) -> tuple[Row, ...]:

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +97,7 @@ class Environment:
 # --------------------------------------------------------------------------- detection
 
 
+@cache
 def has_nvidia_gpu() -> bool:
     """Whether ``nvidia-smi`` exists and lists at least one GPU."""
     tool = shutil.which("nvidia-smi")
@@ -288,7 +291,7 @@ def make_environment(env: Environment, lock: int) -> None:
             f"{ROOT} has less than {needed / 1e9:.0f} GB of free space, too little for .venv. Free some space."
         )
     started = time.monotonic()
-    version = env.python.split()[-2]
+    version = platform.python_version()
     say(f"setting up {env.venv.name} with Python {version}, engine {env.engine} (a few minutes, once)")
     if state == "foreign":
         probe = subprocess.run([env.bin_python, "-m", "pip", "--version"], capture_output=True, check=False)

@@ -380,15 +380,15 @@ class Backend(Protocol):
         Raises:
             BackendError: If the backend does not search.
         """
-        raise _unsupported_error(self.name, "does not support the strategy 'search'; use eval.backend=hf or vllm")
+        raise BackendError(
+            f"the {self.name} backend does not support the strategy 'search'; use eval.backend=hf or vllm",
+            kind="unsupported",
+            column="eval.backend",
+        )
 
     def close(self) -> None:
         """Release the engine; repeated calls have no effect."""
         ...
-
-
-def _unsupported_error(name: str, what: str) -> BackendError:
-    return BackendError(f"the {name} backend {what}", kind="unsupported", column="eval.backend")
 
 
 class ItemCodes(Protocol):

@@ -23,9 +23,9 @@ from llmrec.display import Displayed, Summary
 from llmrec.ensembles.carried import read_training_data
 from llmrec.errors import DataError
 from llmrec.fingerprint import digest_of
+from llmrec.guard import clean
 from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.study import load_tables
-from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_stored_recipe
 from llmrec.report.results import read_results_json
 from llmrec.types import Answer, CatalogueScorer, Event, Item, Predictor, Ranking, Request, Unparsed

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 from llmrec.answer.classic import (
     NOTHING_LEFT,
@@ -53,7 +52,7 @@ def find_stored_ensemble(bundle: Bundle, way: TaskStrategy, joined: str) -> Stor
         way: The family, template and strategy.
         joined: ``model``: the ensemble with the language model; ``baselines``: the ensemble of baselines only.
     """
-    folder = bundle.run or Path(bundle.folder)
+    folder = bundle.source_folder
     stored = [fusion for fusion in read_ensembles(folder).fusions if fusion.family == way.family]
     results = [fusion for fusion in stored if (fusion.arm == "baseline") == (joined == "baselines")]
     if joined == "model":

@@ -439,7 +439,7 @@ def parse_request_with_history(
 
 
 def with_history_note(request: RankRequest, *, known: bool) -> RankRequest:
-    """Add the user's stored history to a request, with a note on the length.
+    """Note the length of the user's stored history in a request, or that the user is unknown.
 
     Args:
         request: A request with a user, whose history was looked up.

@@ -336,15 +336,14 @@ class Loaded(Displayed):
                 measured = replace(measured, choice=choice)
             else:
                 bundle = bundles.read(self._options.model)
-                source = bundle.run or Path(bundle.folder)
                 reserved, measured = (
                     reserved_fraction(bundle),
-                    stored.without_reserved_users(stored.read_ensembles(source)),
+                    stored.without_reserved_users(stored.read_ensembles(bundle.source_folder)),
                 )
                 if bundle.weights:
                     link_model_files(Path(bundle.folder), draft)
                 else:
-                    shutil.copyfile(source / STORED_RECIPE_FILE, draft / STORED_RECIPE_FILE)
+                    shutil.copyfile(bundle.source_folder / STORED_RECIPE_FILE, draft / STORED_RECIPE_FILE)
             data = self._models.data
             rows = None if data is None else interactions_with_parts(data, reserved)
             write_model_data(draft, self._options.model, self._models.items, rows, measured)
@@ -475,7 +474,7 @@ class Loaded(Displayed):
 
     @cached_property
     def _profiles(self) -> Callable[[str], Profile] | None:
-        return None if self._given is not None else profile_lookup(self._options.model)
+        return None if self._given is not None else profile_lookup(self._options.model, lambda: self.known.users)
 
     @cached_property
     def _columns(self) -> EntityColumns:

@@ -376,7 +376,7 @@ def describe_default_model(folder: str, names: Sequence[str] = ()) -> str:
         names: See `open_models`.
     """
     bundle = bundles.read(folder)
-    default, choice = best_validated_model(bundle), stored.read_ensembles(_bundle_folder(bundle)).choice
+    default, choice = best_validated_model(bundle), stored.read_ensembles(bundle.source_folder).choice
     if names or default is None or choice is None or not choice.users:
         first = (names or default_model_names(bundle))[0]
         return f"the default is {_run_model_name(first) or first}"
@@ -388,14 +388,10 @@ def describe_default_model(folder: str, names: Sequence[str] = ()) -> str:
 
 def best_validated_model(bundle: Bundle) -> str | None:
     """Return the model that was best on the validation users; None if the language model is the default."""
-    choice = stored.read_ensembles(_bundle_folder(bundle)).choice
+    choice = stored.read_ensembles(bundle.source_folder).choice
     if choice is None or not _has_interactions(bundle):
         return None
     return stored.served_model_name(choice, _stored_ensembles(bundle), language_model_name(bundle))
-
-
-def _bundle_folder(bundle: Bundle) -> Path:
-    return bundle.run or Path(bundle.folder)
 
 
 def language_model_name(bundle: Bundle) -> str:
@@ -409,7 +405,7 @@ def _stored_ensembles(bundle: Bundle) -> dict[str, stored.StoredEnsemble]:
         return {}
     arm = TUNED if bundle.tuned else "zero-shot"
     return stored.ensembles_by_name(
-        stored.read_ensembles(_bundle_folder(bundle)).fusions, ranking_families_of(bundle), arm
+        stored.read_ensembles(bundle.source_folder).fusions, ranking_families_of(bundle), arm
     )
 
 

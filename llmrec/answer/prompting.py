@@ -18,7 +18,7 @@ from llmrec.answer.strategy import TWO_STEP, TaskStrategy, items_only_task
 from llmrec.backends.encode import Encoder, answer_pieces
 from llmrec.data.hashing import hash64
 from llmrec.data.requests import RankRequest
-from llmrec.errors import BackendError, DataError, LlmrecError, RecipeError
+from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.pipeline.bundle import Bundle
@@ -54,6 +54,7 @@ _SLICE_TOKENS = 1024
 # Maximum number of generated tokens: for a label, and for a label or number about one item with surrounding text.
 _LABEL_TOKENS, _VALUE_TOKENS = 4, 8
 _QUOTED_CHARACTERS = 200
+_INFINITE_SCORE = "the model returned a score that is not finite; try --dtype float32"
 # Prefix of the ids of items that the index lacks; catalogue ids never contain this character.
 _UNINDEXED_PREFIX = "\x1f"
 
@@ -381,19 +382,26 @@ def _longest_prompts(posed: TaskRequests, request: Request, encoder: Encoder) ->
     yield prompt, [len(encoder.continuation(prompt, text, closed=True)) for text in texts]
 
 
+def prompt_length_error(
+    prompt_tokens: int, answer_tokens: int, encoder: Encoder, fix: str = "shorten its texts"
+) -> str:
+    """Return an error message if a prompt with its longest answer is too long; otherwise an empty text."""
+    if prompt_tokens + answer_tokens <= encoder.max_length:
+        return ""
+    return (
+        f"the prompt has {prompt_tokens} tokens and its answer up to {answer_tokens}, together more than the maximum "
+        f"of {encoder.max_length}; {fix}, or raise --max-length"
+    )
+
+
 def _split_request(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
     """Split a request into slices for one forward pass each; scores do not depend on other candidates."""
     tails: list[int] = []
     for prompt, tails in _longest_prompts(posed, request, encoder):
         prefix_length = sum(len(encoder.piece(text)) for text in answer_pieces(prompt.answer_prefix))
         length = len(encoder.chat(prompt.messages)) + prefix_length
-        if length + max(tails) > encoder.max_length:
-            raise DataError(
-                f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the maximum "
-                f"of {encoder.max_length}; shorten its texts, give fewer candidates, or raise --max-length",
-                kind="too-large",
-                column="--max-length",
-            )
+        if error := prompt_length_error(length, max(tails), encoder, "shorten its texts, give fewer candidates"):
+            raise DataError(error, kind="too-large", column="--max-length")
     if not posed.way.by_title or sum(tails) <= _SLICE_TOKENS:
         return [request]
     slices: list[list[str]] = [[]]
@@ -421,7 +429,7 @@ def _add_answer(outcome: _Outcome, answer: Ranking | Unparsed) -> None:
 def _outcome_to_answer(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparsed:
     request_id = posed.originals[n].id
     if not outcome.failure and not all(math.isfinite(score) for score in outcome.scores.values()):
-        outcome.failure = "the model returned a score that is not finite; try --dtype float32"
+        outcome.failure = _INFINITE_SCORE
     if outcome.failure:
         return Unparsed(request_id=request_id, reason=outcome.failure, raw=outcome.raw, cost=outcome.cost)
     # Candidates that a generated list lacks are ranked last.
@@ -539,12 +547,7 @@ class CatalogueRanking:
             length = len(self._encoder.prompt(prompt))
         except LlmrecError as error:
             return str(error)
-        if length + self._longest > self._encoder.max_length:
-            return (
-                f"the prompt has {length} tokens and the longest answer {self._longest}, together more than the "
-                f"maximum of {self._encoder.max_length}; shorten its texts, or raise --max-length"
-            )
-        return ""
+        return prompt_length_error(length, self._longest, self._encoder)
 
 
 class _CatalogueTask:
@@ -570,8 +573,7 @@ class _CatalogueTask:
 def _checked_search_answer(request: RankRequest, answer: Answer) -> Ranking | Unparsed:
     assert isinstance(answer, Ranking)  # a search always has a result
     if not all(map(math.isfinite, answer.scores)):
-        reason = "the model returned a score that is not finite; try --dtype float32"
-        return Unparsed(request_id=request.id, reason=reason, cost=answer.cost)
+        return Unparsed(request_id=request.id, reason=_INFINITE_SCORE, cost=answer.cost)
     return replace(answer, request_id=request.id)
 
 
@@ -602,11 +604,14 @@ def answer_item_questions(
             continue
         ready[n] = _item_request(request)
         try:
-            _check_prompt_length(
-                posed.task.prompt(ready[n], template=way.template), way, posed.task.strategy_options, encoder
-            )
+            length = len(encoder.prompt(posed.task.prompt(ready[n], template=way.template)))
         except LlmrecError as error:
             failures[n] = str(error)
+            continue
+        if too_long := prompt_length_error(
+            length, posed.task.strategy_options.get("max_tokens", _VALUE_TOKENS), encoder
+        ):
+            failures[n] = too_long
     valid = [n for n in ready if n not in failures]
     options = {**posed.task.strategy_options, **strategy_eval_options(way.strategy, way.asking)}
     asker = Prompting(backend=backend, task=posed.task, template=way.template)
@@ -637,16 +642,3 @@ def answer_value(answer: Answer) -> float | str | None:
     if isinstance(answer, Rating | Probability):
         return answer.value
     return answer.text if isinstance(answer, Text) else None
-
-
-def _check_prompt_length(prompt: Prompt, way: TaskStrategy, options: Mapping[str, int], encoder: Encoder) -> None:
-    """Reject a prompt that leaves no room for the answer."""
-    room = options.get("max_tokens", _VALUE_TOKENS)
-    length = len(encoder.prompt(prompt))
-    if length + room > encoder.max_length:
-        raise RecipeError(
-            f"the prompt has {length} tokens and its answer up to {room}, together more than the maximum of "
-            f"{encoder.max_length}; shorten its texts, or raise --max-length",
-            kind="too-large",
-            column="--max-length",
-        )

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmrec.answer.prompting import NO_USER
+from llmrec.answer.prompting import NO_USER, prompt_length_error
 from llmrec.answer.recommender import Reasons
 from llmrec.answer.strategy import TWO_STEP, TaskStrategy, items_only_data
 from llmrec.backends.encode import Encoder
 from llmrec.data.knowledge import FACTS_FIELD, resolve_citations
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
+from llmrec.guard import clean
 from llmrec.pipeline.bundle import Bundle
-from llmrec.prompts.template import Template, clean, load_templates
+from llmrec.prompts.template import Template, load_templates
 from llmrec.strategies.asking import cost_of
 from llmrec.tasks.base import DataView
 from llmrec.types import Answer, Backend, Event, Item, Prompt, Ranking
@@ -116,15 +117,8 @@ class Explainer:
         values = view.user(request.user_id or NO_USER, {**request.context, "profile": profile}) | view.about("item")
         values["history"] = view.events([Event(item_id=f"history/{position}") for position in range(len(past))])
         prompt = Prompt(messages=self.template.turns(values))
-        length = len(self._encoder.prompt(prompt))
-        if length + RATIONALE_TOKENS > self._encoder.max_length:
-            raise RecipeError(
-                f"the prompt has {length} tokens, which leaves less than {RATIONALE_TOKENS} of "
-                f"{self._encoder.max_length} for "
-                "the answer; raise --max-length",
-                kind="too-large",
-                column="--max-length",
-            )
+        if error := prompt_length_error(len(self._encoder.prompt(prompt)), RATIONALE_TOKENS, self._encoder):
+            raise RecipeError(error, kind="too-large", column="--max-length")
         return prompt
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from llmrec.backends.encode import Encoder
 from llmrec.decode.beam import TreeEngine, beam_search
-from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import BackendError
+from llmrec.models.batching import group_by_length
 from llmrec.progress import count_answers
 from llmrec.types import Prompt, SearchResult
 
@@ -48,7 +48,10 @@ def search(
     value = [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
-        for rows in _group_by_length(chosen, encoded, catalogue, max(k, width), batch_tokens):
+        behind = min(max(k, width), len(catalogue)) * catalogue.depth
+        lengths = [len(encoded[n]) + behind for n in chosen]
+        for indices in group_by_length(lengths, batch_tokens, longest_first=True):
+            rows = [chosen[index] for index in indices]
             out = [excluded[n] for n in rows] if excluded else ()
             batch = [encoded[n] for n in rows]
             results = beam_search(reader, catalogue, batch, k=k, width=width, excluded=out, exact=exact)
@@ -56,20 +59,6 @@ def search(
                 value[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
             count_answers(len(rows))
     return value
-
-
-def _group_by_length(
-    chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: TokenTrie, width: int, limit: int
-) -> list[list[int]]:
-    """Group requests of similar length, longest first, into batches of at most ``limit`` tokens."""
-    behind = min(width, len(catalogue)) * catalogue.depth
-    batches: list[list[int]] = []
-    for n in sorted(chosen, key=lambda n: (-len(encoded[n]), n)):
-        if batches and (len(batches[-1]) + 1) * (len(encoded[batches[-1][0]]) + behind) <= limit:
-            batches[-1].append(n)
-        else:
-            batches.append([n])
-    return batches
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Matrix factorisation of ratings with biases, by alternating least squares or gradient descent.
 
 The bias of an unknown item is 0, that of an unknown user is computed from the ratings in the request's history. The
-model's errors on the latest ratings of the history are added with decaying weights (`rated.rate_lately`), and every
-prediction is clipped to the rating scale.
+model's errors on the latest ratings of the history are added with decaying weights (`rated.rate_with_recency`), and
+every prediction is clipped to the rating scale.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -200,6 +200,10 @@ _SCORING_BATCH = 512
 _EARLY_STOPPING_CASES = 10_000
 
 
+SoftmaxLoss = Callable[[Any, Any, Any], tuple[float, Any, Any]]
+"""Returns the mean loss and its gradients, for vectors, the table of items, and targets; see `full_softmax_loss`."""
+
+
 class NeuralConfig(Section):
     """Parameters of training, and the maximum sequence length."""
 
@@ -376,12 +380,18 @@ class SequenceNetwork(ScoredBaseline[N, TrainedNetwork]):
             torch.manual_seed(seed)
             network = self._built(count).to(config.torch_device)
             model = TrainedNetwork(self, warm, network)
-            full_loss = partial(full_softmax_loss, half=config.half)
-            loss = full_loss if config.negatives is None else _SampledSoftmaxLoss(warm, config.negatives, seed)
+            loss: SoftmaxLoss = partial(full_softmax_loss, half=config.half)
+            if config.negatives is not None:
+                loss = _SampledSoftmaxLoss(warm, config.negatives, seed)
             rng = np.random.default_rng(seed)
 
+            def forward(items: Any, rows: Any) -> tuple[Any, Any]:
+                table = self._item_vectors(network)
+                return self._encode(network, items)[rows], table
+
             def learn(optimiser: Optimizer) -> float:
-                return self._epoch(network, training_batches(sequences, config.batch, rng), optimiser, loss)
+                batches = training_batches(sequences, config.batch, rng)
+                return train_softmax_epoch(network, batches, optimiser, forward, loss)
 
             epochs = train_ranker_with_early_stopping(
                 model, cases, config, learn, param_groups=self._param_groups(network)
@@ -443,24 +453,39 @@ class SequenceNetwork(ScoredBaseline[N, TrainedNetwork]):
             network["profiles"] = self._profiles.build(network["table"].embedding_dim)
         return network
 
-    def _epoch(
-        self, network: torch.nn.Module, batches: Iterator[SequenceBatch], optimiser: Optimizer, loss: Any
-    ) -> float:
-        torch = require("torch", "baselines")
-        network.train()
-        total, count = 0.0, 0
-        for batch in batches:
-            optimiser.zero_grad(set_to_none=True)
-            table = self._item_vectors(network)
-            targets, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
-            rows = targets >= 0
-            vectors = self._encode(network, items)[rows]
-            with torch.no_grad():
-                value, vector_grad, table_grad = loss(vectors.detach(), table.detach(), targets[rows])
-            torch.autograd.backward([vectors, table], [vector_grad, table_grad])
-            optimiser.step()
-            total, count = total + value * len(vectors), count + len(vectors)
-        return total / max(1, count)
+
+def train_softmax_epoch(
+    network: torch.nn.Module,
+    batches: Iterable[SequenceBatch],
+    optimiser: Optimizer,
+    forward: Callable[[Any, Any], tuple[Any, Any]],
+    loss: SoftmaxLoss,
+) -> float:
+    """Train for one epoch with a softmax over items, and return the mean loss.
+
+    Args:
+        network: The network to train.
+        batches: The training batches.
+        optimiser: The optimiser of its parameters.
+        forward: Returns, for items (b, t) and a mask of those with a target, one vector per target and the table of
+            item vectors.
+        loss: The loss of the vectors.
+    """
+    torch = require("torch", "baselines")
+    network.train()
+    device = next(network.parameters()).device
+    total, count = 0.0, 0
+    for batch in batches:
+        optimiser.zero_grad(set_to_none=True)
+        targets, items = (torch.from_numpy(item).to(device) for item in (batch.targets, batch.items))
+        rows = targets >= 0
+        vectors, table = forward(items, rows)
+        with torch.no_grad():
+            value, vector_grad, table_grad = loss(vectors.detach(), table.detach(), targets[rows])
+        torch.autograd.backward([vectors, table], [vector_grad, table_grad])
+        optimiser.step()
+        total, count = total + value * len(vectors), count + len(vectors)
+    return total / max(1, count)
 
 
 def early_stopping_cases(data: SplitDataset, config: TrainingSettings, most: int) -> Sequence[Case]:

@@ -23,7 +23,8 @@ from llmrec.baselines.transitions import (
 )
 from llmrec.baselines.validation import mean_ndcgs
 from llmrec.errors import require
-from llmrec.models.text_encoder import TunedEncoder, check_encoder_split, find_encoder, group_by_length
+from llmrec.models.batching import group_by_length
+from llmrec.models.text_encoder import BATCH_TOKENS, TunedEncoder, check_encoder_split, find_encoder
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
 
@@ -261,7 +262,7 @@ class PairEpoch:
 def _encode_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
     """Encode texts in groups of similar length, with gradients; returns vectors of shape (n, d)."""
     torch = require("torch", "train")
-    groups = group_by_length([encoder.length(int(row)) for row in rows])
+    groups = group_by_length([encoder.length(int(row)) for row in rows], BATCH_TOKENS, longest_first=True)
     order = torch.tensor([position for group in groups for position in group])
     result = torch.cat([encoder([int(rows[position]) for position in group]) for group in groups])
     return result[torch.argsort(order)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmrec.baselines.item_texts import PrincipalAxes
+from llmrec.baselines.item_texts import PrincipalAxes, normalise_vectors
 from llmrec.data.described import check_feature_leaks, cyclic_permutation
 from llmrec.data.features import FeatureKind, FeatureStore, Pair
 from llmrec.errors import DataError, require
@@ -80,9 +80,7 @@ class FeatureTable:
         result = (vectors - self.centre) @ self.whitening
         # A vector equal to the mean leaves a rounding error without a meaningful direction.
         result[~known] = 0
-        lengths = np.linalg.norm(result, axis=1, keepdims=True)
-        normalised = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 0)
-        return np.asarray(normalised, dtype=np.float32)
+        return normalise_vectors(result).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class UserItemBias(Baseline[UserItemBiasConfig, _RatingLevels]):
 
     The biases minimise the squared error on the training ratings plus ``user_penalty * sum(b_user**2)`` and
     ``item_penalty * sum(b_item**2)``. Alternating the closed-form solutions for users and items converges to the unique
-    minimum. `rated.rate_lately` computes the correction from the latest ratings of the history.
+    minimum. `rated.rate_with_recency` computes the correction from the latest ratings of the history.
     """
 
     name = "user-item-bias"

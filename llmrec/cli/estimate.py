@@ -208,13 +208,11 @@ _SAMPLE_SIZE = 24
 # Block size of the prefix caches of engines, in tokens.
 _BLOCK_TOKENS = 16
 # Answer tokens by strategy; other strategies count one token.
-_ONE_TOKEN = 1
 _ANSWER_TOKENS = {
     "likelihood": 0,
     "likelihood-prior": 0,
     "search": 0,
     "head": 0,
-    "expected": 1,
     "parsed": 3,
     "yes-no": 2,
     "parsed-yes-no": 3,
@@ -328,7 +326,7 @@ def _request_work(
         continued = sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
     if strategy == "search":
         continued = section.beams * len(encoder.piece(task.continuations(request, template=template)[0]))
-    written = _ANSWER_TOKENS.get(strategy, _ONE_TOKEN)
+    written = _ANSWER_TOKENS.get(strategy, 1)
     return TokenWork(len(ids) + continued, seen.new(ids) + continued, continued, written)
 
 

@@ -18,13 +18,12 @@ from llmrec.backends.encode import Encoder
 from llmrec.cli.console import say, show_prompts, store_facts
 from llmrec.cli.options import RecipeOptions
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
-from llmrec.models.load import resolve_model_folder
-from llmrec.pipeline.bundle import FILE
+from llmrec.models.load import BUNDLE_FILE, resolve_model_folder
 from llmrec.pipeline.row_specs import RowSpec, specs_for_arm
 from llmrec.pipeline.study import Study, build_study, build_task, encoder_of
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import ENGLISH
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import YAML_SUFFIXES, load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.strategies.counting import count_prompts
 from llmrec.tasks.task import Want
@@ -35,9 +34,6 @@ WIDTH = 80
 SHOWN_PROMPTS = 3
 """Number of prompts shown per task."""
 _PARSER = Environment(autoescape=True)  # only parses; the template was validated when it was loaded
-
-
-_FILE_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +167,7 @@ def add_template_files(recipe: Recipe, names: Sequence[str], folder: Path) -> tu
     """
     known, result = [Path(entry).resolve() for entry in recipe.prompts], list[str]()
     for name in names:
-        if not name.lower().endswith(_FILE_SUFFIXES):
+        if not name.lower().endswith(YAML_SUFFIXES):
             result.append(name)
             continue
         file = next((entry for entry in (Path(name).expanduser(), folder / name) if entry.is_file()), None)
@@ -486,11 +482,11 @@ def read_stored_template(folder: Path, template: Template) -> Template:
     Raises:
         RecipeError: If the folder has no record of it.
     """
-    files = [file for file in (folder / "merged" / FILE, folder / FILE) if file.is_file()]
+    files = [file for file in (folder / "merged" / BUNDLE_FILE, folder / BUNDLE_FILE) if file.is_file()]
     if not files:
         raise RecipeError(
-            f"{folder} has no {FILE}, which records the templates used in training; give a run folder with finished "
-            "training, or an exported folder",
+            f"{folder} has no {BUNDLE_FILE}, which records the templates used in training; give a run folder with "
+            "finished training, or an exported folder",
             kind="missing-file",
             at=folder,
         )

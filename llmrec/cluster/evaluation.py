@@ -18,7 +18,7 @@ from llmrec.pipeline.resume import RUN_FILES, lock_folder
 from llmrec.pipeline.run import ANSWERS, Run, Session, StoredTraining, open_session, run
 from llmrec.pipeline.shards import SHARD_FILE, finish_shard, reusable_shard, shard_folder, verify_shards
 from llmrec.pipeline.study import resolve_run_folder
-from llmrec.recipe.load import STORED_RECIPE_FILE, as_recipe, load_stored_recipe
+from llmrec.recipe.load import STORED_RECIPE_FILE, load_stored_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.terminal import set_command_folder
@@ -30,7 +30,7 @@ _TEMPORARY_FILES = ("base", "base.json", "candidates", "index", "data")
 
 
 def evaluate_shard(
-    recipe: Recipe | str | Path,
+    recipe: Recipe,
     out: Path | None,
     shard: Shard,
     *,
@@ -40,7 +40,7 @@ def evaluate_shard(
     """Evaluate the language models of a recipe on one shard of the cases, in a folder next to the run folder.
 
     Args:
-        recipe: See `llmrec.pipeline.run.run`.
+        recipe: The complete recipe.
         out: The run folder, with the fine-tuned model if the recipe evaluates one; ``runs/<name>`` by default.
         shard: The shard: complete batches of the cases of each row.
         quiet: Show no progress bars.
@@ -52,7 +52,6 @@ def evaluate_shard(
     Raises:
         LlmrecError: If the recipe has no language model, its fine-tuned model is missing, or an engine fails.
     """
-    recipe = as_recipe(recipe)
     home = resolve_run_folder(recipe, out)
     check_language_model(recipe)
     folder = shard_folder(home, shard)

@@ -111,21 +111,21 @@ def check_column_settings(section: DataSection, source: str, *keys: str) -> None
 
 def build_provenance(
     source: str,
-    files: Iterable[DataFile | None],
+    files: Iterable[DataFile | Table | None],
     *,
     rows: int | str,
     licence: str,
-    published: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the provenance of data that were read from files; see `Dataset`.
 
     Args:
         source: Name of the source.
-        files: The files; None for one that does not exist.
+        files: The files or tables; None for one that does not exist.
         rows: Number of interactions.
         licence: Terms of the data.
-        published: Entries about published sizes.
+        more: Further entries.
         notes: What users need to know about results.
     """
     read = [member for member in files if member is not None]
@@ -136,7 +136,7 @@ def build_provenance(
         "rows": str(rows),
         "made": "no",
         "licence": licence,
-        **(published or {}),
+        **(more or {}),
         **({"notes": "; ".join(notes)} if notes else {}),
     }
 
@@ -388,16 +388,21 @@ def _entity_table(section: DataSection, listed: Table, kind: Literal["item", "us
     )
     column = find_column(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
     keys = id_column(listed, column)
-    again = (~keys.is_first_distinct()).arg_true()
-    if again.len() and section.duplicates == "error":
+    if section.duplicates == "error":
+        fix = "drop the repeats, or set data.duplicates=keep_last to keep the last of each"
+        _check_unique_ids(listed, column, keys, kind, fix)
+    return _EntityTable(listed, keys, True, section.duplicates == "keep_first")
+
+
+def _check_unique_ids(table: Table, column: str, ids: pl.Series, kind: str, fix: str) -> None:
+    again = (~ids.is_first_distinct()).arg_true()
+    if again.len():
         raise DataError.at(
-            listed.where(again[0]),
+            table.where(again[0]),
             "duplicate",
-            f" repeats {kind} {format_value(keys[again[0]])} ({again.len()} such rows); "
-            "drop the repeats, or set data.duplicates=keep_last to keep the last of each",
+            f" repeats {kind} {format_value(ids[again[0]])} ({again.len()} such rows); {fix}",
             column,
         )
-    return _EntityTable(listed, keys, True, section.duplicates == "keep_first")
 
 
 def _table_with_column(listings: list[_EntityTable], column: str, setting: str) -> _EntityTable:
@@ -492,14 +497,7 @@ def read_items(path: Path) -> dict[str, Item]:
                 name,
             )
     item_ids = id_column(table, "item_id")
-    again = (~item_ids.is_first_distinct()).arg_true()
-    if again.len():
-        raise DataError.at(
-            table.where(again[0]),
-            "duplicate",
-            f" repeats item {format_value(item_ids[again[0]])} ({again.len()} such rows); keep one of each",
-            "item_id",
-        )
+    _check_unique_ids(table, "item_id", item_ids, "item", "keep one of each")
     fields = {name: text_column(table, name).to_list() for name in columns if name not in ("item_id", "title")}
     return {
         item: Item(item_id=item, title=title, fields={name: values[row] for name, values in fields.items()})

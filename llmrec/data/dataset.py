@@ -185,17 +185,14 @@ class Dataset(Displayed):
         """Return the dataset with only these interactions and their users and items."""
         kept_items = set(interactions["item_id"].unique())
         kept_users = set(interactions["user_id"].unique())
+        kept_pairs = set(interactions.select("user_id", "item_id").iter_rows()) if self.reviews else set()
         return replace(
             self,
             interactions=interactions,
             items={item_id: item for item_id, item in self.items.items() if item_id in kept_items},
             users={user_id: fields for user_id, fields in self.users.items() if user_id in kept_users},
-            reviews=self._reviews_of(interactions) if self.reviews else {},
+            reviews={pair: review for pair, review in self.reviews.items() if pair in kept_pairs},
         )
-
-    def _reviews_of(self, interactions: pl.DataFrame) -> Mapping[tuple[str, str], Review]:
-        kept = set(interactions.select("user_id", "item_id").iter_rows())
-        return {pair: review for pair, review in self.reviews.items() if pair in kept}
 
     def _review_hashes(self) -> list[str]:
         """Return a hash over the reviews, and the derived data; empty without reviews."""

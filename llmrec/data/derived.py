@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from llmrec.data.dataset import Dataset, Review
 
+log = single_warning_logger(__name__)
+
 
 # --------------------------------------------------------------------------- keyphrases
 
@@ -39,15 +41,16 @@ if TYPE_CHECKING:
 # its terms and its frequency. There is no training and no corpus, so the phrases of a text depend only on that text.
 
 
-KEYPHRASE_VERSION = 1
-"""Version of the keyphrase extraction; part of the cache key."""
-
+# Part of the cache key.
+_KEYPHRASE_VERSION = 1
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 # Phrases do not cross these characters.
 _PHRASE_BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
 _TERM = re.compile(r"\w+(?:['’&-]\w+)*")
 # Maximum words per phrase, maximum phrases, and the share of equal letters from which two phrases count as the same.
 _MAX_WORDS, _MAX_PHRASES, _SIMILARITY = 2, 10, 0.9
+# Longer texts are truncated to this length.
+_MAX_TEXT_LENGTH = 4000
 # Shorter terms, and numbers, are not part of any phrase.
 _MIN_TERM_LENGTH = 3
 _FUNCTION_WORDS = (
@@ -288,15 +291,9 @@ def _pseudonym(number: int) -> str:
     return "".join(parts[:3]) + " " + "".join(parts[3:])
 
 
-log = single_warning_logger(__name__)
-
-# Longer texts are truncated to this length.
-_MAX_TEXT_LENGTH = 4000
-
-
 def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the keyphrases of each text in lower case, best first: at most 10, of one or two words."""
-    settings = f"keyphrases {KEYPHRASE_VERSION} {_MAX_WORDS} {_MAX_PHRASES} {_SIMILARITY} {_MAX_TEXT_LENGTH}"
+    settings = f"keyphrases {_KEYPHRASE_VERSION} {_MAX_WORDS} {_MAX_PHRASES} {_SIMILARITY} {_MAX_TEXT_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
         results = [tuple(map(str, phrases)) for phrases in json.loads(path.read_text(encoding="utf-8"))]

@@ -206,9 +206,7 @@ class FeatureStore:
                 root, "missing-file", " has no features; create them with llmrec augment, or correct the path"
             ) from error
         except (OSError, ValueError) as error:
-            raise DataError.at(
-                root, "damaged", (f" is not a feature store ({error}); create the store again")
-            ) from error
+            raise DataError.at(root, "damaged", f" is not a feature store ({error}); create the store again") from error
         if meta.get("format") != _FORMAT:
             raise DataError.at(
                 root,
@@ -226,7 +224,7 @@ class FeatureStore:
             table, rows = store._tables[kind], meta["kinds"][kind]["rows"]
             if len(table.ids) != rows or len(table.vectors) != rows:
                 raise DataError.at(
-                    root, "damaged", (f" lacks some of its {rows} {PLURALS[kind]}; create the store again")
+                    root, "damaged", f" lacks some of its {rows} {PLURALS[kind]}; create the store again"
                 )
             made_from = store.provenance(kind).split
             if split is not None and made_from and made_from != split:
@@ -240,7 +238,7 @@ class FeatureStore:
 
     @property
     def kinds(self) -> tuple[FeatureKind, ...]:
-        """Whether the store has features of users, items or both."""
+        """The kinds of which the store has features."""
         return tuple(kind for kind in KINDS if kind in self._tables)
 
     def provenance(self, kind: FeatureKind) -> Provenance:
@@ -279,7 +277,10 @@ class FeatureStore:
             DataError: If the store has no features of this kind.
         """
         if kind not in self._tables:
-            raise DataError.at(self.folder, "missing-value", f" has no features of {kind}s; it has {self.kinds}")
+            had = " and ".join(PLURALS[each] for each in self.kinds)
+            raise DataError.at(
+                self.folder, "missing-value", f" has no features of {PLURALS[kind]}; it has those of {had}"
+            )
         table = self._tables[kind]
         if not ids or not len(table.ids):
             return np.tile(table.fallback.astype(np.float32), (len(ids), 1)), np.zeros(len(ids), dtype=bool)
@@ -298,11 +299,8 @@ class FeatureStore:
     def texts(self, kind: FeatureKind, ids: Iterable[str]) -> dict[str, str]:
         """Return the texts of these ids; ids without a text are left out."""
         with closing(self._database()) as base:
-            result = (
-                base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, name)).fetchone()
-                for name in ids
-            )
-            return {name: row[0] for name, row in zip(ids, result, strict=False) if row is not None}
+            query = "SELECT text FROM texts WHERE kind = ? AND id = ?"
+            return {name: row[0] for name in ids if (row := base.execute(query, (kind, name)).fetchone()) is not None}
 
     @property
     def dtype(self) -> Literal["float32", "float16"]:

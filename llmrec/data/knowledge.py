@@ -113,7 +113,7 @@ class Documents:
         repeated = {name for name, times in Counter(names).items() if times > 1 and name}
         if repeated and not by_title:
             raise DataError.at(
-                table.name, "duplicate", (f": {min(repeated)!r} has several documents; join them into one"), key
+                table.name, "duplicate", f": {min(repeated)!r} has several documents; join them into one", key
             )
         return Documents(
             tuple(names),
@@ -146,16 +146,12 @@ class Documents:
             return self._index.get(item.item_id)
         if (same := self._index.get(item.title)) is not None:
             return same
-        best = int(np.argmax(self._document_weights.scores(item.title))) if self.names else 0
-        title_words, name_words = (
-            set(_lowercase_words(item.title)),
-            set(_lowercase_words(self.names[best])) if self.names else set(),
-        )
-        searched = (
-            name_words | set(_lowercase_words(self.written[best]))
-            if self.names and len(title_words) > 1
-            else name_words
-        )
+        if not self.names:
+            return None
+        best = int(np.argmax(self._document_weights.scores(item.title)))
+        title_words, searched = set(_lowercase_words(item.title)), set(_lowercase_words(self.names[best]))
+        if len(title_words) > 1:
+            searched |= set(_lowercase_words(self.written[best]))
         return best if title_words and title_words <= searched else None
 
     def passages(self, document: int, question: str, tokens: int) -> list[str]:

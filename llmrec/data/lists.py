@@ -412,7 +412,7 @@ def _open_source(
         raw, sha256 = read_bytes(path)
         return _parse_trec(name, decode_file(name, raw), columns, sha256)
     if ending in PARQUET:
-        with open_parquet_file(name, read_bytes(path, text=False)[0]) as file:
+        with open_parquet_file(name, read_bytes(path)[0]) as file:
             return _open_arrow_table(name, file.read(), names)
     if ending in JSON_LINES:
         rows = parse_json_records(name, read_bytes(path)[0])

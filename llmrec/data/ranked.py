@@ -247,7 +247,7 @@ def write_lists(path: Path, records: Iterable[RankingRecord], form: Form, tag: s
     rows = (
         (record_key(record), item, index, score)
         for record in records
-        for index, (item, score) in enumerate(_scored_items(record), start=1)
+        for index, (item, score) in enumerate(zip(record.items, record.scores, strict=True), start=1)
     )
     packed = path.suffix.lower() == ".gz"
     with replace_atomically(path) as draft:
@@ -282,10 +282,6 @@ def to_arrow_table(records: Iterable[RankingRecord]) -> pa.Table:
 def record_key(record: RankingRecord) -> str:
     """Return the id of a record in formats with one id: the user, or else the request."""
     return record.user_id or record.request_id or str(record.line)
-
-
-def _scored_items(record: RankingRecord) -> Iterable[tuple[str, float]]:
-    return zip(record.items, record.scores, strict=True)
 
 
 def _write_item_rows(

@@ -7,7 +7,8 @@ timestamps, file order is time order.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, overload
@@ -422,6 +423,17 @@ def scale_of(data: SplitDataset) -> tuple[float, float]:
             column="rating",
         )
     return float(values.min()), float(values.max())
+
+
+MAX_RATING_STEPS = 101
+"""The maximum number of steps of a rating scale."""
+
+
+def rating_steps(low: float, high: float, ratings: Iterable[float]) -> tuple[float, int, int]:
+    """Return the step of a rating scale, 1 or 0.5, and the lowest and highest rating in steps."""
+    integral = all(float(value).is_integer() for value in (*ratings, low, high))
+    step = 1.0 if integral or high - low > MAX_RATING_STEPS // 2 else 0.5
+    return step, math.floor(low / step), math.ceil(high / step)
 
 
 ReviewPart = Literal["sentence", "headline"]

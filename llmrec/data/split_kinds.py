@@ -306,7 +306,7 @@ def _given(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -
     valid, test = named(given.valid - given.test), named(given.test)
     if not len(valid) and not len(test):
         raise DataError.at(
-            dataset.name, "too-few", (": the filter removes all held-out pairs; relax the filter"), "data.filter"
+            dataset.name, "too-few", ": the filter removes all held-out pairs; relax the filter", "data.filter"
         )
     history_only = np.zeros(len(rows.names), dtype=bool)
     known = SortedNames(rows.names)

@@ -460,7 +460,7 @@ def _candidate_sets(requests: Sequence[Request], answers: Sequence[Sequence[Answ
 def _fill_unscored(scores: NDArray[np.float64], unscored: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
     """Return the scores of a member, shape (m,); items that it cannot score get its lowest score."""
     known = scores[~unscored]
-    if not unscored.any() or not len(known):
+    if not len(known):
         return scores
     return np.where(unscored, known.min() if weight >= 0 else known.max(), scores)
 

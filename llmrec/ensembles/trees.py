@@ -19,8 +19,8 @@ from llmrec.errors import ModelError, require
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Objective = Literal["lambdarank", "binary", "regression"]
-"""For rankings LambdaRank (Burges, MSR-TR-2010-82) or cross-entropy, for yes/no cross-entropy, for ratings squares."""
+Objective = Literal["lambdarank", "binary"]
+"""For rankings LambdaRank (Burges, MSR-TR-2010-82) or cross-entropy, for yes/no cross-entropy."""
 
 TREE_COUNTS = (5, 10, 20, 30, 40, 60, 80, 100, 125, 150)
 """Numbers of trees to try."""
@@ -281,7 +281,7 @@ def fit_trees(
 
     Args:
         features: One row per candidate, shape (n, f).
-        labels: 1 for the target and 0 for others, or ratings, shape (n,).
+        labels: 1 for the target and 0 for others, shape (n,).
         sizes: Number of candidates of each request, in sequence.
         setting: The objective and the number of trees.
 

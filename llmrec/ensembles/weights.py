@@ -461,9 +461,9 @@ def tune_ranker(cells: CandidateScores, folds: NDArray[np.int64]) -> tuple[TreeS
     return trees.cross_fit_settings(("lambdarank", "binary"), fit_to, features, cells.rows, folds, cells.ndcg)
 
 
-def parse_tree_setting(form: EnsembleTrial | None) -> TreeSetting | None:
+def parse_tree_setting(form: EnsembleTrial) -> TreeSetting | None:
     """Return the hyperparameters of trees from their stored name; None for other types of ensemble."""
-    if form is None or form.form != "ranker":
+    if form.form != "ranker":
         return None
     objective, _, rounds = form.name.partition(", ")
     return TreeSetting(objective, int(rounds.removesuffix(" trees")))  # type: ignore[arg-type]

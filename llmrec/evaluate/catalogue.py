@@ -16,7 +16,7 @@ import numpy as np
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol, compute_metrics
-from llmrec.evaluate.lists import CatalogueLists, list_figures
+from llmrec.evaluate.lists import list_figures
 from llmrec.evaluate.predictor import EvaluationResult, prediction_record, target_rank_columns
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.results import Cost, ModelResults, Prediction
@@ -310,7 +310,7 @@ def _evaluate_ranks(
     )
     metrics, values = taken.metrics | more.metrics, taken.values
     if background is not None:
-        listed = list_figures(CatalogueLists(standings.lists, items, seen), cases, protocol, background)
+        listed = list_figures(standings.lists, items, cases, protocol, background, seen=seen)
         metrics, values = metrics | listed.metrics, values | listed.values
     figures = ModelResults(
         n=len(cases),

@@ -72,43 +72,45 @@ class ListMetricData:
         return ListMetricData(items, counts, int(data.train["user_id"].n_unique()), words, field)
 
 
-@dataclass(frozen=True, slots=True)
-class CatalogueLists:
-    """The ranked lists of one model.
-
-    Attributes:
-        numbers: Item indices, best first, padded with -1, shape (n, k).
-        items: The item of each index.
-        seen: Whether lists may contain items of the history, ``excluded`` or ``included``.
-    """
-
-    numbers: NDArray[np.int32]
-    items: Sequence[str]
-    seen: str
-
-
 def list_figures(
-    lists: CatalogueLists, cases: Sequence[Case], protocol: EvalProtocol, background: ListMetricData
+    lists: NDArray[np.int32],
+    items: Sequence[str],
+    cases: Sequence[Case],
+    protocol: EvalProtocol,
+    background: ListMetricData,
+    *,
+    seen: str,
 ) -> Measurements:
     """Return the list metrics of a model at cut-off 10, or at the largest cut-off.
 
     Coverage, Gini and ColdItems are computed over all lists together; they have no interval, since a resample has fewer
     different lists. Cold-start metrics require a catalogue with cold-start items. Serendipity uses training popularity
     as the expected list.
+
+    Args:
+        lists: Item indices, best first, padded with -1, shape (n, k).
+        items: The item of each index.
+        cases: The requests.
+        protocol: The cut-offs.
+        background: Training data of the same catalogue.
+        seen: Whether lists may contain items of the history, ``excluded`` or ``included``.
+
+    Raises:
+        LlmrecError: If the training data are of another catalogue.
     """
-    if tuple(lists.items) != background.items:
+    if tuple(items) != background.items:
         raise LlmrecError(
             "list metrics need counts of the same catalogue in the same order; compute them from the same split",
             kind="mismatch",
         )
-    k = min(_DEFAULT_CUTOFF if _DEFAULT_CUTOFF in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
+    k = min(_DEFAULT_CUTOFF if _DEFAULT_CUTOFF in protocol.cutoffs else max(protocol.cutoffs), lists.shape[1])
     index = {item: position for position, item in enumerate(background.items)}
     held = [_known_indices([event.item_id for event in case.request.history], index) for case in cases]
     users = [case.request.user_id for case in cases]
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
-    hidden = held if lists.seen == "excluded" else [held[0][:0]] * len(held)
+    hidden = held if seen == "excluded" else [held[0][:0]] * len(held)
     inputs = {
-        "lists": lists.numbers,
+        "lists": lists,
         "items": len(background.items),
         "counts": background.counts,
         "users": background.users,
@@ -119,7 +121,7 @@ def list_figures(
         "histories": held,
         "owners": users,
     }
-    return compute_metrics("lists", inputs, users, protocol, cutoffs=(k,), seen=lists.seen)
+    return compute_metrics("lists", inputs, users, protocol, cutoffs=(k,), seen=seen)
 
 
 def cold_target_figures(

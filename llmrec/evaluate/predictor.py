@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from llmrec.evaluate.figures import EvalProtocol, Measurements, compute_metrics
 from llmrec.metrics import explained, probability
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import text as text_metrics
-from llmrec.records import Reliability
 from llmrec.registry import compared_metrics
 from llmrec.results import Cost, Failure, ModelResults, Prediction, Rates
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
@@ -123,9 +122,9 @@ def _measure_texts(
     taken = compute_metrics("text", inputs, users, protocol)
     if background is None:
         return taken
-    copies, in_truth = explained.copy_indicators(written, background), explained.copy_indicators(truth, background)
+    copies, in_truth = (explained.detect_copies(texts, background.texts) for texts in (written, truth))
     # Short texts recur naturally, so the copy rate of the true texts is given for comparison.
-    columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (in_truth == 1).tolist()}
+    columns: dict[str, Sequence[object]] = {"copied": copies.tolist(), "truth_copied": in_truth.tolist()}
     if features is None or named is None:
         return replace(taken, rates=Rates(truth_copy_rate=float(in_truth.mean())), columns=columns)
     truth_named = explained.count_mentioned_features(truth, users, items, features)
@@ -172,7 +171,7 @@ def _measure_probabilities(
     # Metrics that are not means are compared by probabilities, with a minus sign where the true answer is no.
     signed = np.copysign(probabilities, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
-    bins = tuple(Reliability(**asdict(item)) for item in probability.reliability_curve(probabilities, truth))
+    bins = probability.reliability_curve(probabilities, truth)
     _, groups, sizes = np.unique(probabilities, return_inverse=True, return_counts=True)
     rates = Rates(users_left_out=probability.gauc(probabilities, truth, users).left_out, reliability=bins)
     ties = float((sizes[groups] > 1).mean())

@@ -150,7 +150,7 @@ def list_evaluation_settings(
         what = (
             f"choose from {', '.join(how.names)}"
             if several
-            else ("it is only for two files of lists; give a second file")
+            else "it is only for two files of lists; give a second file"
         )
         raise RecipeError(
             f"planned: {planned!r} cannot be tested{did_you_mean(planned, how.names) if several else ''}; {what}",

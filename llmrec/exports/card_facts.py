@@ -370,7 +370,7 @@ def _data_facts(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
             for s in sections
         )
     result = []
-    for section, data in zip(sections, filter(None, (study.data, study.reviews)), strict=True):
+    for section, data in zip(sections, study.tables, strict=True):
         rows = data.dataset.interactions
         result.append(
             DataFacts(

@@ -20,10 +20,8 @@ from llmrec.durable import note_written_path, read_json, sha256_of, write_text
 from llmrec.ensembles.carried import write_training_data
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.exports import agreement, card, card_facts, safety
-from llmrec.exports import files as export_files
 from llmrec.exports.card import Agreement
 from llmrec.exports.files import (
-    SUMS,
     TOKENIZER_FILES,
     allowed_patterns,
     check_replaceable,
@@ -35,13 +33,14 @@ from llmrec.exports.files import (
     remove_machine_paths,
     replacing_folder,
     set_greedy_generation,
+    stored_inputs_hash,
     write_bundle,
     write_checksums,
 )
 from llmrec.exports.options import ExportOptions, check_fine_tuned
 from llmrec.fingerprint import fingerprint
-from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.load import (
+    BUNDLE_FILE,
     load_config,
     load_tokenizer,
     model_folder_hash,
@@ -49,11 +48,12 @@ from llmrec.models.load import (
     resolve_model_folder,
     silence_libraries,
 )
+from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.rating_head import copy_rating_head
-from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS, copy_soft_prompt_files, tokenizer_with_soft_tokens
+from llmrec.models.soft_prompt import copy_soft_prompt_files, tokenizer_with_soft_tokens
 from llmrec.models.streaming import tensor_sizes
 from llmrec.models.traits import is_encoder_decoder
-from llmrec.pipeline import bundle
+from llmrec.pipeline.bundle import CHECKSUMS_FILE
 from llmrec.pipeline.resume import lock_folder
 from llmrec.pipeline.run import Run, as_folder
 from llmrec.pipeline.runs import TrainedRun, open_earlier_run, open_run
@@ -61,6 +61,7 @@ from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import training_key
 from llmrec.progress import ignore_line, log_line
 from llmrec.recipe.load import recipe_hash
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS
 
 _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 * 2**20
@@ -234,9 +235,10 @@ def _write_folder(
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
     notes = _reader_notes(source, base, study, options)
     made_from = _inputs_hash(source, base, study, dtype, options, changed=change is not None)
-    if not options.force and export_files.made_from(options.out) == made_from:
+    if not options.force and stored_inputs_hash(options.out) == made_from:
         say(f"{options.out} is already complete; use --force to export again")
-        files = {name: (options.out / name).stat().st_size for name in (*(read_checksums(options.out) or ()), SUMS)}
+        names = (*(read_checksums(options.out) or ()), CHECKSUMS_FILE)
+        files = {name: (options.out / name).stat().st_size for name in names}
         return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
     _check_disk_space(source, base, dtype, options)
     with replacing_folder(options.out, force=options.force) as draft:
@@ -278,7 +280,7 @@ def _write_folder(
                     column="--with-interactions",
                 )
             write_training_data(study.data, draft / "items.parquet", source.folder, draft)
-        content = read_json(draft / bundle.FILE, "export the run again")
+        content = read_json(draft / BUNDLE_FILE, "export the run again")
         written = card_facts.build_card(
             source, options, study, content, encoder, base=origin, dtype=dtype, agreement=result, notes=notes
         )
@@ -361,7 +363,7 @@ def _inputs_hash(
         recipe=recipe_hash(source.recipe),
         results=sha256_of(results) if results.is_file() else None,
         base=model_folder_hash(base),
-        data=[entry.dataset.fingerprint for entry in (study.data, study.reviews) if entry] if study else None,
+        data=[table.dataset.fingerprint for table in study.tables] if study else None,
         dtype=dtype,
         users=options.check_users,
         interactions=options.with_interactions,

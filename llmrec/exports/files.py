@@ -16,14 +16,14 @@ from llmrec.errors import LlmrecError
 from llmrec.exports import card_facts
 from llmrec.machine import is_process_alive
 from llmrec.models import bottleneck, soft_prompt
+from llmrec.models.load import BUNDLE_FILE
 from llmrec.models.rating_head import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, copy_rating_head
 from llmrec.pipeline import bundle
+from llmrec.pipeline.bundle import CHECKSUMS_FILE
 from llmrec.pipeline.indexing import FOLDER
 from llmrec.pipeline.runs import TrainedRun
 from llmrec.pipeline.study import Study
-from llmrec.recipe.schema import Recipe
-
-SUMS = bundle.CHECKSUMS_FILE
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS, Recipe
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -85,7 +85,7 @@ def set_greedy_generation(draft: Path, encoder: Encoder) -> None:
 def copy_adapter(source: TrainedRun, base: str, draft: Path) -> None:
     """Copy the adapter, and name the base model in it as the recipe does."""
     lacking = {
-        **dict.fromkeys(soft_prompt.SOFT_PROMPT_METHODS, "has soft prompts, which an adapter does not contain"),
+        **dict.fromkeys(SOFT_PROMPT_METHODS, "has soft prompts, which an adapter does not contain"),
         "full": "used full fine-tuning, so it has no adapter",
     }
     if why := lacking.get(source.record["method"]):
@@ -113,7 +113,7 @@ def write_bundle(source: TrainedRun, study: Study | None, draft: Path, made_from
         draft: The folder.
         made_from: Hash of all inputs of the export, to recognise a finished export.
     """
-    stored = source.folder / "merged" / bundle.FILE
+    stored = source.folder / "merged" / BUNDLE_FILE
     if stored.is_file():
         bundle.read(str(source.folder))  # Reject a damaged file here, before the export is passed on.
         content: Mapping[str, Any] = read_json(stored, _RETRAIN)
@@ -125,7 +125,7 @@ def write_bundle(source: TrainedRun, study: Study | None, draft: Path, made_from
             kind="missing-file",
             at=stored,
         )
-    write_checked_json(draft / bundle.FILE, {**content, "made_from": made_from})
+    write_checked_json(draft / BUNDLE_FILE, {**content, "made_from": made_from})
 
 
 def copy_index(source: TrainedRun, draft: Path, *, titles: bool) -> None:
@@ -134,7 +134,7 @@ def copy_index(source: TrainedRun, draft: Path, *, titles: bool) -> None:
     Raises:
         LlmrecError: If they are missing in the merged model.
     """
-    index, content = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _RETRAIN)
+    index, content = source.folder / "merged" / FOLDER, read_json(draft / BUNDLE_FILE, _RETRAIN)
     if content.get("index") is None or (content["index"] == "title" and not titles):
         return
     if not index.is_dir():
@@ -146,10 +146,10 @@ def copy_index(source: TrainedRun, draft: Path, *, titles: bool) -> None:
     shutil.copytree(index, draft / FOLDER)
 
 
-def made_from(folder: Path) -> str | None:
+def stored_inputs_hash(folder: Path) -> str | None:
     """Return the hash of an export's inputs; None if the folder is not an unchanged export."""
     try:
-        result = parse_checked_json((folder / bundle.FILE).read_bytes()).get("made_from")
+        result = parse_checked_json((folder / BUNDLE_FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
         return None
     return str(result) if result and is_unchanged_export(folder) else None
@@ -159,8 +159,8 @@ def write_checksums(draft: Path) -> dict[str, int]:
     """Write ``SHA256SUMS``, and return the size of every file."""
     files = sorted(file for file in draft.rglob("*") if file.is_file())
     lines = [f"{sha256_of(file)}  {file.relative_to(draft).as_posix()}\n" for file in files]
-    write_text(draft / SUMS, "".join(lines))
-    return {file.relative_to(draft).as_posix(): file.stat().st_size for file in (*files, draft / SUMS)}
+    write_text(draft / CHECKSUMS_FILE, "".join(lines))
+    return {file.relative_to(draft).as_posix(): file.stat().st_size for file in (*files, draft / CHECKSUMS_FILE)}
 
 
 def is_unchanged_export(folder: Path) -> bool:
@@ -177,12 +177,12 @@ def is_export(folder: Path) -> bool:
 def read_checksums(folder: Path) -> dict[str, str] | None:
     """Return the hashes in ``SHA256SUMS`` by file; None if the folder has other files."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
         digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return None
     held = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
-    return digests if held == {*digests, SUMS} else None
+    return digests if held == {*digests, CHECKSUMS_FILE} else None
 
 
 @contextmanager

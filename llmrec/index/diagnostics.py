@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llmrec.durable import Json
 from llmrec.index.table import ItemIndex
@@ -262,6 +263,16 @@ def example_items(
     return tuple(_coded_item(index, titles, item) for item in (*first, *spread))
 
 
+def perplexity(counts: ArrayLike) -> float:
+    """Return the equivalent number of equally frequent codes, 0 without counts: the perplexity of counts by code."""
+    used = np.asarray(counts, dtype=np.float64)
+    used = used[used > 0]
+    if not len(used):
+        return 0.0
+    share = used / used.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
 # --------------------------------------------------------------------------- helpers
 
 
@@ -282,8 +293,8 @@ def _level_statistics(index: ItemIndex, counts: Mapping[str, int] | None) -> tup
                 name=kind,
                 available=len(kinds[kind]),
                 counts=tuple(sorted((uses[name] for name in used), reverse=True)),
-                perplexity=_perplexity([uses[name] for name in used]),
-                perplexity_trained=None if counts is None else _perplexity([weights[name] for name in used]),
+                perplexity=perplexity([uses[name] for name in used]),
+                perplexity_trained=None if counts is None else perplexity([weights[name] for name in used]),
                 untrained=None if counts is None else sum(not weights[name] for name in used),
             )
         )
@@ -293,14 +304,6 @@ def _level_statistics(index: ItemIndex, counts: Mapping[str, int] | None) -> tup
 def _token_level(name: str) -> str:
     """Return the level of a token: ``a`` for ``<a_12>``."""
     return name[1:].rpartition("_")[0]
-
-
-def _perplexity(weights: Sequence[int]) -> float:
-    held = np.array([weight for weight in weights if weight], dtype=np.float64)
-    if not len(held):
-        return 0.0
-    share = held / held.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def _depth_statistics(codes: Sequence[Pieces]) -> tuple[Depth, ...]:

@@ -20,6 +20,7 @@ from scipy.sparse import csr_array
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean, require
 from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.index.diagnostics import perplexity
 from llmrec.index.table import Embed, ItemIndex, item_token, level_token
 from llmrec.machine import has_cuda
 from llmrec.progress import Progress
@@ -317,13 +318,6 @@ def reconstruct_vectors(codes: Ints, codebooks: Floats) -> Floats:
     for level, centroids in enumerate(codebooks):
         total += centroids[codes[:, level]]
     return total
-
-
-def perplexity(codes: Ints, k: int) -> float:
-    """Return the perplexity of codes: the equivalent number of equally used codes, out of k."""
-    share = np.bincount(codes, minlength=k) / len(codes)
-    used = share[share > 0]
-    return float(np.exp(-(used * np.log(used)).sum()))
 
 
 def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, iterations: int = 25) -> Clusters:
@@ -646,7 +640,7 @@ def _quantise_vectors(
         "mse": error,
     }
     for level in range(section.levels):
-        figures[f"perplexity_{level + 1}"] = perplexity(result.codes[:, level], section.codes)
+        figures[f"perplexity_{level + 1}"] = perplexity(np.bincount(result.codes[:, level]))
     return vectors, result, arrays, figures
 
 

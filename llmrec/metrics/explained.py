@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.metrics.stats import MetricValues, resample_counts
+from llmrec.metrics.stats import MetricValues, resample_counts, sum_rows_by_user
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -355,9 +355,7 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
     Returns:
         A function from index arrays of shape (b, m) to b values; 0 if no text names a feature.
     """
-    names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
-    total = np.zeros((len(names), 2))
-    np.add.at(total, owner, counts)
+    total = sum_rows_by_user(counts, users)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
         sums = resample_counts(indices, len(total)) @ total
@@ -420,8 +418,9 @@ def count_mentioned_features(
 
 
 def copy_rate(texts: Sequence[str], background: ExplanationReference) -> MetricValues:
-    """CopyRate: see `copy_indicators`."""
-    return MetricValues(result=copy_indicators(texts, background), how=f"rouge-l-{COPY_THRESHOLD:g}")
+    """CopyRate: the share of texts that copy a training text or sentence; see `detect_copies`."""
+    copies = detect_copies(texts, background.texts).astype(np.float64)
+    return MetricValues(result=copies, how=f"rouge-l-{COPY_THRESHOLD:g}")
 
 
 def match_rate(named: MentionedFeatures, owners: Sequence[str]) -> MetricValues:
@@ -446,8 +445,3 @@ def hallucination_rate(named: MentionedFeatures, owners: Sequence[str]) -> Metri
     if not named.counts[:, 0].sum():
         return MetricValues(result=None, how=named.how, undefined="no text contains a feature")
     return MetricValues(result=hallucination_statistic(named.counts, owners), how=named.how)
-
-
-def copy_indicators(texts: Sequence[str], known: ExplanationReference) -> NDArray[np.float64]:
-    """Return 1 for each text that copies a training text or sentence, else 0; the mean is the copy rate."""
-    return detect_copies(texts, known.texts).astype(np.float64)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.metrics.stats import MetricValues, resample_counts
+from llmrec.records import Reliability
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -37,21 +38,6 @@ class UserAUC:
     users: tuple[str, ...]
     values: NDArray[np.float64]
     left_out: int
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationBin:
-    """A bin of answers with similar probabilities of yes.
-
-    Attributes:
-        n: Number of answers.
-        said: Mean P(yes).
-        so: Share of answers whose label is yes.
-    """
-
-    n: int
-    said: float
-    so: float
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -147,7 +133,7 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> float:
     return float(np.abs(predicted - positive).sum() / len(np.ravel(probabilities)))
 
 
-def reliability_curve(probabilities: ArrayLike, labels: ArrayLike) -> tuple[CalibrationBin, ...]:
+def reliability_curve(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Reliability, ...]:
     """Return the reliability curve: the non-empty bins of `calibration_error`.
 
     Args:
@@ -159,7 +145,7 @@ def reliability_curve(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Cali
     """
     sizes, predicted, positive = _bin_totals(probabilities, labels)
     return tuple(
-        CalibrationBin(int(n), float(sum_predicted / n), float(sum_positive / n))
+        Reliability(n=int(n), said=float(sum_predicted / n), so=float(sum_positive / n))
         for n, sum_predicted, sum_positive in zip(sizes, predicted, positive, strict=True)
         if n
     )

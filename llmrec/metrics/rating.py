@@ -44,7 +44,10 @@ def liked_auc(
 
 def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:
     """Root mean squared error, ``sqrt(mean((predicted - truth) ** 2))``."""
-    return float(np.sqrt(np.mean(_nonempty_values(squared_error(predicted, truth)))))
+    errors = squared_error(predicted, truth)
+    if not errors.size:
+        raise ValueError("rating metrics are undefined without requests")
+    return float(np.sqrt(np.mean(errors)))
 
 
 def _rating_errors(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
@@ -56,9 +59,3 @@ def _rating_errors(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
     if not (np.isfinite(guess).all() and np.isfinite(true).all()):
         raise ValueError("a rating is not finite; return Unparsed for answers without a rating")
     return guess - true
-
-
-def _nonempty_values(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    if values.size == 0:
-        raise ValueError("rating metrics are undefined without requests")
-    return values

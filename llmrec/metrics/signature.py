@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from llmrec.registry import find_metric
 
 _SIGNATURE_KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
+# Fields of `Signature` whose key has another name.
+_FIELD_NAMES = {"cand": "candidates", "llmrec": "version"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +35,8 @@ class Signature:
     version: str
 
     def __str__(self) -> str:
-        parts = [self.metric, *(f"{key}:{value}" for key, value in self._parts().items() if value is not None)]
-        return "|".join(parts)
-
-    def _parts(self) -> dict[str, str | None]:
-        values = (
-            *(self.gain, self.ties, self.candidates, self.seen, self.users, self.slice),
-            *(self.text, self.how, self.split, self.version),
-        )
-        return dict(zip(_SIGNATURE_KEYS, values, strict=True))
+        parts = ((key, getattr(self, _FIELD_NAMES.get(key, key))) for key in _SIGNATURE_KEYS)
+        return "|".join([self.metric, *(f"{key}:{value}" for key, value in parts if value is not None)])
 
 
 def signature(
@@ -116,16 +111,4 @@ def parse_signature(text: str) -> Signature:
         raise ValueError(
             f"not a metric signature: {text!r}; expected METRIC|{'|'.join(f'{key}:...' for key in _SIGNATURE_KEYS)}"
         )
-    return Signature(
-        metric=metric,
-        gain=parts.get("gain"),
-        ties=parts.get("ties"),
-        candidates=parts.get("cand"),
-        seen=parts.get("seen"),
-        users=parts.get("users"),
-        slice=parts.get("slice"),
-        text=parts.get("text"),
-        how=parts.get("how"),
-        split=parts["split"],
-        version=parts["llmrec"],
-    )
+    return Signature(metric=metric, **{_FIELD_NAMES.get(key, key): value for key, value in parts.items()})

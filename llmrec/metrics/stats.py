@@ -291,6 +291,16 @@ def sums_by_user(
     return sums, np.bincount(owner).astype(np.float64)
 
 
+def sum_rows_by_user(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
+    """Return the sum of the rows of each user, in sorted order of the users."""
+    if len(users) != len(counts):
+        raise ValueError(f"each text needs a user: there are {len(counts)} texts, but {len(users)} users")
+    names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
+    total = np.zeros((len(names), counts.shape[1]))
+    np.add.at(total, owner, counts)
+    return total
+
+
 def _make_statistic(sums: NDArray[np.float64], sizes: NDArray[np.float64], name: StatisticName) -> Statistic:
     if (sizes == 1).all():
         return lambda rows: statistic_from_means(sums[rows].mean(axis=1), name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import require
-from llmrec.metrics.stats import resample_counts
+from llmrec.metrics.stats import resample_counts, sum_rows_by_user
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,21 +49,12 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Seq
         one = scorer.corpus_score([text], [[reference]])
         row[:] = [*one.counts, *one.totals, one.sys_len, one.ref_len]
     if owners is not None:
-        counts = _sum_by_user(counts, owners)
+        counts = sum_rows_by_user(counts, owners)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
         return _bleu_from_counts(resample_counts(indices, len(counts)) @ counts)
 
     return statistic
-
-
-def _sum_by_user(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
-    if len(users) != len(counts):
-        raise ValueError(f"each text needs a user: there are {len(counts)} texts, but {len(users)} users")
-    names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
-    total = np.zeros((len(names), counts.shape[1]))
-    np.add.at(total, owner, counts)
-    return total
 
 
 def _bleu_from_counts(sums: NDArray[np.float64]) -> NDArray[np.float64]:

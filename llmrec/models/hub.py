@@ -102,7 +102,7 @@ def _download_error(name: str, revision: str | None, error: Exception) -> ModelE
     # the address of a proxy may contain a password
     text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
     kind, sentence = (
-        _disk_problem(name, chain, text)
+        _disk_problem(chain, text)
         or _response_problem(name, revision, kinds, status, text)
         or _network_problem(kinds, text)
     )
@@ -121,7 +121,7 @@ def _response_status(error: BaseException) -> int | None:
     return result if isinstance(result, int) else None
 
 
-def _disk_problem(name: str, chain: list[BaseException], text: str) -> tuple[ErrorKind, str] | None:
+def _disk_problem(chain: list[BaseException], text: str) -> tuple[ErrorKind, str] | None:
     """Return the error for a download that could not be stored; None if that is not the cause."""
     folder = _cache_folder()
     numbers = {item.errno for item in chain if isinstance(item, OSError)}

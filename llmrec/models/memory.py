@@ -15,11 +15,10 @@ from llmrec.errors import LlmrecError, require
 from llmrec.machine import gpu_has_bf16
 from llmrec.models import bottleneck
 from llmrec.models.load import device, dtype
-from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS
 from llmrec.models.streaming import exact_dtype, largest_block_size, tensor_sizes
 from llmrec.models.tensors import vocabulary_tables
 from llmrec.models.traits import auto_class
-from llmrec.recipe.schema import ModelSection, TrainSection
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS, ModelSection, TrainSection
 
 if TYPE_CHECKING:
     import torch
@@ -204,13 +203,11 @@ class CpuMemory:
             f"{_format_gib(self.merging)}, and "
             f"{_format_gib(self.usable)} are free"
         )
-        return text if max(self.training, self.merging) <= self.usable else f"{text}: too little; {self.fix}"
-
-    @property
-    def fix(self) -> str:
-        """How to reduce the required memory, if there is too little."""
+        if max(self.training, self.merging) <= self.usable:
+            return text
         fewer = "train in fewer processes, " if self.processes > 1 else ""
-        return f"{fewer}choose a smaller model.name, train.method=lora, or a machine with more memory"
+        advice = f"{fewer}choose a smaller model.name, train.method=lora, or a machine with more memory"
+        return f"{text}: too little; {advice}"
 
 
 def estimate_cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train: TrainSection) -> CpuMemory:

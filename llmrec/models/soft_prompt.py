@@ -21,13 +21,12 @@ from llmrec.models.bottleneck import BOTTLENECKS_FILE as BOTTLENECKS
 from llmrec.models.item_tokens import resize_vocabulary
 from llmrec.models.tensors import vocabulary_tables
 from llmrec.models.traits import is_encoder_decoder, is_plain_head
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-SOFT_PROMPT_METHODS = ("prompt", "option", "option-adapter")
-"""Values of ``train.method`` that train soft prompts."""
 TIED_METHODS = SOFT_PROMPT_METHODS[1:]
 """Methods in which the last soft prompts are also the class vectors of the labels."""
 SOFT_PROMPT_FILE = "soft_prompt.json"

@@ -19,6 +19,7 @@ from llmrec.data.hashing import digest_frame, hash64
 from llmrec.durable import Json, replace_atomically
 from llmrec.errors import DataError, ModelError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
+from llmrec.models.batching import group_by_length
 from llmrec.models.load import POOLING_FILE, model_folder_hash, resolve_model_folder, silence_libraries
 from llmrec.models.tensors import load_checked
 from llmrec.progress import Progress
@@ -151,7 +152,7 @@ def iterate_states(encoder: LoadedEncoder, encoded: Sequence[Sequence[int]]) -> 
     """Yield batches of texts: indices, last hidden states (n, tokens, d), and mask (n, tokens)."""
     torch = require("torch", "train")
     with Progress("encoding", len(encoded), unit="texts", quiet=len(encoded) < _PROGRESS_MINIMUM) as bar:
-        for rows in group_by_length([len(ids) for ids in encoded]):
+        for rows in group_by_length([len(ids) for ids in encoded], BATCH_TOKENS, longest_first=True):
             batch = encoder.padded([encoded[row] for row in rows])
             with torch.no_grad():
                 states = encoder.model(**batch).last_hidden_state
@@ -175,17 +176,6 @@ def _read_settings(folder: str, name: str) -> dict[str, Json]:
             f"{file} cannot be read ({error}); download the encoder again", kind="damaged", at=file
         ) from error
     return result if isinstance(result, dict) else {}
-
-
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Group texts by length to limit padding, longest first, so that insufficient memory is noticed early."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if batches and (len(batches[-1]) + 1) * max(1, lengths[batches[-1][0]]) <= BATCH_TOKENS:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 # Text encoders by name, with vectors cached on disk.
@@ -364,7 +354,7 @@ class TunedEncoder:
         self.blocks.eval()
         result = torch.zeros(len(self._tokens), self._encoder.model.config.hidden_size)
         with torch.no_grad():
-            for rows in group_by_length([len(ids) for ids in self._tokens]):
+            for rows in group_by_length([len(ids) for ids in self._tokens], BATCH_TOKENS, longest_first=True):
                 result[torch.tensor(rows)] = self(rows).cpu()
         self.blocks.train(training)
         return result
@@ -406,7 +396,7 @@ class TunedEncoder:
 
         hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         with torch.inference_mode():
-            for rows in group_by_length([len(ids) for ids in self._tokens]):
+            for rows in group_by_length([len(ids) for ids in self._tokens], BATCH_TOKENS, longest_first=True):
                 try:
                     encoder.model(**encoder.padded([self._tokens[row] for row in rows]))
                 except _StopForward:

@@ -114,7 +114,7 @@ def run_checks(
     again.
     """
     split = study.recipe.eval.split
-    for data in filter(None, (study.data, study.reviews)):
+    for data in study.tables:
         yield leaks.audit_training_interactions(data)
         yield leaks.audit_profiles(data)
     training = results.get("training")
@@ -186,9 +186,9 @@ def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:
 
     ``of`` is the sha256 of ``results.json``, so that the report never shows the audit of other results.
     """
-    leaks = sum(check.verdict == "leak" for check in checks)
+    leak_count = sum(check.verdict == "leak" for check in checks)
     results = [asdict(check) for check in checks]
-    write_checked_json(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": results})
+    write_checked_json(folder / FILE, {"results_sha256": of, "leaks": leak_count, "checks": results})
 
 
 def _drawn_example_count(training: Mapping[str, Any] | None, family: str) -> int:
@@ -354,7 +354,7 @@ def audit_duplicate_items(data: SplitDataset) -> Check:
     return Check("near-duplicate items", result, "notice" if twins or near else "clean", examples, figures)
 
 
-def audit_duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
+def audit_duplicate_users(data: SplitDataset, split: str) -> Check:
     """Report evaluated users with a near-duplicate training user who chose the held-out item."""
     held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
     trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
@@ -363,7 +363,7 @@ def audit_duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9
     sets = [trained[user] for user in users] + [trained[u] | {held[u]} for u in users if u in held]
     owners = users + [user for user in users if user in held]
     twins = set()
-    for a, b, _ in find_near_duplicates(sets, threshold):
+    for a, b, _ in find_near_duplicates(sets, 0.9):
         if a < len(users) <= b and owners[a] != owners[b] and held[owners[b]] in sets[a]:
             twins.add((owners[b], owners[a]))
     evaluated = sum(user in held for user in users)

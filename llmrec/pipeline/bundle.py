@@ -25,7 +25,6 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import import_stored_plugins, load_stored_recipe
 from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
 
-FILE = BUNDLE_FILE
 CHECKSUMS_FILE = "SHA256SUMS"
 """The file in an exported folder with the sha256 of every file."""
 _FORMAT = 1
@@ -67,6 +66,11 @@ class Bundle:
         """Name of the model in messages."""
         return self.folder or str(self.run)
 
+    @property
+    def source_folder(self) -> Path:
+        """The folder that it was opened from: a run folder, or the folder of the weights."""
+        return self.run or Path(self.folder)
+
 
 def bundle_content(study: Study) -> dict[str, Json]:
     """Return the content of ``llmrec.json``."""
@@ -92,7 +96,7 @@ def _rating_scale(data: SplitDataset) -> tuple[float, float] | None:
 
 def write(study: Study, folder: Path) -> None:
     """Write ``llmrec.json`` into a model folder."""
-    write_checked_json(folder / FILE, bundle_content(study))
+    write_checked_json(folder / BUNDLE_FILE, bundle_content(study))
 
 
 def read(name: str, model: ModelSection | None = None) -> Bundle:
@@ -122,7 +126,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         import_stored_plugins(run)
     section = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
     folder = resolve_model_folder(section)
-    stored = Path(folder) / FILE
+    stored = Path(folder) / BUNDLE_FILE
     if not stored.is_file():
         return _pretrained_bundle(folder, section)
     try:
@@ -182,7 +186,7 @@ def check_unchanged(opened: Bundle, weights: str) -> None:
             raise _changed_error(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
         if recorded != weights:
             raise _changed_error(
-                opened.folder, ("does not match the record of its training"), "run `llmrec train` on its recipe again"
+                opened.folder, "does not match the record of its training", "run `llmrec train` on its recipe again"
             )
         return
     folder = Path(opened.folder)

@@ -12,12 +12,12 @@ from llmrec.durable import replace_atomically
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.guard import neutralise
 from llmrec.models.load import load_config, resolve_config_folder, resolve_model_folder
-from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS
 from llmrec.models.traits import is_encoder_decoder
 from llmrec.pipeline.objectives import listwise_settings, rating_head_classes
 from llmrec.pipeline.preflight import load_recipe_encoder
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import iterate_training_rows, plan_training
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS
 from llmrec.train.rows import TextRow
 from llmrec.train.steps import TrainingPlan
 

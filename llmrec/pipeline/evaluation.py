@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,7 +114,6 @@ class Evaluation:
         self, study: Study, encoder: Encoder | None, folder: Path, budget: StageTimer, *, quiet: bool = False
     ) -> None:
         self._study, self._encoder, self._folder, self._budget = study, encoder, folder, budget
-        self._cases = {family: study.cases(family) for family in study.tasks}
         self._quiet = quiet
         self._fitted: dict[tuple[int, str, str], Any] = {}
         self._backgrounds: dict[str, ExplanationReference] = {}
@@ -159,7 +159,7 @@ class Evaluation:
         predictor = self._calibrate_predictor(family, model)
         looked_at = frozenset(getattr(model, "looked_at", ())) | self._calibration_users(family)
         weighing = self._ensemble_weight_answers(spec, predictor)
-        result = evaluate(predictor, self._cases[family], **self._evaluate_arguments(family))
+        result = evaluate(predictor, self._study.cases(family), **self._evaluate_arguments(family))
         reads = baseline_reads(baseline.name, baseline.parameters)
         return self._keep(
             spec,
@@ -240,7 +240,7 @@ class Evaluation:
                 # The cost includes cases that an interrupted run answered, but not calibration cases or starting the
                 # engine, which is a separate stage.
                 before = backend.recalled_seconds - backend.start_seconds
-                result = evaluate(predictor, self._cases[spec.family], **self._evaluate_arguments(spec.family))
+                result = evaluate(predictor, self._study.cases(spec.family), **self._evaluate_arguments(spec.family))
                 result = _with_added_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
                 examples = self._example_prompts(spec, strategy, result)
                 weighing = self._ensemble_weight_answers(spec, predictor)
@@ -271,7 +271,7 @@ class Evaluation:
         for spec in specs:
             strategy = self._build_strategy(spec, backend, lambda done: None)
             prompt = strategy.first_prompt if isinstance(strategy, MultiPromptStrategy) else strategy.asker.prompt
-            cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
+            cases = sorted(self._study.cases(spec.family), key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
             # A search reserves an eighth of the cache for prompts, and each order of candidates is a separate prompt.
             times = (
@@ -330,7 +330,7 @@ class Evaluation:
                 base_ensembles=base_ensembles,
                 context=context,
             )
-            result = evaluate(model, self._cases[spec.family], **self._evaluate_arguments(spec.family))
+            result = evaluate(model, self._study.cases(spec.family), **self._evaluate_arguments(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
                 raise
@@ -387,12 +387,9 @@ class Evaluation:
 
     # ------------------------------------------------------------------------- stored results
 
-    def _path(self, spec: RowSpec) -> Path:
-        return self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
-
     def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
         """Return the stored result with a fingerprint, or None."""
-        stored = read_stage(self._path(spec), key, restore_row)
+        stored = read_stage(row_path(self._folder, spec.id), key, restore_row)
         if stored is None:
             return None
         log.info("evaluation: reusing %s", spec.id)
@@ -433,7 +430,7 @@ class Evaluation:
             "validation": dict(validation or {}),
             "looked_at": sorted(looked_at),
         }
-        write_checked_json(self._path(spec), stored)
+        write_checked_json(row_path(self._folder, spec.id), stored)
         return restore_row(stored)
 
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
@@ -457,7 +454,7 @@ class Evaluation:
             index=study.index.digest if study.index and model else None,
             asking=strategy_settings(spec.predictor, recipe.eval) if model else None,
             profile=study.tasks[spec.family].profile_template.sha if spec.predictor == "two-step" else None,
-            cases=[case.request.id for case in self._cases[spec.family]],
+            cases=[case.request.id for case in self._study.cases(spec.family)],
             weighing=[case.request.id for case in self._ensemble_weight_cases(spec)],
             encoder=encoder_stamp(spec, study),
             files=baseline_file_hashes(spec, study),
@@ -512,7 +509,7 @@ class Evaluation:
             "name": family,
             "kind": kind.answer,
             "protocol": protocol_of(self._study, family),
-            "fallback": self._rating_fallback() if kind.answer is Rating else None,
+            "fallback": self._rating_fallback if kind.answer is Rating else None,
             "background": self._explanation_reference(family) if kind.grounded else None,
         }
 
@@ -529,8 +526,9 @@ class Evaluation:
     def _calibration_users(self, family: str) -> frozenset[str]:
         return frozenset(case.request.user_id for case in self._calibrating(family))
 
+    @cached_property
     def _rating_fallback(self) -> Callable[[Request], float]:
-        """Return a function that maps a request to its user's mean rating, a fallback for invalid answers."""
+        """Function that maps a request to its user's mean rating, a fallback for invalid answers."""
         means = UserMean()
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
@@ -542,7 +540,7 @@ class Evaluation:
         assert spec.template is not None
         first = predictor.first_prompt if isinstance(predictor, MultiPromptStrategy) else predictor.asker.prompt
         shown = []
-        for case, record in zip(self._cases[spec.family][:_EXAMPLES], result.records, strict=False):
+        for case, record in zip(self._study.cases(spec.family)[:_EXAMPLES], result.records, strict=False):
             prompt = first(case.request)
             shown.append(
                 ExamplePrompt(
@@ -560,7 +558,7 @@ class Evaluation:
 
     def _questions(self, spec: RowSpec) -> list[list[Request]]:
         """Return the requests that a model answers, one list per call: calibration, test, and ensemble weights."""
-        parts = self._calibrating(spec.family), self._cases[spec.family], self._ensemble_weight_cases(spec)
+        parts = self._calibrating(spec.family), self._study.cases(spec.family), self._ensemble_weight_cases(spec)
         return [[case.request for case in cases] for cases in parts]
 
     def _progress_bar(self, spec: RowSpec, parts: Sequence[Sequence[Request]]) -> BatchProgress:
@@ -590,6 +588,11 @@ def _with_calibration_curve(result: EvaluationResult, predictor: Predictor, case
         return result
     curve = Calibration(n=len(cases), **asdict(predictor.curve))
     return replace(result, figures=result.figures.model_copy(update={"calibration": curve}))
+
+
+def row_path(run: Path, row_id: str) -> Path:
+    """Return the file with the stored result of a model in a run folder."""
+    return run / "rows" / (row_id.replace("/", ".") + ".json")
 
 
 def restore_row(stored: Mapping[str, Any]) -> ResultRow:

@@ -206,7 +206,7 @@ def _with_comma_separators(value: str) -> str:
 
 
 def _stored_digest(folder: Path) -> str:
-    """Return the hash of the index in a folder; None if it is missing or unreadable."""
+    """Return the hash of the index in a folder; empty if it is missing or unreadable."""
     try:
         return ItemIndex.load(folder).digest
     except LlmrecError:

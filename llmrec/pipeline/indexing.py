@@ -57,7 +57,7 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
 
 def _load_or_build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
-    """Build an item index without the cache.
+    """Return the index of items without user tokens; slow schemes are cached.
 
     The cache key covers held-out interactions too, so that the audit's rebuild with other held-out interactions never
     reads the cached index.

@@ -558,8 +558,7 @@ def audit_training_rows(study: Study, family: str, count: int) -> Check:
     (`audit_training_row_independence`). It may occur nowhere else.
     """
     data = study.task_data(family)
-    both = [study.data, *([study.reviews] if study.reviews else [])]
-    held = frozenset().union(*(item.held_out for item in both))
+    held = frozenset().union(*(table.held_out for table in study.tables))
     index = study.codes(family)
     titles, codes = _HeldOutTexts(data), _HeldOutTexts(data, index) if index is not None else None
     coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
@@ -712,7 +711,7 @@ def audit_training_row_independence(study: Study, family: str, count: int) -> Ch
 
 def audit_validation_row_independence(study: Study, family: str) -> Check:
     """Check that the examples of validation losses do not depend on test interactions."""
-    limit = study.recipe.train.valid_rows // max(len(study.tasks), 1)
+    limit = study.recipe.train.valid_rows // len(study.tasks)
     rows = list(study.tasks[family].examples("valid", limit))
     toward = _shown_unseen_items(study, family, map(_example_contents, rows))
     other = _task_with_other_holdouts(study, family, toward, study.recipe.seed, splits=("test",)).examples(
@@ -776,8 +775,6 @@ def _prompt_variants(study: Study, family: str, request: Request) -> Iterator[_P
 
 def _render_variant(task: Task, way: _PromptVariant, shots: int) -> Prompt:
     request, template, want = way
-    if want == "one":
-        return task.prompt(request, template=template.name, shots=shots)
     return task.prompt(request, template=template.name, shots=shots, want=want)
 
 

@@ -26,12 +26,12 @@ from llmrec.ensembles.members import (
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS, TIED_METHODS, SoftPrompt
+from llmrec.models.soft_prompt import TIED_METHODS, SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_task, draw_candidate_sets
 from llmrec.pipeline.weighing import EnsembleUsers, ensemble_kinds, fit_base_ensembles
-from llmrec.recipe.schema import RewardSection
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS, RewardSection
 from llmrec.registry import BASELINES, import_component, strategy_eval_options
 from llmrec.strategies.asking import Prompting, create_strategy
 from llmrec.tasks.cases import cases_of_first_users
@@ -92,7 +92,7 @@ def listwise_settings(study: Study, *, paired: bool = False) -> Listwise | None:
         what = (
             f"{recipe.model.name} is an encoder-decoder"
             if paired
-            else ("the loss over candidates is not a loss over tokens")
+            else "the loss over candidates is not a loss over tokens"
         )
         raise RecipeError(
             f"train.teacher: {what}; distillation needs a decoder and tasks.<family>.loss=answer",
@@ -112,7 +112,7 @@ def answer_labels(study: Study, encoder: Encoder, *, paired: bool = False) -> An
         what = (
             f"{study.recipe.model.name} is an encoder-decoder"
             if paired
-            else ("the loss over candidates is not a loss over labels")
+            else "the loss over candidates is not a loss over labels"
         )
         raise RecipeError(
             f"train.method: {what}, but {train.method} needs a decoder that is trained on "

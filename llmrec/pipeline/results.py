@@ -175,7 +175,7 @@ def unevaluated_notes(missing: Sequence[Unevaluated]) -> Iterator[str]:
 def result_notes(study: Study) -> list[str]:
     """Return notes for readers of the result tables."""
     results = []
-    for data in filter(None, (study.data, study.reviews)):
+    for data in study.tables:
         if data.dataset.made:
             results.append(
                 f"{data.dataset.name}: synthetic data of the llmrec project; its texts are not real reviews."

@@ -135,7 +135,7 @@ def check_foreign_files(folder: Path, names: Iterable[str] | Callable[[str], boo
         for name in foreign:
             check_not_link(folder / name)
     begun, lock = _is_marked(folder), folder / LOCK_FILE
-    if names and lock.is_file() and lock.stat().st_size > 0 and not _is_marked(folder):
+    if names and lock.is_file() and lock.stat().st_size > 0 and not begun:
         foreign, begun = [LOCK_FILE], False
     if foreign and not begun:
         raise LlmrecError(

@@ -12,7 +12,7 @@ from llmrec.data.sets.table import resolve_data_paths
 from llmrec.durable import parse_checked_json, parse_json
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.models.load import load_tokenizer, model_folder_hash, weights_sha256
-from llmrec.pipeline.evaluation import ResultRow, restore_row
+from llmrec.pipeline.evaluation import ResultRow, restore_row, row_path
 from llmrec.pipeline.indexing import load_stored_index
 from llmrec.pipeline.study import Study
 from llmrec.recipe.load import load_stored_recipe
@@ -260,7 +260,7 @@ def read_finished_results(run: Path) -> Results:
 
 def read_stored_row(run: Path, figures: Row) -> ResultRow:
     """Return the stored result of a model in a run folder, by its entry in the results."""
-    path = run / "rows" / (figures.id.replace("/", ".") + ".json")
+    path = row_path(run, figures.id)
     if not path.is_file():
         raise DataError(f"{path} is missing; run the recipe of {run} again", kind="missing-file", at=path)
     try:

@@ -18,7 +18,7 @@ from llmrec.fingerprint import code_digest, component_modules, fingerprint
 from llmrec.models.load import device, load_config, model_folder_hash, release_memory, weights_sha256
 from llmrec.models.memory import TRAINING_ADVICE, check_memory, convert_memory_errors
 from llmrec.models.rating_head import RatingHead, copy_rating_head
-from llmrec.models.soft_prompt import SOFT_PROMPT_METHODS, TIED_METHODS, copy_soft_prompt_files
+from llmrec.models.soft_prompt import TIED_METHODS, copy_soft_prompt_files
 from llmrec.models.text_encoder import text_embedder
 from llmrec.models.traits import is_encoder_decoder
 from llmrec.models.whole_words import copy_whole_words, raise_missing_encoder
@@ -39,7 +39,7 @@ from llmrec.pipeline.rejecting import BEAM, release_backend
 from llmrec.pipeline.resume import StageTimer, read_stage
 from llmrec.pipeline.row_specs import strategy_settings
 from llmrec.pipeline.study import Study, ensemble_retriever
-from llmrec.recipe.schema import Recipe
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS, Recipe
 from llmrec.records import Training as TrainingRecord
 from llmrec.registry import BASELINES, TASKS, Table, plugin_digests, task_name_in_recipes
 from llmrec.tasks.family import family_of
@@ -122,8 +122,8 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Tr
     }
     if classes is not None:
         valid = {f: [labelled for item in items if (labelled := classes.row(item))] for f, items in valid.items()}
-    balanced = balance_task_losses(steps, families)
-    return TrainingPlan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
+    balanced, loss_shares = balance_task_losses(steps, families)
+    return TrainingPlan(balanced, counts, dropped, valid, loss_shares, soft=soft)
 
 
 def iterate_training_rows(
@@ -157,7 +157,7 @@ def _token_count(row: TokenRow | None) -> int:
 
 def _validation_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:
     section, limit = study.recipe.train, study.recipe.model.max_length
-    examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
+    examples = study.tasks[family].examples("valid", section.valid_rows // len(study.tasks))
     return tokenise_validation_rows(examples, encoder, limit, paired=paired)
 
 

@@ -21,7 +21,6 @@ from jinja2 import Template as JinjaTemplate
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.errors import ErrorKind, Location, RecipeError, did_you_mean
-from llmrec.guard import clean, neutralise
 from llmrec.prompts.values import Fields, Placeholders, Record
 from llmrec.prompts.words import ENGLISH, LANGUAGES_FOLDER, Words, english_words, read_language_words
 from llmrec.recipe.pages import read_yaml_page
@@ -126,7 +125,7 @@ def compile_template(source: str) -> CompiledTemplate:
     """Check a template text, and return it with its variables.
 
     Raises:
-        Refused: If it is invalid, with the line and the construct.
+        ForbiddenConstruct: If it is invalid, with the line and the construct.
     """
     names: set[str] = set()
     try:
@@ -194,8 +193,6 @@ def _check_loop(node: nodes.For, depth: int, bound: str | None, names: set[str])
     for child in node.else_:
         _check_node(child, depth + 1, None, names)
 
-
-__all__ = ["Template", "clean", "load_templates", "neutralise"]
 
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")

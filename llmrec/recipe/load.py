@@ -139,7 +139,8 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overri
     if isinstance(recipe, Recipe):
         if not overrides:
             with _import_plugins(recipe.model_dump(mode="json"), {}, Path("recipe"), (), given=True):
-                return _apply_code_consent(recipe, given=True)
+                _apply_code_consent(recipe, given=True)
+                return recipe
         recipe = recipe.model_dump(mode="json")
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides)
@@ -227,11 +228,10 @@ def _validate_page(
     return validated
 
 
-def _apply_code_consent(recipe: Recipe, *, given: bool) -> Recipe:
+def _apply_code_consent(recipe: Recipe, *, given: bool) -> None:
     """Allow the model of a recipe to run its own code if the user has permitted it."""
     if recipe.model.trust_remote_code:
         (plugins.allow_model_code if given else plugins.check_model_consent)(recipe.model.name, recipe.model.revision)
-    return recipe
 
 
 def recipe_hash(recipe: Recipe | Suite | Benchmark | ChatSuite) -> str:
@@ -420,7 +420,8 @@ def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
 
 
 PLUGINS_KEY, PROMPTS_KEY = "plugins", "prompts"
-_YAML_SUFFIXES = (".yaml", ".yml")
+YAML_SUFFIXES = (".yaml", ".yml")
+"""Endings by which a template file is told from the name of a template."""
 
 
 @dataclass(frozen=True)
@@ -537,7 +538,7 @@ def with_absolute_paths(values: dict[str, Json], base: Path) -> dict[str, Json]:
             names = _as_mapping(section).get(key)
             if not isinstance(names, list | tuple):
                 continue
-            if files := [name for name in names if isinstance(name, str) and name.lower().endswith(_YAML_SUFFIXES)]:
+            if files := [name for name in names if isinstance(name, str) and name.lower().endswith(YAML_SUFFIXES)]:
                 result += [_absolute_path(file, base, f"tasks.{family}.{key}") for file in files]
                 names = [Path(name).stem if name in files else name for name in names]
                 tasks[family] = {**tasks[family], key: names}

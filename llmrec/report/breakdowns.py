@@ -22,7 +22,7 @@ from llmrec.metrics.stats import wilson_interval
 from llmrec.registry import is_lower_better
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import DASH, arm_label, format_p_value, join_words, label
-from llmrec.results import Metric, PositionBias, PositionResult, Results, Row, SliceOfRow
+from llmrec.results import LANGUAGE_MODEL_ARMS, Metric, PositionBias, PositionResult, Results, Row, SliceOfRow
 
 _SLICE_TITLES = (
     (r"item:cold-below-(\d+)", "Rare items: fewer than {0} training interactions"),
@@ -116,8 +116,9 @@ def slice_table(results: Results, task: str) -> SliceTable | None:
 
 def _best_rows(results: Results, task: str) -> list[Row]:
     standings = results.standings(task)
-    arms = ("zero-shot", "few-shot", "tuned")
-    matches = [next((row for row in standings if row.arm == arm and row.fusion is None), None) for arm in arms]
+    matches = [
+        next((row for row in standings if row.arm == arm and row.fusion is None), None) for arm in LANGUAGE_MODEL_ARMS
+    ]
     return [row for row in (*matches, best_baseline(results, task)) if row is not None]
 
 

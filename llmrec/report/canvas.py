@@ -53,12 +53,12 @@ class Scale:
         if not self.log:
             return _linear_ticks(self.low, self.high, count)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-            results = [part * 10.0**power for power in decades for part in parts]
-            inside = tuple(value for value in results if self.low <= value <= self.high)
-            if len(inside) <= count or parts == (1,):
-                return inside if len(inside) > 1 else _linear_ticks(self.low, self.high, count)
-        return ()
+        choices = [
+            tuple(tick for power in decades for part in parts if self.low <= (tick := part * 10.0**power) <= self.high)
+            for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+        ]
+        ticks = next((ticks for ticks in choices if len(ticks) <= count), choices[-1])
+        return ticks if len(ticks) > 1 else _linear_ticks(self.low, self.high, count)
 
 
 def _linear_ticks(low: float, high: float, count: int) -> tuple[float, ...]:

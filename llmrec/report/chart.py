@@ -29,13 +29,24 @@ class Chart:
 
 
 def bars(values: Mapping[str, Metric], unit: str) -> Chart:
-    """Draw metric values with their confidence intervals.
+    """Draw metric values with their confidence intervals; undefined values are left out.
 
     Args:
         values: Values by the name of the model.
         unit: The name of the metric.
     """
-    return Chart({"kind": "bars", "unit": unit, "bars": [_bar(name, value) for name, value in values.items()]}, unit)
+    drawn: list[Bar] = [
+        {
+            "label": name,
+            "value": metric.value,
+            "low": metric.low,
+            "high": metric.high,
+            "text": format_with_interval(metric.value, metric.low, metric.high),
+        }
+        for name, metric in values.items()
+        if metric.value is not None
+    ]
+    return Chart({"kind": "bars", "unit": unit, "bars": drawn}, unit)
 
 
 def of_run(results: Mapping[str, Any], plot: str) -> Chart:
@@ -46,8 +57,3 @@ def of_run(results: Mapping[str, Any], plot: str) -> Chart:
         plot: The id of the plot in the page of the report.
     """
     return Chart(report_plots(Results.model_validate(results))[plot], plot)
-
-
-def _bar(name: str, metric: Metric) -> Bar:
-    text = format_with_interval(metric.value, metric.low, metric.high)
-    return {"label": name, "value": metric.value or 0.0, "low": metric.low, "high": metric.high, "text": text}

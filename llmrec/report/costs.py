@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.results import Results, Row
-
-ARMS = ("zero-shot", "few-shot", "tuned", "baseline")
+from llmrec.results import LANGUAGE_MODEL_ARMS, Results, Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +76,7 @@ def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
     """Return the number of models, requests, tokens and seconds, for zero-shot, few-shot and tuned models."""
     matches = []
-    for arm in ARMS:
+    for arm in (*LANGUAGE_MODEL_ARMS, "baseline"):
         costs = [cost_of(row) for row in results.rows if row.arm == arm]
         if costs:
             read, written = sum(cost.read for cost in costs), sum(cost.written for cost in costs)

@@ -69,14 +69,14 @@ def marks_legend(results: Results, task: str) -> str:
     )
 
 
-def planned_comparisons(results: Results, task: str | None = None) -> list[Comparison]:
-    """Return the planned comparisons (which have a verdict) of one task, or of all tasks."""
-    return [entry for entry in results.comparisons if entry.verdict is not None and task in (None, entry.task)]
+def planned_comparisons(results: Results) -> list[Comparison]:
+    """Return the planned comparisons, which have a verdict."""
+    return [entry for entry in results.comparisons if entry.verdict is not None]
 
 
-def exploratory_comparisons(results: Results, task: str | None = None) -> list[Comparison]:
-    """Return the exploratory comparisons (which have no verdict) of one task, or of all tasks."""
-    return [entry for entry in results.comparisons if entry.verdict is None and task in (None, entry.task)]
+def exploratory_comparisons(results: Results) -> list[Comparison]:
+    """Return the exploratory comparisons, which have no verdict."""
+    return [entry for entry in results.comparisons if entry.verdict is None]
 
 
 def significance_rule(results: Results) -> str:

@@ -17,7 +17,6 @@ from llmrec.report.costs import cost_by_row
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import (
     format_duration,
-    format_interval,
     format_mean_count,
     format_metric_difference,
     format_number,
@@ -163,7 +162,6 @@ def forest_plot(results: Results, task: str) -> Forest:
         score = row.metrics.get(metric)
         if score is None or score.value is None:
             continue
-        text = f"{format_number(score.value)} {format_interval(score.low, score.high)}".rstrip()
         rows.append(
             {
                 "label": single_line(label(row)),
@@ -171,7 +169,7 @@ def forest_plot(results: Results, task: str) -> Forest:
                 "value": score.value,
                 "low": score.low,
                 "high": score.high,
-                "text": text,
+                "text": format_with_interval(score.value, score.low, score.high),
             }
         )
     control = next((row for row in rows if row["arm"] == "baseline"), None)

@@ -34,7 +34,7 @@ _METRIC_FIELDS = frozenset({"gain", "ties", "text", "how"})
 _MISSING = "(missing)"
 
 
-def check_results(results: Results, *, source: str = "results.json") -> None:
+def _check_results(results: Results, source: str) -> None:
     """Reject results from which no valid table can be made.
 
     Raises:
@@ -231,7 +231,7 @@ def parse_results(content: Mapping[str, Any], *, source: str = "results.json", f
         results = Results.model_validate(without_surrogates(dict(content)))
     except (ValidationError, RecursionError) as error:
         raise _invalid_key_error(error, source, fix) from error
-    check_results(results, source=source)
+    _check_results(results, source)
     return results
 
 

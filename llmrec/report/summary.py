@@ -115,7 +115,7 @@ def served_row(results: Results, task: str) -> Row | None:
 
 def report_question(results: Results, found: Iterable[Headline]) -> str:
     """Return the question that a report answers first."""
-    if any(row.arm != "baseline" for row in results.rows):
+    if results.has_language_model:
         return "Is the model better than the best baseline?"
     if any(entry.served and entry.model is not None and entry.model.fusion is None for entry in found):
         return "Is the served recommender better than the best other one?"
@@ -147,7 +147,7 @@ def gain(metric: str, value: float) -> float:
 
 def main_finding(results: Results) -> str:
     """Return what the language model adds to the baselines; without one, which baseline is served and why."""
-    if _has_language_model(results):
+    if results.has_language_model:
         served = [
             served_model_sentences(results, task) for task in results.tasks if served_row(results, task) is not None
         ]
@@ -158,7 +158,7 @@ def main_finding(results: Results) -> str:
 def summary_paragraph(results: Results) -> str:
     """Return the first paragraph of the summary."""
     verdicts = [verdict(results, task) for task in results.tasks]
-    tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if _has_language_model(results) else ()
+    tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if results.has_language_model else ()
     return " ".join(
         filter(None, (_describe_run(results), *tallies, main_finding(results), exploratory_reason(results)))
     )
@@ -233,10 +233,6 @@ def exploratory_reason(results: Results, name: Callable[[str], str] = title) -> 
 def has_few_users(results: Results, task: str) -> bool:
     """Whether a task has too few users for a claim; False if their number is unknown."""
     return any(row.task == task and row.users is not None and row.users < USERS for row in results.rows)
-
-
-def _has_language_model(results: Results) -> bool:
-    return any(row.arm != "baseline" for row in results.rows)
 
 
 def served_model_sentences(results: Results, task: str) -> str:
@@ -314,7 +310,7 @@ def _describe_run(results: Results) -> str:
         steps = f"{format_count(training.steps)} steps"
         how = f"was fine-tuned ({training.method}, {steps}, {format_duration(training.seconds)})"
     several = "one task" if len(results.tasks) == 1 else f"{len(results.tasks)} tasks"
-    if not _has_language_model(results):
+    if not results.has_language_model:
         return f"Baselines were evaluated{where} on {several}, without a language model."
     return f"{escape_hidden(results.model_name or 'The model')} {how} and evaluated{where} on {several}."
 

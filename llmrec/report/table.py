@@ -24,6 +24,7 @@ from llmrec.report.wording import (
     INPUT_KINDS,
     NOT_EVALUATED,
     UNDEFINED,
+    VERDICT_COLOURS,
     describe_undefined,
     format_figure,
     format_interval,
@@ -165,7 +166,6 @@ def _task_table(results: Results, task: str) -> Table:
 
 
 def _comparison_table(results: Results) -> Table:
-    styles = {"shown": "green", "not shown": "yellow", "contradicted": "red"}
     table = console_table("Planned comparisons", [significance_rule(results)])
     table.add_column("a − b", overflow="fold")
     for head in ("Difference", "p"):
@@ -177,7 +177,7 @@ def _comparison_table(results: Results) -> Table:
             plain_text(f"{one} − {other} ({entry.metric})"),
             Text(format_with_interval(entry.value, entry.low, entry.high, sign=True)),
             Text(format_p_value(entry.p)),
-            Text(format_verdict(entry.verdict), style=styles.get(entry.verdict or "", "")),
+            Text(format_verdict(entry.verdict), style=VERDICT_COLOURS[entry.verdict] if entry.verdict else ""),
         )
     return table
 

@@ -16,6 +16,7 @@ from llmrec.report.summary import Headline, exploratory_reason, headline, main_f
 from llmrec.report.table import console_table
 from llmrec.report.wording import (
     DASH,
+    VERDICT_COLOURS,
     describe_undefined,
     format_duration,
     format_figure,
@@ -27,12 +28,9 @@ from llmrec.report.wording import (
     title,
     verdict,
 )
-from llmrec.results import Results, Row, Verdict, arm_name
+from llmrec.results import LANGUAGE_MODEL_ARMS, Results, Row, Verdict, arm_name
 
 WIDTH = 80
-VERDICT_STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
-"""Colours of verdicts on a terminal, in addition to the words."""
-_MODEL_ARMS = ("zero-shot", "few-shot", "tuned")
 # the sign for comparisons that were not planned
 _EXPLORATORY_SIGN = "◇"
 # number of stages to name with their duration
@@ -46,8 +44,9 @@ def metrics_table(results: Results) -> Table:
     (`llmrec.report.summary`). A run without a language model shows its best single recommender and its ensemble.
     """
     firsts = {task: headline(results, task) for task in results.tasks}
-    asks = any(row.arm != "baseline" for row in results.rows)
-    arms = [arm for arm in _MODEL_ARMS if any(row.arm == arm and is_single_language_model(row) for row in results.rows)]
+    asks = results.has_language_model
+    single = {row.arm for row in results.rows if is_single_language_model(row)}
+    arms: list[str] = [arm for arm in LANGUAGE_MODEL_ARMS if arm in single]
     table = console_table("", [_verdict_legend(result.verdict for result in firsts.values() if result.difference)])
     table.title = None
     table.add_column("Task and metric", overflow="fold")
@@ -86,7 +85,7 @@ def _difference_cell(found: Headline) -> Text:
         return Text(DASH)
     sign = VERDICT_SIGNS[entry.verdict] if entry.verdict else _EXPLORATORY_SIGN
     message = f"{sign} {format_number(entry.value, sign=True)}\n{format_interval(entry.low, entry.high, sign=True)}"
-    return Text(message, style=VERDICT_STYLES[format_verdict(entry.verdict)] if entry.verdict else "")
+    return Text(message, style=VERDICT_COLOURS[entry.verdict] if entry.verdict else "")
 
 
 def _verdict_legend(verdicts: Iterable[Verdict | None]) -> str:
@@ -114,9 +113,9 @@ def closing_lines(results: Results) -> list[str]:
 
 
 def verdict_patterns() -> Iterator[tuple[re.Pattern[str], str]]:
-    """Yield a pattern for each verdict, with its style."""
-    for words, style in VERDICT_STYLES.items():
-        yield re.compile(r"\s+".join(words.split())), style
+    """Yield a pattern for each verdict in words, with its colour."""
+    for outcome, colour in VERDICT_COLOURS.items():
+        yield re.compile(r"\s+".join(format_verdict(outcome).split())), colour
 
 
 def describe_run_time(results: Results) -> str:

@@ -28,7 +28,8 @@ _VERDICT_WORDS: dict[Verdict, str] = {
     "contradicted": "significantly worse",
     "not shown": "no significant difference",
 }
-
+VERDICT_COLOURS: Mapping[Verdict, str] = {"shown": "green", "contradicted": "red", "not shown": "yellow"}
+"""Colours of verdicts on a terminal, in addition to the words."""
 
 INPUT_KINDS: Mapping[Reads | None, str] = {
     "events": "interactions only",

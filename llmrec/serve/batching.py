@@ -87,10 +87,10 @@ class Batcher:
         self,
         engine: Callable[[Question, Sequence[RankRequest]], list[Reply]],
         *,
-        window: float = 0.005,
-        most: int = 32,
-        room: int = 256,
-        patience: float = 60.0,
+        window: float,
+        most: int,
+        room: int,
+        patience: float,
         hangs: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._window, self._most, self._room, self._patience = engine, window, most, room, patience
@@ -131,8 +131,8 @@ class Batcher:
         """Answer a request; cancelling the caller removes it from the queue.
 
         Raises:
-            Full: If the queue is full, or too long to answer in time.
-            TooLate: If it was not answered in time.
+            QueueFull: If the queue is full, or too long to answer in time.
+            AnswerTimeout: If it was not answered in time.
             EngineLost: If the engine ended, or the service is stopping.
             LlmrecError: If the question is invalid.
         """
@@ -154,8 +154,8 @@ class Batcher:
         """Run an engine call between two batches; it is queued and rejected like a question.
 
         Raises:
-            Full: If the queue is full.
-            TooLate: If it was not answered in time.
+            QueueFull: If the queue is full.
+            AnswerTimeout: If it was not answered in time.
             EngineLost: If the engine ended, or the service is stopping.
         """
         self._check_queue_length(self._others)

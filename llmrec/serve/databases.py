@@ -33,6 +33,8 @@ DAMAGE_ADVICE = "restore a backup, or move the file and its log away. The file w
 
 _APPLICATION_ID = 0x6C6C6D72
 """Application id in the header of an SQLite file, which identifies it as llmrec's."""
+POSTGRES_PREFIXES = ("postgresql://", "postgres://")
+"""Prefixes of the address of a PostgreSQL database."""
 LOCK_TIMEOUT = 30.0
 """Default number of seconds that a call waits for a lock of another process."""
 _MAX_CHECKED_BYTES = 256 * 2**20

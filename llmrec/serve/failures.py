@@ -51,8 +51,8 @@ _KIND_BY_STATUS = {
     429: "busy",
     503: "unreadable",
 }
-# Seconds until a retry after an internal failure.
-_RETRY_SECONDS = 5.0
+RETRY_SECONDS = 5.0
+"""Seconds until a retry after an internal failure."""
 # Maximum number of characters of a client's text that a response repeats.
 _MAX_REPEATED_CHARACTERS = 200
 # Type names and tags that pydantic adds to error locations, besides keys and numbers.
@@ -127,7 +127,7 @@ def error_status_and_body(error: LlmrecError) -> tuple[int, schema.Failure, floa
         status = 404 if error.column in _NOT_FOUND_FIELDS else 422
     else:
         status = _STATUS_BY_KIND.get(kind, 422)
-    after = error.after if isinstance(error, QueueFull) else _RETRY_SECONDS if status in (429, 503) else None
+    after = error.after if isinstance(error, QueueFull) else RETRY_SECONDS if status in (429, 503) else None
     return status, schema.Failure(kind=kind, message=message, at=error.column), after
 
 

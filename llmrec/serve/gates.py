@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmrec.data.read.limits import format_value
 from llmrec.errors import DataError, LlmrecError, did_you_mean
-from llmrec.serve.failures import error_response
+from llmrec.serve.failures import RETRY_SECONDS, error_response
 from llmrec.serve.keys import Key, Keys, RateLimit
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ _CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")
 # Maximum number of digits of Content-Length, because int() rejects huge numbers.
 _MAX_LENGTH_DIGITS = 18
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-# Seconds until a retry if the API keys cannot be read.
-_RETRY_SECONDS = 5.0
 _MAX_SHOWN_CHARACTERS = 60
 
 
@@ -69,9 +67,7 @@ class Auth:
             except LlmrecError as error:
                 # If the key file is unreadable, every request is rejected; the log has the reason.
                 log.error("%s", error)
-                return error_response(
-                    503, "unreadable", "the keys of this service cannot be read", after=_RETRY_SECONDS
-                )
+                return error_response(503, "unreadable", "the keys of this service cannot be read", after=RETRY_SECONDS)
             if key is None:
                 answer = error_response(401, "missing-key", "give an API key: 'Authorization: Bearer llmrec_...'")
                 answer.headers["WWW-Authenticate"] = "Bearer"

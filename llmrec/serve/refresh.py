@@ -37,6 +37,7 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.load import STORED_RECIPE_FILE, load_stored_recipe
+from llmrec.serve.databases import POSTGRES_PREFIXES
 from llmrec.serve.options import RefreshOptions
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
@@ -65,7 +66,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         )
     bundle = bundles.read(options.model)
     out = _output_folder(options, bundle)
-    measured = stored.read_ensembles(bundle.run or Path(bundle.folder))
+    measured = stored.read_ensembles(bundle.source_folder)
     before = _read_model_data(bundle, measured.fusions[0].reserved if _uses_early_stopping(measured.fusions) else None)
     after, added = _add_new_data(before, options, bundle.seed)
     model = Path(bundle.folder)
@@ -238,7 +239,7 @@ def _align_times(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _is_store(events: str) -> bool:
-    if events.startswith(("postgresql://", "postgres://")):
+    if events.startswith(POSTGRES_PREFIXES):
         return True
     try:
         with Path(events).open("rb") as file:

@@ -289,7 +289,7 @@ class Service:
         """Check that the engine runs and its queue has room, before a question is read.
 
         Raises:
-            Full: If the queue is full, or too long to answer in time.
+            QueueFull: If the queue is full, or too long to answer in time.
             EngineLost: If the engine does not run, or the service is stopping.
         """
         self.engine.current()
@@ -429,7 +429,7 @@ class Conversations:
 
         Raises:
             DataError: If the model is unknown, or the catalogue is empty.
-            Full: If the limit of open turns is reached.
+            QueueFull: If the limit of open turns is reached.
             LlmrecError: If the engine cannot answer.
         """
         begun, loop = time.monotonic(), asyncio.get_running_loop()

@@ -22,6 +22,7 @@ from llmrec.serve.databases import (
     DAMAGE_ADVICE,
     ERASED_KEY,
     LOCK_TIMEOUT,
+    POSTGRES_PREFIXES,
     TABLES_VERSION,
     Database,
     Insert,
@@ -100,7 +101,7 @@ class ServiceStore:
             LlmrecError: If it is not a store, cannot be reached or written, is damaged, or needs a newer llmrec.
             MissingExtra: If the PostgreSQL package is not installed.
         """
-        if where.startswith(("postgresql://", "postgres://")):
+        if where.startswith(POSTGRES_PREFIXES):
             return cls(Postgres(where, wait))
         if "://" in where:
             # Not shown, because it may contain a password.

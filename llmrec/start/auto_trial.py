@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec.durable import Json, write_checked_json, write_json
 from llmrec.fingerprint import fingerprint
 from llmrec.pipeline.resume import read_stage
-from llmrec.registry import BASELINES
+from llmrec.registry import BASELINES, import_component
 
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
@@ -102,7 +102,6 @@ def run_trials(job: TrialJob) -> None:
 def _is_too_slow(part: TuningTask, data: SplitDataset, seed: int, key: str, within: float) -> bool:
     """Whether a network is too slow for the available time, given the measured seconds of one epoch."""
     from llmrec.baselines.parameters import create_baseline
-    from llmrec.registry import BASELINES, import_component
 
     fields = import_component(BASELINES, part.baseline, "baseline").Config.model_fields
     if not {"epochs", "patience"} <= fields.keys():
@@ -130,7 +129,6 @@ def _tune_member(
     from llmrec.baselines.base import Catalogue
     from llmrec.baselines.item_texts import text_vectors
     from llmrec.baselines.tune import Trial, tune
-    from llmrec.registry import BASELINES, import_component
 
     baseline = import_component(BASELINES, part.baseline, "baseline")
     grid = {name: values for name, values in baseline.GRID.items() if name not in part.fixed}

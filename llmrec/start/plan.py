@@ -11,6 +11,7 @@ import polars as pl
 
 from llmrec.data.dataset import Dataset, k_core
 from llmrec.data.read.words import plural_noun
+from llmrec.data.split import MAX_RATING_STEPS, rating_steps
 from llmrec.data.stats import BASKET_WARNING_SHARE
 from llmrec.errors import ModelError
 from llmrec.start.columns import Roles
@@ -19,7 +20,6 @@ from llmrec.start.profile import as_float
 FAMILIES = ("rating", "sequential", "direct", "explanation")
 _CORE_ROWS = 50_000
 _MIN_CORE_SIZE = 200
-_MAX_LABELS = 101
 _MIN_TEXTS = 20
 # Minimum number of users with three or more baskets, for a split that holds out whole baskets.
 _MIN_BASKET_USERS = 10
@@ -115,7 +115,7 @@ class RecipePlan:
     @property
     def rates(self) -> bool:
         """Whether the ratings can be used, since no task supports a scale with very many steps."""
-        return bool(self.facts.levels) and count_labels(self.facts.levels) <= _MAX_LABELS
+        return bool(self.facts.levels) and count_labels(self.facts.levels) <= MAX_RATING_STEPS
 
     def without(self, family: str, reason: str) -> RecipePlan:
         """Return the plan with one task disabled."""
@@ -346,9 +346,8 @@ def _rating_scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
 
 def count_labels(levels: tuple[float, ...]) -> int:
     """Return the number of ratings that a model can answer, in steps of 1 or 0.5 from the lowest to the highest."""
-    low, high = levels[0], levels[-1]
-    step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MAX_LABELS // 2 else 0.5
-    return math.ceil(high / step) - math.floor(low / step) + 1
+    _, first, last = rating_steps(levels[0], levels[-1], levels)
+    return last - first + 1
 
 
 def _supported_tasks(events: Events, facts: TableStatistics, count: int) -> dict[str, tuple[bool, str]]:
@@ -366,9 +365,9 @@ def _supported_tasks(events: Events, facts: TableStatistics, count: int) -> dict
         result["rating"] = (False, "needs a column of ratings")
     elif len(facts.levels) < 2:
         result["rating"] = (False, f"needs ratings with at least 2 values, but {events.rating} has {len(facts.levels)}")
-    elif count_labels(facts.levels) > _MAX_LABELS:
+    elif count_labels(facts.levels) > MAX_RATING_STEPS:
         many = count_labels(facts.levels)
-        result["rating"] = (False, f"needs a scale of at most {_MAX_LABELS} steps, but {events.rating} has {many}")
+        result["rating"] = (False, f"needs a scale of at most {MAX_RATING_STEPS} steps, but {events.rating} has {many}")
     else:
         low, high = facts.levels[0], facts.levels[-1]
         result["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")

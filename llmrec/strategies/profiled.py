@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llmrec.errors import RecipeError
-from llmrec.prompts.template import clean
+from llmrec.guard import clean
 from llmrec.strategies.asking import Prompting, cost_of
 from llmrec.strategies.rounds import label_ranker
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request

@@ -16,8 +16,8 @@ from llmrec.data.requests import USER_FIELDS
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import RatingSummaries
 from llmrec.errors import DataError
-from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT
-from llmrec.prompts.template import Template, clean
+from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, clean
+from llmrec.prompts.template import Template
 from llmrec.prompts.values import Fields
 from llmrec.types import (
     Answer,

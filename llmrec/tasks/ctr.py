@@ -31,6 +31,7 @@ from llmrec.tasks.base import (
 from llmrec.tasks.cases import Cases, held_out_interactions
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import FewShotDraw
+from llmrec.tasks.parsing import MAX_ANSWER_LENGTH
 from llmrec.tasks.rows import (
     chat_example,
     chat_shot_messages,
@@ -56,7 +57,6 @@ from llmrec.types import (
     SplitName,
 )
 
-_MAX_ANSWER_LENGTH = 20_000
 _TRIMMED_CHARACTERS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
 # In phrases such as "No idea" or "no way to tell", "no" is not an answer.
 _ANSWER_END = re.compile(r"\s*(?:$|\n|[^\w\s])")
@@ -322,7 +322,7 @@ def parse_choice(text: str, answers: Sequence[str], words: Words | None = None) 
         The index of the answer in ``answers``, or None.
     """
     lead = (words or english_words()).lead
-    message = lead.sub("", text[:_MAX_ANSWER_LENGTH].casefold().strip(_TRIMMED_CHARACTERS), count=1).strip(
+    message = lead.sub("", text[:MAX_ANSWER_LENGTH].casefold().strip(_TRIMMED_CHARACTERS), count=1).strip(
         _TRIMMED_CHARACTERS
     )
     sought = [answer.casefold().strip(_TRIMMED_CHARACTERS) for answer in answers]

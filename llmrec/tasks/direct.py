@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import cycle, islice
 from string import ascii_uppercase
-from typing import Literal, get_args
+from typing import Literal
 
 from llmrec.data.split import request_id
 from llmrec.errors import DataError, RecipeError, did_you_mean
@@ -241,7 +241,6 @@ def candidate_labels(count: int) -> tuple[str, ...]:
     return tuple(f"{number:0{width}d}" for number in range(1, count + 1))
 
 
-_WANTS = get_args(Want)
 # Number of candidates in a training example without stored candidate sets.
 _DEFAULT_CANDIDATE_COUNT = 20
 
@@ -339,8 +338,6 @@ class DirectTask(Task):
             DataError: If the question is about one item, and the request has several candidates.
             RecipeError: If the template has no text for the requested answer.
         """
-        if want not in _WANTS:
-            raise ValueError(f"want must be 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = requested_candidates(request, self.family)
         form = self._answer_type(chosen, want, request)

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from llmrec.data.knowledge import FACTS_FIELD, resolve_citations
 from llmrec.data.split import request_of
 from llmrec.errors import DataError
-from llmrec.guard import TEXT_LIMIT
-from llmrec.prompts.template import Template, clean
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.prompts.template import Template
 from llmrec.recipe.schema import ExplanationSection
 from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (

@@ -6,19 +6,17 @@ import random
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.data.hashing import hash64
-from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.schema import ShotChoice
 from llmrec.tasks.base import UserHistories, seeded_random
 from llmrec.tasks.history import ItemVectors, ShownHistory
 from llmrec.types import Event, Request
 
-_CHOICES = get_args(ShotChoice)
 TEXT_CHOICES = ("nearest", "diverse")
 """Methods of choosing examples that compare item texts."""
 # For `diverse`: number of users to choose among, as a multiple of the examples; and the weight of similarity to the
@@ -70,17 +68,11 @@ class ShotPool:
         events: Mapping[str, tuple[Event, ...]],
         *,
         seed: int,
-        choice: str,
+        choice: ShotChoice,
         least: int,
         vectors: ItemVectors | None = None,
         label: Callable[[Event], Hashable] | None = None,
     ) -> None:
-        if choice not in _CHOICES:
-            raise RecipeError(
-                f"unknown shot choice {choice!r}{did_you_mean(choice, _CHOICES)}; known: {', '.join(_CHOICES)}",
-                kind="unknown-name",
-                column="eval.shots.choice",
-            )
         if choice == "balanced" and label is None:
             raise RecipeError(
                 f"eval.shots.choice: 'balanced' needs a few answer labels, which tasks.{family} does not have; choose "

@@ -13,7 +13,8 @@ import numpy as np
 
 from llmrec.data.dataset import Dataset
 from llmrec.errors import RecipeError
-from llmrec.prompts.template import Template, clean
+from llmrec.guard import clean
+from llmrec.prompts.template import Template
 from llmrec.recipe.schema import TaskSection
 from llmrec.types import Event, Item
 

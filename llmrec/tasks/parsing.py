@@ -11,7 +11,8 @@ from difflib import SequenceMatcher
 from llmrec.index.titles import INVISIBLE_CHARACTERS, title_key
 from llmrec.prompts.words import Words, english_words
 
-_MAX_ANSWER_LENGTH = 20_000
+MAX_ANSWER_LENGTH = 20_000
+"""Number of characters of an answer that are parsed."""
 _ALNUM = r"[^\W_]"
 # In these scripts (no spaces between words, or attached particles), a label next to a letter is still a label.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -25,7 +26,7 @@ _NUMERAL = re.compile(r"\b(?:\d+|[ivx]+)\b")
 
 def first_line_keys(text: str) -> Iterator[str]:
     """Yield the first non-empty line, and the same line without a list mark."""
-    line = next((line for line in text[:_MAX_ANSWER_LENGTH].splitlines() if line.strip()), "")
+    line = next((line for line in text[:MAX_ANSWER_LENGTH].splitlines() if line.strip()), "")
     if line:
         yield title_key(line)
         bare = _ENTRY.sub("", line, count=1)
@@ -40,7 +41,7 @@ def parse_number(text: str, low: float, high: float, words: Words | None = None)
     recognised; ``words`` are those of the prompt's language, English by default.
     """
     known = words or english_words()
-    text = text[:_MAX_ANSWER_LENGTH].replace("½", ".5")
+    text = text[:MAX_ANSWER_LENGTH].replace("½", ".5")
     match = _NUMBER.search(text)
     if match is None:
         message = next(iter(re.findall(r"\w+", text.casefold())), "")
@@ -77,7 +78,7 @@ def parse_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words
     """
     reader = _LineParser(labels, titles, words or english_words())
     result: dict[int, None] = {}
-    text = text[:_MAX_ANSWER_LENGTH]
+    text = text[:MAX_ANSWER_LENGTH]
     for lines in (_parse_json_entries(text), text.splitlines()):
         for line in lines:
             for index in reader.line(line):

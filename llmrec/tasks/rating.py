@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmrec.data.split import SplitDataset, liked_threshold, request_of, scale_of
+from llmrec.data.split import MAX_RATING_STEPS, SplitDataset, liked_threshold, rating_steps, request_of, scale_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words
@@ -44,8 +44,6 @@ from llmrec.tasks.rows import (
 from llmrec.tasks.task import BranchingTask, TaskInputs, Want, check_single_answer
 from llmrec.tasks.templates import select_task_templates
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Rating, Request, SplitName
-
-_MAX_LABELS = 101
 
 
 class RatingTask(BranchingTask):
@@ -111,13 +109,11 @@ class RatingTask(BranchingTask):
         for row, user, rng in iterate_user_passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events, context = self._train_events(template, user, rng)
-            if self._listwise is None:
-                yield self._example(template, row, user, events, context=context)
-                continue
-            past, last = events[:-1], len(events) - 1
-            ends = self.scale.misrated(events[-1], self._listwise.size, rng)
+            past, ends, first = events[:-1], [events[-1]], 0
+            if self._listwise is not None:
+                ends, first = self.scale.misrated(events[-1], self._listwise.size, rng), len(past)
             yield merge_rejected(
-                self._example(template, row, user, (*past, end), first_target=last, context=context) for end in ends
+                self._example(template, row, user, (*past, end), first_target=first, context=context) for end in ends
             )
 
     def cases(self, split: SplitName) -> Cases:
@@ -322,13 +318,11 @@ def find_scale(data: SplitDataset, *, learns: bool = True) -> RatingScale:
             column="rating",
         )
     low, high = scale_of(data)
-    integral = all(float(value).is_integer() for value in (*ratings, low, high))
-    step = 1.0 if integral or high - low > _MAX_LABELS // 2 else 0.5
-    first, last = math.floor(low / step), math.ceil(high / step)
-    if last - first >= _MAX_LABELS:
+    step, first, last = rating_steps(low, high, ratings)
+    if last - first >= MAX_RATING_STEPS:
         raise DataError(
-            f"tasks.rating: the scale from {low:g} to {high:g} has {last - first + 1} steps, more than {_MAX_LABELS}; "
-            "rescale the ratings",
+            f"tasks.rating: the scale from {low:g} to {high:g} has {last - first + 1} steps, more than "
+            f"{MAX_RATING_STEPS}; rescale the ratings",
             kind="too-large",
             column="rating",
         )

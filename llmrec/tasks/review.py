@@ -14,8 +14,8 @@ import polars as pl
 
 from llmrec.data.split import request_id, request_of
 from llmrec.errors import DataError, RecipeError
-from llmrec.guard import TEXT_LIMIT
-from llmrec.prompts.template import Template, clean
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.prompts.template import Template
 from llmrec.recipe.schema import ReviewSection, StarsSection
 from llmrec.registry import BASELINES, STRATEGIES, components_for_family
 from llmrec.tasks.base import (
@@ -123,14 +123,12 @@ class ReviewTask(Task):
             return
         for row, user, rng in iterate_user_passes(self.family, list(self._events), self._seed, limit):
             template, event = rng.choice(self._chosen.train), rng.choice(self._events[user])
-            if self._listwise is None:
-                yield self._example(template, row, user, event)
-            elif self._scale is not None:
+            ends = [event]
+            if self._listwise is not None and self._scale is not None:
                 ends = self._scale.misrated(event, self._listwise.size, rng)
-                yield merge_rejected(self._example(template, row, user, end) for end in ends)
-            else:
+            elif self._listwise is not None:
                 ends = with_other_texts(event, self._events, event_text, self._listwise.size, rng)
-                yield merge_rejected(self._example(template, row, user, end) for end in ends)
+            yield merge_rejected(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out reviews that have a headline or rating to predict."""

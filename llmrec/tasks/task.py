@@ -15,7 +15,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english_words
-from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, TaskSection
+from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, ShotChoice, TaskSection
 from llmrec.tasks.base import (
     UserHistories,
     count_training_rows,
@@ -74,7 +74,7 @@ class TaskInputs:
     templates: Mapping[str, Template]
     seed: int
     candidates: CandidateSets | None = None
-    shot_choice: str = "random"
+    shot_choice: ShotChoice = "random"
     index: ItemCodes | None = None
     vectors: ItemVectors | None = None
     lists: RetrievedLists | None = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow, answer_pieces
 from llmrec.errors import RecipeError
+from llmrec.models.batching import group_by_length
 from llmrec.models.traits import is_encoder_decoder
 from llmrec.tasks.parsing import parse_number
 from llmrec.tasks.rating import RatingScale
@@ -115,12 +116,11 @@ def plan_steps(
         if not buffer:
             break
         if lists is not None:
-            cut = _packed_steps(sorted(packed, key=lambda item: item.columns), batch_tokens)
+            cut = _packed_steps(packed, batch_tokens)
         elif width is None:
-            cut = _padded_steps(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
+            cut = _padded_steps(buffer, batch_tokens, behind)
         else:
-            packed = pack_into_bins(buffer, min(width, batch_tokens))
-            cut = _packed_steps(sorted(packed, key=lambda item: item.columns), batch_tokens)
+            cut = _packed_steps(pack_into_bins(buffer, min(width, batch_tokens)), batch_tokens)
         rng.shuffle(cut)
         numbers = {id(row): first + n for n, row in enumerate(buffer)}
         for step in cut[: steps - len(planned)]:
@@ -130,12 +130,13 @@ def plan_steps(
 
 def _padded_steps(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]:
     lengths = [len(row.ids) + behind for row in rows]
-    return [Step(tuple(rows[start:end])) for start, end in _batch_ranges(lengths, batch_tokens)]
+    return [Step(tuple(rows[n] for n in indices)) for indices in group_by_length(lengths, batch_tokens)]
 
 
 def _packed_steps(packed: Sequence[PackedRows], batch_tokens: int) -> list[Step]:
-    groups = [packed[start:end] for start, end in _batch_ranges([item.columns for item in packed], batch_tokens)]
-    return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
+    columns = [item.columns for item in packed]
+    groups = [tuple(packed[n] for n in indices) for indices in group_by_length(columns, batch_tokens)]
+    return [Step(tuple(row for item in group for row in item.rows), group) for group in groups]
 
 
 def micro_batch_indices(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
@@ -145,24 +146,13 @@ def micro_batch_indices(lengths: Sequence[int], limit: int | None) -> list[list[
     """
     if limit is None or len(lengths) * max(lengths, default=0) <= limit:
         return [list(range(len(lengths)))]
-    ascending = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [ascending[start:end] for start, end in _batch_ranges([lengths[n] for n in ascending], limit)]
+    return group_by_length(lengths, limit)
 
 
 def micro_steps(step: Step, limit: int | None) -> list[Step]:
     """Split a step into parts of at most ``limit`` padded tokens; see `micro_batch_indices`."""
     parts = micro_batch_indices([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
     return [step] if len(parts) == 1 else [step.part(numbers) for numbers in parts]
-
-
-def _batch_ranges(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
-    """Split ascending lengths into (start, end) ranges of at most ``batch_tokens`` padded tokens."""
-    spans, start = [], 0
-    for n, length in enumerate(lengths):
-        if n > start and (n + 1 - start) * length > batch_tokens:
-            spans.append((start, n))
-            start = n
-    return [*spans, (start, len(lengths))]
 
 
 def truncated_row(example: Example, encoder: Encoder, limit: int) -> TokenRow | None:

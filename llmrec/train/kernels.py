@@ -76,7 +76,7 @@ def _apply_liger(base: torch.nn.Module) -> None:
 
 @contextmanager
 def log_missing_paging(section: TrainSection, device: str) -> Iterator[None]:
-    """Log once that a paged optimiser does not page on a CPU."""
+    """Log once that a paged optimiser does not page on a CPU, instead of the warnings of bitsandbytes."""
     if device == "cpu" and section.optim.startswith("paged"):
         log.info("training: train.optim=%s has no paging on a CPU", section.optim)
     with warnings.catch_warnings():

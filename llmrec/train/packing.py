@@ -172,12 +172,7 @@ def _sorted_bodies(rows: Sequence[TokenRow]) -> list[_Body]:
         targets = np.flatnonzero(labels[1:] != IGNORED) + 1
         read = int(targets[-1]) if len(targets) else 0
         bodies.append(_Body(row, np.array(row.ids[:read], dtype=np.int64), labels, targets))
-    return sorted(bodies, key=_sort_key)
-
-
-def _sort_key(body: _Body) -> list[int]:
-    tokens: list[int] = body.ids.tolist()
-    return tokens
+    return sorted(bodies, key=lambda body: body.ids.tolist())
 
 
 def _prefix_groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
@@ -195,6 +190,6 @@ def _prefix_groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
 
 
 def _ordered_rows(bodies: Sequence[_Body]) -> PackedRows:
-    ordered = sorted(bodies, key=_sort_key)
+    ordered = sorted(bodies, key=lambda body: body.ids.tolist())
     shared = sum(common_prefix_length(one.ids, two.ids) for one, two in pairwise(ordered))
     return PackedRows(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)

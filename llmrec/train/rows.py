@@ -261,7 +261,7 @@ class LineTable:
         return ConcatenatedExamples(ids.take(source), labels.take(source), np.concatenate([[0], ends[bounds[1:] - 1]]))
 
     def _numbers(self, draws: Sequence[ExampleDraw]) -> Iterator[int]:
-        """Yield the table entries of all examples.
+        """Return the table entries of all examples.
 
         Raises:
             KeyError: If a question or line is not in the table yet.

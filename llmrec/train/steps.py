@@ -188,16 +188,10 @@ class PlannedSteps(Sequence[Step]):
         return Step(rows, tuple(PackedRows(rows[start:end], columns) for (start, end), columns in bins))
 
 
-@dataclass(frozen=True)
-class WeightedSteps:
-    """Steps with weighted examples, and each task's mean share of the loss."""
-
-    steps: PlannedSteps
-    shares: Mapping[str, float]
-
-
-def balance_task_losses(steps: PlannedSteps, families: Sequence[str]) -> WeightedSteps:
+def balance_task_losses(steps: PlannedSteps, families: Sequence[str]) -> tuple[PlannedSteps, dict[str, float]]:
     """Weight examples so that each task's average share of the loss is its share of the tokens.
+
+    Returns the steps with weighted examples, and each task's mean share of the loss.
 
     Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list example has many
     more targets than a question with one answer, so it would have nearly all of the loss. So a family's targets are
@@ -211,7 +205,7 @@ def balance_task_losses(steps: PlannedSteps, families: Sequence[str]) -> Weighte
             tokens[families[n]] += table.tokens(n)
             targets[families[n]] += table.targets(n)
     if len(tokens) < 2:
-        return WeightedSteps(steps, dict.fromkeys(tokens, 1.0))
+        return steps, dict.fromkeys(tokens, 1.0)
     ratio = sum(targets.values()) / sum(tokens.values())
     weights = {family: tokens[family] / targets[family] * ratio for family in tokens}
     parts = defaultdict[str, float](float)
@@ -222,4 +216,4 @@ def balance_task_losses(steps: PlannedSteps, families: Sequence[str]) -> Weighte
         for family, weight in mass.items():
             parts[family] += weight / sum(mass.values()) / len(steps)
     # Examples may have been drawn for a task that no step contains.
-    return WeightedSteps(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))
+    return steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts)

@@ -18,6 +18,7 @@ from llmrec.errors import ModelError, RecipeError
 from llmrec.models import load
 from llmrec.pipeline import engines
 from llmrec.recipe.schema import EvalSection, ModelSection, RQVAEIndex
+from llmrec.setup_env import has_nvidia_gpu
 from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
@@ -28,7 +29,7 @@ AUTO, CPU, CUDA = (ModelSection(device=name) for name in ("auto", "cpu", "cuda")
 @pytest.fixture(autouse=True)
 def clear_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cached = (machine._has_nvidia_gpu_cached, machine._prepare_cuda)
+    cached = (has_nvidia_gpu, machine._prepare_cuda)
     for function in cached:
         function.cache_clear()
     yield

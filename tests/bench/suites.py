@@ -31,7 +31,10 @@ def sample_suite() -> dict[str, Any]:
     seen = ("excluded", "included")
     return {
         "kind": "suite", "benchmark": "films", "description": "Films, five tie rules.", "command": "llmrec eval films",
-        "machine": {"cpu": "Xeon", "cores": 2}, "data": {"users": 943, "items": 1349, "interactions": 99_287},
+        "machine": {"cpu": "Xeon", "cores": 2}, "data": {
+            "name": "films", "users": 943, "items": 1349, "interactions": 99_287, "train": 97_401, "valid": 943,
+            "test": 943, "fingerprint": "f" * 16, "split_fingerprint": "5" * 16, "split": "leave_one_out",
+        },
         "protocol": {
             "split": "leave_one_out/test", "candidates": "full", "seeds": [0, 1, 2], "users": 943,
         },
@@ -109,7 +112,7 @@ def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
             name=seen[table["name"]], metric=metrics[METRICS[-1]], metrics=list(metrics.values()),
             detectable=next(stream),
         )  # fmt: skip
-    result.update({key: next(stream) for key in ("benchmark", "description", "command")}, notes=[next(stream)])
+    result.update({key: next(stream) for key in ("benchmark", "description", "command")})
     result["machine"]["cpu"] = next(stream)
     return result
 

@@ -69,8 +69,6 @@ def test_planned_pairs() -> None:
     text = _page()
     assert "sasrec − item-knn: +0.0300 [+0.0001, +0.0600] (97.5 %), p 0.040, significantly better" in text
     assert "sasrec − item-knn: +0.0300 [-0.0100, +0.0600] (97.5 %), p 0.100, no significant difference" in text
-    notes = _page(sample_suite() | {"notes": ["Mind *this*."]})
-    assert "\n\nMind \\*this\\*.\n\n" in notes and notes.index("Mind") < notes.index("## Seen")
 
 
 def test_page_says_how_hyperparameters_were_chosen() -> None:

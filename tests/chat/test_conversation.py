@@ -380,7 +380,7 @@ def test_simulated_users_never_say_the_title() -> None:
     facts, dice, hits = talk.tools.facts, random.Random(3), 0
     for number, target in enumerate(list(items()) * 3):
         liked = dice.sample([name for name in items() if name != target], 3)
-        knowledge = sample_user_knowledge(facts, target, liked, number, likes=2)
+        knowledge = sample_user_knowledge(facts, target, liked, number)
         user = SimulatedUser(knowledge, facts.numeric, number)
         likes = tuple(UserPreference(field=ITEM, op="is", value=name, hard=False) for name in liked)
         held = simulate_conversation(talk, user, target, 5, State(profile=likes))

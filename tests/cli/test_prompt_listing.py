@@ -24,6 +24,7 @@ from llmrec.cli.prompts import (
     template_variables,
 )
 from llmrec.errors import RecipeError
+from llmrec.models.load import BUNDLE_FILE
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import Study, build_study
 from llmrec.prompts.template import load_templates
@@ -166,7 +167,7 @@ def test_diff_of_sources_without_prompts(study: Study, encoder: Encoder) -> None
 
 def test_diff_with_the_template_of_a_run(study: Study, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
-    with raises(RecipeError, Facts("missing-file", tmp_path, says=bundle.FILE)):
+    with raises(RecipeError, Facts("missing-file", tmp_path, says=BUNDLE_FILE)):
         list(prompts.compare_templates(study, encoder, "rate-next", str(tmp_path)))
     known = study.templates["rating"]
     older = {**known, "rate-next": replace(known["rate-next"], user="Rate {{ item.title }}.", version=7)}
@@ -177,7 +178,7 @@ def test_diff_with_the_template_of_a_run(study: Study, encoder: Encoder, tmp_pat
     assert any(line.startswith("  - Rate ") and "{" not in line for line in output)
     # Keys that the run folder does not store are not reported as differences.
     assert not any(line.startswith(("set:", "leak:")) for line in output)
-    file = tmp_path / "merged" / bundle.FILE
+    file = tmp_path / "merged" / BUNDLE_FILE
     stored = json.loads(file.read_text("utf-8"))
     stored["templates"]["rating"] = [t for t in stored["templates"]["rating"] if t["name"] != "rate-next"]
     file.write_text(json.dumps(stored), "utf-8")

@@ -42,8 +42,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert np.array_equal(vectors[:5], users.vectors) and np.array_equal(vectors[6], users.vectors[0])
     assert vectors[5] == pytest.approx(users.vectors.mean(axis=0)) and np.array_equal(vectors[5], vectors[7])
     assert store.texts("user", ["unknown", users.ids[1]]) == {users.ids[1]: f"likes {users.ids[1]}"}
+    assert store.texts("user", iter(users.ids)) == dict(zip(users.ids, users.texts, strict=True))
     assert store.seen("user") == users.seen[users.ids[0]] and len(store.seen()) == 4
     assert store.get("user", [])[0].shape == (0, 3)
+    with raises(DataError, Facts("missing-value", says=("synthetic items", "users and items"))):
+        store.get("synthetic", ["user0"])
 
 
 def test_documented_numpy_lines_read_it(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_killed_build_keeps_previous_version(tmp_path: Path, monkeypatch: pytest
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for step in ("_written", "_write_texts", "write_json", "write_text"):
+    for step in ("_write_features", "_write_texts", "write_json", "write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(module, step, killed)
             with pytest.raises(KeyboardInterrupt):

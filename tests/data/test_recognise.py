@@ -135,6 +135,13 @@ def test_file_without_header(tmp_path: Path) -> None:
     assert recognise_source(tmp_path / "toys" / "Beauty.txt") == "sequences"
 
 
+@pytest.mark.parametrize(("last", "source"), [("c 6 7\n", "sequences"), ("c,6 7\n", None)])
+def test_sequences_with_a_blank_line(last: str, source: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "shop.txt"
+    path.write_text(f"a 1 2\n\nb 3 4 5\n{last}", encoding="utf-8")
+    assert recognise_source(path) == source
+
+
 def test_data_set_by_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "films", SETS["ml-latest-small"][1], "folder")
     assert recognise_source(path) == "movielens-latest"

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from llmrec.index.diagnostics import perplexity
 from llmrec.index.semantic import (
     Floats,
     assign_with_limit,
     kmeans,
     nearest_codes,
-    perplexity,
     reconstruct_vectors,
     residual_kmeans,
 )
@@ -141,9 +141,9 @@ def test_fewer_vectors_than_codes() -> None:
 
 
 def test_perplexity_by_hand() -> None:
-    assert perplexity(np.array([0, 1, 2, 3]), 8) == pytest.approx(4)
-    assert perplexity(np.array([5, 5, 5]), 8) == pytest.approx(1)
-    assert perplexity(np.array([0, 0, 1]), 2) == pytest.approx(3 / 4 ** (1 / 3))
+    assert perplexity([1, 1, 1, 1]) == pytest.approx(4)
+    assert perplexity([0, 0, 3]) == pytest.approx(1)
+    assert perplexity([2, 1]) == pytest.approx(3 / 4 ** (1 / 3))
 
 
 def least(costs: Floats, most: int) -> float:

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.metrics.probability import (
-    CalibrationBin,
     auc,
     auc_statistic,
     calibration_error,
@@ -16,6 +15,7 @@ from llmrec.metrics.probability import (
     log_loss,
     reliability_curve,
 )
+from llmrec.records import Reliability
 
 _ANSWERS = st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]), st.integers(0, 1)), min_size=1, max_size=25)
 
@@ -81,7 +81,7 @@ def test_calibration_and_reliability_by_hand() -> None:
     # Two answers of each probability share a bin: means .1 and .9, shares 0.5 and 1.
     scores, labels = [0.1, 0.1, 0.9, 0.9], [0, 1, 1, 1]
     assert calibration_error(scores, labels) == pytest.approx((2 * 0.4 + 2 * 0.1) / 4)
-    assert reliability_curve(scores, labels) == (CalibrationBin(2, 0.1, 0.5), CalibrationBin(2, 0.9, 1.0))
+    assert reliability_curve(scores, labels) == (Reliability(n=2, said=0.1, so=0.5), Reliability(n=2, said=0.9, so=1.0))
     assert calibration_error([1.0, 0.0], [1, 0]) == 0.0
     assert calibration_error([0.3] * 10, [1] * 3 + [0] * 7) == pytest.approx(0.0)
 

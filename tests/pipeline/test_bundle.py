@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmrec.errors import ModelError
+from llmrec.models.load import BUNDLE_FILE
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
@@ -42,7 +43,7 @@ def test_folder_is_read_back_as_tuned(folder: Path, study: Study) -> None:
 
 
 def test_bundle_contains_no_data(folder: Path, study: Study) -> None:
-    text = (folder / bundle.FILE).read_text(encoding="utf-8")
+    text = (folder / BUNDLE_FILE).read_text(encoding="utf-8")
     assert not any(item.title in text for item in study.data.dataset.items.values())
     assert "path" not in json.loads(text)
 
@@ -56,21 +57,21 @@ def test_plain_model_gets_ranking_tasks(llama_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "facts"),
     [
-        ("[]", Facts("damaged", bundle.FILE)),
-        ('{"format": 1}', Facts("damaged", bundle.FILE, says="'templates'")),
-        ('{"format": 9, "llmrec": "2.0"}', Facts("wrong-format", bundle.FILE, says="use llmrec 2.0")),
+        ("[]", Facts("damaged", BUNDLE_FILE)),
+        ('{"format": 1}', Facts("damaged", BUNDLE_FILE, says="'templates'")),
+        ('{"format": 9, "llmrec": "2.0"}', Facts("wrong-format", BUNDLE_FILE, says="use llmrec 2.0")),
     ],
 )
 def test_rejects_damaged_file(folder: Path, damage: str, facts: Facts) -> None:
-    (folder / bundle.FILE).write_text(damage, encoding="utf-8")
+    (folder / BUNDLE_FILE).write_text(damage, encoding="utf-8")
     with raises(ModelError, facts):
         bundle.read(str(folder))
 
 
 def test_rejects_template_with_forbidden_code(folder: Path) -> None:
-    content = json.loads((folder / bundle.FILE).read_text(encoding="utf-8"))
+    content = json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8"))
     content["templates"]["sequential"][0]["user"] = "{{ ().__class__ }}"
-    (folder / bundle.FILE).write_text(json.dumps(content), encoding="utf-8")
+    (folder / BUNDLE_FILE).write_text(json.dumps(content), encoding="utf-8")
     with raises(ModelError, Facts("syntax", "llmrec.json", column="user", says="export the run again")):
         bundle.read(str(folder))
 

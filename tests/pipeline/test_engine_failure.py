@@ -84,7 +84,7 @@ Use = Callable[[type[FakeBackend]], None]
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Return a function that replaces vLLM by a class."""
     for module in ("llmrec.pipeline.engines", "llmrec.pipeline.preflight", "llmrec.answer.checks"):
-        monkeypatch.setattr(f"{module}.installed", lambda name: True)
+        monkeypatch.setattr(f"{module}.is_installed", lambda name: True)
     monkeypatch.setattr(engines, "package_versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
     Failing.starts = 0
 

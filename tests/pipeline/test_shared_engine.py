@@ -19,7 +19,7 @@ from llmrec.backends.vllm.adapters import Adapter
 from llmrec.data.requests import RankRequest
 from llmrec.durable import parse_checked_json, write_checked_json
 from llmrec.errors import EngineFailure, LlmrecError
-from llmrec.models.load import load_tokenizer
+from llmrec.models.load import BUNDLE_FILE, load_tokenizer
 from llmrec.pipeline import bundle, engines
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
@@ -90,7 +90,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     def choose(gpu: bool) -> None:
         for module in ("llmrec.pipeline.engines", "llmrec.answer.checks"):
-            monkeypatch.setattr(f"{module}.installed", lambda name: True)
+            monkeypatch.setattr(f"{module}.is_installed", lambda name: True)
         monkeypatch.setattr(engines, "package_versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
         monkeypatch.setattr(engines, "import_component", lookup)
         monkeypatch.setattr(engines, "_on_gpu", lambda model: gpu)
@@ -156,7 +156,7 @@ def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, more in (("a", ()), ("b", other)):
         tuned(page, folder / name, *more)
     # An engine has one maximum length.
-    short = shutil.copytree(folder / "b", folder / "short") / "merged" / bundle.FILE
+    short = shutil.copytree(folder / "b", folder / "short") / "merged" / BUNDLE_FILE
     write_checked_json(short, {**parse_checked_json(short.read_bytes()), "max_length": 300})
     return folder
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from llmrec.backends.fake import FakeBackend
+from llmrec.guard import clean
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.examples import MAX_SAMPLES, sample_indices, text_samples
 from llmrec.pipeline.study import Study, build_study, encoder_of, load_split
-from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS

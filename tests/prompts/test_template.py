@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from llmrec.errors import RecipeError
-from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, break_item_tokens
-from llmrec.prompts.template import Template, clean, compile_template, load_templates, neutralise
+from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, break_item_tokens, clean, neutralise
+from llmrec.prompts.template import Template, compile_template, load_templates
 from llmrec.prompts.values import OUTPUT_LIMIT, Fields, Placeholders
 from llmrec.types import Code, Segment
 from tests.facts import Facts, raises

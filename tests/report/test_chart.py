@@ -17,5 +17,11 @@ def test_bars_with_intervals() -> None:
     assert "item-knn" in drawn and "&lt;b&gt;" in drawn and "0.400" in drawn
 
 
+def test_bars_leave_out_undefined_values() -> None:
+    metrics = {"item-knn": Metric(value=-0.5, signature="R2"), "random": Metric(value=None, signature="R2")}
+    drawn = bars(metrics, "R2")._repr_svg_()
+    assert drawn.count('class="bar"') == 1 and "item-knn" in drawn and "random" not in drawn
+
+
 def test_plot_of_a_run(results: dict[str, Any]) -> None:
     assert of_run(results, "forest-1")._repr_svg_().lstrip().startswith("<svg")

@@ -134,7 +134,7 @@ def work(line: Connection, options: RecommenderOptions, names: Sequence[str], no
     fakes = {
         "open_models": open_fake,
         "with_resolved_engine": lambda options: options,
-        "warm": partial(load_weights, start),
+        "load_language_models": partial(load_weights, start),
     }
     with mock.patch.multiple(engine, **fakes):
         engine._run_engine(line, options, names, noted)

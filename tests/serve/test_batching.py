@@ -66,9 +66,13 @@ def engine() -> Iterator[FakeEngine]:
     engine.free.set()
 
 
+def batcher_for(ask: Any, **settings: Any) -> Batcher:
+    return Batcher(ask, **{"window": 0.02, "most": 32, "room": 256, "patience": _LONG, **settings})
+
+
 @asynccontextmanager
 async def running(engine: FakeEngine, **settings: Any) -> Any:
-    batcher = Batcher(engine.ask, **{"window": 0.02, "patience": _LONG, **settings})
+    batcher = batcher_for(engine.ask, **settings)
     batcher.start()
     try:
         yield batcher
@@ -323,7 +327,7 @@ def test_failed_batch_affects_no_other(engine: FakeEngine, fault: Exception) -> 
 
 def test_missing_answers_are_a_defect(engine: FakeEngine) -> None:
     async def work() -> None:
-        batcher = Batcher(lambda question, requests: [reply("1")] * (len(requests) - 1), window=0.0, patience=10)
+        batcher = batcher_for(lambda question, requests: [reply("1")] * (len(requests) - 1), window=0.0)
         batcher.start()
         with pytest.raises(LlmrecError) as caught:
             await batcher.ask(RANK, request("1"))
@@ -356,7 +360,7 @@ def test_close_answers_pending_and_rejects_new_questions(engine: FakeEngine) -> 
 
 def test_close_does_not_wait_for_a_hanging_engine(engine: FakeEngine) -> None:
     async def work() -> None:
-        batcher = Batcher(engine.ask, window=0.0, most=1, patience=0.5)
+        batcher = batcher_for(engine.ask, window=0.0, most=1, patience=0.5)
         batcher.start()
         engine.free.clear()
         pending = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(3)]
@@ -372,7 +376,7 @@ def test_close_does_not_wait_for_a_hanging_engine(engine: FakeEngine) -> None:
 
 def test_close_before_start(engine: FakeEngine) -> None:
     async def work() -> None:
-        batcher = Batcher(engine.ask)
+        batcher = batcher_for(engine.ask)
         await batcher.close()
         with pytest.raises(EngineLost):
             await batcher.ask(RANK, request("late"))

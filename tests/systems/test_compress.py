@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llmrec.cli.main import app
 from llmrec.errors import LlmrecError
-from llmrec.exports.files import SUMS, is_unchanged_export
+from llmrec.exports.files import is_unchanged_export
 from llmrec.models.load import load_config, load_model
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
@@ -156,7 +156,7 @@ def test_measures_cuts_and_exports_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert done.exit_code == 1 and not (tmp_path / "other").exists()
     # A failed export leaves the earlier one unchanged.
-    before = (tmp_path / "out" / SUMS).read_bytes()
+    before = (tmp_path / "out" / bundle.CHECKSUMS_FILE).read_bytes()
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsafe", says="model.bin")):
         patched.setattr(
             compressing, "truncate_export", lambda merged, draft, *_: (draft / "model.bin").write_bytes(b"")
@@ -165,7 +165,7 @@ def test_measures_cuts_and_exports_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("defect", says="nothing was exported")):
         patched.setattr(compressing, "_TOLERANCE", -1.0)
         compress_model(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,), force=True)
-    assert is_unchanged_export(tmp_path / "out") and (tmp_path / "out" / SUMS).read_bytes() == before
+    assert is_unchanged_export(tmp_path / "out") and (tmp_path / "out" / bundle.CHECKSUMS_FILE).read_bytes() == before
     assert not list(tmp_path.glob("out.*"))
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsupported", column="tasks", says="one-token")):
         patched.setattr("llmrec.backends.hf.backend.single_token_labels", lambda tails, closed: None)

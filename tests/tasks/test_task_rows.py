@@ -290,10 +290,6 @@ def test_invalid_use_is_refused() -> None:
         make_task("rating", templates=("judge-one",))
     assert make_task("rating", eval_templates=("judge-one",)).eval_templates == ("judge-one",)
     assert task.eval_templates == ("list-ratings",)
-    with raises(
-        RecipeError, Facts("unknown-name", column="eval.shots.choice", says="'similer' (did you mean 'similar'?)")
-    ):
-        make_task("rating", shot_choice="similer")
     with raises(DataError, Facts("missing-value", column="item", says="set Request.item")):
         task.prompt(Request(id="q", user_id="u00"), template="rate-next")
     with raises(DataError, Facts("unknown-name", "small", says="'i99'")):
@@ -306,8 +302,6 @@ def test_invalid_use_is_refused() -> None:
         make_task("direct", stored=False).cases("test")
     with raises(DataError, Facts("missing-value", column="candidates", says="set Request.candidates")):
         make_task("direct").prompt(Request(id="q", user_id="u00"), template="shortlist")
-    with pytest.raises(ValueError, match="'one', 'ranking' or 'yes'"):
-        make_task("direct").prompt(task.cases("test")[0].request, template="shortlist", want="all")
     with raises(RecipeError, Facts("unsupported", column="tasks.sequential", says="'likelihood'")):
         make_task("sequential").prompt(task.cases("test")[0].request, template="next-title", want="ranking")
     with raises(DataError, Facts("mismatch", column="tasks.sequential", says="'u02|i04'")):

@@ -15,7 +15,6 @@ from llmrec.errors import RecipeError
 from llmrec.models import bottleneck
 from llmrec.models.load import load_model
 from llmrec.models.soft_prompt import (
-    SOFT_PROMPT_METHODS,
     TIED_METHODS,
     SoftPrompt,
     add_soft_prompts,
@@ -26,7 +25,7 @@ from llmrec.pipeline.objectives import answer_labels
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import SoftSection, TrainSection
+from llmrec.recipe.schema import SOFT_PROMPT_METHODS, SoftSection, TrainSection
 from llmrec.train import heads as rating_head
 from llmrec.train import lora
 from llmrec.train.batches import AnswerLabels, plan_steps

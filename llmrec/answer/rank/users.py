@@ -173,4 +173,4 @@ def _parts_folder(to: str) -> Path:
 
 
 def _is_part_file(name: str) -> bool:
-    return name == ".lock" or (name.startswith((".part-", "part-")) and ".parquet" in name)
+    return name == LOCK_FILE or (name.startswith((".part-", "part-")) and ".parquet" in name)

@@ -25,6 +25,7 @@ from llmrec.backends.hf.tree import (
 )
 from llmrec.backends.search import search, single_token_labels
 from llmrec.errors import BackendError, require
+from llmrec.models.batching import group_by_length
 from llmrec.models.exits import EarlyExits
 from llmrec.models.memory import EVALUATION_ADVICE, convert_memory_errors
 from llmrec.models.rating_head import RatingHead, last_states
@@ -108,8 +109,6 @@ class HFBackend:
         packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
             recurrent layers, and encoder-decoders other than T5, do not support such a mask and are scored one row per
             candidate instead.
-        warm: Reuse the cache of the previous search for the common prefix of a single prompt, for services that rank
-            for the same user repeatedly. Scores may then differ in the last bits.
         head: The rating head trained with the model, if any.
         wide: Score the candidates of many prompts in each pass, instead of one prompt after the other with shared
             prefixes read once. None: on a GPU, where passes cost more than tokens.
@@ -129,7 +128,6 @@ class HFBackend:
         *,
         batch_tokens: int | None = None,
         packed: bool | None = None,
-        warm: bool = False,
         head: RatingHead | None = None,
         wide: bool | None = None,
         exit: float | None = None,
@@ -148,7 +146,6 @@ class HFBackend:
         self._proven = packed is not None
         self._tree: Any = None
         self._prefixes: Any = None if self._paired else PrefixReader(self.model)
-        self._warm = warm
         self._head = head.to(model.device) if head is not None else None
         self.exits = None if exit is None else EarlyExits(self.model, exit)
         self.listener: Callable[[str], None] | None = None
@@ -160,7 +157,7 @@ class HFBackend:
         answers: list[Completion | None] = [None] * len(prompts)
         for stop in {prompt.stop for prompt in prompts}:
             chosen = [i for i, prompt in enumerate(prompts) if prompt.stop == stop]
-            for batch in self._group_by_length([len(encoded[i]) + max_tokens for i in chosen]):
+            for batch in group_by_length([len(encoded[i]) + max_tokens for i in chosen], self.batch_tokens):
                 rows = [chosen[j] for j in batch]
                 for i, completion in zip(rows, self._decode([encoded[i] for i in rows], stop, max_tokens), strict=True):
                     answers[i] = completion
@@ -205,7 +202,7 @@ class HFBackend:
     ) -> list[Scores]:
         """Score the candidates of many prompts in each pass, in batches of prompts of similar length."""
         trees = self._can_read_trees()
-        engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._row_engine()
+        engine = self._masked_tree() if trees else self._row_engine()
         labels = [None if self._paired else single_token_labels(tail, closed=closed) for tail in tails]
         prompts = [ids if label is None else [*ids, *label.shared] for ids, label in zip(encoded, labels, strict=True)]
         behind = [
@@ -213,9 +210,8 @@ class HFBackend:
             for tail, label in zip(tails, labels, strict=True)
         ]
         result: list[Scores | None] = [None] * len(encoded)
-        for batch in self._group_by_length(
-            [len(ids) + sum(map(len, tail)) for ids, tail in zip(prompts, behind, strict=True)]
-        ):
+        lengths = [len(ids) + sum(map(len, tail)) for ids, tail in zip(prompts, behind, strict=True)]
+        for batch in group_by_length(lengths, self.batch_tokens):
             values = score_candidates(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
             for i, logprobs in zip(batch, values, strict=True):
                 name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
@@ -237,8 +233,7 @@ class HFBackend:
         """Search a catalogue, in batches of similar length; see `Backend.search`."""
         tree = self._can_read_trees()
         if self._tree is None:
-            pad, warm = self.encoder.tokenizer.pad_token_id, self._warm and not self._paired
-            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else self._row_engine()
+            self._tree = self._masked_tree() if tree else self._row_engine()
         return search(
             self._tree,
             self.encoder,
@@ -264,7 +259,7 @@ class HFBackend:
             )
         torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
         result: list[HeadRating | None] = [None] * len(prompts)
-        for batch in self._group_by_length([len(ids) for ids in encoded]):
+        for batch in group_by_length([len(ids) for ids in encoded], self.batch_tokens):
             ids, mask = self._padded([encoded[i] for i in batch])
             with torch.inference_mode():
                 values = self._head.ratings(last_states(self.model, ids, mask))
@@ -319,16 +314,6 @@ class HFBackend:
                 log.warning("this model ignores custom attention masks, so candidates are scored one by one")
         return self.packed
 
-    def _group_by_length(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group indices by length, so that there is little padding and a batch stays within ``batch_tokens``."""
-        batches: list[list[int]] = []
-        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-            if batches and (len(batches[-1]) + 1) * lengths[i] <= self.batch_tokens:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
-
     def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._padded(prompts)
@@ -376,7 +361,7 @@ class HFBackend:
         """
         torch, device, start = self._torch, self.model.device, len(ids)
         if self._paired:
-            return score_candidates(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), [ids], [tails])[0]
+            return score_candidates(self._masked_tree(), [ids], [tails])[0]
         tree = CandidateTree.of(tails)
         after, targets = (torch.from_numpy(item).to(device) for item in (tree.after, tree.targets))
         if self._states and len(tree.tokens) <= BLOCK_TOKENS:
@@ -432,6 +417,9 @@ class HFBackend:
     @cached_property
     def _states(self) -> bool:
         return can_score_states(self.model)
+
+    def _masked_tree(self) -> MaskedTree:
+        return MaskedTree(self.model, self.encoder.tokenizer.pad_token_id)
 
     def _row_engine(self) -> PlainTree:
         return PlainTree(self.model, self.encoder.tokenizer.pad_token_id, states=self._states)

@@ -264,9 +264,8 @@ class MaskedTree:
         warm, self._warm = self._warm, None
         if warm is None or len(prompts) != 1:
             return 0
-        alike = next((n for n, (a, b) in enumerate(zip(warm[0], prompts[0], strict=False)) if a != b), None)
         # The last token is read again, since its logits are needed.
-        known = min(len(warm[0]) if alike is None else alike, len(prompts[0]) - 1)
+        known = min(_common_prefix_length(warm[0], prompts[0]), len(prompts[0]) - 1)
         if known:
             truncate_cache(warm[1], known)
             self._cache = warm[1]
@@ -356,7 +355,7 @@ class PlainTree:
         self._states = states
         self._torch = require("torch", "train")
         self._model, self._pad = model, pad
-        self._paired = bool(model.config.is_encoder_decoder)
+        self._paired = is_encoder_decoder(model.config)
         self._texts: list[tuple[int, ...]] = []
         self._users: list[int] = []
         self._encoded: Any = None
@@ -500,10 +499,6 @@ class PrefixReader:
         self._known[-1].cache = out.past_key_values
         self.read += len(tokens)
         return torch.cat([first, out.last_hidden_state[0]])
-
-    def drop(self) -> None:
-        """Clear the cache."""
-        self._known.clear()
 
     def _states(self, ids: list[int]) -> Any:
         """Return the hidden states of the last block of a prompt, and cache the prompt."""

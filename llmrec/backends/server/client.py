@@ -308,7 +308,7 @@ class ServerClient:
             what: Names the request in an error.
 
         Raises:
-            Refused: For a final error.
+            FinalServerError: For a final error.
             EngineFailure: If no attempt succeeds, or a budget is exhausted.
             BackendError: If the server rejects the request.
         """
@@ -449,7 +449,7 @@ async def read_body(response: Any) -> bytes:
     """Read a response body, up to `MAX_ANSWER_BYTES` bytes both compressed and decompressed.
 
     Raises:
-        _Again: If it is larger or cannot be decompressed.
+        _RetryableError: If it is larger or cannot be decompressed.
     """
     packing = response.headers.get("content-encoding", "identity").strip().lower()
     if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):

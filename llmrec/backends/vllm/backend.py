@@ -523,10 +523,6 @@ class VLLMBackend(Backend):
             result.append([sum(table[tail[:k], token] for k, token in enumerate(tail)) for tail in group])
         return result
 
-    def _block(self) -> int:
-        """Number of tokens per block of the prefix cache."""
-        return int(self._llm().llm_engine.vllm_config.cache_config.block_size)
-
     def _llm(self) -> Any:
         if self._process.llm is None:
             raise EngineFailure("this vLLM engine was closed; create a new engine", kind="closed")
@@ -553,7 +549,7 @@ class VLLMBackend(Backend):
             excluded=excluded,
             exact=exact,
             engine=f"vllm:{self.route}",
-            batch_tokens=self._room(),
+            batch_tokens=self._search_batch_tokens(),
         )
 
     def tree(self) -> VLLMTree:
@@ -619,15 +615,11 @@ class VLLMBackend(Backend):
         ]
         return EngineAnswers(filled, tokens + again.tokens, len(asks) + again.requests)
 
-    def _room(self) -> int:
+    def _search_batch_tokens(self) -> int:
         """Return how many tokens can be searched together without evicting the previous round from the cache."""
+        cache = self._llm().llm_engine.vllm_config.cache_config
         # A prefix needs a whole block, however few of its tokens are new.
-        return max(1, self._cache_tokens() // 8)
-
-    def _cache_tokens(self) -> int:
-        """Capacity of the KV cache in tokens."""
-        block = self._block()
-        return int(self._llm().llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
+        return max(1, int(cache.num_gpu_blocks or 0) * int(cache.block_size) // 8)
 
 
 def _answers(

@@ -50,7 +50,7 @@ class Column:
         """Append rows.
 
         Raises:
-            NoNumbers: If the column should be numeric and a value is not a finite number.
+            NotNumeric: If the column should be numeric and a value is not a finite number.
         """
         if self.kind == "id" and (values.dtype in _TEXT_TYPES or values.dtype.is_integer()):
             values = values.cast(pl.String).fill_null("").cast(self._categories)
@@ -73,7 +73,7 @@ class Column:
         """Return all rows as one series; id columns as codes.
 
         Raises:
-            Unusual: If there are no rows, or blocks have different types.
+            NeedsExactReader: If there are no rows, or blocks have different types.
         """
         blocks, self._blocks = self._blocks, []
         if not blocks:
@@ -114,7 +114,7 @@ def table_from_columns(
         unusable: See `Table`.
 
     Raises:
-        Unusual: If there are no rows, or blocks of a column have different types.
+        NeedsExactReader: If there are no rows, or blocks of a column have different types.
     """
     read = {column.name: column.series() for column in columns}
     rows = len(next(iter(read.values()), ()))

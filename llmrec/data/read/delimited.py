@@ -33,6 +33,7 @@ from llmrec.data.read.text import (
     detect_encoding,
     numbered_lines,
 )
+from llmrec.data.read.typed import first_true
 from llmrec.display import shorten_text
 from llmrec.errors import DataError, Location
 from llmrec.terminal import single_warning_logger
@@ -173,12 +174,12 @@ class DelimitedReader:
                     return self.names
         raise self._empty()
 
-    def blocks(self, wanted: Mapping[str, ColumnKind] | None = None, floats: Collection[str] = ()) -> Iterator[Table]:
+    def blocks(self, wanted: Collection[str], floats: Collection[str] = ()) -> Iterator[Table]:
         """Yield the rows in blocks.
 
         Args:
-            wanted: The columns to read; None: all. A published file must have all of them; of a user's table the
-                available ones are read, or all columns if it has none of them.
+            wanted: The columns to read. A published file must have all of them; of a user's table the available ones
+                are read, or all columns if it has none of them.
             floats: Columns to read as numbers where possible; the others are texts.
 
         Raises:
@@ -193,10 +194,10 @@ class DelimitedReader:
                 if body is None:
                     continue
                 if not begun and self._source.published:
-                    check_columns(self._source.name, self.names, wanted or ())
+                    check_columns(self._source.name, self.names, wanted)
                 if body.raw[:1] in b"\r\n" and not body.raw.strip(b"\r\n"):
                     continue
-                chosen = [name for name in wanted or () if name in self.names] or list(self.names)
+                chosen = [name for name in wanted if name in self.names] or list(self.names)
                 block = self._fast(body, chosen, floats, row) or self._parse_row_by_row(body, pieces, chosen, row)
                 again = None if self._form.columns else _repeated_header_index(block.frame)
                 if again is not None:
@@ -360,7 +361,7 @@ def _repeated_header_index(frame: pl.DataFrame) -> int | None:
     if any(kind != pl.String for kind in frame.dtypes):
         return None
     same = frame.select(pl.all_horizontal(pl.col(name) == name for name in frame.columns)).to_series()
-    return int(same.arg_max() or 0) if same.any() else None
+    return first_true(same)
 
 
 def _parse_with_arrow(

@@ -22,15 +22,13 @@ from llmrec.data.read.limits import (
     READ_ERRORS,
     LimitedStream,
     check_regular_file,
-    describe_file_problem,
-    describe_wrong_format,
     format_error,
     format_names,
     format_value,
     list_archive_files,
     replace_unprintable,
 )
-from llmrec.errors import DataError, Location, did_you_mean
+from llmrec.errors import DataError
 
 DECOMPRESSORS: Mapping[str, Callable[[Any], Any]] = {
     ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
@@ -41,11 +39,12 @@ DECOMPRESSORS: Mapping[str, Callable[[Any], Any]] = {
 """Functions that open single compressed files, by ending."""
 COMPRESSED_ENDINGS = (*DECOMPRESSORS, ".zip")
 """Endings of compressed files."""
+JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
+"""Endings of files with JSON objects."""
+PATH_ADVICE = "check data.path, data.items and data.users"
+"""Advice in errors about a missing or unreadable file."""
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _BLOCK = 4 * 2**20
-_HEAD_BYTES = 2**16
-_PATH_ADVICE = "check data.path, data.items and data.users"
-_JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 
 
 class Source(Protocol):
@@ -69,17 +68,6 @@ class Source(Protocol):
 # --------------------------------------------------------------------------- paths
 
 
-def check_path(path: Path, fix: str = _PATH_ADVICE) -> None:
-    """Check that a table is a regular file.
-
-    Raises:
-        DataError: If it is missing or not a file.
-    """
-    if describe_file_problem(path) == "does not exist":
-        raise DataError.at(path, "missing-file", f": the file does not exist{suggest_file_name(path)}; {fix}")
-    check_regular_file(path, fix)
-
-
 def expand_path(text: str) -> Path:
     """Return a path of a recipe with ``~`` expanded to the home folder.
 
@@ -94,20 +82,11 @@ def expand_path(text: str) -> Path:
         path.exists()
     except OSError as error:
         raise DataError(
-            f"{format_value(text)} cannot be a path ({format_error(error)}); check data.path, data.items and "
-            "data.users",
+            f"{format_value(text)} cannot be a path ({format_error(error)}); {PATH_ADVICE}",
             kind="bad-value",
             at=text,
         ) from error
     return path
-
-
-def suggest_file_name(path: Path) -> str:
-    """Return a suggestion for the name of a missing file, as part of an error message."""
-    try:
-        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
-    except OSError:
-        return f" (its folder {str(path.parent)!r} cannot be read either)"
 
 
 # --------------------------------------------------------------------------- user files
@@ -123,7 +102,7 @@ class HashedFile:
 
     published = False
 
-    def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = _PATH_ADVICE) -> None:
+    def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = PATH_ADVICE) -> None:
         """Prepare to read a file.
 
         Args:
@@ -147,7 +126,7 @@ class HashedFile:
             size = self._path.stat().st_size
             if self._limit is not None and size > self._limit:
                 raise DataError.at(
-                    self.name, "too-large", (f" has {size} bytes, more than {self._limit}; split the file")
+                    self.name, "too-large", f" has {size} bytes, more than {self._limit}; split the file"
                 )
             with self._path.open("rb") as file:
                 hashed = _HashingReader(file)
@@ -158,7 +137,7 @@ class HashedFile:
                         yield LimitedStream(self.name, stream, size, self._limit)
                 else:
                     yield hashed
-                while hashed.read(_HEAD_BYTES):
+                while hashed.read(_BLOCK):
                     pass
                 self.sha256 = hashed.digest.hexdigest()
         except (*READ_ERRORS, pa.ArrowException) as error:
@@ -204,24 +183,17 @@ class _HashingReader:
         """Ignore the call: the code that opened the file closes it."""
 
 
-def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
+def read_bytes(path: Path) -> tuple[bytes, str]:
     """Return the decompressed bytes of a file, and the SHA-256 of the stored file.
-
-    Args:
-        path: The file.
-        text: Whether it must be text; other files are then rejected before they are read.
 
     Raises:
         DataError: If it is missing, not a file, unreadable, empty, damaged or too large.
     """
-    check_path(path)
+    check_regular_file(path, PATH_ADVICE)
     packing = path.suffix.lower() if path.suffix.lower() in DECOMPRESSORS else ""
     stored = HashedFile(path, packing, limit=limits.MAX_BYTES)
     with stored.open() as stream:
-        head = stream.read(_HEAD_BYTES)
-        if text and not packing and (problem := describe_wrong_format(head)):
-            raise DataError.at(Location(stored.name, 1, 1), "wrong-format", f": {problem}")
-        raw = head + _read_to_end(stream)
+        raw = read_to_end(stream)
     if not raw:
         raise DataError.at(path, "empty", " is empty; write the table again")
     return raw, stored.sha256
@@ -236,7 +208,7 @@ def _damaged_error(name: str, packing: str, error: BaseException) -> DataError:
     )
 
 
-def _read_to_end(stream: Any) -> bytes:
+def read_to_end(stream: Any) -> bytes:
     """Read a stream to its end in blocks, so that memory grows only with the data."""
     return b"".join(iter(partial(stream.read, _BLOCK), b""))
 
@@ -270,7 +242,7 @@ def read_zipped_table(path: Path, stored: bytes, endings: tuple[str, ...]) -> tu
             with archive.open(entry) as stream:
                 name = f"{path}/{replace_unprintable(entry.filename)}"
                 capped = LimitedStream(name, stream, entry.compress_size, limits.MAX_BYTES)  # type: ignore[arg-type]
-                return entry.filename, _read_to_end(capped)
+                return entry.filename, read_to_end(capped)
     except (*READ_ERRORS, ValueError) as error:
         raise DataError.at(
             path, "damaged", f" is not a readable zip archive ({format_error(error)}); create the archive again"
@@ -313,7 +285,7 @@ class DataFile:
             DataError: If it is missing, unreadable or damaged, now or while it is read.
         """
         packed = (self.inner or self.path.name).lower().endswith(".gz")
-        check_path(self.path, "check data.path and data.items")
+        check_regular_file(self.path, "check data.path and data.items")
         size = self.path.stat().st_size
         try:
             if self.inner is None:
@@ -353,7 +325,7 @@ class DataFile:
 def normalise_file_name(name: str) -> str:
     """Return a file name without ``.gz``, and with ``.json`` for all extensions of JSON Lines."""
     name = name[:-3] if name.lower().endswith(".gz") else name
-    for ending in _JSON_ENDINGS:
+    for ending in JSON_ENDINGS:
         if name.lower().endswith(ending):
             return name[: -len(ending)] + ".json"
     return name

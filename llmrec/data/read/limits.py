@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llmrec.display import shorten_text
-from llmrec.errors import DataError, ErrorKind, Location
+from llmrec.errors import DataError, ErrorKind, Location, did_you_mean
 
 MAX_BYTES = 8 * 2**30
 """Maximum decompressed size of a table; tables are held in memory as a whole."""
@@ -35,10 +35,9 @@ MAX_MEMBERS = 100_000
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 """Exceptions raised while reading a damaged or unreadable file."""
 
-_GZIP = b"\x1f\x8b"
 # First bytes of other file types, with their names and the fix.
 _FILE_TYPES: tuple[tuple[bytes, str, str], ...] = (
-    (_GZIP, "a gzip file", "rename it to end in .gz"),
+    (b"\x1f\x8b", "a gzip file", "rename it to end in .gz"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "extract it, or save its sheet as CSV"),
     (b"PK\x05\x06", "an empty zip archive", "write the file again"),
     (b"PAR1", "a Parquet file", "rename it to end in .parquet"),
@@ -123,7 +122,16 @@ def check_regular_file(path: Path, fix: str, what: str = "") -> None:
     problem = describe_file_problem(path)
     if problem:
         kind: ErrorKind = "missing-file" if problem in _MISSING_REASONS else "unreadable"
-        raise DataError(f"{what} {path} {problem}; {fix}".lstrip(), kind=kind, at=path)
+        hint = suggest_file_name(path) if problem == "does not exist" else ""
+        raise DataError(f"{what} {path} {problem}{hint}; {fix}".lstrip(), kind=kind, at=path)
+
+
+def suggest_file_name(path: Path) -> str:
+    """Return a suggestion for the name of a missing file, as part of an error message."""
+    try:
+        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return f" (its folder {str(path.parent)!r} cannot be read either)"
 
 
 def describe_wrong_format(head: bytes) -> str:

@@ -96,7 +96,6 @@ def read_json_file(source: Source) -> Table:
     """
 
     def read(source: Source) -> Table:
-        # polars fails for other encodings; the file is then checked again as UTF-8.
         is_array = read_all(source).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
         return (_read_json_array if is_array else _read_row_by_row)(source)
 
@@ -384,7 +383,7 @@ def _read_in_blocks(source: Source, wanted: Mapping[str, ColumnKind]) -> Table:
     """Read a table whose first line defines the columns and whether ids are texts or integers.
 
     Raises:
-        Unusual: If a line differs in structure from the first one.
+        NeedsExactReader: If a line differs in structure from the first one.
     """
     names: list[str] = []
     columns: dict[tuple[str, ...], Column] = {}

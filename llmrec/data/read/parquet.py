@@ -205,7 +205,7 @@ def table_from_arrow(name: str, table: Any, sha256: str = "") -> Table:
         validate_column_names(name, result.columns)
         if not table.num_rows or not result.columns:
             raise DataError.at(
-                name, "empty", (" has no rows, or no columns of texts, numbers or times; write the table again")
+                name, "empty", " has no rows, or no columns of texts, numbers or times; write the table again"
             )
         frame = arrow_to_polars(result.columns)
         for column in result.lists.values():

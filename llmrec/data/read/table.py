@@ -16,14 +16,15 @@ from llmrec.data.read.databases import detect_database_url
 from llmrec.data.read.delimited import DelimitedReader, read_delimited
 from llmrec.data.read.files import (
     COMPRESSED_ENDINGS,
+    JSON_ENDINGS,
+    PATH_ADVICE,
     HashedFile,
     InMemoryFile,
     Source,
-    check_path,
     read_bytes,
     read_zipped_table,
 )
-from llmrec.data.read.limits import replace_unprintable
+from llmrec.data.read.limits import check_regular_file, replace_unprintable
 from llmrec.data.read.objects import object_blocks, object_records, read_json_file, read_json_lines
 from llmrec.data.read.parquet import read_parquet_bytes, read_plain_columns
 from llmrec.data.read.sheets import SPREADSHEET_ENDINGS, read_sheet, split_sheet_name
@@ -35,9 +36,8 @@ ATOMIC_ENDINGS = (".inter", ".item", ".user")
 """Endings of RecBole's files, whose header gives the types of the columns."""
 _ATOMIC_KINDS = (":token", ":float", ":token_seq", ":float_seq")
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(ATOMIC_ENDINGS, "\t")}
-_JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _PARQUET_ENDINGS = (".parquet", ".pq")
-_TABLE_ENDINGS = (*SEPARATORS, *_JSON_ENDINGS, *_PARQUET_ENDINGS)
+_TABLE_ENDINGS = (*SEPARATORS, *JSON_ENDINGS, *_PARQUET_ENDINGS)
 # Bytes examined to estimate the number of rows, and the peak memory per row.
 _HEAD_BYTES, _ROW_BYTES = 2**16, 100
 
@@ -58,14 +58,14 @@ def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Ta
     if path.is_dir() or is_pattern(path):
         return _read_several_files(path, wanted)
     path, sheet = split_sheet_name(path)
-    check_path(path)
+    check_regular_file(path, PATH_ADVICE)
     kind, packing = _split_extensions(path)
     name = str(path)
     if kind in SPREADSHEET_ENDINGS and not packing:
-        raw, sha256 = read_bytes(path, text=False)
+        raw, sha256 = read_bytes(path)
         return read_sheet(path, raw, sha256, sheet)
     if packing == ".zip":
-        stored, sha256 = read_bytes(path, text=False)
+        stored, sha256 = read_bytes(path)
         inner, raw = read_zipped_table(path, stored, _TABLE_ENDINGS)
         kind, member = Path(inner).suffix.lower(), f"{name}/{replace_unprintable(inner)}"
         if kind in _PARQUET_ENDINGS:
@@ -85,7 +85,7 @@ def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Ta
     if kind in _PARQUET_ENDINGS:
         if wanted is not None and not packing and (table := read_plain_columns(path, wanted)) is not None:
             return table
-        raw, sha256 = read_bytes(path, text=False)
+        raw, sha256 = read_bytes(path)
         return read_parquet_bytes(name, raw, sha256)
     if wanted is not None and not packing and kind != ".json":
         check_memory(path)
@@ -98,7 +98,7 @@ def _read_text_table(source: Source, kind: str, wanted: Mapping[str, ColumnKind]
     """Read delimited text or JSON objects, by file extension."""
     if kind == ".json":
         return read_json_file(source)
-    if kind in _JSON_ENDINGS:
+    if kind in JSON_ENDINGS:
         return read_json_lines(source, wanted)
     form = TextFormat(kind="delimited", separator=SEPARATORS[kind], quoted=True)
     if kind in ATOMIC_ENDINGS and wanted is not None:

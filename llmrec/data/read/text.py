@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from llmrec.data.read.files import InMemoryFile, Source
+from llmrec.data.read.files import InMemoryFile, Source, read_to_end
 from llmrec.data.read.limits import check_text_start, format_value
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import Section
@@ -273,7 +273,7 @@ def read_all(source: Source) -> bytes:
     if isinstance(source, InMemoryFile):
         return source.raw
     with source.open() as stream:
-        return b"".join(iter(lambda: stream.read(BLOCK), b""))
+        return read_to_end(stream)
 
 
 def read_in_any_encoding(source: Source, read: Callable[[Source], ReadResult]) -> ReadResult:

@@ -258,7 +258,7 @@ def _check_exact_ids(rows: Table, column: str) -> None:
     """Reject floats that are too large to distinguish integer ids."""
     series = rows.column(column)
     row = (
-        _first_true((series.fill_nan(None).abs() >= MAX_EXACT_INTEGER).fill_null(False))
+        first_true((series.fill_nan(None).abs() >= MAX_EXACT_INTEGER).fill_null(False))
         if series.dtype.is_float()
         else None
     )
@@ -311,7 +311,7 @@ def number_column(rows: Table, column: str, what: str, *, absent: float | None =
         DataError: If a value is missing, not a number, NaN or infinite.
     """
     result = convert_to_floats(rows.column(column))
-    row = _first_true(~result.is_finite().fill_null(False))
+    row = first_true(~result.is_finite().fill_null(False))
     if row is not None:
         raise DataError.at(
             rows.where(row),
@@ -346,7 +346,7 @@ def time_column(rows: Table, column: str, order: DateOrder | None = None) -> pl.
                 column,
             )
         seconds = microseconds_to_seconds(series.cast(pl.Datetime("us")).dt.epoch("us"))
-        row = _first_true(seconds.is_null())
+        row = first_true(seconds.is_null())
         if row is not None:
             raise DataError.at(
                 rows.where(row),
@@ -359,7 +359,7 @@ def time_column(rows: Table, column: str, order: DateOrder | None = None) -> pl.
         return _validate_time_units(rows, column, number_column(rows, column, "time"))
     text = series.fill_null("").str.strip_chars()
     result = parse_dates(text, order)
-    row = _first_true(result.seconds.is_null())
+    row = first_true(result.seconds.is_null())
     if row is None:
         return result.seconds
     message = f": the time in column {column!r} is {format_value(text[row])}"
@@ -394,7 +394,7 @@ def first_unsupported_date(series: pl.Series) -> int | None:
         return None
     unit = 1 if isinstance(series.dtype, pl.Date) else _UNITS_PER_DAY[series.dtype.time_unit]
     number = series.to_physical()
-    return _first_true(((number < _FIRST_DAY * unit) | (number >= (_LAST_DAY + 1) * unit)).fill_null(False))
+    return first_true(((number < _FIRST_DAY * unit) | (number >= (_LAST_DAY + 1) * unit)).fill_null(False))
 
 
 def _validate_dates(rows: Table, column: str) -> pl.Series:
@@ -435,7 +435,7 @@ def _validate_time_units(rows: Table, column: str, values: pl.Series) -> pl.Seri
     first_rows = {
         unit: row
         for unit, low, high in zip(_EARLIEST_TIMES, begins, begins[1:], strict=False)
-        if (row := _first_true((values >= low) & (values < high))) is not None
+        if (row := first_true((values >= low) & (values < high))) is not None
     }
     if len(first_rows) < 2:
         return values
@@ -463,7 +463,7 @@ def epoch_column(rows: Table, column: str, unit: TimeUnit | None) -> tuple[pl.Se
     result = number_column(rows, column, "time")
     large = result.abs() >= _MILLISECONDS_FROM
     unit = unit or ("milliseconds" if large[0] else "seconds")
-    row = _first_true(~large if unit == "milliseconds" else large)
+    row = first_true(~large if unit == "milliseconds" else large)
     # Zero and negative values are before 1970 in either unit; no supported data set has them in milliseconds.
     if row is not None:
         raise DataError.at(
@@ -484,7 +484,7 @@ def date_column(rows: Table, column: str, formats: Sequence[str]) -> pl.Series:
     """
     series = rows.column(column).cast(pl.String).str.strip_chars()
     result = _parse_in_formats(series, formats)
-    row = _first_true(result.is_null())
+    row = first_true(result.is_null())
     if row is not None:
         raise DataError.at(
             rows.where(row),
@@ -511,7 +511,7 @@ def convert_to_floats(series: pl.Series) -> pl.Series:
 # --------------------------------------------------------------------------- the first invalid row
 
 
-def _first_true(bad: pl.Series) -> int | None:
+def first_true(bad: pl.Series) -> int | None:
     """Return the index of the first true value."""
     return int(bad.arg_max() or 0) if bad.any() else None
 
@@ -519,7 +519,7 @@ def _first_true(bad: pl.Series) -> int | None:
 def _first_invalid_row(series: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
     """Return the index of the first row with an invalid text."""
     if not isinstance(series.dtype, pl.Enum):
-        return _first_true(bad(series))
+        return first_true(bad(series))
     values, rows = values_and_codes(series)
     wrong = bad(values).to_numpy()
-    return _first_true(pl.Series(wrong[rows])) if wrong.any() else None
+    return first_true(pl.Series(wrong[rows])) if wrong.any() else None

@@ -212,7 +212,7 @@ def _resolve_roles(roles: dict[str, float], is_id: bool) -> dict[str, float]:
 
 
 def _split_compound(token: str) -> list[str]:
-    """Split a compound such as ``kundennummer`` or ``movieid`` into two known words; empty if it is not one."""
+    """Split a compound such as ``kundennummer`` or ``movieid`` into known words; only the token if it is not one."""
     if token in _ROLES_BY_WORD or token in _FILLERS:
         return [token]
     for cut in range(len(token) - 2, 1, -1):
@@ -234,9 +234,7 @@ def _split_compound(token: str) -> list[str]:
 
 def plural_noun(word: str) -> str | None:
     """Return an English plural such as "films" for the items of a column or file; None if unknown."""
-    for part in (
-        part for token in tokenise_name(word) for part in _split_compound(token.rstrip("0123456789") or token)
-    ):
+    for part in _split_into_words(word):
         result = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
         if result is not None:
             return result

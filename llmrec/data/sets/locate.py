@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from llmrec.data.read.files import DataFile, expand_path, list_files, suggest_file_name
-from llmrec.data.read.limits import check_regular_file, format_error
+from llmrec.data.read.files import DataFile, expand_path, list_files
+from llmrec.data.read.limits import check_regular_file, format_error, suggest_file_name
 from llmrec.data.sets.pages import KnownFormat, Layout
 from llmrec.errors import DataError
 from llmrec.resources import cache_dir

@@ -216,13 +216,9 @@ class KnownFormat(Section):
         return not is_description_path(self.name)
 
 
-DESCRIPTION_ENDINGS = (".yaml", ".yml")
-"""Endings of a description's path."""
-
-
 def is_description_path(source: str) -> bool:
     """Whether a source is the path of a data set description."""
-    return source.lower().endswith(DESCRIPTION_ENDINGS)
+    return source.lower().endswith((".yaml", ".yml"))
 
 
 def known_formats() -> list[KnownFormat]:

@@ -90,7 +90,7 @@ def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
             (located.events, located.items, located.people, located.renames),
             rows=events.frame.height,
             licence=page.licence,
-            published=compare_with_published(page, located.events.plain, events.frame),
+            more=compare_with_published(page, located.events.plain, events.frame),
             notes=notes,
         ),
         users=people,

@@ -92,10 +92,9 @@ def _is_sequences_file(member: DataFile) -> bool:
             ]
     except LlmrecError:
         return False
-    rows = [line.split(" ") for line in lines if line]
-    plain = all(
-        len(row) > 1 and not any(mark in line for mark in '\t,;|"') for row, line in zip(rows, lines, strict=False)
-    )
+    lines = [line for line in lines if line]
+    rows = [line.split(" ") for line in lines]
+    plain = all(len(row) > 1 for row in rows) and not any(mark in line for mark in '\t,;|"' for line in lines)
     users = [row[0] for row in rows]
     return plain and len(set(users)) == len(users) > 1 and len({len(row) for row in rows}) > 1
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from llmrec.data.assemble import build_catalogue, build_dataset, check_column_settings
+from llmrec.data.assemble import build_catalogue, build_dataset, build_provenance, check_column_settings
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.derived import NAMES, TITLES, keyphrases
 from llmrec.data.read.files import DataFile, expand_path
@@ -58,24 +58,20 @@ def load_amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
         name="amazon-reviews",
         noun="products",
         scale=_SCALE,
-        provenance={
-            "source": "amazon-reviews",
-            "path": main.name if listed is None else f"{main.name}; {listed.name}",
-            "sha256": member.sha256 if listed is None else f"{member.sha256}; {listed.sha256}",
-            "rows": str(frame.height),
-            "made": "no",
-            "derived": _describe_derived_parts(listed is None),
-            "licence": "research use; the reviews may not be redistributed",
-        },
+        provenance=build_provenance(
+            "amazon-reviews",
+            (member, listed),
+            rows=frame.height,
+            licence="research use; the reviews may not be redistributed",
+            more={
+                "derived": ("titles (keyphrases of training reviews), " if listed is None else "")
+                + "features and sentences (keyphrases), user names (pseudonyms)"
+            },
+        ),
     )
     headlines = events.frame.with_columns(pl.col(_HEADLINE).fill_null("").alias("headline"))
     derives = frozenset({NAMES, TITLES} if listed is None else {NAMES})
     return replace(dataset, reviews=_build_reviews(dataset.interactions, headlines), derives=derives)
-
-
-def _describe_derived_parts(titles: bool) -> str:
-    derived = "features and sentences (keyphrases), user names (pseudonyms)"
-    return f"titles (keyphrases of training reviews), {derived}" if titles else derived
 
 
 def _build_reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:

@@ -156,9 +156,10 @@ def _group_by_user(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
             person.rows[part].append(row)
             after = (*row.history, row.target)[-longest:] if longest else ()
             waiting.setdefault(name or after, []).append(person)
-    for number, person in enumerate(sorted(people, key=_first_position), start=1):
+    people.sort(key=_first_position)
+    for number, person in enumerate(people, start=1):
         person.name = person.name or f"person-{number}"
-    return sorted(people, key=_first_position)
+    return people
 
 
 def _first_position(person: _Person) -> tuple[int, int]:

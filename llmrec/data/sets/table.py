@@ -14,7 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data import dataset as filters
-from llmrec.data.assemble import build_catalogue, build_dataset, user_profiles
+from llmrec.data.assemble import build_catalogue, build_dataset, build_provenance, user_profiles
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.knowledge import with_facts
 from llmrec.data.read.columns import ColumnKind
@@ -191,12 +191,11 @@ def resolve_data_paths(section: DataSection) -> DataSection:
         return section
 
     def under(path: str | None) -> str | None:
-        result = None if path is None or split_sheet_name(Path(path))[0].exists() else Path(folder) / path
-        return (
-            str(result)
-            if result is not None and (split_sheet_name(result)[0].exists() or _has_matching_files(result))
-            else path
-        )
+        if path is None or split_sheet_name(Path(path))[0].exists():
+            return path
+        result = Path(folder) / path
+        found = split_sheet_name(result)[0].exists() or (is_pattern(result) and matching_paths(result))
+        return str(result) if found else path
 
     files = section.files
     if files is not None:
@@ -204,10 +203,6 @@ def resolve_data_paths(section: DataSection) -> DataSection:
     facts = section.facts and section.facts.model_copy(update={"path": under(section.facts.path)})
     tables = {key: under(getattr(section, key)) for key in ("path", "items", "users")}
     return section.model_copy(update={**tables, "files": files, "facts": facts})
-
-
-def _has_matching_files(pattern: Path) -> bool:
-    return is_pattern(pattern) and bool(matching_paths(pattern))
 
 
 def load_table(section: DataSection, *, seed: int) -> Dataset:
@@ -241,7 +236,6 @@ def load_table(section: DataSection, *, seed: int) -> Dataset:
     people = (
         expand_lists(_read_file_or_hub(section.users), _named_columns(columns)) if section.users is not None else None
     )
-    tables = [part for part in (main, listed, people) if part is not None]
     frame, parts = pl.DataFrame(series), split_parts(section, main)
     return build_dataset(
         section,
@@ -251,16 +245,16 @@ def load_table(section: DataSection, *, seed: int) -> Dataset:
         name=_dataset_name(section),
         users=user_profiles(section, main, user_ids, people),
         parts=parts,
-        provenance={
-            "source": "table",
-            "path": "; ".join(part.name for part in tables),
-            "sha256": "; ".join(part.sha256 for part in tables),
-            "rows": str(main.frame.height),
-            "made": "no",
-            "licence": "see the owner of the table",
-            **({"where": section.filter.where} if section.filter.where is not None else {}),
-            **(split_provenance(parts, frame) if parts is not None else {}),
-        },
+        provenance=build_provenance(
+            "table",
+            (main, listed, people),
+            rows=main.frame.height,
+            licence="see the owner of the table",
+            more={
+                **({"where": section.filter.where} if section.filter.where is not None else {}),
+                **(split_provenance(parts, frame) if parts is not None else {}),
+            },
+        ),
     )
 
 
@@ -399,16 +393,16 @@ def load_explanations(section: DataSection, *, seed: int) -> Dataset:
         },
         name="explanations",
         users={user: {"taste": taste} for user, taste in most_frequent_texts(main, users, "user_summary").items()},
-        provenance={
-            "source": "explanations",
-            "path": main.name,
-            "sha256": main.sha256,
-            "rows": str(main.frame.height),
-            "made": "no",
-            "derived": "profiles of users and items and the explanations, written by a language model from reviews; "
-            "profiles may have been written from held-out reviews too",
-            "licence": "see the owner of the file",
-        },
+        provenance=build_provenance(
+            "explanations",
+            [main],
+            rows=main.frame.height,
+            licence="see the owner of the file",
+            more={
+                "derived": "profiles of users and items and the explanations, written by a language model from "
+                "reviews; profiles may have been written from held-out reviews too"
+            },
+        ),
     )
 
 

@@ -124,7 +124,7 @@ class SentenceVectors:
 
 
 def embed_with_lsa(sentences: Sequence[str]) -> NDArray[np.float32]:
-    """Return bag-of-words vectors of texts, shape (n, d)."""
+    """Return LSA vectors of texts, shape (n, d)."""
     return lsa_vectors(sentences, sentences).astype(np.float32)
 
 

@@ -71,7 +71,7 @@ class CtrNetworkConfig(LikeRatioConfig):
         2,
         description="Early stopping: epochs without a better validation log loss. `null`: run all epochs.",
     )
-    quiet: bool = Field(True, description="Do not log every epoch.")
+    quiet: bool = Field(True, description="Hide the progress bar, and log epochs of the first stage at debug level.")
     align: Align | None = Field(None, description="First training stage: contrastive alignment with texts (CTRL).")
 
     @field_validator("hidden")

@@ -19,9 +19,10 @@ from llmrec.backends.encode import Encoder
 from llmrec.durable import replace_atomically
 from llmrec.errors import ModelError, require
 from llmrec.machine import has_cuda
+from llmrec.models.batching import group_by_length
 from llmrec.models.first_layers import load_first_layers
 from llmrec.models.load import load_tokenizer, model_folder_hash
-from llmrec.models.text_encoder import find_encoder, group_by_length
+from llmrec.models.text_encoder import BATCH_TOKENS, find_encoder
 from llmrec.progress import Progress
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
@@ -135,7 +136,7 @@ class EndStates:
             )
         result: list[Any] = [None] * len(rows)
         with Progress("reading", len(rows), unit="texts", quiet=len(rows) < _MIN_PROGRESS_ROWS) as bar:
-            for batch in group_by_length(lengths):
+            for batch in group_by_length(lengths, BATCH_TOKENS, longest_first=True):
                 ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
                 for index, row in enumerate(batch):
                     ids[index, : lengths[row]] = torch.tensor([*first, *(item for line in lines[row] for item in line)])

@@ -81,7 +81,6 @@ class ReviewModel:
     network: Any
     config: UBertConfig
     mean_vectors: dict[Side, Any]
-    name: str = "ubert"
 
     @property
     def spread(self) -> float:

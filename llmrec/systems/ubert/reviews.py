@@ -74,22 +74,13 @@ class Reviews:
                 at=data.dataset.name,
                 column="text",
             )
-        users, items, texts = zip(*results, strict=True)
-        assigned = [texts[index] for index in order(len(texts))]
-        return Reviews.of_rows(known, np.array(users), np.array(items), assigned)
-
-    @staticmethod
-    def of_rows(known: Ratings, users: NDArray[np.int64], items: NDArray[np.int64], texts: Sequence[str]) -> Reviews:
-        """Return reviews grouped by user and by item."""
-        sides: tuple[tuple[Side, NDArray[np.int64], int], ...] = (
-            ("user", users, len(known.user_index)),
-            ("item", items, len(known.item_index)),
-        )
-        of: dict[Side, list[NDArray[np.int64]]] = {}
-        for side, owners, count in sides:
-            ends = np.cumsum(np.bincount(owners, minlength=count))
-            of[side] = np.split(np.argsort(owners, kind="stable"), ends[:-1])
-        return Reviews(users, items, tuple(texts), of)
+        users, items = (np.array([row[side] for row in results]) for side in (0, 1))
+        texts = tuple(results[index][2] for index in order(len(results)))
+        of: dict[Side, list[NDArray[np.int64]]] = {
+            "user": _rows_by_owner(users, len(known.user_index)),
+            "item": _rows_by_owner(items, len(known.item_index)),
+        }
+        return Reviews(users, items, texts, of)
 
     def for_pair(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
         """Return the latest reviews of a user (or item) that may be used for a pair.
@@ -116,6 +107,12 @@ class Reviews:
                 same |= same_user & np.array([self.texts[row] in text for row in result.tolist()], dtype=bool)
         kept: NDArray[np.int64] = result[~same][-most:]
         return kept
+
+
+def _rows_by_owner(owners: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each of ``count`` owners, in order."""
+    ends = np.cumsum(np.bincount(owners, minlength=count))
+    return np.split(np.argsort(owners, kind="stable"), ends[:-1])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from llmrec.baselines.neural import (
     load_network_state,
     network_state,
     train_ranker_with_early_stopping,
+    train_softmax_epoch,
     training_batches,
     training_segments,
 )
@@ -226,20 +228,11 @@ def _train_epoch(
 ) -> float:
     """Train for one epoch with a softmax over all training items, and return the mean loss."""
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
-    model.network.train()
-    total, count = 0.0, 0
-    for batch in training_batches(pieces, config.batch, rng):
-        optimiser.zero_grad(set_to_none=True)
-        targets = torch.from_numpy(batch.targets)
-        rows = targets >= 0
+
+    def forward(items: Any, rows: Any) -> tuple[Any, Any]:
         raw = model.represented(warm)
-        query = model.encoded(raw[torch.from_numpy(batch.items)])[rows] / config.temperature
-        table = torch.nn.functional.normalize(raw, dim=1)
-        with torch.no_grad():
-            value, of_query, of_table = full_softmax_loss(
-                query.detach(), table.detach(), targets[rows], half=config.half
-            )
-        torch.autograd.backward([query, table], [of_query, of_table])
-        optimiser.step()
-        total, count = total + value * len(query), count + len(query)
-    return total / max(1, count)
+        query = model.encoded(raw[items])[rows] / config.temperature
+        return query, torch.nn.functional.normalize(raw, dim=1)
+
+    loss = partial(full_softmax_loss, half=config.half)
+    return train_softmax_epoch(model.network, training_batches(pieces, config.batch, rng), optimiser, forward, loss)
