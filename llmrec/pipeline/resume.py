@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]) -> dict[str, Any] | None:
-    """Return a stage stored by `write_checked` if its inputs are unchanged; otherwise None.
+    """Return a stage stored by `write_checked_json` if its inputs are unchanged; otherwise None.
 
     Args:
         path: Its file.

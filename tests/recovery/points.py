@@ -20,24 +20,24 @@ RUN: dict[str, Point] = {
     "mid-save, before the adapter": ("peft.peft_model", "PeftModel.save_pretrained", 2, "before"),
     "mid-save, before the optimiser": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", 2, "before"),
     "mid-save, before the random state": ("transformers.trainer", "Trainer._save_rng_state", 2, "before"),
-    "mid-save, before the manifest": ("llmrec.train.sft", "seal", 2, "before"),
+    "mid-save, before the manifest": ("llmrec.train.sft", "write_manifest", 2, "before"),
     "between stages, before the merge": ("llmrec.pipeline.training", "_merge", 1, "before"),
-    "between stages, before the record of training": ("llmrec.pipeline.training", "write_checked", 1, "before"),
-    "between stages, after the merge": ("llmrec.pipeline.training", "write_checked", 2, "before"),
+    "between stages, before the record of training": ("llmrec.pipeline.training", "write_checked_json", 1, "before"),
+    "between stages, after the merge": ("llmrec.pipeline.training", "write_checked_json", 2, "before"),
     "between stages, before evaluation": ("llmrec.pipeline.run", "Session.evaluation", 1, "before"),
     "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
     "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),
-    "mid-evaluation, while a row is written": ("llmrec.pipeline.evaluation", "write_checked", 14, "before"),
-    "mid-report, before the results": ("llmrec.pipeline.results", "write_checked", 1, "before"),
-    "mid-report, between two files": ("llmrec.report.page", "_put", 3, "before"),
+    "mid-evaluation, while a row is written": ("llmrec.pipeline.evaluation", "write_checked_json", 14, "before"),
+    "mid-report, before the results": ("llmrec.pipeline.results", "write_checked_json", 1, "before"),
+    "mid-report, between two files": ("llmrec.report.page", "_write_if_changed", 3, "before"),
 }
 
 EXPORT: dict[str, Point] = {
     "mid-export, weights half written": ("shutil", "copyfile", 1, "half"),
-    "mid-export, before the card": ("llmrec.exports.card_facts", "build", 1, "before"),
-    "mid-export, before the checksums": ("llmrec.exports.export", "seal", 1, "before"),
-    "mid-export, before the rename": ("llmrec.exports.files", "_swap", 1, "before"),
-    "mid-export, after the rename": ("llmrec.exports.files", "_swap", 1, "after"),
+    "mid-export, before the card": ("llmrec.exports.card_facts", "build_card", 1, "before"),
+    "mid-export, before the checksums": ("llmrec.exports.export", "write_checksums", 1, "before"),
+    "mid-export, before the rename": ("llmrec.exports.files", "_replace_folder", 1, "before"),
+    "mid-export, after the rename": ("llmrec.exports.files", "_replace_folder", 1, "after"),
 }
 
 RANK: dict[str, Point] = {
@@ -46,9 +46,9 @@ RANK: dict[str, Point] = {
     "mid-rank, before a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "before"),
     "mid-rank, after a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "after"),
     # Each record is written twice: to its part and to the output.
-    "mid-rank, while the output is written": ("llmrec.data.ranked", "_line", REQUESTS + REQUESTS // 2, "before"),
-    "mid-rank, before the summary": ("llmrec.answer.rank.run", "write_checked", 1, "before"),
-    "mid-rank, before the parts are removed": ("llmrec.answer.rank.run", "write_checked", 1, "after"),
+    "mid-rank, while the output is written": ("llmrec.data.ranked", "_json_line", REQUESTS + REQUESTS // 2, "before"),
+    "mid-rank, before the summary": ("llmrec.answer.rank.run", "write_checked_json", 1, "before"),
+    "mid-rank, before the parts are removed": ("llmrec.answer.rank.run", "write_checked_json", 1, "after"),
 }
 
 POINTS = {**RUN, **EXPORT, **RANK}
