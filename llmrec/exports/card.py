@@ -48,7 +48,7 @@ _LONGEST_LINE = 4000
 # Characters that could end a code block or a shell quote, or start HTML.
 _UNSAFE = frozenset("<>&`'")
 # The values that vLLM accepts as maximum LoRA rank.
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,7 +459,7 @@ def serve_snippet(card: Card) -> str:
     if card.adapter_only:
         base = shlex.quote(card.base.known_as)
         rank = int((card.lora or {}).get("rank", 0))
-        rank = next((known for known in _VLLM_RANKS if known >= rank), rank)
+        rank = next((known for known in _LORA_RANKS if known >= rank), rank)
         return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={address}"
     return f"vllm serve {address} --max-model-len {card.max_length}"
 

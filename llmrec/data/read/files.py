@@ -137,7 +137,7 @@ class HashedFile:
                         yield LimitedStream(self.name, stream, size, self._limit)
                 else:
                     yield hashed
-                while hashed.read(_BLOCK):
+                while hashed.read(2**16):
                     pass
                 self.sha256 = hashed.digest.hexdigest()
         except (*READ_ERRORS, pa.ArrowException) as error:
