@@ -1,7 +1,7 @@
 """Writes one page per benchmark; `llmrec.bench.leaderboard` writes the page over all data sets.
 
-Results are untrusted files: the template escapes every text except `Markup`, whose parts have passed `escape.cell` or
-`escape.code`.
+Results are untrusted files: the template escapes every text except `Markup`, whose parts have passed `escape_cell` or
+`code_span`.
 """
 
 from __future__ import annotations

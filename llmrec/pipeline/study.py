@@ -404,7 +404,7 @@ def _retrieved_candidates(recipe: Recipe, family: str, data: SplitDataset, seed:
 
 
 def lazy_item_vectors(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:
-    """Return the text vectors of items; the text encoder is loaded on first use, after `refuse_other_split`."""
+    """Return the text vectors of items; the text encoder is loaded on first use, after `check_encoder_split`."""
 
     def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
         fields = dict.fromkeys(name for item in entries for name in item.fields)

@@ -146,7 +146,7 @@ def html_environment() -> ImmutableSandboxedEnvironment:
 
 @functools.cache
 def markdown_environment(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
-    """Return the Markdown template engine, which escapes all plain strings with `escape.cell`.
+    """Return the Markdown template engine, which escapes all plain strings with `escape_cell`.
 
     Args:
         folder: The template folder.

@@ -71,7 +71,7 @@ def packed(*bins: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
 
 
 def pairs(rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
-    """Return rows of an encoder-decoder, as the inputs of `paired_loss`."""
+    """Return rows of an encoder-decoder, as the inputs of `encoder_decoder_loss`."""
     return {name: torch.tensor(each) for name, each in encoder_decoder_inputs(rows, 0).items()}
 
 
