@@ -85,7 +85,7 @@ VARIANTS = {
     "hard-negatives": Variant(hard=50),
     "learning-rate-3e-4": Variant(learning_rate=3e-4),
     "all-mpnet-base-v2": Variant(encoder=MPNET),
-    "SmolLM2-135M": Variant(encoder=SMOLLM, steps=0),
+    "SmolLM2-135M": Variant(encoder=SMOLLM),
     "no-text": Variant(encoder=NONE, steps=0),
     "lsa": Variant(encoder=LSA, steps=0),
     "beauty-no-text": Variant(encoder=NONE, steps=0, data="beauty"),
