@@ -397,9 +397,8 @@ class LanguageModel:
         for n, request in enumerate(requests):
             if len(request.candidates) > MAX_RANKED_CANDIDATES:
                 reason = (
-                    f"{len(request.candidates)} candidates exceed the limit of {MAX_RANKED_CANDIDATES} for a "
-                    "language model; "
-                    "preselect candidates with a baseline or an ensemble"
+                    f"{len(request.candidates)} candidates exceed the limit of {MAX_RANKED_CANDIDATES} for a language "
+                    "model; preselect candidates with a baseline or an ensemble"
                 )
                 answers[n] = AnnotatedAnswer(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
         indices = [n for n, request in enumerate(requests) if request.candidates and n not in answers]

@@ -286,9 +286,8 @@ class Baseline(Generic[C, M]):
         if fixed:
             known = ", ".join(sorted(self.AT_ANSWER)) or "none"
             raise RecipeError(
-                f"the baseline {self.name!r} was fitted with "
-                f"{', '.join(f'{key}={before[key]!r}' for key in fixed)}; after fitting only these parameters can "
-                f"change: {known}. Fit it again with the new values",
+                f"the baseline {self.name!r} was fitted with {', '.join(f'{key}={before[key]!r}' for key in fixed)}; "
+                f"after fitting only these parameters can change: {known}. Fit it again with the new values",
                 kind="contradiction",
                 column=fixed[0],
             )

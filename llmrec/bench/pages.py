@@ -84,9 +84,8 @@ def read_benchmark_results(folder: Path) -> list[BenchmarkResult]:
             result = parse_benchmark_result({"benchmark": file.stem, **content})
             if result.benchmark != file.stem:
                 raise DataError(
-                    f"{file}: contains the result of {single_line(result.benchmark)!r}, which is not the name of "
-                    "the file; "
-                    "rename the file, or write it again with `llmrec eval`",
+                    f"{file}: contains the result of {single_line(result.benchmark)!r}, which is not the name of the "
+                    "file; rename the file, or write it again with `llmrec eval`",
                     kind="mismatch",
                     at=file,
                 )
@@ -262,8 +261,7 @@ def _opponent_notes(result: BenchmarkResult, table: BenchmarkTable) -> list[Mark
             lines.append(
                 Markup(
                     f"{code_span(pair.a)} is compared with {code_span(pair.b)}, which is not the best model on "
-                    "validation; "
-                    f"that is {names}."
+                    f"validation; that is {names}."
                 )
             )
     return lines

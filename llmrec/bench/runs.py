@@ -132,9 +132,8 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
     tasks = [task for task in one.tasks if task in other.tasks]
     if not tasks:
         raise DataError(
-            f"{runs[0]} has {join_words(one.tasks)} and {runs[1]} has {join_words(other.tasks)}, so the runs have "
-            "no task in "
-            "common",
+            f"{runs[0]} has {join_words(one.tasks)} and {runs[1]} has {join_words(other.tasks)}, so the runs have no "
+            "task in common",
             kind="mismatch",
             at=runs[1],
             column="tasks",

@@ -309,9 +309,9 @@ def run_all_shards(job: Job, count: int, spread: ShardRunner) -> list[ShardResul
             if fruitless == MAX_LOST_PASSES:
                 raise LlmrecError(
                     f"{len(lost)} of {count} shards failed {MAX_LOST_PASSES} times in a row because their processes "
-                    "died, first "
-                    f"{lost[0]}/{count}; memory or nodes may be insufficient. Run the same command to resume from the "
-                    f"finished shards, or llmrec {job.command} --shard {lost[0]}/{count} to see the error",
+                    f"died, first {lost[0]}/{count}; memory or nodes may be insufficient. Run the same command to "
+                    f"resume from the finished shards, or llmrec {job.command} --shard {lost[0]}/{count} to see the "
+                    "error",
                     kind="failed",
                     at=shard_folder(job.target, Shard(lost[0], count)),
                 )

@@ -256,9 +256,8 @@ def _check_items_known(table: Table, frame: pl.DataFrame, items: Mapping[str, It
         raise DataError.at(
             table.where(row),
             "unknown-name",
-            f": item {format_value(absent[0])} is not in the table of items ({len(absent)} items are missing); add "
-            "the item, "
-            "or drop its rows",
+            f": item {format_value(absent[0])} is not in the table of items ({len(absent)} items are missing); add the "
+            "item, or drop its rows",
             "item_id",
         )
 
@@ -415,8 +414,7 @@ def _table_with_column(listings: list[_EntityTable], column: str, setting: str) 
     raise DataError(
         f"{' and '.join(listing.table.name for listing in listings)}: there is no column "
         f"{column!r}{did_you_mean(column, columns)}; the columns are: {format_names(columns)}. Correct {setting} in "
-        "the "
-        "recipe",
+        "the recipe",
         kind="missing-column",
         at=listings[0].table.name,
         column=column,

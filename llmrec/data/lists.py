@@ -309,8 +309,7 @@ def _lists_from_records(records: _ListRecords, unit: ListUnit, entities: EntityC
                 location,
                 "duplicate",
                 f": {format_value(key)} already has a list in row {earlier.row}; for several lists per user, add a "
-                "column "
-                "request_id to the relevant items",
+                "column request_id to the relevant items",
                 "request_id" if unit == "request" else "user_id",
             )
         names, values = _items_and_scores(location, record)

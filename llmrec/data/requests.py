@@ -221,8 +221,7 @@ def _parse_candidates(
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
         raise DataError(
             f"candidates without a title: {format_few_names(list(unknown))}; {where}: write each candidate as "
-            f"{example}, or give "
-            "a table of items with --items",
+            f"{example}, or give a table of items with --items",
             kind="unknown-name",
             column="candidates",
         )

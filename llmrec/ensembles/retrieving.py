@@ -91,8 +91,7 @@ class EnsembleRetriever:
         if len(results) < 2:
             raise RecipeError(
                 f"eval.candidates.retriever: {ENSEMBLE_RETRIEVER_NAME} needs at least two baselines without early "
-                "stopping; add them to "
-                "the baselines of the task, or choose another retriever",
+                "stopping; add them to the baselines of the task, or choose another retriever",
                 kind="contradiction",
                 column="eval.candidates.retriever",
             )
@@ -107,9 +106,8 @@ def _fit_catalogue_ensemble(
     if users < 2 * FOLDS:
         raise DataError(
             f"eval.candidates.retriever: {ENSEMBLE_RETRIEVER_NAME} needs {2 * FOLDS} users for its weights, in "
-            "validation and in each "
-            f"fifth of training, but there are {users}; use more data, hold out more users, or choose a single "
-            "retriever such as transitions",
+            f"validation and in each fifth of training, but there are {users}; use more data, hold out more users, or "
+            "choose a single retriever such as transitions",
             kind="too-few",
             column="eval.candidates.retriever",
         )

@@ -166,8 +166,7 @@ def _read_code_table(path: Path) -> tuple[list[_CodeRow], str]:
         if column not in table.frame.columns:
             raise DataError(
                 f"{path}: a table of codes requires the columns {_ITEM_COLUMN} and {_CODE_COLUMN}, but there is no "
-                f"{column} among "
-                f"{format_names(table.frame.columns)}; rename a column",
+                f"{column} among {format_names(table.frame.columns)}; rename a column",
                 kind="missing-column",
                 at=path,
                 column=column,
@@ -279,8 +278,7 @@ def _check_distinct(rows: Sequence[_CodeRow], codes: Mapping[str, Pieces], kind:
             raise row.error(
                 "duplicate",
                 f"the code {format_value(''.join(codes[row.item]))} is also the code of item {format_value(other)}; "
-                "make the codes "
-                "unique, for example with an additional number",
+                "make the codes unique, for example with an additional number",
             )
     if kind == "text":
         return

@@ -184,8 +184,7 @@ def _network_problem(kinds: set[str], text: str) -> tuple[ErrorKind, str]:
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
             f"HF_HUB_OFFLINE is set, and the hub's cache {_cache_folder()} does not contain the complete model; "
-            "download the "
-            "model once without HF_HUB_OFFLINE, or set model.name to a folder"
+            "download the model once without HF_HUB_OFFLINE, or set model.name to a folder"
         )
     if "ProxyError" in kinds or "proxy" in text.lower() or (kinds & _CONNECTION_ERRORS and _has_proxy()):
         return "unreachable", (

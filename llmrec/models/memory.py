@@ -200,8 +200,7 @@ class CpuMemory:
         count = f" in {self.processes} processes" if self.processes > 1 else ""
         text = (
             f"training{count} needs {_format_gib(max(self.loading, self.training))} and merging "
-            f"{_format_gib(self.merging)}, and "
-            f"{_format_gib(self.usable)} are free"
+            f"{_format_gib(self.merging)}, and {_format_gib(self.usable)} are free"
         )
         if max(self.training, self.merging) <= self.usable:
             return text

@@ -161,8 +161,7 @@ def check_truncated_examples(consecutive: int, what: str, limit: int) -> None:
     if consecutive > _MAX_CONSECUTIVE_TRUNCATED:
         raise RecipeError(
             f"train.max_row_tokens={limit}: {_MAX_CONSECUTIVE_TRUNCATED} consecutive {what} were longer; raise "
-            "train.max_row_tokens, or "
-            "show less history",
+            "train.max_row_tokens, or show less history",
             kind="too-large",
             column="train.max_row_tokens",
         )

@@ -172,8 +172,7 @@ def verify_shards(target: Path, folders: Sequence[Path] = ()) -> list[FinishedSh
         if (name := item.damaged()) is not None:
             raise LlmrecError(
                 f"{item.folder / name} was changed after shard {item.shard} wrote it; {_RERUN_HINT}, or copy the "
-                "folder "
-                "again",
+                "folder again",
                 kind="damaged",
                 at=item.folder / name,
             )

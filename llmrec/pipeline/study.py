@@ -310,9 +310,8 @@ def _check_slices(study: Study) -> None:
                 f"the attributes are {', '.join(map(format_value, known))}" if known else "the data has no attributes"
             )
             raise RecipeError(
-                f"eval.slices: no user has an attribute {format_value(name)}{did_you_mean(name, known)}; {there}. "
-                "For your "
-                "own table, set data.columns.user_fields",
+                f"eval.slices: no user has an attribute {format_value(name)}{did_you_mean(name, known)}; {there}. For "
+                "your own table, set data.columns.user_fields",
                 kind="unknown-name",
                 column="eval.slices",
             )

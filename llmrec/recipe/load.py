@@ -265,8 +265,7 @@ def _find_file(path: Path, home: str) -> Path:
     close = did_you_mean(str(path), [*similar, *names])
     raise RecipeError(
         f"file {shorten_text(str(path), _MAX_SHOWN_CHARACTERS)} does not exist{close}; give an existing file, or a "
-        "recipe of llmrec such "
-        "as recipes/quickstart.yaml",
+        "recipe of llmrec such as recipes/quickstart.yaml",
         kind="missing-file",
         at=path,
     )

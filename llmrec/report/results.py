@@ -136,9 +136,8 @@ def _check_candidates(results: Results, source: str) -> None:
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
             raise LlmrecError(
-                f"{source}: model {row.id!r} ranked candidate sets ({_format_digest(row.candidates)}) that are "
-                "missing in the "
-                "key 'candidates'; evaluate this model again in this run",
+                f"{source}: model {row.id!r} ranked candidate sets ({_format_digest(row.candidates)}) that are missing "
+                "in the key 'candidates'; evaluate this model again in this run",
                 kind="mismatch",
                 at=source,
                 column="candidates",

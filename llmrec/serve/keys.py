@@ -89,8 +89,7 @@ def create_key(file: Path, name: str, *, admin: bool = False) -> str:
     if not re.fullmatch(_NAME_PATTERN, name):
         raise DataError(
             f"{format_value(name)} is not a valid name for a key; use 1 to 64 letters, digits and . _ @ -, starting "
-            "with a "
-            "letter or digit",
+            "with a letter or digit",
             kind="bad-value",
             column="name",
         )
@@ -170,9 +169,8 @@ def _read_keys(file: Path) -> tuple[_FileStamp, tuple[Key, ...]]:
             raw = stream.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         raise LlmrecError(
-            f"cannot read the key file {file} ({format_error(error)}); make it readable for the service, such as "
-            "with chmod "
-            "u+r",
+            f"cannot read the key file {file} ({format_error(error)}); make it readable for the service, such as with "
+            "chmod u+r",
             kind="unreadable",
             at=file,
         ) from error
@@ -194,8 +192,7 @@ def _parse_keys(file: Path, raw: bytes) -> tuple[Key, ...]:
         if isinstance(result, dict) and type(result.get("format")) is int and result["format"] > FORMAT_VERSION:
             raise LlmrecError(
                 f"{file} was written by a newer llmrec (format {result['format']}, this version supports "
-                f"{FORMAT_VERSION}); "
-                "upgrade: pip install -U llmrec",
+                f"{FORMAT_VERSION}); upgrade: pip install -U llmrec",
                 kind="unsupported",
                 at=file,
             )

@@ -309,8 +309,7 @@ def _parse_salt(facts: Mapping[str, str], database: Database) -> bytes:
         raise database.error(
             "unsupported",
             f" was created by a newer llmrec (table version {version}, this version supports {TABLES_VERSION}); "
-            "upgrade: "
-            "pip install -U llmrec",
+            "upgrade: pip install -U llmrec",
         )
     return salt.encode()
 

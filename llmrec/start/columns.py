@@ -446,8 +446,8 @@ class _RoleGuesser:
                 self._name,
                 "bad-value",
                 f": column {printable_name(column)!r} cannot be the split, since it contains "
-                f"{printable_name(other)!r}; every row needs "
-                f"one of {', '.join(PART_SPELLINGS)}. Correct it, or choose another --split",
+                f"{printable_name(other)!r}; every row needs one of {', '.join(PART_SPELLINGS)}. Correct it, or choose "
+                "another --split",
                 column,
             )
 
@@ -482,8 +482,7 @@ class _RoleGuesser:
                 if weight:
                     self._why[col.name] = (
                         f"named like a rating, but its numbers look like {self._counts_or_amounts(col)}, from "
-                        f"{col.levels[0]:g} "
-                        f"to {col.levels[-1]:g}; to use it, set --rating {shell_quoted(col.name)}"
+                        f"{col.levels[0]:g} to {col.levels[-1]:g}; to use it, set --rating {shell_quoted(col.name)}"
                     )
                 continue
             if weight:

@@ -159,8 +159,7 @@ def _item_errors(peek: TableSample, roles: Roles, items: Table | None, column: s
                     roles.item,
                     Location(peek.table.name),
                     f"the item column is {printable_name(column)!r} in {items.name}, but "
-                    f"{printable_name(roles.item)!r} in "
-                    f"{peek.table.name}; both must have the same name",
+                    f"{printable_name(roles.item)!r} in {peek.table.name}; both must have the same name",
                     f"the item column is renamed to {printable_name(column)}",
                     kind="missing-column",
                 )
@@ -229,9 +228,8 @@ def repair_table(table: Table, roles: Roles, items: Table | None, item_column: s
         raise DataError.at(
             table.name,
             "contradiction",
-            f" has another column {printable_name(item_column)!r}, the name of the item column in the table of "
-            "items; rename "
-            "one of the two",
+            f" has another column {printable_name(item_column)!r}, the name of the item column in the table of items; "
+            "rename one of the two",
             item_column,
         )
     columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}

@@ -206,8 +206,7 @@ def recipe_name(name: str | None, table: str) -> str:
     if not _NAME_PATTERN.fullmatch(name):
         raise RecipeError(
             f"--name {printable_name(name)!r}: use letters, digits, dots, hyphens and underscores, starting with a "
-            "letter or "
-            "digit",
+            "letter or digit",
             kind="bad-value",
             column="name",
         )
@@ -527,9 +526,8 @@ def _event_type_hint(col: ColumnProfile, kinds: Mapping[str, int], plan: RecipeP
     """Return a hint on how to keep only one event type."""
     counted = ", ".join(f"{printable_name(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
     return (
-        f"{printable_name(col.name)} contains the kind of each interaction ({counted}), and the recipe uses all "
-        "kinds; to keep "
-        f"only one kind, add to data:  {_event_filter_line(col, kinds, plan)}"
+        f"{printable_name(col.name)} contains the kind of each interaction ({counted}), and the recipe uses all kinds; "
+        f"to keep only one kind, add to data:  {_event_filter_line(col, kinds, plan)}"
     )
 
 

@@ -257,9 +257,8 @@ def profile_columns(table: Table, dates: DateOrder | None = None) -> dict[str, C
         raise DataError.at(
             table.name,
             "missing-column",
-            f" has only one column, {printable_name(columns[0], 80)!r}; a table needs user and item columns, "
-            "separated by "
-            "commas, semicolons or tabs",
+            f" has only one column, {printable_name(columns[0], 80)!r}; a table needs user and item columns, separated "
+            "by commas, semicolons or tabs",
         )
     result = {name: _profile_column(table, name, dates) for name in columns}
     values = [not name.strip() or _is_cell_value(name) for name in columns]
@@ -269,9 +268,8 @@ def profile_columns(table: Table, dates: DateOrder | None = None) -> dict[str, C
         raise DataError.at(
             table.name,
             "wrong-format",
-            f" seems to have no header: its first line is {printable_name(', '.join(columns), 80)!r}; add a first "
-            "line with "
-            "the column names",
+            f" seems to have no header: its first line is {printable_name(', '.join(columns), 80)!r}; add a first line "
+            "with the column names",
         )
     return result
 

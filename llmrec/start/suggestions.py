@@ -32,8 +32,7 @@ def missing_query_error(url: str) -> DataError:
         url,
         "missing-key",
         f": select the interactions, for example with --query {shlex.quote(suggest_query(url, tables))}; its tables "
-        "are: "
-        f"{format_names(tables)}",
+        f"are: {format_names(tables)}",
         "data.query",
     )
 

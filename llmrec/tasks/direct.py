@@ -124,9 +124,8 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
         if not any(is_strategy_supported(template, strategy) for strategy in strategies):
             raise RecipeError(
                 f"tasks.direct.strategies: {template.id} {_ANSWER_DESCRIPTIONS[asks_for(template)]}, which "
-                f"{', '.join(strategies)} "
-                f"cannot evaluate; add {default_strategy_for(template)}, or set another template in "
-                "tasks.direct.eval_templates",
+                f"{', '.join(strategies)} cannot evaluate; add {default_strategy_for(template)}, or set another "
+                "template in tasks.direct.eval_templates",
                 kind="contradiction",
                 at=template.id,
                 column="tasks.direct.strategies",

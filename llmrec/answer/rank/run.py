@@ -344,9 +344,8 @@ def check_unique_users(source: Path, records: Sequence[RankingRecord], earlier: 
         if record.error is None and (first := earlier.setdefault(record_key(record), record.line)) != record.line:
             raise DataError(
                 f"{source}, line {record.line} requests a second list of {record_key(record)[:60]!r}, after line "
-                f"{first}, "
-                "but outputs with one row per item identify lists by user; omit user_id to use the id of the request, "
-                "or write records to a file",
+                f"{first}, but outputs with one row per item identify lists by user; omit user_id to use the id of the "
+                "request, or write records to a file",
                 kind="duplicate",
                 at=Location(str(source), line=record.line),
                 column="user_id",

@@ -225,8 +225,7 @@ class OpenAIBackend(Backend):
                 f"the server {self._section.where} is used through the chat API, which returns log-probabilities of "
                 f"the first token only, but {query.named()} needs log-probabilities of whole texts, such as "
                 f"{texts[0]!r}; {_TEXT_STRATEGIES_HINT} (tasks.<family>.strategies). If model.name is the server's "
-                "model, "
-                "eval.server.chat=completions may score them",
+                "model, eval.server.chat=completions may score them",
                 kind="unsupported",
                 at=self._section.where,
                 column="eval.server.chat",

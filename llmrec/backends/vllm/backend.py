@@ -705,8 +705,7 @@ def _start_with_fitting_cache(
 def _memory_error(folder: str, need: str, node: NodeMemory) -> EngineFailure:
     return EngineFailure(
         f"vLLM could not start on {folder}: it needs {need}, and {_describe_free_memory(node)}; free memory, lower "
-        "model.max_length, "
-        f"or set {WITHOUT_VLLM}",
+        f"model.max_length, or set {WITHOUT_VLLM}",
         kind="exhausted",
         at=folder,
         column="eval.backend",

@@ -210,8 +210,7 @@ def read_hub_dataset(path: str) -> Table:
             path,
             "unreachable",
             f" cannot be loaded ({type(error).__name__}: {format_error(error)}); check the name and the split in "
-            "data.path, "
-            "and the connection to the hub, or download the table and set data.path to its file",
+            "data.path, and the connection to the hub, or download the table and set data.path to its file",
             "data.path",
         ) from error
     return table_from_arrow(path, values)

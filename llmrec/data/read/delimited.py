@@ -342,9 +342,8 @@ class DelimitedReader:
         width = len(self.names)
         if self._source.published:
             text = (
-                f"it should have {width} ({shorten_text(format_names(self.names), 200)}); the file is damaged or "
-                "does not "
-                "belong to this data set; download it again"
+                f"it should have {width} ({shorten_text(format_names(self.names), 200)}); the file is damaged or does "
+                "not belong to this data set; download it again"
             )
         else:
             text = f"{'it should have' if self._form.columns else 'the header has'} {width}; "

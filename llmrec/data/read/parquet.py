@@ -124,9 +124,8 @@ def _read_columns(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
             raise DataError.at(
                 name,
                 "too-large",
-                f" has {stored} bytes and decompresses to more than {max_decompressed_bytes(stored)} bytes, so it "
-                "is malformed or too "
-                "large; write it again, or split it",
+                f" has {stored} bytes and decompresses to more than {max_decompressed_bytes(stored)} bytes, so it is "
+                "malformed or too large; write it again, or split it",
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, batches[0].schema if batches else schema)

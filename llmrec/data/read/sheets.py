@@ -128,9 +128,8 @@ def _read_in_process(
         raise DataError.at(
             path,
             "damaged",
-            f" cannot be read as a spreadsheet ({format_error(ValueError(answer['error']))}); save it again, or "
-            "save it as "
-            "CSV",
+            f" cannot be read as a spreadsheet ({format_error(ValueError(answer['error']))}); save it again, or save "
+            "it as CSV",
         )
     return answer["names"], answer["head"], pl.read_ipc(rest) if rest else None
 

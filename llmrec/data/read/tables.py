@@ -205,9 +205,8 @@ def check_users_match(name: str, users: pl.Series, known: pl.Series) -> None:
             name,
             "mismatch",
             f" (data.users): none of its {len(users)} users, such as {format_value(str(users.sort()[0]))}, has an "
-            f"interaction. The interactions have user ids such as {format_value(str(known.sort()[0]))}; use the "
-            "same ids in "
-            "both tables",
+            f"interaction. The interactions have user ids such as {format_value(str(known.sort()[0]))}; use the same "
+            "ids in both tables",
         )
     if 2 * result < len(known):
         log.warning("%s (data.users): %d of %d users are missing in this table", name, len(known) - result, len(known))

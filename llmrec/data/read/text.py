@@ -176,9 +176,8 @@ class LineBlocks:
             self._source.name,
             "too-large",
             f" has a line{' or a quoted field' if self._quoted else ''} of more than {MAX_LINE_BYTES} bytes, so the "
-            "file is "
-            f"not {'this data set' if published else 'a table'} or is damaged; {'download' if published else 'write'} "
-            "it again",
+            f"file is not {'this data set' if published else 'a table'} or is damaged; "
+            f"{'download' if published else 'write'} it again",
         )
 
 

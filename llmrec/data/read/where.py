@@ -211,9 +211,8 @@ class _Parser:
             raise DataError.at(
                 self.table.where(int(bad[0])),
                 "bad-value",
-                f": column {column!r} is {format_value(cells[int(bad[0])])}, but {WHERE_KEY} compares this column "
-                "with a number; "
-                "correct the row, or compare the column with a text in quotes",
+                f": column {column!r} is {format_value(cells[int(bad[0])])}, but {WHERE_KEY} compares this column with "
+                "a number; correct the row, or compare the column with a text in quotes",
                 column,
             )
         return self._text(column).str.strip_chars().cast(pl.Float64)

@@ -111,8 +111,7 @@ def _find_or_download(known: KnownFormat) -> Path:
     except DataError as error:
         raise DataError(
             f"{known.name} is not on this machine: {error}. Options: {_describe_download(known)}, or use a network "
-            "with access to "
-            f"{urlsplit(known.download).hostname}",
+            f"with access to {urlsplit(known.download).hostname}",
             kind=error.kind,
             at=error.location,
         ) from error

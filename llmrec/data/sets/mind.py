@@ -87,9 +87,8 @@ def _clicks(block: Table, rows: pl.DataFrame) -> pl.DataFrame:
         raise DataError.at(
             Location(block.name, line=line),
             "bad-value",
-            f": {format_value(item)} lacks the click label ({_CLICKED} or {_NOT_CLICKED} at the end); the test "
-            "split of MIND has "
-            "no labels, so use the train or dev split",
+            f": {format_value(item)} lacks the click label ({_CLICKED} or {_NOT_CLICKED} at the end); the test split "
+            "of MIND has no labels, so use the train or dev split",
             "impressions",
         )
     clicked = listed.filter(pl.col("item_id").str.ends_with(_CLICKED))

@@ -86,8 +86,7 @@ def split_parts(section: DataSection, table: Table) -> pl.Series | None:
             table.name,
             "missing-column",
             f" has no column 'split', which data.split.kind=given requires; set {_SPLIT_KEY} to the column with the "
-            "values "
-            "train, valid and test, set data.files to one file per split, or choose another kind",
+            "values train, valid and test, set data.files to one file per split, or choose another kind",
             "split",
         )
     names = text_column(table, column).str.strip_chars().str.to_lowercase()
@@ -376,8 +375,7 @@ def load_explanations(section: DataSection, *, seed: int) -> Dataset:
             main.name,
             "missing-column",
             f" has no {absent[0]!r}; this source reads rows with the keys {', '.join(_EXPLANATION_COLUMNS)}. Use "
-            "source "
-            "'table' and data.columns for other tables",
+            "source 'table' and data.columns for other tables",
             absent[0],
         )
     users, items = id_column(main, "uid"), id_column(main, "iid")
