@@ -160,7 +160,7 @@ def code_digest(*modules: str) -> str:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name not in files and (source := _source_and_imports(name)) is not None:
+        if name not in files and (source := _source_hash_and_imports(name)) is not None:
             files[name], imported = source
             waiting += imported
     result = hashlib.sha256()
@@ -170,7 +170,7 @@ def code_digest(*modules: str) -> str:
 
 
 @cache
-def _source_and_imports(module: str) -> tuple[bytes, tuple[str, ...]] | None:
+def _source_hash_and_imports(module: str) -> tuple[bytes, tuple[str, ...]] | None:
     """Return the hash of a module's source, and the names that it imports; None if it is not a module.
 
     The package and the registry are left out: they name every public name and every component.

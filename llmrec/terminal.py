@@ -75,8 +75,8 @@ def logged_warnings() -> WarningKeys:
     return frozenset(_noted or ())
 
 
-def single_warning_logger(name: str) -> logging.Logger:
-    """Return a logger whose warnings are logged `log_warnings_once`."""
+def warn_once_logger(name: str) -> logging.Logger:
+    """Return a logger whose warnings are logged once within a block of `log_warnings_once`."""
     result = logging.getLogger(name)
     result.addFilter(_is_new_warning)
     return result

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import terminal
-from llmrec.terminal import log_warnings_once, logged_warnings, single_warning_logger
+from llmrec.terminal import log_warnings_once, logged_warnings, warn_once_logger
 
 NOISE = ("a library's line", "a line of C", "a child's line", "old thing", "another's note")
 PROGRAM = """
@@ -166,7 +166,7 @@ def test_warning_is_printed_once_in_a_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").touch()
-    log = single_warning_logger("llmrec.test_once")
+    log = warn_once_logger("llmrec.test_once")
 
     def messages() -> list[str]:
         for name in ("t.csv", str(tmp_path / "t.csv"), "t.csv"):

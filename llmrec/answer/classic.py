@@ -351,7 +351,7 @@ class Retriever:
         return self._models[name]
 
 
-def retrieve_candidates(
+def fill_candidates(
     requests: Sequence[RankRequest], finder: Recommender, depth: int, items: Mapping[str, Item] | None
 ) -> list[RankRequest]:
     """Return requests with candidates retrieved by another model, for reranking.

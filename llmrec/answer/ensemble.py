@@ -10,10 +10,10 @@ from llmrec.answer.classic import (
     NOTHING_LEFT,
     ItemIdMapper,
     annotate_answer,
+    fill_candidates,
     item_columns,
     rank_top_items,
     recommendable_mask,
-    retrieve_candidates,
 )
 from llmrec.answer.recommender import (
     EXPLAIN,
@@ -248,7 +248,7 @@ class Ensemble:
     def _filled(self, request: RankRequest, depth: int) -> RankRequest:
         """Add candidates to a request on the whole catalogue."""
         if self._model is not None and self._finder is not None:
-            return retrieve_candidates([request], self._finder, depth, self._items)[0]
+            return fill_candidates([request], self._finder, depth, self._items)[0]
         history = [] if request.keep_seen else self._naming.known(request)[0]
         seen = {event.item_id for event in history}
         out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}

@@ -21,7 +21,7 @@ from llmrec.answer.rules import Rules
 from llmrec.baselines.parameters import baseline_config
 from llmrec.data.assemble import read_items
 from llmrec.data.dataset import Dataset, conform_to_schema
-from llmrec.data.described import items_with_stored_texts, stored_profile
+from llmrec.data.described import items_with_stored_texts, stored_user_text
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
 from llmrec.data.read.codes import values_and_codes
@@ -361,7 +361,7 @@ def profile_lookup(folder: str, users: Callable[[], Users] | None = None) -> Cal
     fields = users or cache(lambda: load_data(recipe.data, seed=recipe.seed).users)
 
     def profile(user: str) -> Profile:
-        text = stored_profile(user, section) if section is not None else ""
+        text = stored_user_text(user, section) if section is not None else ""
         # In the baseline with shuffled texts, each user has another user's text and no fields.
         return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
 

@@ -26,7 +26,7 @@ from llmrec.answer.checks import (
     read_bundle,
     requested_strategy,
 )
-from llmrec.answer.classic import MAX_RANKED_CANDIDATES, NOTHING_LEFT, Retriever, retrieve_candidates, training_data
+from llmrec.answer.classic import MAX_RANKED_CANDIDATES, NOTHING_LEFT, Retriever, fill_candidates, training_data
 from llmrec.answer.ensemble import Ensemble, find_stored_ensemble
 from llmrec.answer.known import (
     KnownEntities,
@@ -534,7 +534,7 @@ class LanguageModel:
         if self.finder is None:
             reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run with interactions"
             return [AnnotatedAnswer(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
-        filled = retrieve_candidates(requests, self.finder, question.depth, self.items)
+        filled = fill_candidates(requests, self.finder, question.depth, self.items)
         ranked = iter(self.answer([item for item in filled if item.candidates], question))
         return [
             next(ranked)

@@ -406,7 +406,7 @@ class Loaded(Displayed):
                 pending[n] = next(steps[n]) if answer is None else steps[n].send(answer)
                 return
             except StopIteration as done:
-                lists[n] = self._with_explanations(done.value, *pending[n], rationale) if rationale else done.value
+                lists[n] = self._with_rationales(done.value, *pending[n], rationale) if rationale else done.value
             except LlmrecError as error:
                 lists[n] = error
             pending.pop(n, None)
@@ -554,7 +554,7 @@ class Loaded(Displayed):
                 f"{relevant.height:,}",
             )
 
-    def _with_explanations(
+    def _with_rationales(
         self, answer: AnnotatedAnswer, question: Question, request: RankRequest, first: int
     ) -> AnnotatedAnswer:
         (reasons,) = self._models.reasons(question, [request], [answer], first)

@@ -26,7 +26,7 @@ from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.opening import BASELINE_MANAGERS, MANAGERS, open_grader, open_manager_factory
 from llmrec.chat.reading import Reader, spoken_title
-from llmrec.chat.simulator import SimulatedConversation, is_near_title
+from llmrec.chat.simulator import SimulatedConversation, has_near_title
 from llmrec.chat.tools import ModelListRecommender, Tools, make_answer_function
 from llmrec.data.assemble import digest_items
 from llmrec.data.split import SplitDataset
@@ -149,7 +149,7 @@ def run_conversations(page: ChatSuite, out: Path, say: Callable[[str], None]) ->
         for number, row in enumerate(page.rows):
             held = _read_or_run(setting, row, out / "rows" / f"{number:02d}.json", key)
             seconds += sum(talk.seconds for talk in held)
-            rows.append(finished_conversation_row(page, row, held))
+            rows.append(conversation_row(page, row, held))
             say(_format_progress_line(page, rows[-1].row))
         yield _conversation_progress(setting, rows, seconds)
 
@@ -202,7 +202,7 @@ def _conversation_data(
         calls=dict(Counter(held.tools)),
         unread=sum(not _is_parseable(call) for turn in held.turns for call in turn.calls),
         outside=sum(item not in facts.items for item in held.shown),
-        named=sum(is_near_title(line, title) for line in held.lines),
+        named=sum(has_near_title(line, title) for line in held.lines),
     )
 
 
@@ -226,7 +226,7 @@ def _hits_within(talks: Sequence[ConversationData], turns: int) -> NDArray[np.fl
     return np.array([float(talk.hit is not None and talk.hit <= turns) for talk in talks])
 
 
-def finished_conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
+def conversation_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
     """Return the results of a dialogue system, with intervals over users, and its values by conversation."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]

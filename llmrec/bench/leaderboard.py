@@ -32,7 +32,7 @@ PAGE, DATA, SETTINGS = "LEADERBOARD.md", "leaderboard.json", "leaderboard.yaml"
 ModelType = Literal["control", "interactions", "text", "fine-tuned text encoder", "language model", "ensemble"]
 
 # Shorter training times in seconds are not shown exactly.
-_MIN_SHOWN_SECONDS = 1.0
+_MIN_EXACT_SECONDS = 1.0
 
 # Number of published systems below each table; the pages of the data sets show all of them.
 _MAX_PUBLISHED = 4
@@ -348,7 +348,7 @@ def _training_seconds(row: BenchmarkRow) -> float | None:
     spent = row.seconds.get("fit", 0.0)
     if any(figures.fusion for figures in row.tables.values()):
         spent += row.seconds.get("tune", 0.0)
-    elif spent < _MIN_SHOWN_SECONDS and row.seconds.get("tune", 0.0) > _MIN_SHOWN_SECONDS:
+    elif spent < _MIN_EXACT_SECONDS and row.seconds.get("tune", 0.0) > _MIN_EXACT_SECONDS:
         return None
     return spent / row.seeds
 
@@ -432,7 +432,7 @@ def _format_cell(entry: Cell | None, folder: str = "") -> str:
 def _format_time(seconds: float | None) -> str:
     if seconds is None:
         return DASH
-    if seconds < _MIN_SHOWN_SECONDS:
+    if seconds < _MIN_EXACT_SECONDS:
         return "< 1 s"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 

@@ -132,7 +132,10 @@ class Models:
             return _recipe_inputs(self._recipe(row)[0])
         if row.baseline is not None:
             return [*self.read(row), *plugin_digests([(BASELINES, row.baseline)]).values()]
-        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.fuse]
+        return [
+            [self._row_by_label(label).model_dump(mode="json"), self.inputs(self._row_by_label(label))]
+            for label in row.fuse
+        ]
 
     def read(self, row: SuiteRow) -> list[InputHashes]:
         """Return hashes of the files that a baseline reads in addition to the data."""
@@ -145,7 +148,7 @@ class Models:
     def reads(self, row: SuiteRow) -> Reads:
         """Return which item data a model (or any member of an ensemble) reads."""
         if row.fuse:
-            return combined_reads([self.reads(self._row(label)) for label in row.fuse])
+            return combined_reads([self.reads(self._row_by_label(label)) for label in row.fuse])
         if row.baseline is not None:
             return baseline_reads(row.baseline, row.parameters)
         recipe = self._recipe(row)[0]
@@ -158,7 +161,7 @@ class Models:
         """Whether the result of a model depends on the seed."""
         if row.baseline is not None:
             return bool(import_component(BASELINES, row.baseline, "baseline").stochastic)
-        return not row.fuse or any(self.stochastic(self._row(label)) for label in row.fuse)
+        return not row.fuse or any(self.stochastic(self._row_by_label(label)) for label in row.fuse)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
         """Return a split with only the validation users for selecting hyperparameters and epochs."""
@@ -190,7 +193,7 @@ class Models:
 
     # ----------------------------------------------------------------------- ensembles and recipes
 
-    def _row(self, label: str) -> SuiteRow:
+    def _row_by_label(self, label: str) -> SuiteRow:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _choose_ensemble(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> TuningResult:
@@ -234,7 +237,7 @@ class Models:
         models = {}
         of = "excluded" if suite_family(self.suite).answer is Ranking and "excluded" in self.suite.seen else table
         for label in row.fuse:
-            part = self._row(label)
+            part = self._row_by_label(label)
             if part.fuse:
                 raise RecipeError(
                     f"suite {self.suite.suite}: {row.label} has the ensemble {label} as a member; list its members "
@@ -262,7 +265,7 @@ class Models:
 
     def _score_kind(self, label: str) -> ScoreScale:
         """Return how an ensemble must convert a model's scores."""
-        name = self._row(label).baseline
+        name = self._row_by_label(label).baseline
         return "beams" if name is None else baseline_score_scale(name)
 
     def _rating_cases(self, data: SplitDataset) -> list[Case]:

@@ -365,22 +365,22 @@ def _average_figures(line: VariantRow, resamples: int) -> RowFigures:
         for name in first.metrics
     }
     costs = [row.cost for row in line.figures]
-    tokens = _mean_or_zero([cost.prompt_tokens for cost in costs]) + _mean_or_zero(
+    tokens = _mean_none_as_zero([cost.prompt_tokens for cost in costs]) + _mean_none_as_zero(
         [cost.completion_tokens for cost in costs]
     )
     requests = max(1, first.n)
     return RowFigures(
         metrics=metrics,
         n=first.n,
-        parse_rate=_mean_or_zero([row.parse_rate for row in line.figures]),
+        parse_rate=_mean_none_as_zero([row.parse_rate for row in line.figures]),
         **({"members": tuple(line.members)} if line.members else {}),
         tokens_per_request=tokens / requests,
-        forwards_per_request=_mean_or_zero([cost.forwards for cost in costs]) / requests,
-        seconds_per_request=_mean_or_zero([cost.seconds for cost in costs]) / requests,
+        forwards_per_request=_mean_none_as_zero([cost.forwards for cost in costs]) / requests,
+        seconds_per_request=_mean_none_as_zero([cost.seconds for cost in costs]) / requests,
     )
 
 
-def _mean_or_zero(values: Sequence[float | None]) -> float:
+def _mean_none_as_zero(values: Sequence[float | None]) -> float:
     return float(np.mean([value or 0.0 for value in values]))
 
 

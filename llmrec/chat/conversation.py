@@ -33,7 +33,7 @@ _LIST_INTRODUCTION, _FIELD_QUESTION, _EMPTY_PROFILE = (
 _BANNED_VALUE = "You did not want {value}. Say that it is fine again to see some."
 _RANGE_QUESTION = "Do you have a wish about {field} ({low} to {high})?"
 # Number of example values in a question.
-_EXAMPLE_VALUES = 3
+_MAX_EXAMPLE_VALUES = 3
 
 
 @dataclass(frozen=True)
@@ -166,5 +166,5 @@ class Conversation:
             low, high = facts.bounds(name)
             return _RANGE_QUESTION.format(field=clean(name), low=low, high=high)
         return _FIELD_QUESTION.format(
-            field=clean(name), some=", ".join(clean(value) for value in values[:_EXAMPLE_VALUES])
+            field=clean(name), some=", ".join(clean(value) for value in values[:_MAX_EXAMPLE_VALUES])
         )

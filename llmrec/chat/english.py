@@ -31,7 +31,7 @@ BAN_REVOCATION = _compile_words(
     f"allow|bring back|{_FORGET} (?:about|what i said)|never mind|{_LIFT}"
 )
 """Phrases that take back a ban."""
-BAN_LIFTING = _compile_words(f"{_FORGET}|{_LIFT}")
+LIFT_REQUEST = _compile_words(f"{_FORGET}|{_LIFT}")
 TOLERATED = _compile_words(
     "(?:don['’]?t|do not|doesn['’]?t|does not|no longer|never) mind|not opposed to|nothing against"
 )
@@ -98,7 +98,7 @@ INTENTS = {
     "forget": _compile_words(
         f"{_FORGET} (?:all|everything|me(?! not))|start over|reset|clear (?:my )?(?:profile|everything)|new search"
     ),
-    "lift": BAN_LIFTING,
+    "lift": LIFT_REQUEST,
     "instead": _compile_words("instead"),
     "explain": _compile_words(
         "why|explain|tell me (?:more )?about|what is (?:it|that|this) about|more about|who (?:is|stars)"

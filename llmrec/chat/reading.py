@@ -101,7 +101,7 @@ class Reader:
         intents = frozenset(name for name, pattern in english.INTENTS.items() if pattern.search(plain))
         positions = _parse_positions(plain, len(state.shown))
         if not titles and "explain" not in intents:
-            wishes += _list_preferences(plain, state, positions, intents)
+            wishes += _preferences_about_list(plain, state, positions, intents)
         return ParsedMessage(tuple(dict.fromkeys(wishes)), tuple(revoked), intents, positions, " ".join(rest))
 
     # ------------------------------------------------------------------- wishes
@@ -127,7 +127,7 @@ class Reader:
                     )
                 continue
             revokes = bool(english.BAN_REVOCATION.search(bare)) and (
-                ((item.field, item.value) in banned and not unwanted) or bool(english.BAN_LIFTING.search(bare))
+                ((item.field, item.value) in banned and not unwanted) or bool(english.LIFT_REQUEST.search(bare))
             )
             if tolerated and not unwanted and not revokes:
                 continue
@@ -317,7 +317,7 @@ def _parse_positions(text: str, count: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(position for position in positions if 1 <= position <= count))
 
 
-def _list_preferences(
+def _preferences_about_list(
     text: str, state: State, positions: Sequence[int], intents: frozenset[str]
 ) -> Iterator[UserPreference]:
     """Yield preferences about items of the list to which the user refers."""

@@ -83,7 +83,7 @@ OTHER_MESSAGES = MessageTemplates(
         "forget": ("Let's start over.", "Clear my profile."),
     },
 )
-"""Other wordings of the same messages, for a model that was fine-tuned on the `USUAL_MESSAGES` ones."""
+"""Other wordings of the same messages, for a model that was fine-tuned on `USUAL_MESSAGES`."""
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
@@ -269,7 +269,7 @@ def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed:
     """
     rng, title = random.Random(seed), spoken_title(facts.titles[target])
     attributes = {
-        name: tuple(value for value in text.split(", ") if not is_near_title(value, title))
+        name: tuple(value for value in text.split(", ") if not has_near_title(value, title))
         for name, text in facts.fields_of(target)
         if name not in facts.numeric or name == facts.years
     }
@@ -280,9 +280,9 @@ def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed:
         for name, values in facts.values.items()
         if name not in facts.numeric and len(values) < 50
         for value in values
-        if value not in attributes.get(name, ()) and not is_near_title(value, title)
+        if value not in attributes.get(name, ()) and not has_near_title(value, title)
     ]
-    known = [facts.titles[name] for name in liked if not is_near_title(facts.titles[name], title)]
+    known = [facts.titles[name] for name in liked if not has_near_title(facts.titles[name], title)]
     rng.shuffle(known)
     return Knowledge(
         attributes={name: attributes[name] for name in names if attributes[name]},
@@ -291,7 +291,7 @@ def sample_user_knowledge(facts: Facts, target: str, liked: Sequence[str], seed:
     )
 
 
-def is_near_title(text: str, title: str) -> bool:
+def has_near_title(text: str, title: str) -> bool:
     """Whether a text contains a title, or words at least `MIN_TITLE_SIMILARITY` similar to it."""
     words, target = title_key(text).split(), title_key(title)
     count = len(target.split())

@@ -194,9 +194,9 @@ def drop_expired_preferences(profile: Iterable[UserPreference], turn: int) -> tu
 def relax_oldest_constraint(
     profile: tuple[UserPreference, ...],
 ) -> tuple[tuple[UserPreference, ...], UserPreference | None]:
-    """Remove the oldest constraint from a profile, and return both.
+    """Make the oldest constraint of a profile a soft preference, and return both.
 
-    Inferred constraints go before stated ones. Alternatives are removed together.
+    Inferred constraints go before stated ones. Alternatives are relaxed together.
     """
     groups = [group for group in alternative_groups(profile) if group[0].asks]
     if not groups:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 facts: dict[str, object] = {}
 """The facts that the command of this process has stored so far, by name."""
-shared_options: list[str] = []
+given_options: list[str] = []
 """The shared options on the command line, to pass to the same command in another process; without ``--json``."""
 
 

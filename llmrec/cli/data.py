@@ -27,7 +27,7 @@ def data(options: RecipeOptions) -> None:
     tables = [statistics(table) for table in study.tables]
     store_facts(data=tables)
     for table, figures in zip(study.tables, tables, strict=True):
-        show_values(table.dataset.name, format_statistics(figures), record={})
+        show_values(table.dataset.name, readable_statistics(figures), record={})
     if (sets := study.candidates) is not None:
         record = {"candidates": {"count": sets.count, "kind": sets.kind, "digest": sets.digest}}
         show_values(
@@ -37,7 +37,7 @@ def data(options: RecipeOptions) -> None:
         )
 
 
-def format_statistics(figures: Mapping[str, Any]) -> dict[str, str]:
+def readable_statistics(figures: Mapping[str, Any]) -> dict[str, str]:
     """Return the result of `llmrec.data.stats.statistics` as readable names and values."""
     text = figures["provenance"]
     source = ", ".join(text[key] for key in ("source", "path") if text.get(key))

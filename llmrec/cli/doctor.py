@@ -357,7 +357,7 @@ _OLDEST_DRIVERS = {12: 525, 13: 580}
 # Oldest compute capability supported by builds of torch and vLLM for CUDA 13.
 _OLDEST_GPU = (7, 5)
 # vLLM's processes exchange requests through shared memory, which is 64 MiB in Docker by default.
-_MIN_SHARED_MEMORY_GB = 1
+_MIN_SHARED_MEMORY_GIB = 1
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -529,9 +529,9 @@ def check_shared_memory(size: int | None, packages: Packages) -> Iterator[Findin
     """
     if size is None or not packages.engines:
         return
-    little = size < _MIN_SHARED_MEMORY_GB * 2**30
+    little = size < _MIN_SHARED_MEMORY_GIB * 2**30
     fix = (
-        f"vLLM's processes need {_MIN_SHARED_MEMORY_GB} GiB: docker run --shm-size {_MIN_SHARED_MEMORY_GB}g, or "
+        f"vLLM's processes need {_MIN_SHARED_MEMORY_GIB} GiB: docker run --shm-size {_MIN_SHARED_MEMORY_GIB}g, or "
         "--ipc host"
         if little
         else ""

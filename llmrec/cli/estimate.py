@@ -400,7 +400,7 @@ def estimate_run(study: Study, encoder: Encoder, folder: str, rows: Mapping[str,
     parameters, _, _ = count_weights(config, recipe.train)
     if recipe.eval.backend == "openai" and not rows:
         # The speed of a server is unknown, and nothing is computed on this machine.
-        return Estimate(parameters, 0, work, 0.0, {}, _used_memory_gb(), _server_cost(study, work))
+        return Estimate(parameters, 0, work, 0.0, {}, _used_memory_gib(), _server_cost(study, work))
     speed = measure_speed(config, recipe.model, recipe.train)
     looks = 2 + recipe.train.steps // recipe.train.valid_every
     # For each target, the logits are computed once in the forward pass and twice in the backward pass.
@@ -422,14 +422,14 @@ def estimate_run(study: Study, encoder: Encoder, folder: str, rows: Mapping[str,
         eval_work=work,
         train_seconds=training,
         eval_seconds={} if recipe.eval.backend == "openai" else seconds,
-        memory_gb=round((0.0 if on_gpu else _used_memory_gb()) + taken / 2**30, 1),
+        memory_gb=round((0.0 if on_gpu else _used_memory_gib()) + taken / 2**30, 1),
         free_gb=free,
         cost=_server_cost(study, work),
         cpu=estimate_cpu_memory(folder, config, recipe.model, recipe.train) if rows else None,
     )
 
 
-def _used_memory_gb() -> float:
+def _used_memory_gib() -> float:
     """Return the memory used by this process, in GiB."""
     return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
 
@@ -484,7 +484,7 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
         "training": f"{result.train_tokens:,} tokens, {result.train_seconds:.0f} s",
         **arms,
         "total time": format_minutes(sum(result.stages.values())),
-        "memory": f"{result.memory_gb} GiB" + _compare_gpu_memory(result.memory_gb, result.free_gb),
+        "memory": f"{result.memory_gb} GiB" + _describe_gpu_memory(result.memory_gb, result.free_gb),
     }
     if result.cpu is not None:
         lines["CPU memory"] = result.cpu.text
@@ -497,7 +497,7 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
     show_values("estimate", lines, record={"estimate": result})
 
 
-def _compare_gpu_memory(needed: float, free: float | None) -> str:
+def _describe_gpu_memory(needed: float, free: float | None) -> str:
     """Compare an estimate with the free GPU memory, as text; empty if there is no GPU."""
     if free is None:
         return ""

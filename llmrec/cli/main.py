@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from llmrec import __version__, processes, progress, terminal
-from llmrec.cli.console import facts, say, shared_options
+from llmrec.cli.console import facts, given_options, say
 from llmrec.cli.ending import run_and_exit
 from llmrec.cli.options import docstring_example, expand_options
 from llmrec.progress import QUIET
@@ -112,7 +112,7 @@ def _apply_shared_options(meta: Mapping[str, Any]) -> None:
     """Set the log levels given on the command line."""
     level = meta.get("llmrec.log_level")
     flags = [f"--{name}" for name in ("verbose", "quiet") if meta.get(f"llmrec.{name}")]
-    shared_options[:] = [*flags, *(["--log-level", level] if level else [])]
+    given_options[:] = [*flags, *(["--log-level", level] if level else [])]
     # if a command has several processes, only one prints
     quiet = bool(meta.get("llmrec.quiet")) or processes.rank() > 0
     if quiet:

@@ -120,7 +120,7 @@ def prompts(options: PromptsOptions) -> None:
     if options.diff is None:
         store_facts(templates=chosen)
         detailed = options.every or alone
-        for line in describe_templates(study, chosen) if detailed else format_template_names(study):
+        for line in describe_templates(study, chosen) if detailed else template_name_lines(study):
             say(line)
         if not detailed:
             say("--all describes each template; --template NAME renders one\n")
@@ -251,7 +251,7 @@ def describe_templates(study: Study, templates: Sequence[Template]) -> Iterator[
         yield ""
 
 
-def format_template_names(study: Study) -> Iterator[str]:
+def template_name_lines(study: Study) -> Iterator[str]:
     """Yield the templates of a recipe by task, first the templates that it uses."""
     for family, known in study.templates.items():
         chosen = template_selection(study, family)

@@ -80,7 +80,7 @@ def score_files(options: ScoreOptions) -> None:
         item=options.item,
     )
     store_facts(**scores.as_json())
-    for line in format_scores(scores):
+    for line in score_lines(scores):
         say(line)
 
 
@@ -96,14 +96,14 @@ def parse_cutoffs(text: str) -> tuple[int, ...]:
         raise RecipeError(f"--k {text}: give whole numbers, such as 5,10", kind="bad-value", column="--k") from None
 
 
-def format_scores(scores: Scores) -> Iterator[str]:
+def score_lines(scores: Scores) -> Iterator[str]:
     """Yield the lines to print: the counts, then one line per metric."""
     units = _UNITS[scores.unit]
     yield f"{scores.relevant:,} relevant items of {scores.lists[0].judged:,} {units} in {scores.truth}"
     if scores.barren:
         yield f"  {scores.barren:,} {units} have no relevant item and are excluded"
     for entry in scores.lists:
-        yield from _format_list_counts(entry, units)
+        yield from _list_count_lines(entry, units)
     wide = max(map(len, scores.metrics))
     names = ("A", "B") if len(scores.lists) > 1 else ("value",)
     head = f"{'metric':<{wide}}" + "".join(f"  {name:<23}" for name in names)
@@ -118,7 +118,7 @@ def format_scores(scores: Scores) -> Iterator[str]:
         yield f"{metric:<{wide}}" + "".join(f"  {cell:<23}" for cell in cells).rstrip()
 
 
-def _format_list_counts(entry: ScoredLists, units: str) -> Iterator[str]:
+def _list_count_lines(entry: ScoredLists, units: str) -> Iterator[str]:
     yield entry.name
     yield f"  without a list, scored as 0: {entry.without_list:,} of {entry.judged:,} {units}"
     yield f"  with a list but no relevant items, excluded: {entry.without_truth:,} {units}"

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from llmrec import processes, terminal
-from llmrec.cli.console import format_number, shared_options, show_values
+from llmrec.cli.console import format_number, given_options, show_values
 from llmrec.cli.options import Launch, Out, RecipeOptions
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, require
@@ -78,7 +78,7 @@ def train_in_processes(recipe: str, overrides: Sequence[str], folder: Path, coun
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    words = ["-m", "llmrec", "train", recipe, *overrides, *shared_options, "--out", str(folder)]
+    words = ["-m", "llmrec", "train", recipe, *overrides, *given_options, "--out", str(folder)]
     programs = [
         processes.Program(words, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, terminal.err())
         for rank in range(count)

@@ -22,10 +22,10 @@ from llmrec.data.read.tables import Table, check_usable, check_users_match, find
 from llmrec.data.read.typed import id_column, most_frequent_texts, text_column
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe.schema import Columns, DataSection
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 from llmrec.types import Item
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 _PAIR_COLUMNS = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"

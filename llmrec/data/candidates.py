@@ -149,7 +149,7 @@ def interacted_items(data: SplitDataset, split: SplitName) -> InteractedItems:
     )
 
 
-def sample_candidates_from_groups(
+def sample_across_groups(
     targets: Mapping[str, str], groups: Mapping[str, str], *, count: int, seed: int, kind: str
 ) -> CandidateSets:
     """Draw candidates uniformly from a given set of items.

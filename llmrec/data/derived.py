@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.durable import write_json
 from llmrec.resources import cache_dir
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 from llmrec.types import Item
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llmrec.data.dataset import Dataset, Review
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 
 # --------------------------------------------------------------------------- keyphrases

@@ -122,7 +122,7 @@ def items_with_stored_texts(items: Mapping[str, Item], section: TextsSection | N
     return {**items, **fields}
 
 
-def stored_profile(user: str, section: TextsSection) -> str:
+def stored_user_text(user: str, section: TextsSection) -> str:
     """Return the text about a user for prompts; empty if there is none."""
     if section.sides == "item" or section.shuffled:
         return ""

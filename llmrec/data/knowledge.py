@@ -196,7 +196,7 @@ def with_facts(dataset: Dataset, section: FactsSection | None) -> Dataset:
         document = documents.about(item)
         result = [] if document is None else documents.passages(document, question, section.tokens)
         if result:
-            items[name] = replace(item, fields={**item.fields, FACTS_FIELD: number_passages(result)})
+            items[name] = replace(item, fields={**item.fields, FACTS_FIELD: format_passages(result)})
     described = sum(FACTS_FIELD in item.fields for item in items.values())
     if not described:
         raise DataError.at(
@@ -208,7 +208,7 @@ def with_facts(dataset: Dataset, section: FactsSection | None) -> Dataset:
     return replace(dataset, items=items, provenance={**dataset.provenance, **fields})
 
 
-def number_passages(passages: Sequence[str]) -> str:
+def format_passages(passages: Sequence[str]) -> str:
     """Return passages as one text, each after its number for citations."""
     # Citation numbers in the document itself would be confused with these numbers.
     cleaned = [_CITATION.sub("", passage).strip() for passage in passages]

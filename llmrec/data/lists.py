@@ -400,7 +400,7 @@ def _open_source(
 ) -> Table | _ListRecords:
     """Open a file or a data frame; TREC files are recognised by their extension or their first line."""
     if not isinstance(source, str | Path):
-        return _open_arrow_table(f"{what} frame", as_arrow(source, f"{what} frame"), names)
+        return _convert_arrow_table(f"{what} frame", as_arrow(source, f"{what} frame"), names)
     path = Path(source).expanduser()
     name = str(path)
     if path.is_dir() or is_pattern(path):
@@ -412,7 +412,7 @@ def _open_source(
         return _parse_trec(name, decode_file(name, raw), columns, sha256)
     if ending in PARQUET:
         with open_parquet_file(name, read_bytes(path)[0]) as file:
-            return _open_arrow_table(name, file.read(), names)
+            return _convert_arrow_table(name, file.read(), names)
     if ending in JSON_LINES:
         rows = parse_json_records(name, read_bytes(path)[0])
         first = next(rows, None)
@@ -423,7 +423,7 @@ def _open_source(
     return _records_from_cells(table, names) if _find_column(table, ("items",)) and not single else table
 
 
-def _open_arrow_table(name: str, table: Any, names: EntityColumns) -> Table | _ListRecords:
+def _convert_arrow_table(name: str, table: Any, names: EntityColumns) -> Table | _ListRecords:
     if "items" not in table.column_names:
         return strip_column_types(table_from_arrow(name, table))
     wanted = _columns_to_read(table.column_names, names)

@@ -189,11 +189,13 @@ class RatingSummaries:
 
     def user(self, user_id: str, without: Collection[str]) -> RatingSummary:
         """Return the number and mean rating of a user's training interactions, except with given items."""
-        return sum((tally for item, tally in self._of(user_id).items() if item not in without), RatingSummary())
+        return sum(
+            (tally for item, tally in self._user_summaries(user_id).items() if item not in without), RatingSummary()
+        )
 
     def item(self, item_id: str, without: str) -> RatingSummary:
         """Return the number and mean rating of an item's training interactions, except by one user."""
-        return self._items.get(item_id, RatingSummary()) - self._of(without).get(item_id, RatingSummary())
+        return self._items.get(item_id, RatingSummary()) - self._user_summaries(without).get(item_id, RatingSummary())
 
     @cached_property
     def _items(self) -> Mapping[str, RatingSummary]:
@@ -201,7 +203,7 @@ class RatingSummaries:
         counted = self._data.train.group_by("item_id").agg(pl.len(), rating.count().alias("rated"), rating.sum())
         return {item: RatingSummary(count, rated, total) for item, count, rated, total in counted.iter_rows()}
 
-    def _of(self, user_id: str) -> Mapping[str, RatingSummary]:
+    def _user_summaries(self, user_id: str) -> Mapping[str, RatingSummary]:
         """Return the counts of a user by item; cached."""
         if self._latest is None or self._latest[0] != user_id:
             self._latest = user_id, _summaries_by_item(self._data.train_events(user_id))

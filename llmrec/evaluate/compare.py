@@ -117,7 +117,10 @@ class TableComparisons:
 def compare_tables(
     tables: Sequence[ComparisonPlan], *, resamples: int, seed: int = 0, more: int = 0
 ) -> list[TableComparisons]:
-    """Test the planned comparisons of all tables as one family, and estimate exploratory differences; see `planned`."""
+    """Test the planned comparisons of all tables as one family, and estimate exploratory differences.
+
+    See `compare_planned`.
+    """
     family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
     tested = iter(compare_planned(family, resamples=resamples, seed=seed, more=more))
     results = []
@@ -234,8 +237,8 @@ def resampled_difference(
 
     Args:
         metric: Name of the metric.
-        a: Values of the first model from `Evaluated.values`, shape (n,) or (seeds, n). For metrics that are not means
-            over requests these are probabilities, with a minus sign (also for 0) where the truth is no.
+        a: Values of the first model from `EvaluationResult.values`, shape (n,) or (seeds, n). For metrics that are not
+            means over requests these are probabilities, with a minus sign (also for 0) where the truth is no.
         b: Values of the second model.
         users: The user of each request.
         resamples: Number of resamples.
@@ -346,8 +349,8 @@ def average_over_seeds(
 
     Args:
         figures: One per seed.
-        values: Per-request values of each seed from `Evaluated.values`; users are resampled jointly for all seeds.
-            Without them the interval is the mean of the seeds' intervals, which is wider.
+        values: Per-request values of each seed from `EvaluationResult.values`; users are resampled jointly for all
+            seeds. Without them the interval is the mean of the seeds' intervals, which is wider.
         metric: Name of the metric.
         users: The user of each request.
         resamples: Number of resamples.

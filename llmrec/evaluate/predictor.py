@@ -110,7 +110,7 @@ def _measure_texts(
     truth = [str(case.truth) for case in cases]
     users, items = _case_users(cases), [case.request.item or "" for case in cases]
     features = background.features if background is not None else None
-    named = explained.count_mentioned_features(written, users, items, features) if features is not None else None
+    named = explained.measure_mentioned_features(written, users, items, features) if features is not None else None
     inputs = {
         "texts": written,
         "references": truth,
@@ -127,7 +127,7 @@ def _measure_texts(
     columns: dict[str, Sequence[object]] = {"copied": copies.tolist(), "truth_copied": in_truth.tolist()}
     if features is None or named is None:
         return replace(taken, rates=Rates(truth_copy_rate=float(in_truth.mean())), columns=columns)
-    truth_named = explained.count_mentioned_features(truth, users, items, features)
+    truth_named = explained.measure_mentioned_features(truth, users, items, features)
     # Reviews of an item are incomplete: true texts also mention features that no other review mentions.
     rates = Rates(
         truth_copy_rate=float(in_truth.mean()),

@@ -208,11 +208,11 @@ def slice_figures(
     """Return the metrics of each subset, with intervals over its users.
 
     Args:
-        values: Per-request values by metric from `Evaluated.values`, shape (n,) each. Metrics that are not means of
-            them, such as AUC, are omitted.
+        values: Per-request values by metric from `EvaluationResult.values`, shape (n,) each. Metrics that are not means
+            of them, such as AUC, are omitted.
         cases: The cases in the same order.
         data: See `case_slices`.
-        metrics: The overall figures, ``Evaluated.figures.metrics``, whose signatures are extended.
+        metrics: The overall figures, ``EvaluationResult.figures.metrics``, whose signatures are extended.
         protocol: The settings of intervals.
         attributes: See `case_slices`.
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _MEMORY_HINT = "reduce --check-users (0: none), or set model.device=cpu"
 # A few examples are enough to verify an exact merge.
-_FEW_EXAMPLES = 8
+_MAX_EXAMPLES = 8
 _BATCH = 8
 _MAX_PROMPTS = 8
 
@@ -104,7 +104,7 @@ def measure_agreement(
     # The merged model then differs from the trained one, so task metrics are measured too.
     quantised = recipe.train.method in QUANTISED_METHODS
     families = list(study.shares)
-    count = users if quantised else min(users, _FEW_EXAMPLES)
+    count = users if quantised else min(users, _MAX_EXAMPLES)
     rows = {family: _validation_rows(study, family, encoder, count) for family in families}
     scored = [
         family

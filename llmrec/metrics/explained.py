@@ -245,7 +245,7 @@ def build_explanation_reference(
     if not vocabulary:
         return ExplanationReference(known)
     of_item: dict[str, set[WordSequence]] = {}
-    mentions = mentioned_features([text for *_, text in rows], vocabulary)
+    mentions = find_features([text for *_, text in rows], vocabulary)
     for (_, item, _), mentioned, annotation in zip(rows, mentions, references, strict=True):
         of_item.setdefault(item, set()).update(mentioned, *([{annotation}] if annotation else []))
     return ExplanationReference(
@@ -253,7 +253,7 @@ def build_explanation_reference(
     )
 
 
-def mentioned_features(texts: Iterable[str], vocabulary: frozenset[WordSequence]) -> list[frozenset[WordSequence]]:
+def find_features(texts: Iterable[str], vocabulary: frozenset[WordSequence]) -> list[frozenset[WordSequence]]:
     """Return the features that each text mentions.
 
     If a feature contains another, as "battery life" contains "battery", a text with the longer one names both.
@@ -281,7 +281,7 @@ def feature_match(texts: Sequence[str], expected: Sequence[WordSequence]) -> NDA
         ValueError: If the two differ in length.
     """
     pairs = zip(texts, expected, strict=True)
-    return np.array([bool(mentioned_features([text], frozenset([words]))[0]) for text, words in pairs], dtype=np.bool_)
+    return np.array([bool(find_features([text], frozenset([words]))[0]) for text, words in pairs], dtype=np.bool_)
 
 
 def feature_coverage(mentions: Sequence[frozenset[WordSequence]], vocabulary: frozenset[WordSequence]) -> float:
@@ -398,13 +398,13 @@ class MentionedFeatures:
         return float(unsupported / mentioned) if mentioned else None
 
 
-def count_mentioned_features(
+def measure_mentioned_features(
     texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: ReviewFeatures
 ) -> MentionedFeatures:
     """Count the features in generated texts, each about a user and an item."""
     expected = [features.annotated.get(pair) for pair in zip(users, items, strict=True)]
     known = [index for index, words in enumerate(expected) if words]
-    mentions = mentioned_features(texts, features.vocabulary)
+    mentions = find_features(texts, features.vocabulary)
     match = feature_match([texts[index] for index in known], [expected[index] or () for index in known])
     return MentionedFeatures(
         known=np.array(known, dtype=np.intp),

@@ -192,7 +192,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
 def _bin_totals(
     probabilities: ArrayLike, labels: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the size, sum of probabilities and number of yes answers of each bin, shape (BINS,) each."""
+    """Return the size, sum of probabilities and number of yes answers of each bin, shape (CALIBRATION_BINS,) each."""
     guess, truth = _validated_probabilities(probabilities, labels)
     borders = np.sort(guess)[(np.arange(1, CALIBRATION_BINS) * len(guess)) // CALIBRATION_BINS]
     bins = np.searchsorted(borders, guess, side="right")

@@ -159,7 +159,7 @@ class Evaluation:
         predictor = self._calibrate_predictor(family, model)
         looked_at = frozenset(getattr(model, "looked_at", ())) | self._calibration_users(family)
         weighing = self._ensemble_weight_answers(spec, predictor)
-        result = evaluate(predictor, self._study.cases(family), **self._evaluate_arguments(family))
+        result = evaluate(predictor, self._study.cases(family), **self._evaluation_arguments(family))
         reads = baseline_reads(baseline.name, baseline.parameters)
         return self._keep(
             spec,
@@ -240,7 +240,7 @@ class Evaluation:
                 # The cost includes cases that an interrupted run answered, but not calibration cases or starting the
                 # engine, which is a separate stage.
                 before = backend.recalled_seconds - backend.start_seconds
-                result = evaluate(predictor, self._study.cases(spec.family), **self._evaluate_arguments(spec.family))
+                result = evaluate(predictor, self._study.cases(spec.family), **self._evaluation_arguments(spec.family))
                 result = _with_added_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
                 examples = self._example_prompts(spec, strategy, result)
                 weighing = self._ensemble_weight_answers(spec, predictor)
@@ -330,7 +330,7 @@ class Evaluation:
                 base_ensembles=base_ensembles,
                 context=context,
             )
-            result = evaluate(model, self._study.cases(spec.family), **self._evaluate_arguments(spec.family))
+            result = evaluate(model, self._study.cases(spec.family), **self._evaluation_arguments(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
                 raise
@@ -502,7 +502,7 @@ class Evaluation:
             return predictor
         return CalibratedPredictor(predictor, self._calibrating(family))
 
-    def _evaluate_arguments(self, family: str) -> dict[str, Any]:
+    def _evaluation_arguments(self, family: str) -> dict[str, Any]:
         """Return the keyword arguments of `evaluate`."""
         kind = family_of(family)
         return {

@@ -38,7 +38,7 @@ FOLDER = "index"
 """The folder of the index in a model folder."""
 COLLABORATIVE_TOKENS = "collaborative"
 """The value of ``index.tokens`` for token embeddings initialised from a recommender's item vectors."""
-# File with the identity of the text encoder.
+# Key of the index settings with the identity of the text encoder.
 _ENCODER_STAMP_KEY = "encoder_stamp"
 # Schemes that are slow to build, and therefore cached.
 _CACHED_SCHEMES = ("collaborative", "semantic")

@@ -390,7 +390,7 @@ def _feature_source_pairs(baseline: BaselineSection) -> frozenset[Pair]:
 
 
 def _unused_items_by_user(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
-    """Return, by user, the training items that were not used to generate the user's text."""
+    """Return, by user, the items that were not used to generate the user's text."""
     read: dict[str, set[str]] = defaultdict(set)
     for user, item in seen:
         read[user].add(item)

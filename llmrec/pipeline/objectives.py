@@ -29,7 +29,7 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.models.soft_prompt import TIED_METHODS, SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
-from llmrec.pipeline.study import Study, build_task, draw_candidate_sets
+from llmrec.pipeline.study import Study, build_candidate_sets, build_task
 from llmrec.pipeline.weighing import EnsembleUsers, ensemble_kinds, fit_base_ensembles
 from llmrec.recipe.schema import SOFT_PROMPT_METHODS, RewardSection
 from llmrec.registry import BASELINES, import_component, strategy_eval_options
@@ -153,14 +153,14 @@ def build_soft_prompt(study: Study, labels: AnswerLabels) -> SoftPrompt:
 
 
 # Number of consecutive examples that are too long after which training stops with an error.
-_MAX_CONSECUTIVE_TRUNCATED = 2000
+_MAX_CONSECUTIVE_DROPPED = 2000
 
 
-def check_truncated_examples(consecutive: int, what: str, limit: int) -> None:
+def check_dropped_examples(consecutive: int, what: str, limit: int) -> None:
     """Reject a limit on tokens that too many consecutive examples exceed."""
-    if consecutive > _MAX_CONSECUTIVE_TRUNCATED:
+    if consecutive > _MAX_CONSECUTIVE_DROPPED:
         raise RecipeError(
-            f"train.max_row_tokens={limit}: {_MAX_CONSECUTIVE_TRUNCATED} consecutive {what} were longer; raise "
+            f"train.max_row_tokens={limit}: {_MAX_CONSECUTIVE_DROPPED} consecutive {what} were longer; raise "
             "train.max_row_tokens, or show less history",
             kind="too-large",
             column="train.max_row_tokens",
@@ -222,7 +222,7 @@ def plan_reward_training(study: Study, encoder: Encoder, valid: Mapping[str, lis
             row = encoder.row(training_question(task, case, template))
             if len(row.ids) > train.max_row_tokens:
                 dropped, since = dropped + 1, since + 1
-                check_truncated_examples(since, f"prompts of tasks.{family}", train.max_row_tokens)
+                check_dropped_examples(since, f"prompts of tasks.{family}", train.max_row_tokens)
                 continue
             since = 0
             cases.append(case)
@@ -320,7 +320,7 @@ class CheckpointEvaluator:
                 column="train.judge",
             )
         family, data, users = able[0], study.data, checkpoint_selection_users(study)
-        valid_study = replace(study, candidates=draw_candidate_sets(study.recipe, data, "valid", users))
+        valid_study = replace(study, candidates=build_candidate_sets(study.recipe, data, "valid", users))
         task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
         cases = cases_of_first_users(task.cases("valid"), None, among=users)
         if not cases:

@@ -20,7 +20,7 @@ from llmrec.pipeline.engines import check_encoder_decoder_engine, check_engine_d
 from llmrec.pipeline.objectives import answer_labels, listwise_settings, rating_head_classes, reward_family
 from llmrec.pipeline.runs import check_earlier_runs, start_model_folder, teacher_model_folder
 from llmrec.pipeline.study import Study, build_study, encoder_of, resolve_run_folder
-from llmrec.recipe.paths import add_searched_folders
+from llmrec.recipe.paths import name_searched_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
 from llmrec.train.lora import check_method_support
@@ -44,7 +44,7 @@ def check_recipe(recipe: Recipe, *, asks: bool) -> None:
         check_method_support(recipe.model, recipe.train)
     check_trackers(recipe.train.report_to or ())
     check_new_model_engine(recipe)
-    with add_searched_folders(recipe):
+    with name_searched_folders(recipe):
         check_local_weights(recipe)
 
 
@@ -125,7 +125,7 @@ def build_checked_study(recipe: Recipe) -> Study:
         read_api_key(recipe.eval.server)
     if not asks:
         return study
-    with add_searched_folders(recipe):
+    with name_searched_folders(recipe):
         base = resolve_config_folder(recipe.model)
         check_earlier_runs(recipe)
     if base is None:
@@ -141,7 +141,7 @@ def build_checked_study(recipe: Recipe) -> Study:
         answer_labels(study, encoder, paired=paired)
         if recipe.train.reward is not None:
             reward_family(study, paired=paired)
-        with add_searched_folders(recipe):
+        with name_searched_folders(recipe):
             start_model_folder(study, encoder, base, resolve_run_folder(recipe, None))
             teacher_model_folder(study, encoder, resolve_run_folder(recipe, None))
     return study

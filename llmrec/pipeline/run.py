@@ -45,7 +45,7 @@ from llmrec.pipeline.training import reusable_training, train_stage
 from llmrec.pipeline.weighing import stored_ranking_ensembles
 from llmrec.progress import Progress, log_line
 from llmrec.recipe.load import Overrides, as_recipe, dump_recipe, import_stored_plugins, recipe_hash
-from llmrec.recipe.paths import add_searched_folders
+from llmrec.recipe.paths import name_searched_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.results import Arm, Choice, Results, StoredResults, Unevaluated
@@ -467,7 +467,7 @@ def _read_only_session(recipe: Recipe, folder: Path, data: SplitDataset | None) 
 def _open_model(study: Study, folder: Path, budget: StageTimer) -> OpenedModel:
     recipe = study.recipe
     with budget.stage("model"):
-        with add_searched_folders(recipe):
+        with name_searched_folders(recipe):
             base = resolve_model_folder(recipe.model, seed=recipe.seed)
         if recipe.eval.server is None:
             name, source = recipe.model.name, describe_source(recipe.model, base)
@@ -479,7 +479,7 @@ def _open_model(study: Study, folder: Path, budget: StageTimer) -> OpenedModel:
         # Untrained item tokens would take probability from words of titles.
         base = base if study.untuned_without_codes() else start
         encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
-        with add_searched_folders(recipe):
+        with name_searched_folders(recipe):
             # Report a missing teacher before looking for a stored training, which depends on the teacher.
             teacher = teacher_model_folder(study, encoder, folder)
             return OpenedModel(encoder, base, start_model_folder(study, encoder, start, folder), teacher)

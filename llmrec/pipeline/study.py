@@ -29,7 +29,7 @@ from llmrec.models.text_encoder import text_embedder_for_split
 from llmrec.pipeline.indexing import build_index
 from llmrec.pipeline.rejecting import hard_negative_source
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.paths import add_searched_folders
+from llmrec.recipe.paths import name_searched_folders
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, default_baselines
 from llmrec.registry import BASELINES, import_component
 from llmrec.results import Arm
@@ -262,9 +262,9 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     templates = {family: load_templates(family, family_of(family).prompts, *recipe.prompts) for family in families}
     candidates = None
     if any(family_of(family).ranks_for_users for family in families):
-        candidates = draw_candidate_sets(recipe, data, recipe.eval.split, _evaluated_users(recipe, data))
+        candidates = build_candidate_sets(recipe, data, recipe.eval.split, _evaluated_users(recipe, data))
     held, aligned = _alignment_items(recipe, data)
-    with add_searched_folders(recipe):
+    with name_searched_folders(recipe):
         index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
     _check_slices(study)
@@ -337,7 +337,7 @@ def _evaluated_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | Non
     return None if len(result) <= most else frozenset(result[:most])
 
 
-def draw_candidate_sets(
+def build_candidate_sets(
     recipe: Recipe, data: SplitDataset, split: SplitName, users: frozenset[str] | None = None
 ) -> CandidateSets | None:
     """Draw or retrieve the candidate sets of some or all users of a split; None if the whole catalogue is ranked."""
@@ -419,7 +419,7 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
     the main data if already loaded; if they hold nothing out, the reviews hold nothing out either.
     """
     texts = recipe.data.texts if data is None else None  # data passed by the caller already has its texts
-    with add_searched_folders(recipe):
+    with name_searched_folders(recipe):
         data, reviews = data or _load_without_texts(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
             reviews = _load_without_texts(recipe.reviews, recipe.seed, holds_out=data.measures)

@@ -27,7 +27,7 @@ from llmrec.pipeline.objectives import (
     CheckpointEvaluator,
     answer_labels,
     build_soft_prompt,
-    check_truncated_examples,
+    check_dropped_examples,
     listwise_settings,
     plan_reward_training,
     rating_head_classes,
@@ -93,7 +93,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Tr
                     )
                 dropped[family] += 1
                 since += 1
-                check_truncated_examples(since, f"training examples of tasks.{family}", section.max_row_tokens)
+                check_dropped_examples(since, f"training examples of tasks.{family}", section.max_row_tokens)
                 continue
             since = 0
             families.append(family)

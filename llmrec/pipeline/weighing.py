@@ -24,7 +24,7 @@ from llmrec.ensembles.retrieving import MAX_WEIGHT_USERS
 from llmrec.ensembles.stored import StoredEnsemble, stored_ensemble_of
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError
-from llmrec.pipeline.study import Study, build_task, draw_candidate_sets
+from llmrec.pipeline.study import Study, build_candidate_sets, build_task
 from llmrec.results import Reads, Row
 from llmrec.tasks.cases import cases_of_first_users
 from llmrec.tasks.family import family_of
@@ -103,7 +103,7 @@ class EnsembleUsers:
         aside = study.set_aside(family)
         if kind.ranks_for_users and study.candidates is not None:
             users = frozenset(weighers.first_users(MAX_WEIGHT_USERS, but=aside))
-            valid_study = replace(study, candidates=draw_candidate_sets(study.recipe, study.data, "valid", users))
+            valid_study = replace(study, candidates=build_candidate_sets(study.recipe, study.data, "valid", users))
             task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
         try:
             able = task.cases("valid")

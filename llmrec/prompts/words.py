@@ -20,7 +20,7 @@ from llmrec.resources import resource
 
 LANGUAGES_FOLDER = "languages"
 ENGLISH = "en"
-_NUMBER_WORDS = 11
+_NUMBER_WORD_COUNT = 11
 _LANGUAGE_CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
 
 
@@ -49,8 +49,8 @@ class Words(Section):
     def _usable(self) -> Words:
         if self.says_yes.casefold() == self.says_no.casefold():
             raise ValueError("says_no: the value equals says_yes; use different words")
-        if self.numbers and len(self.numbers) != _NUMBER_WORDS:
-            raise ValueError(f"numbers: write {_NUMBER_WORDS} words, from zero to ten, or none")
+        if self.numbers and len(self.numbers) != _NUMBER_WORD_COUNT:
+            raise ValueError(f"numbers: write {_NUMBER_WORD_COUNT} words, from zero to ten, or none")
         return self
 
     @cached_property

@@ -222,7 +222,7 @@ def _validate_page(
         try:
             validated = model.model_validate(values)
         except ValidationError as error:
-            raise _validation_recipe_error(error, model, file, lines, overrides) from None
+            raise _recipe_error(error, model, file, lines, overrides) from None
     if isinstance(validated, Recipe):
         _apply_code_consent(validated, given=given)
     return validated
@@ -298,7 +298,7 @@ def _apply_override(values: dict[str, Json], override: str) -> None:
     here[last] = value
 
 
-def _validation_recipe_error(
+def _recipe_error(
     error: ValidationError,
     model: type[BaseModel],
     file: Path,
@@ -490,8 +490,8 @@ def _component_references(values: Mapping[str, Any]) -> Iterator[ComponentRefere
     for family, section in _as_mapping(values.get("tasks")).items():
         yield ComponentReference("tasks", str(family), ("tasks", family))
         for group in ("strategies", "baselines"):
-            yield from _list_references(group, _as_mapping(section).get(group), ("tasks", family, group), "name")
-    yield from _list_references("baselines", values.get("rows"), ("rows",), "baseline")
+            yield from _references_in_list(group, _as_mapping(section).get(group), ("tasks", family, group), "name")
+    yield from _references_in_list("baselines", values.get("rows"), ("rows",), "baseline")
     for group, *key in (
         ("sources", "data", "source"),
         ("sources", "reviews", "source"),
@@ -507,7 +507,7 @@ def _component_references(values: Mapping[str, Any]) -> Iterator[ComponentRefere
             yield ComponentReference(group, result, tuple(key))
 
 
-def _list_references(group: str, values: object, key: KeyPath, called: str) -> Iterator[ComponentReference]:
+def _references_in_list(group: str, values: object, key: KeyPath, called: str) -> Iterator[ComponentReference]:
     """Yield the names in a list, whose entries are names or mappings with a name."""
     for index, item in enumerate(values if isinstance(values, list | tuple) else ()):
         name = item.get(called) if isinstance(item, dict) else item

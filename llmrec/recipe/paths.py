@@ -67,7 +67,7 @@ def resolve_paths(values: dict[str, Json], folder: Path, sought: dict[str, Path]
 
 
 @contextmanager
-def add_searched_folders(recipe: Recipe) -> Iterator[None]:
+def name_searched_folders(recipe: Recipe) -> Iterator[None]:
     """Add both searched folders to the error about a missing path."""
     try:
         yield

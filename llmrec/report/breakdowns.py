@@ -150,7 +150,7 @@ def _without_interval(figure: Metric | None) -> Metric | None:
 # --------------------------------------------------------------------------- position bias
 
 
-_REQUESTS_PER_BAND = 20  # number of requests
+_REQUESTS_PER_BAND = 20  # approximately
 _ALPHA = 0.05
 
 

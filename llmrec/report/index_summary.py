@@ -94,7 +94,7 @@ def key_figures(diagnostics: Diagnostics) -> dict[str, str]:
         first = diagnostics.first_words
         common = f"most frequent: {single_line(first.common)}, of {format_count(first.items)} items"
         rows["Different first words"] = f"{format_count(first.different)}; {common}"
-    rows |= {name: text for name, text in map(_format_figure, diagnostics.figures.items()) if name}
+    rows |= {name: text for name, text in map(_labelled_figure, diagnostics.figures.items()) if name}
     if diagnostics.bucket is not None:
         rows["Largest number of IDs that differ only in the last token"] = format_count(diagnostics.bucket)
     rows["Duplicate IDs"] = format_count(diagnostics.duplicates)
@@ -108,7 +108,7 @@ def key_figures(diagnostics: Diagnostics) -> dict[str, str]:
     return rows
 
 
-def _format_figure(entry: tuple[str, float]) -> tuple[str, str]:
+def _labelled_figure(entry: tuple[str, float]) -> tuple[str, str]:
     name, value = entry[0], float(entry[1])
     if name.startswith("perplexity_"):
         return "", ""  # The table of levels shows it, after repair.

@@ -72,7 +72,7 @@ def openapi_error_responses(*statuses: int, body: type[BaseModel] = schema.Faile
     return {status: {"model": body, "description": _STATUS_DESCRIPTIONS[status]} for status in statuses}
 
 
-def describe_validation_error(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
+def validation_error_details(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
     """Return the location of a validation error, separated by dots, and its message without the value.
 
     Args:

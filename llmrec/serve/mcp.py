@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmrec import __version__
 from llmrec.errors import LlmrecError
 from llmrec.guard import clean
-from llmrec.serve.failures import describe_validation_error
+from llmrec.serve.failures import validation_error_details
 from llmrec.serve.service import Service
 from llmrec.serve.tools import TOOLS, UNTRUSTED_DATA_WARNING, Past, Tool, check_items, one_line, supported_tools
 
@@ -70,7 +70,7 @@ class _ForwardedResponse(Response):
 
 def _make_mcp_server(service: Service) -> Server[Any]:
     async def tools(_: Any, __: protocol.PaginatedRequestParams | None) -> protocol.ListToolsResult:
-        return protocol.ListToolsResult(tools=[_describe_tool(tool) for tool in supported_tools(service)])
+        return protocol.ListToolsResult(tools=[_tool_definition(tool) for tool in supported_tools(service)])
 
     async def call(_: Any, params: protocol.CallToolRequestParams) -> protocol.CallToolResult:
         if params.name not in TOOLS:
@@ -80,7 +80,7 @@ def _make_mcp_server(service: Service) -> Server[Any]:
     return Server("llmrec", version=__version__, instructions=_INSTRUCTIONS, on_list_tools=tools, on_call_tool=call)
 
 
-def _describe_tool(tool: Tool) -> protocol.Tool:
+def _tool_definition(tool: Tool) -> protocol.Tool:
     """Return the description of a tool."""
     return protocol.Tool(
         name=tool.name,
@@ -98,7 +98,7 @@ async def run_tool(service: Service, tool: Tool, arguments: Mapping[str, Any]) -
         check_items(service, request)
         result = (await tool.call(service, request)).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
-        where, message = describe_validation_error(error, Past)
+        where, message = validation_error_details(error, Past)
         return _error_result(f"{where or 'the arguments'}: {message}")
     except LlmrecError as error:
         return _error_result(str(error))

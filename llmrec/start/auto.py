@@ -16,8 +16,7 @@ from typing import Any
 
 from llmrec.answer.opening import best_validated_model
 from llmrec.data.dataset import Dataset
-from llmrec.data.frames import FRAME_FOLDER as FRAMES
-from llmrec.data.frames import restore_frame_names, write_frame
+from llmrec.data.frames import FRAME_FOLDER, restore_frame_names, write_frame
 from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
@@ -271,7 +270,7 @@ _POLL_SECONDS = 0.2
 _LATE_NOTE, _SLOW_NOTE = "its time limit was reached", "one epoch takes longer than the time limit"
 # File names in the folder of trials.
 _OWN_FILES = frozenset(
-    {TABLE_RECIPE, FIXED_FOLDER, SCHEMA_FILE, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK_FILE}
+    {TABLE_RECIPE, FIXED_FOLDER, SCHEMA_FILE, FRAME_FOLDER, "data.yaml", "best.yaml", "auto.json", "trials", LOCK_FILE}
 )
 
 

@@ -235,11 +235,11 @@ class _RoleGuesser:
         self._profiles, self._requested, self._items = profiles, requested, items
         self._why = {c: "you named it" for r in ROLES if (c := requested.of(r)) is not None and c != NO_COLUMN}
         self._used = set(self._why) - ({requested.title} if requested.title else set())
-        self._ties: dict[tuple[str, str], float | None] = {}
+        self._dependences: dict[tuple[str, str], float | None] = {}
         self._user = self._item = ""
 
     def roles(self) -> Roles:
-        self._find_user_and_item()
+        self._assign_user_and_item()
         split = self._one("split", self._split)
         self._check_split(split)
         time = self._one("time", self._time)
@@ -268,22 +268,24 @@ class _RoleGuesser:
     def _free(self) -> list[ColumnProfile]:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
-    def _tie(self, column: str, other: str) -> float | None:
+    def _dependence(self, column: str, other: str) -> float | None:
         """Return how well one column determines another; None if the table is too small."""
-        if (column, other) not in self._ties:
-            self._ties[column, other] = dependence_share(self._profiles[column].cells, self._profiles[other].cells)
-        return self._ties[column, other]
+        if (column, other) not in self._dependences:
+            self._dependences[column, other] = dependence_share(
+                self._profiles[column].cells, self._profiles[other].cells
+            )
+        return self._dependences[column, other]
 
     def _determines(self, column: str, other: str) -> bool:
-        return (self._tie(column, other) or 0.0) >= _MIN_DEPENDENCE
+        return (self._dependence(column, other) or 0.0) >= _MIN_DEPENDENCE
 
     def _may_determine(self, column: str, other: str) -> bool:
-        tie = self._tie(column, other)
-        return tie is None or tie >= _MIN_DEPENDENCE
+        share = self._dependence(column, other)
+        return share is None or share >= _MIN_DEPENDENCE
 
     # ----------------------------------------------------------------------- user and item
 
-    def _find_user_and_item(self) -> None:
+    def _assign_user_and_item(self) -> None:
         for role in ("user", "item"):
             text = self._requested.of(role)
             if text is not None and (fault := id_problem(self._profiles[text], named=True)):

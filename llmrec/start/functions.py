@@ -15,8 +15,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.baselines.base import Trainable
 from llmrec.baselines.parameters import create_baseline
 from llmrec.data.frames import temporary_frame_folder, write_frame
-from llmrec.data.sets.table import load_data as read_data
-from llmrec.data.sets.table import read_listed_items
+from llmrec.data.sets.table import load_data, read_listed_items
 from llmrec.data.split import split_without_test
 from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.errors import DataError, RecipeError, did_you_mean
@@ -276,7 +275,7 @@ def fit(
         frames = {key: None if isinstance(table, str | Path) else table for key, table in tables.items()}
         result = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
         return load(str(result.folder), frame=frame)
-    return _fit_baseline(interactions, items, _make_baseline(model, seed), columns, frame)
+    return _fit_baseline(interactions, items, _resolve_baseline(model, seed), columns, frame)
 
 
 def _language_model_recipe(interactions: Any, items: Any, columns: Mapping[str, Any]) -> Recipe:
@@ -295,7 +294,7 @@ def _language_model_recipe(interactions: Any, items: Any, columns: Mapping[str, 
     return recipe.model_copy(update={"tasks": tasks, "eval": recipe.eval.model_copy(update={"arms": ("tuned",)})})
 
 
-def _make_baseline(model: Any, seed: int) -> Any:
+def _resolve_baseline(model: Any, seed: int) -> Any:
     """Return a baseline by name, or the given baseline."""
     if not isinstance(model, str | Path):
         if isinstance(model, Predictor) and isinstance(model, Trainable):
@@ -341,7 +340,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
     with _recipe_for(interactions, items, roles, name="fitted", only_data=True) as (recipe, _):
         core = recipe.data.filter.model_copy(update={"user_core": 1, "item_core": 1})
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filter": core})})
-        dataset = read_data(recipe.data, seed=seed)
+        dataset = load_data(recipe.data, seed=seed)
         if items is not None and getattr(kind, "READS", "events") != "events":
             dataset = replace(dataset, items={**read_listed_items(recipe.data), **dataset.items})
     stops = getattr(getattr(model, "config", None), "patience", None) is not None

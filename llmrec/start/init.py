@@ -20,8 +20,7 @@ from llmrec.data.read.table import find_atomic_file, is_pattern
 from llmrec.data.read.tables import Table, expand_lists
 from llmrec.data.sets.recognise import recognise_source, sources_with_columns
 from llmrec.data.sets.table import load_data
-from llmrec.data.split import SplitDataset
-from llmrec.data.split import split_dataset as cut_by
+from llmrec.data.split import SplitDataset, split_dataset
 from llmrec.data.stats import basket_warning
 from llmrec.display import align_columns
 from llmrec.durable import write_text
@@ -377,7 +376,7 @@ def _write_checked_recipe(
         cut = ""
         try:
             if check:
-                study = build_study(recipe, None if dataset is None else _split_dataset(dataset, recipe))
+                study = build_study(recipe, None if dataset is None else _filter_and_split(dataset, recipe))
                 cut = basket_warning(study.data)
         except LlmrecError as error:
             refused = str(error)
@@ -393,8 +392,8 @@ def _write_checked_recipe(
     raise DataError.at(page.path, "too-few", f": this table does not support any of the four tasks: {off}")
 
 
-def _split_dataset(dataset: Dataset, recipe: Recipe) -> SplitDataset:
-    return cut_by(filters.filter_dataset(dataset, recipe.data.filter), recipe.data.split, seed=recipe.seed)
+def _filter_and_split(dataset: Dataset, recipe: Recipe) -> SplitDataset:
+    return split_dataset(filters.filter_dataset(dataset, recipe.data.filter), recipe.data.split, seed=recipe.seed)
 
 
 def _write_schema(file: Path) -> None:

@@ -47,7 +47,7 @@ def suggest_query(url: str, tables: list[str] | None = None) -> str:
     judged = {name: roles for name, table in known.items() if (roles := _guess_table_roles(table)) is not None}
     if judged:
         name = max(judged, key=lambda entry: (judged[entry].time is not None, known[entry].frame.height))
-        return _select_with_items(name, judged[name], known)
+        return _query_with_items(name, judged[name], known)
     columns = {name: _profile_table(table) for name, table in known.items()}
     for lines, orders in permutations(columns, 2):
         shared = [entry for entry in columns[lines] if entry in columns[orders]]
@@ -85,7 +85,7 @@ def _has_role_column(columns: Mapping[str, ColumnProfile], role: str) -> bool:
     return any(col.named.weight(role) >= _MIN_NAME_WEIGHT and not id_problem(col) for col in columns.values())
 
 
-def _select_with_items(name: str, roles: Roles, known: Mapping[str, Table]) -> str:
+def _query_with_items(name: str, roles: Roles, known: Mapping[str, Table]) -> str:
     """Return the SELECT of a table, joined with titles and fields from a table of items."""
     for other, table in known.items():
         listed = _profile_table(table)

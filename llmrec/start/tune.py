@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.data.cells import write_rows
-from llmrec.data.frames import FRAME_FOLDER as FRAMES
-from llmrec.data.frames import with_frames
+from llmrec.data.frames import FRAME_FOLDER, with_frames
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -165,7 +164,7 @@ def _malformed_space_error(text: str) -> RecipeError:
 log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
-_OWN_FILES = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK_FILE})
+_OWN_FILES = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAME_FOLDER, LOCK_FILE})
 # Subfolders of a trial that contain weights.
 _WEIGHT_FOLDERS = ("merged", "checkpoints", "base", "best", "adapter")
 # The search ends after this number of failures without a success.

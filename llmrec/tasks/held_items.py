@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llmrec.data.candidates import CandidateSets, sample_candidates_from_groups
+from llmrec.data.candidates import CandidateSets, sample_across_groups
 from llmrec.data.hashing import hash64, hash_one
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import display_title, title_key
@@ -113,6 +113,6 @@ def sample_held_candidates(held: HeldItems, split: SplitName, *, count: int, see
             column="tasks.alignment.held_out",
         )
     targets = {alignment_request_id(item, seed): item for item in part}
-    return sample_candidates_from_groups(
+    return sample_across_groups(
         targets, {item: held.groups[item] for item in part}, count=count, seed=seed, kind=CANDIDATE_KIND
     )

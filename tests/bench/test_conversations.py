@@ -16,7 +16,7 @@ import pytest
 from llmrec.answer.opening import open_baselines
 from llmrec.backends.fake import FakeBackend
 from llmrec.bench import conversations
-from llmrec.bench.conversations import TABLE, ConversationData, conversation_tables, finished_conversation_row
+from llmrec.bench.conversations import TABLE, ConversationData, conversation_row, conversation_tables
 from llmrec.bench.engine import BenchmarkProgress, compare_models
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.run import run_benchmark
@@ -134,7 +134,7 @@ def test_metrics_by_hand() -> None:
         **{**PAGE, "rows": [{"manager": "rules"}, {"manager": "history"}], "pairs": [["rules", "history"]]}
     )
     rules = [talk(0, "a", 1, 1), talk(0, "b", 3, 3), talk(1, "a", None, 3), talk(1, "c", 2, 2)]
-    added = finished_conversation_row(page, page.rows[0], rules)
+    added = conversation_row(page, page.rows[0], rules)
     line, held = added.row.tables[TABLE], added.row.dialogues
     assert [line.metrics[f"Hit@5-in-{turns}"].value for turns in (1, 2, 3)] == [0.25, 0.5, 0.75]
     assert held is not None
@@ -142,9 +142,9 @@ def test_metrics_by_hand() -> None:
     assert (held.seconds_a_turn, held.tokens_a_turn) == (round(2 / 9, 4), round(40 / 9, 1))
     assert line.parse_rate == 1 and held.calls == {"rank": 4, "show": 9}
     bad = [rules[0].model_copy(update={"unread": 1}), *rules[1:]]
-    assert finished_conversation_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
+    assert conversation_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
     history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
-    rows = [added, finished_conversation_row(page, page.rows[1], history)]
+    rows = [added, conversation_row(page, page.rows[1], history)]
     (pair,) = compare_models(page, BenchmarkProgress(conversation_tables(page, rows), rows))["pairs"]
     # Only user a has both seeds: one hit compared with none.
     assert (pair.value, pair.n, pair.users) == (0.5, 2, 1)

@@ -21,7 +21,7 @@ from llmrec.chat.managers import RandomManager, RuleManager
 from llmrec.chat.simulator import (
     MIN_TITLE_SIMILARITY,
     SimulatedUser,
-    is_near_title,
+    has_near_title,
     sample_user_knowledge,
     simulate_conversation,
 )
@@ -372,7 +372,7 @@ def test_transcript_replay_reports_differences(tmp_path: Path) -> None:
 
 
 def test_simulated_users_never_say_the_title() -> None:
-    assert is_near_title("I loved Cold Trails so much", "Cold Trail") and not is_near_title(
+    assert has_near_title("I loved Cold Trails so much", "Cold Trail") and not has_near_title(
         "I loved Cold Comfort", "Cold Trail"
     )
     assert 0 < MIN_TITLE_SIMILARITY < 1
@@ -384,7 +384,7 @@ def test_simulated_users_never_say_the_title() -> None:
         user = SimulatedUser(knowledge, facts.numeric, number)
         likes = tuple(UserPreference(field=ITEM, op="is", value=name, hard=False) for name in liked)
         held = simulate_conversation(talk, user, target, 5, State(profile=likes))
-        assert not any(is_near_title(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
+        assert not any(has_near_title(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
         assert len(held.lines) <= 5 and (held.hit is None or held.hit == len(held.lines))
         hits += held.hit is not None
     # Attributes lead to the item in most cases: there are 18 items and lists of five.

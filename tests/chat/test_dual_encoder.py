@@ -20,7 +20,7 @@ from llmrec.chat.dual_encoder import (
     train_dual_encoder,
 )
 from llmrec.chat.reading import spoken_title
-from llmrec.chat.simulator import is_near_title, random_target_conversations, transcript_turns
+from llmrec.chat.simulator import has_near_title, random_target_conversations, transcript_turns
 from llmrec.chat.transcripts import Turn, read, replay_differences, write
 from llmrec.errors import DataError
 from llmrec.types import Item
@@ -118,7 +118,7 @@ def test_synthetic_dialogues_are_deterministic_without_titles(tmp_path: Path) ->
     begun = [turn for turn in turns if turn.user is None]
     assert len(begun) == 30 and all(turn.items[0] in items() for turn in begun)
     titles = [spoken_title(item.title) for item in items().values()]
-    assert not [turn.user for turn in turns if turn.user for title in titles if is_near_title(turn.user, title)]
+    assert not [turn.user for turn in turns if turn.user for title in titles if has_near_title(turn.user, title)]
     write(tmp_path / "talks.jsonl", turns)
     assert read(tmp_path / "talks.jsonl") == turns and not list(replay_differences(turns, talk))
 

@@ -56,7 +56,7 @@ def test_lists_have_every_template_and_fit_a_terminal(study: Study) -> None:
         for template in known.values():
             assert sum(line.startswith(f"  {template.id} ") for line in listed) == 1
     assert max(map(len, listed)) <= WIDTH
-    short = list(prompts.format_template_names(study))
+    short = list(prompts.template_name_lines(study))
     words = " ".join(short).replace(",", " ").split()
     for known in study.templates.values():
         for template in known.values():

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.knowledge import BM25, Documents, number_passages, resolve_citations
+from llmrec.data.knowledge import BM25, Documents, format_passages, resolve_citations
 from llmrec.data.sets.table import load_data
 from llmrec.data.split import split_dataset
 from llmrec.errors import DataError
@@ -98,7 +98,7 @@ def test_retrieved_text_is_no_template(tmp_path: Path) -> None:
 
 
 def test_removes_citations_of_other_passages() -> None:
-    facts = number_passages(["It was directed by Ada Byron.", "Music is by Clara Wieck."])
+    facts = format_passages(["It was directed by Ada Byron.", "Music is by Clara Wieck."])
     text, shown = resolve_citations("Ada Byron made it [1], and you like her [4] [1].", facts)
     assert text == "Ada Byron made it [1], and you like her [1]."
     assert shown == ("It was directed by Ada Byron.",)

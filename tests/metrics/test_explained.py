@@ -24,16 +24,16 @@ from llmrec.metrics.explained import (
     WordSequence,
     _common_subsequence_length,
     build_explanation_reference,
-    count_mentioned_features,
     count_unsupported_features,
     detect_copies,
     feature_coverage,
     feature_diversity,
     feature_match,
+    find_features,
     hallucination_statistic,
     index_training_texts,
     lowercase_words,
-    mentioned_features,
+    measure_mentioned_features,
     unique_sentences,
 )
 from llmrec.metrics.stats import statistic_interval
@@ -57,7 +57,7 @@ def test_features_match_complete_words_in_order() -> None:
         "",
         "price: sound price",
     ]
-    assert mentioned_features(texts, VOCABULARY) == [{SOUND, BATTERY, LIFE}, set(), {BATTERY}, set(), {PRICE, SOUND}]
+    assert find_features(texts, VOCABULARY) == [{SOUND, BATTERY, LIFE}, set(), {BATTERY}, set(), {PRICE, SOUND}]
 
 
 def test_match_uses_the_feature_of_the_same_reference() -> None:
@@ -124,7 +124,7 @@ def test_counts_hallucinations() -> None:
     assert features is not None
     texts = ["sound and price", "sound and price", "battery life", "comfort", "sound"]
     items = ["a", "b", "b", "a", "never-seen"]
-    counts = count_unsupported_features(mentioned_features(texts, features.vocabulary), items, features.of_item)
+    counts = count_unsupported_features(find_features(texts, features.vocabulary), items, features.of_item)
     assert counts.tolist() == [[2, 0], [2, 1], [1, 1], [0, 0], [1, 1]]
     rate = statistic_interval(hallucination_statistic(counts, ["u", "u", "v", "v", "w"]), 3, resamples=200, seed=0)
     assert rate.value == pytest.approx(3 / 6)
@@ -135,7 +135,7 @@ def test_counts_hallucinations() -> None:
 def test_requests_without_a_feature_are_excluded_from_the_match_only() -> None:
     features = known().features
     assert features is not None
-    result = count_mentioned_features(
+    result = measure_mentioned_features(
         ["good sound", "price", "it offers comfort"], ["u", "x", "w"], ["c", "b", "a"], features
     )
     assert result.known.tolist() == [0, 2] and result.match.tolist() == [1.0, 1.0]

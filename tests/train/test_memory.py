@@ -13,7 +13,7 @@ import transformers as hub
 from safetensors.torch import load_file
 
 from llmrec import machine
-from llmrec.cli.estimate import _compare_gpu_memory, training_step_bytes
+from llmrec.cli.estimate import _describe_gpu_memory, training_step_bytes
 from llmrec.errors import LlmrecError
 from llmrec.models import memory
 from llmrec.models.load import load_config, load_model, model_folder_hash
@@ -180,10 +180,10 @@ def test_memory_of_a_training_step(config: Any, train: dict[str, Any], expected:
 
 
 def test_estimate_is_compared_with_free_memory() -> None:
-    assert _compare_gpu_memory(20.0, None) == ""
-    assert "22.0 GiB" in _compare_gpu_memory(20.0, 22.0) and "too little" not in _compare_gpu_memory(20.0, 22.0)
+    assert _describe_gpu_memory(20.0, None) == ""
+    assert "22.0 GiB" in _describe_gpu_memory(20.0, 22.0) and "too little" not in _describe_gpu_memory(20.0, 22.0)
     for key in ("train.gradient_checkpointing=true", "train.micro_tokens", "train.method=qlora"):
-        assert key in _compare_gpu_memory(27.0, 22.0)
+        assert key in _describe_gpu_memory(27.0, 22.0)
 
 
 def test_full_gpu_gives_one_line_error_with_advice() -> None:

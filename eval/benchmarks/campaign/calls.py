@@ -20,7 +20,7 @@ from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.cli.check import CheckOptions, check
 from llmrec.data.request_file import open_requests
 from llmrec.data.requests import parse_request
-from llmrec.data.sets.table import load_data as load_table
+from llmrec.data.sets.table import load_data
 from llmrec.errors import DataError
 from llmrec.exports.export import export
 from llmrec.index import table as index_table
@@ -89,7 +89,7 @@ def table(folder: Path, arguments: Arguments) -> None:
     if arguments["by"] == "init":
         write_recipe(str(folder / arguments["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf")
         return
-    load_table(DataSection(**_resolved(folder, arguments["section"])), seed=0)
+    load_data(DataSection(**_resolved(folder, arguments["section"])), seed=0)
 
 
 def _resolved(folder: Path, section: Arguments) -> dict[str, Any]:

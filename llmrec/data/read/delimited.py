@@ -36,9 +36,9 @@ from llmrec.data.read.text import (
 from llmrec.data.read.typed import first_true
 from llmrec.display import shorten_text
 from llmrec.errors import DataError, Location
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 _LONGEST_HEADER = 2**20
 # Maximum number of lines above a header, lines needed to recognise it, and characters examined for both.

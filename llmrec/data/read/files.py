@@ -213,7 +213,7 @@ def read_to_end(stream: Any) -> bytes:
     return b"".join(iter(partial(stream.read, _BLOCK), b""))
 
 
-def read_zipped_table(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
+def extract_zipped_table(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
     """Return the name and bytes of the only table in a zip archive.
 
     Args:

@@ -34,9 +34,9 @@ from llmrec.data.read.text import (
     read_in_any_encoding,
 )
 from llmrec.errors import DataError, LlmrecError, Location
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 _NESTED_DESCRIPTION = "nested values"
 # Type of values that cannot be a column.

@@ -31,9 +31,9 @@ from llmrec.data.read.nested import (
 from llmrec.data.read.tables import Table, validate_column_names
 from llmrec.data.read.typed import first_unsupported_date
 from llmrec.errors import DataError, LlmrecError
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 PARQUET_ERRORS = (
     *(pa.ArrowException, pl.exceptions.PolarsError, OSError, MemoryError, ArithmeticError),
@@ -51,7 +51,7 @@ _MANY_ROWS = 10_000_000
 _MAX_ROWS_PER_BYTE = 20
 
 
-def read_parquet_bytes(name: str, raw: bytes, sha256: str = "") -> Table:
+def parse_parquet(name: str, raw: bytes, sha256: str = "") -> Table:
     """Read a Parquet file.
 
     Raises:

@@ -23,9 +23,9 @@ from llmrec.data.read.limits import (
 )
 from llmrec.data.read.tables import MAX_COLUMNS, Table, validate_column_names
 from llmrec.errors import DataError, did_you_mean, require
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 SPREADSHEET_ENDINGS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 """Endings of spreadsheets."""

@@ -21,12 +21,12 @@ from llmrec.data.read.files import (
     HashedFile,
     InMemoryFile,
     Source,
+    extract_zipped_table,
     read_bytes,
-    read_zipped_table,
 )
 from llmrec.data.read.limits import check_regular_file, replace_unprintable
 from llmrec.data.read.objects import object_blocks, object_records, read_json_file, read_json_lines
-from llmrec.data.read.parquet import read_parquet_bytes, read_plain_columns
+from llmrec.data.read.parquet import parse_parquet, read_plain_columns
 from llmrec.data.read.sheets import SPREADSHEET_ENDINGS, read_sheet, split_sheet_name
 from llmrec.data.read.tables import Table, concatenate_tables
 from llmrec.data.read.text import TextFormat, read_in_any_encoding
@@ -66,10 +66,10 @@ def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Ta
         return read_sheet(path, raw, sha256, sheet)
     if packing == ".zip":
         stored, sha256 = read_bytes(path)
-        inner, raw = read_zipped_table(path, stored, _TABLE_ENDINGS)
+        inner, raw = extract_zipped_table(path, stored, _TABLE_ENDINGS)
         kind, member = Path(inner).suffix.lower(), f"{name}/{replace_unprintable(inner)}"
         if kind in _PARQUET_ENDINGS:
-            return read_parquet_bytes(member, raw, sha256)
+            return parse_parquet(member, raw, sha256)
         return replace(_read_text_table(InMemoryFile(member, raw), kind, wanted), sha256=sha256)
     if kind not in _TABLE_ENDINGS and (url := detect_database_url(path)) is not None:
         raise DataError.at(
@@ -86,7 +86,7 @@ def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Ta
         if wanted is not None and not packing and (table := read_plain_columns(path, wanted)) is not None:
             return table
         raw, sha256 = read_bytes(path)
-        return read_parquet_bytes(name, raw, sha256)
+        return parse_parquet(name, raw, sha256)
     if wanted is not None and not packing and kind != ".json":
         check_memory(path)
     source = HashedFile(path, packing, limit=limits.MAX_BYTES if wanted is None or kind == ".json" else None)

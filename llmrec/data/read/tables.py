@@ -17,9 +17,9 @@ from llmrec.data.read.codes import concatenate_coded, convert_whole_floats
 from llmrec.data.read.limits import format_error, format_names, format_value
 from llmrec.data.read.nested import ELEMENT_SUFFIX, arrow_to_polars, enclosing_lists, flatten_columns, readable_paths
 from llmrec.errors import DataError, Location, did_you_mean
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 MAX_COLUMNS = 2000
 """Maximum number of columns; more result from rows joined by a wrong line end or separator."""

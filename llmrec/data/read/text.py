@@ -16,9 +16,9 @@ from llmrec.data.read.files import InMemoryFile, Source, read_to_end
 from llmrec.data.read.limits import check_text_start, format_value
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import Section
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 ReadResult = TypeVar("ReadResult")
 

@@ -223,7 +223,7 @@ def text_column(rows: Table, column: str) -> pl.Series:
 
 
 def plain_text_column(rows: Table, column: str) -> pl.Series:
-    """Return texts without HTML, see `markup.plain`; null for blank texts."""
+    """Return texts without HTML, see `remove_markup`; null for blank texts."""
     result = text_column(rows, column)
     indices = result.str.contains("[<&]").arg_true()
     if len(indices):

@@ -16,7 +16,7 @@ from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import date_column, id_column
 from llmrec.data.sets.locate import locate_files
 from llmrec.data.sets.pages import read_known_format
-from llmrec.data.sets.published import build_catalogue
+from llmrec.data.sets.published import read_published_catalogue
 from llmrec.data.sets.sequences import line_location_table
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
@@ -52,7 +52,7 @@ def load_mind(section: DataSection, *, seed: int) -> Dataset:
         raise DataError.at(
             located.events.name, "empty", " contains neither histories nor clicks; use the train or dev split of MIND"
         )
-    catalogue = build_catalogue(located, set(frame["item_id"].unique()), {})
+    catalogue = read_published_catalogue(located, set(frame["item_id"].unique()), {})
     return build_dataset(
         section,
         line_location_table(located.events.name, frame),

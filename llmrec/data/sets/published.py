@@ -26,15 +26,15 @@ from llmrec.data.sets.pages import (
     ItemIdMap,
     KnownFormat,
     UserFile,
+    known_formats,
     read_known_format,
 )
-from llmrec.data.sets.pages import known_formats as every_set
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 from llmrec.types import Item
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 NO_TEXT = "none"
 """Value of ``data.columns.text`` that excludes texts."""
@@ -72,7 +72,7 @@ def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
     )
     _check_column_order(page, events.frame, located.events.name)
     item_ids = set(events.frame["item_id"].unique())
-    catalogue = build_catalogue(located, item_ids, events.titles)
+    catalogue = read_published_catalogue(located, item_ids, events.titles)
     people: dict[str, dict[str, str]] = {}
     if located.people is not None and located.layout.people is not None:
         people = read_user_profiles(located.people, located.layout.people)
@@ -125,7 +125,7 @@ def _check_column_order(page: KnownFormat, frame: pl.DataFrame, file: str) -> No
     if isinstance(users, float) and isinstance(items, float) and users > 0.9 and items < 0.1:
         others = " and ".join(
             f"{other.name!r} for {','.join(layout.events.form.columns)}"
-            for other in every_set()
+            for other in known_formats()
             for layout in other.layouts
             if other.item_width and layout.events.form.columns
         )
@@ -226,7 +226,7 @@ class Catalogue:
     notes: tuple[str, ...] = ()
 
 
-def build_catalogue(located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
+def read_published_catalogue(located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
     """Return the `Item` of every item id, with the titles and fields that were read.
 
     Args:
@@ -241,7 +241,7 @@ def build_catalogue(located: LocatedFiles, item_ids: set[str], titles: Mapping[s
     if spec is None or located.items is None:
         titles = {item: title for item, title in titles.items() if not has_markup(title)}
         items = {item: Item(item_id=item, title=titles.get(item, item)) for item in item_ids}
-        return Catalogue(items, warn_untitled_items(located.where, len(item_ids - titles.keys()), len(items)))
+        return Catalogue(items, warn_of_untitled_items(located.where, len(item_ids - titles.keys()), len(items)))
     names = {item: item for item in item_ids}
     if located.renames is not None and located.layout.renames is not None:
         # An item that the renaming file lacks gets no entry, even if its number is the id of another item.
@@ -257,11 +257,11 @@ def build_catalogue(located: LocatedFiles, item_ids: set[str], titles: Mapping[s
         missing += title is None
         items[item] = Item(item_id=item, title=title or item, fields=fields)
     return Catalogue(
-        items, warn_untitled_items(located.items.name, missing, len(items)) + listed.notes(located.items.name)
+        items, warn_of_untitled_items(located.items.name, missing, len(items)) + listed.notes(located.items.name)
     )
 
 
-def warn_untitled_items(where: str, missing: int, total: int) -> tuple[str, ...]:
+def warn_of_untitled_items(where: str, missing: int, total: int) -> tuple[str, ...]:
     """Warn if items have no title, and return a note about them."""
     if not missing:
         return ()

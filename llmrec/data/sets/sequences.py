@@ -20,7 +20,7 @@ from llmrec.data.read.table import read_column_names
 from llmrec.data.read.tables import Table
 from llmrec.data.read.text import LineBlock, LineBlocks, TextFormat, decode_block
 from llmrec.data.sets.pages import Attribute, ItemFile
-from llmrec.data.sets.published import read_items, warn_untitled_items
+from llmrec.data.sets.published import read_items, warn_of_untitled_items
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
@@ -184,7 +184,7 @@ def read_item_catalogue(
     """
     wanted = set(item_ids.unique())
     if entries is None:
-        notes = warn_untitled_items("a table of items (none is given)", len(wanted), len(wanted))
+        notes = warn_of_untitled_items("a table of items (none is given)", len(wanted), len(wanted))
         return {item: Item(item_id=item, title=item) for item in wanted}, notes
     form = table_format(entries)
     names = read_column_names(entries, form)
@@ -206,7 +206,7 @@ def read_item_catalogue(
         )
     catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
     missing = sum(name is None for name, _ in known.values())
-    return catalogue, warn_untitled_items(entries.name, missing, len(known)) + listed.notes(entries.name)
+    return catalogue, warn_of_untitled_items(entries.name, missing, len(known)) + listed.notes(entries.name)
 
 
 def derive_dataset_name(main: DataFile, usual: str) -> str:

@@ -42,10 +42,10 @@ from llmrec.plugins import failed_plugin_error
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.registry import SOURCES, import_component, is_plugin
 from llmrec.resources import resource
-from llmrec.terminal import single_warning_logger
+from llmrec.terminal import warn_once_logger
 from llmrec.types import Item
 
-log = single_warning_logger(__name__)
+log = warn_once_logger(__name__)
 
 
 # --------------------------------------------------------------------------- a split given in a table
@@ -64,7 +64,7 @@ def parse_split_part(cell: str) -> str | None:
     return PART_SPELLINGS.get(cell.strip().lower())
 
 
-def split_parts(section: DataSection, table: Table) -> pl.Series | None:
+def parts_by_row(section: DataSection, table: Table) -> pl.Series | None:
     """Return the part of the split (train, valid, test) for every row; None if the split is not given.
 
     Args:
@@ -121,7 +121,7 @@ def split_provenance(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     """Return the provenance entries of a given split, and warn if its parts overlap in time.
 
     Args:
-        parts: The result of `split_parts`.
+        parts: The result of `parts_by_row`.
         frame: The interactions, with ``user_id`` and, if available, ``timestamp``.
     """
     sizes = ", ".join(f"{name} {int((parts == index).sum())}" for index, name in enumerate(PARTS))
@@ -235,7 +235,7 @@ def load_table(section: DataSection, *, seed: int) -> Dataset:
     people = (
         expand_lists(_read_file_or_hub(section.users), _named_columns(columns)) if section.users is not None else None
     )
-    frame, parts = pl.DataFrame(series), split_parts(section, main)
+    frame, parts = pl.DataFrame(series), parts_by_row(section, main)
     return build_dataset(
         section,
         main,
