@@ -68,7 +68,7 @@ class Random(_ConstantScores[NoParameters]):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Give all candidates the same score.
 
-        Without candidates, these are all items outside the history, truncated to `MAX_RANKED_ITEMS`.
+        Without candidates, all items outside the history get it, truncated to `MAX_RANKED_ITEMS`.
         """
         catalogue = self._fitted.catalogue
         return [self._one(request, catalogue) for request in requests]

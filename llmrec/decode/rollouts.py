@@ -81,7 +81,7 @@ def sample_rollouts(
     generators = [np.random.default_rng(seed) for seed in seeds]
     roots = vars(initial_beams(np.arange(len(prompts)), len(catalogue)))
     keep, finish = (
-        (_split_draws, _count_weighted_group) if way == "sampled" else (_keep_highest, _inclusion_weighted_group)
+        (_split_draws, _frequency_weighted_group) if way == "sampled" else (_keep_highest, _inclusion_weighted_group)
     )
     # One more item is drawn than requested: it sets the threshold for the inclusion probabilities of the others.
     draws = count if way == "sampled" else count + 1
@@ -180,7 +180,7 @@ def _conditioned_gumbels(parents: Floats, free: Floats, highest: Floats) -> Floa
     return bounded
 
 
-def _count_weighted_group(catalogue: TokenTrie, drawn: _SampledPrefixes, _: int) -> RolloutGroup:
+def _frequency_weighted_group(catalogue: TokenTrie, drawn: _SampledPrefixes, _: int) -> RolloutGroup:
     return _sorted_group(catalogue.order[drawn.lows].astype(np.int64), drawn.marks, drawn.scores)
 
 

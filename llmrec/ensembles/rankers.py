@@ -200,7 +200,7 @@ def _candidate_features(
         context: The features of the split.
         requests: The requests.
         chosen: Which items are candidates, shape (n, items).
-        codes: The code of each item, shape (items,); see `Context.codes`.
+        codes: The code of each item, shape (items,); see `ContextFeatures.codes`.
     """
     if context is None:
         return {}

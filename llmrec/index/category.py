@@ -172,7 +172,7 @@ def _names_by_frequency(names: Iterable[str]) -> list[str]:
     return [name for name, _ in sorted(Counter(names).items(), key=lambda entry: (-entry[1], entry[0]))]
 
 
-def _path_tokens(path: CategoryPath, numbers: Sequence[Mapping[str, int]]) -> CategoryPath:
+def _path_tokens(path: CategoryPath, numbers: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
     """Return the tokens of the longest known prefix of a category path."""
     results = []
     for level, (name, known) in enumerate(zip(path, numbers, strict=False)):

@@ -253,7 +253,7 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
 
     Raises:
         ModelError: If torch cannot use the GPU, or the recipe requires one and there is none; otherwise everything
-        would silently run on the CPU, far more slowly.
+            would silently run on the CPU, far more slowly.
     """
     if section.device == "cpu":
         return "cpu"

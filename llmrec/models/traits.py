@@ -26,7 +26,7 @@ def is_plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
 
 
 def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, tokens: Any) -> Any:
-    """Return full-softmax log-probabilities of chosen tokens for a `is_plain_head`, float64, shape (n,).
+    """Return full-softmax log-probabilities of chosen tokens for a head with `is_plain_head`, float64, shape (n,).
 
     Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie, and an almost certain token would have a
     log-probability above 0, which breaks the search. So the chosen logits are computed in float32, and so are the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmrec import processes
 from llmrec.backends.encode import Encoder
-from llmrec.backends.server.client import read_api_key
+from llmrec.backends.server.client import find_api_key
 from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, is_installed, require
 from llmrec.models.hub import is_complete
 from llmrec.models.load import load_config, resolve_config_folder
@@ -122,7 +122,7 @@ def build_checked_study(recipe: Recipe) -> Study:
     check_recipe(recipe, asks=asks)
     if recipe.eval.backend == "openai" and recipe.eval.server is not None:
         # Only this check requires the API key, because a run may have all answers in its cache.
-        read_api_key(recipe.eval.server)
+        find_api_key(recipe.eval.server)
     if not asks:
         return study
     with name_searched_folders(recipe):

@@ -411,7 +411,7 @@ def _train(
     quiet: bool,
 ) -> TrainingResult:
     from llmrec.train import lora, sft
-    from llmrec.train.heads import head_vocabulary_size, load_soft_prompt_model, load_teacher
+    from llmrec.train.heads import head_vocabulary_size, load_distillation_loss, load_soft_prompt_model
 
     section = study.recipe.train
     names = study.index.vocabulary if study.index is not None else ()
@@ -429,7 +429,7 @@ def _train(
     head = _attach_rating_head(study, encoder, model, planned)
     taught = None
     if teacher is not None and section.teacher is not None:
-        taught = load_teacher(teacher, study.recipe.model, section.teacher, head_vocabulary_size(model))
+        taught = load_distillation_loss(teacher, study.recipe.model, section.teacher, head_vocabulary_size(model))
     return sft.train(
         model,
         encoder,

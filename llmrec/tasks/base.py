@@ -215,7 +215,7 @@ def seeded_random(purpose: str, seed: int, *parts: str) -> random.Random:
     return random.Random(hash_one(purpose, seed, *parts))
 
 
-def requested_candidates(request: Request, family: str) -> tuple[str, ...]:
+def required_candidates(request: Request, family: str) -> tuple[str, ...]:
     """Return the candidates of a request, or raise an error if it has none.
 
     Raises:

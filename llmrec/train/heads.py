@@ -177,7 +177,7 @@ def soft_prompt_rows(model: torch.nn.Module) -> Any:
     return model.get_input_embeddings().trainable_tokens_delta["default"]
 
 
-def load_merged_soft_prompts(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
+def merge_soft_prompt_model(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
     """Merge base and adapter into a plain float32 model."""
     peft, base = require("peft", "train"), load_model(folder, model, dtype=torch.float32)
     ids = list(peft.PeftConfig.from_pretrained(str(adapter)).token_indices)
@@ -220,7 +220,9 @@ def state_loss(
     return classes or taught
 
 
-def load_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> DistillationLoss:
+def load_distillation_loss(
+    folder: str, model: ModelSection, section: TeacherSection, vocabulary: int
+) -> DistillationLoss:
     """Load a teacher's merged model, which has the student's tokenizer, and return the distillation loss.
 
     Raises:

@@ -60,9 +60,9 @@ def merge_adapter(folder: str, model: ModelSection, adapter: Path, target: Path)
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     if (prompt := soft_prompt.read_soft_prompt(adapter)) is not None:
-        from llmrec.train.heads import load_merged_soft_prompts
+        from llmrec.train.heads import merge_soft_prompt_model
 
-        load_merged_soft_prompts(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
+        merge_soft_prompt_model(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -142,9 +142,9 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
         magnitude.zeroing_function(full, adapter)(dict(full.named_parameters()))
         return full.eval()
     if (prompt := soft_prompt.read_soft_prompt(adapter)) is not None:
-        from llmrec.train.heads import load_merged_soft_prompts
+        from llmrec.train.heads import merge_soft_prompt_model
 
-        return load_merged_soft_prompts(folder, model, adapter, prompt).eval()
+        return merge_soft_prompt_model(folder, model, adapter, prompt).eval()
     if train.method in QUANTISED_METHODS:
         base = _load_quantised(folder, model, train)
     else:

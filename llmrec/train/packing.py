@@ -132,12 +132,12 @@ def pack_into_bins(rows: Sequence[TokenRow], width: int) -> list[PackedRows]:
         else:
             filled.append([group])
             room.append(width - group.columns)
-    return [_ordered_rows([body for group in groups for body in group.bodies]) for groups in filled]
+    return [_packed_rows([body for group in groups for body in group.bodies]) for groups in filled]
 
 
 def pack_into_one_bin(rows: Sequence[TokenRow]) -> PackedRows:
     """Put all rows in one packed sequence, regardless of its width."""
-    return _ordered_rows(_sorted_bodies(rows))
+    return _packed_rows(_sorted_bodies(rows))
 
 
 def common_prefix_length(one: Ints, two: Ints) -> int:
@@ -189,7 +189,7 @@ def _prefix_groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
     return groups
 
 
-def _ordered_rows(bodies: Sequence[_Body]) -> PackedRows:
+def _packed_rows(bodies: Sequence[_Body]) -> PackedRows:
     ordered = sorted(bodies, key=lambda body: body.ids.tolist())
     shared = sum(common_prefix_length(one.ids, two.ids) for one, two in pairwise(ordered))
     return PackedRows(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)

@@ -28,7 +28,7 @@ from llmrec.train.loss import answer_lengths, candidate_log_likelihoods, chosen_
 
 
 @contextmanager
-def reference_model(model: torch.nn.Module) -> Iterator[None]:
+def use_reference_model(model: torch.nn.Module) -> Iterator[None]:
     """Disable a model's adapter and gradients, so that it serves as the reference model."""
     with torch.no_grad(), model.disable_adapter():
         yield
@@ -56,7 +56,7 @@ def preference_list_loss(
     size = 1 + section.negatives
     before = None
     if section.refers:
-        with reference_model(model):
+        with use_reference_model(model):
             before = candidate_log_likelihoods(model, packed, size)
     scores, chosen, lengths = (
         candidate_log_likelihoods(model, packed, size),

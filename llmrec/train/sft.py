@@ -62,7 +62,7 @@ from llmrec.train.world import (
     check_parallelism,
     check_sharding_settings,
     current_world,
-    print_parallelism,
+    log_parallelism,
     requested_parallelism,
     run_in_wrapped_forward,
 )
@@ -351,7 +351,7 @@ def train(
         plain = head is None and whole_word_embeddings(model) is None
         check_sharding_settings(trainer.accelerator.state.fsdp_plugin, section, plain=plain, scaled=scaled)
     follow.everybody = kind == SHARDED
-    print_parallelism(world, kind)
+    log_parallelism(world, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
     # rollouts are drawn without autocast

@@ -224,8 +224,8 @@ def _parallelism_error(requested: str, obtained: str) -> RecipeError:
     )
 
 
-def print_parallelism(world: World, kind: str) -> None:
-    """Print the number of processes and the kind of parallelism."""
+def log_parallelism(world: World, kind: str) -> None:
+    """Log the number of processes and the kind of parallelism."""
     if world.size > 1:
         backend = torch.distributed.get_backend()
         log_line(f"training: {world.size} processes, {kind} ({backend})")

@@ -19,7 +19,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, TeacherSection, TrainSection
 from llmrec.train import lora
 from llmrec.train.batches import plan_steps
-from llmrec.train.heads import load_teacher
+from llmrec.train.heads import load_distillation_loss
 from llmrec.train.loss import DistillationLoss, ExitLoss, label_loss, similarity_loss
 from llmrec.types import Prompt
 from tests.conftest import encoder_of, make_model, opened, section
@@ -227,7 +227,7 @@ def test_relations_by_hand(wide: Path, narrow: Path) -> None:
 def test_student_approaches_its_teacher(wide: Path, narrow: Path, tmp_path: Path) -> None:
     encoder = encoder_of(narrow)
     size = load_model(str(narrow), section(narrow)).config.vocab_size
-    taught = load_teacher(str(wide), section(narrow), TeacherSection(run="x", share=1.0), size)
+    taught = load_distillation_loss(str(wide), section(narrow), TeacherSection(run="x", share=1.0), size)
     train = TrainSection(method="full", steps=20, learning_rate=5e-3, valid_rows=0, save_every=20, report_to=())
     rows = [encoder.row(each) for each in examples()]
     steps = plan_steps(cycle(rows), steps=20, batch_tokens=256, seed=0)
@@ -248,4 +248,4 @@ def test_student_approaches_its_teacher(wide: Path, narrow: Path, tmp_path: Path
 
 def test_rejects_teacher_with_other_tokens(wide: Path) -> None:
     with raises(ModelError, Facts("mismatch", column="train.teacher")):
-        load_teacher(str(wide), section(wide), TeacherSection(run="x"), 17)
+        load_distillation_loss(str(wide), section(wide), TeacherSection(run="x"), 17)

@@ -18,7 +18,7 @@ from llmrec.tasks.rows import Listwise, split_rejected
 from llmrec.train import lora
 from llmrec.train.batches import plan_steps
 from llmrec.train.loss import candidate_log_likelihoods, label_loss
-from llmrec.train.preference import implicit_rewards, preference_list_loss, preference_loss, reference_model
+from llmrec.train.preference import implicit_rewards, preference_list_loss, preference_loss, use_reference_model
 from tests.conftest import encoder_of, opened
 from tests.conftest import section as model_section
 from tests.train.test_item_tokens import INDEX, TITLES
@@ -141,7 +141,7 @@ def test_reference_is_the_initial_model(tokens: bool, llama_folder: Path, tmp_pa
     with torch.no_grad():
         theirs = candidate_log_likelihoods(start, case.packed(), 4)
         ours = candidate_log_likelihoods(case.model, case.packed(), 4)
-    with reference_model(case.model):
+    with use_reference_model(case.model):
         before = candidate_log_likelihoods(case.model, case.packed(), 4)
     assert torch.allclose(before, theirs, atol=1e-4, rtol=0) and not torch.allclose(ours, theirs, atol=0.05)
     assert all(p.requires_grad for name, p in case.model.named_parameters() if "lora" in name or "delta" in name)

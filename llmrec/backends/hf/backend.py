@@ -92,7 +92,7 @@ class TokenCounter:
 log = logging.getLogger(__name__)
 
 # Advice in the error if GPU memory is insufficient.
-_converts_memory_errors = convert_memory_errors("asking the model", EVALUATION_ADVICE, "eval.batch_tokens")
+_with_memory_advice = convert_memory_errors("asking the model", EVALUATION_ADVICE, "eval.batch_tokens")
 # Number of rows of logits converted to float32 at a time.
 _ROWS = 256
 # Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
@@ -150,7 +150,7 @@ class HFBackend:
         self.exits = None if exit is None else EarlyExits(self.model, exit)
         self.listener: Callable[[str], None] | None = None
 
-    @_converts_memory_errors
+    @_with_memory_advice
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
@@ -163,7 +163,7 @@ class HFBackend:
                     answers[i] = completion
         return [answer for answer in answers if answer is not None]
 
-    @_converts_memory_errors
+    @_with_memory_advice
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
@@ -219,7 +219,7 @@ class HFBackend:
             count_answers(len(batch))
         return [item for item in result if item is not None]
 
-    @_converts_memory_errors
+    @_with_memory_advice
     def search(
         self,
         prompts: Sequence[Prompt],
@@ -247,7 +247,7 @@ class HFBackend:
             batch_tokens=self.batch_tokens,
         )
 
-    @_converts_memory_errors
+    @_with_memory_advice
     def rate(self, prompts: Sequence[Prompt]) -> list[HeadRating]:
         """Predict ratings in batches of similar length, with one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:

@@ -3,7 +3,7 @@
 There are two routes; a first request selects one (`llmrec.backends.server.probe`):
 
 - ``completions`` continues token ids, so that prompts, the given part of an answer and candidates are tokenised exactly
-    as in training. It needs the server's tokenizer, and scores labels and whole texts if the server returns
+  as in training. It needs the server's tokenizer, and scores labels and whole texts if the server returns
   log-probabilities.
 - ``chat`` sends turns. The given part of an answer becomes an assistant turn. Labels can be scored if the server
   returns log-probabilities of the first token.

@@ -276,7 +276,7 @@ class ServerClient:
         httpx = require("httpx", "openai")
         self._httpx, self._section, self._spending = httpx, section, spending
         self._fleet = ServerPool(section.urls, section.longest_wait)
-        self._key = read_api_key(section)
+        self._key = find_api_key(section)
         # shared by the copies for single servers, like all counters
         self._warned: set[str] = set()
         self.where = section.where
@@ -509,7 +509,7 @@ def _error_message(text: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def read_api_key(section: ServerSection) -> str | None:
+def find_api_key(section: ServerSection) -> str | None:
     """Return the API key of a server; None if it needs none.
 
     Raises:

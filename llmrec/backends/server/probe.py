@@ -233,7 +233,7 @@ async def probe_servers(wire: ServerClient, section: ServerSection, encoder: Enc
 
     Raises:
         BackendError: As `probe_server`; or if they differ in capabilities, in whether they list the model, or in their
-        answers to one prompt.
+            answers to one prompt.
     """
     wires = wire.each()
     result = await asyncio.gather(*(probe_server(one, section, encoder) for one in wires), return_exceptions=True)

@@ -142,7 +142,7 @@ H = TypeVar("H", bound=CtrNetworkConfig)
 
 
 class CtrNetwork(Baseline[H, FittedNetwork]):
-    """Base class of CTR networks; subclasses implement the methods of *interface of hosts*.
+    """Base class of CTR networks; subclasses implement the methods of *interface of subclasses*.
 
     Fields are the item, its attributes, those of the user, the user (optional), the history, and one for each feature
     table. Count features are additional inputs. The loss is the cross-entropy; training ends when validation log-loss
@@ -221,7 +221,7 @@ class CtrNetwork(Baseline[H, FittedNetwork]):
                 answers.append(Probability(request_id=request.id, value=value))
         return answers
 
-    # ----------------------------------------------------------------------- interface of hosts
+    # ----------------------------------------------------------------------- interface of subclasses
 
     def _build(self, sizes: InputSizes) -> Any:
         """Build the network as a ``torch.nn.ModuleDict`` for these input sizes."""
@@ -433,7 +433,7 @@ def pool_history(seen: FeatureBatch) -> Any:
 
 
 def all_fields(seen: FeatureBatch) -> Any:
-    """Return all fields and the `pool_history` history, shape (b, f, d)."""
+    """Return all fields and the result of `pool_history`, shape (b, f, d)."""
     return require("torch", "baselines").cat([seen.fields, pool_history(seen)], dim=1)
 
 

@@ -54,7 +54,7 @@ class UBert(Baseline[UBertConfig, ReviewModel]):
     squared error as loss. In training, the review of the predicted pair is excluded on both sides. A user or an item
     without training ratings has the mean vector of all others, and no tokens.
 
-    ``pretrain`` and `pretrain_encoders` first train on masked opinion words and on the ratings of single reviews.
+    ``pretrain`` and `pretrained` first train on masked opinion words and on the ratings of single reviews.
     ``start`` loads weights from another domain, without user and item embeddings.
     """
 
