@@ -30,7 +30,7 @@ from llmrec.registry import is_lower_better
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 LANGUAGE_MODEL_ARMS: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
-"""The settings of a language model."""
+"""The settings of a language model, those of the base model first."""
 
 
 def arm_name(arm: str) -> str:

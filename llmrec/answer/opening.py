@@ -37,7 +37,7 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.display import Displayed, Summary
 from llmrec.ensembles import stored
-from llmrec.ensembles.carried import INTERACTIONS_FILE as INTERACTIONS
+from llmrec.ensembles.carried import INTERACTIONS_FILE
 from llmrec.ensembles.members import ENSEMBLE_NAMES, member_training_data
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import model_folder_hash, resolve_model_folder
@@ -475,7 +475,7 @@ def open_baselines(recipe: Recipe, names: Sequence[str], items: Path | None = No
 
 def _has_interactions(bundle: Bundle) -> bool:
     """Whether there are interactions for fitting baselines."""
-    return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
+    return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS_FILE).is_file()
 
 
 def reserved_fraction(bundle: Bundle) -> float:

@@ -28,11 +28,11 @@ from llmrec.models.load import (
     device,
     load_config,
     load_tokenizer,
+    model_folder_hash,
     release_memory,
     resolve_model_folder,
     silence_libraries,
 )
-from llmrec.models.load import model_folder_hash as stamp
 from llmrec.models.memory import TRAINING_ADVICE, convert_memory_errors
 from llmrec.models.traits import is_encoder_decoder
 from llmrec.pipeline.resume import RUN_FILES, lock_folder
@@ -304,7 +304,9 @@ def fine_tune_on_decisions(
     )
     with lock_folder(folder, RUN_FILES):
         set_command_folder(folder)
-        key = fingerprint("chat", weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed)
+        key = fingerprint(
+            "chat", weights=model_folder_hash(base), rows=steps.digest(), train=section.model_dump(), seed=seed
+        )
         remove_foreign_checkpoints(folder, key)
         with convert_memory_errors("training", TRAINING_ADVICE, "train.batch_tokens"):
             done = _train_model(page, encoder, base, steps, valid, folder, seed, quiet)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.durable import parse_json, write_json
 from llmrec.errors import ModelError, require
-from llmrec.models.bottleneck import BOTTLENECKS_FILE as BOTTLENECKS
+from llmrec.models.bottleneck import BOTTLENECKS_FILE
 from llmrec.models.item_tokens import resize_vocabulary
 from llmrec.models.tensors import vocabulary_tables
 from llmrec.models.traits import is_encoder_decoder, is_plain_head
@@ -79,7 +79,7 @@ def read_soft_prompt(folder: Path) -> SoftPrompt | None:
 
 def copy_soft_prompt_files(source: Path, target: Path) -> None:
     """Copy the soft-prompt description and the bottleneck adapters of a folder, if there are any."""
-    for name in (SOFT_PROMPT_FILE, BOTTLENECKS):
+    for name in (SOFT_PROMPT_FILE, BOTTLENECKS_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

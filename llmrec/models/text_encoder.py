@@ -347,6 +347,9 @@ class TunedEncoder:
         """Return the number of tokens of a text."""
         return len(self._tokens[row])
 
+    def _batches(self) -> list[list[int]]:
+        return group_by_length([len(ids) for ids in self._tokens], BATCH_TOKENS, longest_first=True)
+
     def every(self) -> Any:
         """Return the vectors of all texts with the current weights, without gradients, shape (texts, d)."""
         torch = self._torch
@@ -354,7 +357,7 @@ class TunedEncoder:
         self.blocks.eval()
         result = torch.zeros(len(self._tokens), self._encoder.model.config.hidden_size)
         with torch.no_grad():
-            for rows in group_by_length([len(ids) for ids in self._tokens], BATCH_TOKENS, longest_first=True):
+            for rows in self._batches():
                 result[torch.tensor(rows)] = self(rows).cpu()
         self.blocks.train(training)
         return result
@@ -396,7 +399,7 @@ class TunedEncoder:
 
         hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         with torch.inference_mode():
-            for rows in group_by_length([len(ids) for ids in self._tokens], BATCH_TOKENS, longest_first=True):
+            for rows in self._batches():
                 try:
                     encoder.model(**encoder.padded([self._tokens[row] for row in rows]))
                 except _StopForward:

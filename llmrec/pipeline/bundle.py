@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from llmrec import __version__
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.durable import Json, parse_checked_json, write_checked_json
-from llmrec.ensembles.carried import INTERACTIONS_FILE as INTERACTIONS
+from llmrec.ensembles.carried import INTERACTIONS_FILE
 from llmrec.errors import LlmrecError, ModelError, RecipeError
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import BUNDLE_FILE, file_sha256, resolve_model_folder
@@ -112,7 +112,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             recipe = load_stored_recipe(run)
             if not recipe.eval.arms:
                 result = _bundle_without_model(run, recipe)
-                return replace(result, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else result
+                return replace(result, folder=str(run), run=None) if (run / INTERACTIONS_FILE).is_file() else result
         except RecipeError as error:
             if error.kind == "unsafe":
                 raise

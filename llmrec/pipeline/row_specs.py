@@ -27,7 +27,7 @@ from llmrec.registry import (
 from llmrec.results import Arm
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import TEXT_CHOICES
-from llmrec.tasks.held_items import CANDIDATE_KIND as HELD_ITEMS
+from llmrec.tasks.held_items import CANDIDATE_KIND
 
 DEBIAS_SETTINGS = ("debias", "debias_questions")
 """Settings that positional strategies read in addition to those of their registry entries."""
@@ -156,7 +156,7 @@ def protocol_of(study: Study, family: str) -> EvalProtocol:
 
 def _describe_candidates(sets: CandidateSection, family: str) -> str:
     if family_of(family).candidates == "items":
-        return f"{HELD_ITEMS}-{sets.count}"
+        return f"{CANDIDATE_KIND}-{sets.count}"
     kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
     return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
 

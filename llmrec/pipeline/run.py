@@ -48,7 +48,7 @@ from llmrec.recipe.load import Overrides, as_recipe, dump_recipe, import_stored_
 from llmrec.recipe.paths import name_searched_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
-from llmrec.results import Arm, Choice, Results, StoredResults, Unevaluated
+from llmrec.results import LANGUAGE_MODEL_ARMS, Arm, Choice, Results, StoredResults, Unevaluated
 from llmrec.terminal import set_command_folder
 from llmrec.train import trackers
 
@@ -493,5 +493,4 @@ def _metric_values(rows: Sequence[ResultRow]) -> dict[str, float]:
 
 def _sort_arms_by_model(arms: Sequence[str]) -> list[Arm]:
     """Sort settings so that the engine of the base model starts only once."""
-    order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
-    return [arm for arm in order if arm in arms]
+    return [arm for arm in LANGUAGE_MODEL_ARMS if arm in arms]

@@ -87,7 +87,7 @@ def finish_shard(
     """Mark a shard as finished by writing its record atomically."""
     result = {name: sha256_of(folder / name) for name in files}
     values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
-    write_checked_json(folder / SHARD_FILE, {**values, "files": result, "told": facts})
+    write_checked_json(folder / SHARD_FILE, {**values, "files": result, "facts": facts})
     return FinishedShard(folder, command, shard, key, result, facts)
 
 
@@ -108,7 +108,7 @@ def read_shard(folder: Path) -> FinishedShard:
         if any(Path(name).name != name for name in result["files"]):
             raise ValueError("a file is outside the folder of the shard")
         return FinishedShard(
-            folder, cast("Command", command), shard, str(result["key"]), dict(result["files"]), dict(result["told"])
+            folder, cast("Command", command), shard, str(result["key"]), dict(result["files"]), dict(result["facts"])
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LlmrecError(

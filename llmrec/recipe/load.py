@@ -420,7 +420,7 @@ def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
 
 PLUGINS_KEY, PROMPTS_KEY = "plugins", "prompts"
 YAML_SUFFIXES = (".yaml", ".yml")
-"""Endings by which a template file is told from the name of a template."""
+"""Endings of files. In `prompts`, text with such an ending is a template file, other text the name of a template."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ from pydantic_core import PydanticCustomError
 from llmrec.display import Displayed, Summary, format_name_list
 from llmrec.durable import Json
 from llmrec.errors import did_you_mean
-from llmrec.fingerprint import Affects
-from llmrec.fingerprint import stage_settings as settings_of
+from llmrec.fingerprint import Affects, stage_settings
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, import_family, is_family, is_plugin, task_name_in_recipes
 
@@ -1302,7 +1301,7 @@ class ServerSection(Section):
 
     def answering(self) -> dict[str, Json]:
         """Return the settings that can change an answer, without secrets."""
-        kept = settings_of(self, "engine")
+        kept = stage_settings(self, "engine")
         return kept | {"url": self.urls[0] if len(self.urls) == 1 else sorted(self.urls)}
 
     @property

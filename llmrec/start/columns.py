@@ -377,7 +377,7 @@ class _RoleGuesser:
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
         return self._single_candidate(
             (listed, "also in the table of items"),
-            (tied, f"goes with {printable_name(titles[0].name)}" if titles else ""),
+            (tied, f"one ID per {printable_name(titles[0].name)}" if titles else ""),
             (marked, "the only remaining ID column"),
             (titles, "titles, which are used as IDs"),
             (ids, "the only remaining column with repeated values, like IDs"),
@@ -525,7 +525,7 @@ class _RoleGuesser:
                 continue
             if weight or (determined and many and col.words >= 1.5):
                 scored.append((weight + 0.1, col))
-        result = self._first(scored, "title", lambda col: f"goes with {printable_name(self._item)}")
+        result = self._first(scored, "title", lambda col: f"one title per {printable_name(self._item)}")
         item = self._profiles[self._item]
         if result is None and item.letters >= 0.5 and (item.words >= 1.5 or item.named.weight("title")):
             return self._item
@@ -610,7 +610,7 @@ class _RoleGuesser:
             ):
                 scored.append((weight, col.name))
                 self._why[col.name] = (
-                    "in the table of items" if table else f"goes with {printable_name(self._item)}"
+                    "in the table of items" if table else f"one value per {printable_name(self._item)}"
                 ) + (f"; {col.distinct} values")
         kept: list[str] = []
         for _, name in sorted(scored, key=lambda pair: -pair[0]):

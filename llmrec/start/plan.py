@@ -14,6 +14,7 @@ from llmrec.data.read.words import plural_noun
 from llmrec.data.split import MAX_RATING_STEPS, rating_steps
 from llmrec.data.stats import BASKET_WARNING_SHARE
 from llmrec.errors import ModelError
+from llmrec.results import LANGUAGE_MODEL_ARMS
 from llmrec.start.columns import Roles
 from llmrec.start.profile import as_float
 
@@ -310,7 +311,7 @@ def plan_recipe(events: Events, names: tuple[str, ...], *, whole: bool, backend:
         scale=_rating_scale(facts.levels) if whole else None,
         candidates=count,
         users=min(100, max(facts.able, 1)) if facts.able else 100,
-        arms=("zero-shot", "few-shot", "tuned"),
+        arms=LANGUAGE_MODEL_ARMS,
         steps=120,
         backend=backend,
         facts=facts,
@@ -402,7 +403,7 @@ def fit_to_budget(plan: RecipePlan) -> RecipePlan:
     """Return a plan with its estimated duration, reduced in size until it fits into `BUDGET_SECONDS`."""
     sizes = ((100, 120, True), (100, 120, False), (60, 100, False), (40, 80, False), (25, 60, False))
     for users, steps, shots in sizes:
-        arms = ("zero-shot", "few-shot", "tuned") if shots else ("zero-shot", "tuned")
+        arms = LANGUAGE_MODEL_ARMS if shots else ("zero-shot", "tuned")
         plan = replace(plan, users=min(plan.users, users), steps=steps, arms=arms)
         plan = replace(plan, seconds=_estimate_seconds(plan))
         if sum(plan.seconds.values()) <= BUDGET_SECONDS:

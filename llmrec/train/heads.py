@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from llmrec.backends.encode import Encoder
 from llmrec.errors import ModelError, require
 from llmrec.models import bottleneck, soft_prompt
-from llmrec.models.exits import check_early_exits as check_exits
+from llmrec.models.exits import check_early_exits
 from llmrec.models.load import device, dtype, load_model
 from llmrec.models.rating_head import HEAD_WEIGHTS_FILE, HeadShape, RatingHead, new_rating_head, set_standardisation
 from llmrec.models.soft_prompt import SoftPrompt
@@ -213,7 +213,7 @@ def state_loss(
     if soft is not None and soft.tied:
         classes = OptionLoss(soft_prompt_rows(model), len(soft.labels))
     if section.exits:
-        check_exits(base_of(model), "train.exits")
+        check_early_exits(base_of(model), "train.exits")
         return ExitLoss(classes, section.distill)
     if section.softmax == "items" and classes is None and taught is None:
         return ItemLoss(tuple(sorted(items)))

@@ -14,8 +14,7 @@ from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import split_validation_users
 from llmrec.durable import parse_checked_json
-from llmrec.ensembles.carried import USER_ID_PREFIX
-from llmrec.ensembles.carried import read_training_data as read_carried
+from llmrec.ensembles.carried import USER_ID_PREFIX, read_training_data
 from llmrec.errors import DataError, RecipeError
 from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
@@ -75,7 +74,7 @@ def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) ->
     choosing = split_validation_users(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
     names = dict(enumerate(sorted({*choosing.train["user_id"], *choosing.valid["user_id"]})))
-    there = read_carried(tmp_path / "whole", seed=recipe.seed)
+    there = read_training_data(tmp_path / "whole", seed=recipe.seed)
     assert there is not None
     known = read_known_entities(str(tmp_path / "whole"), None).histories
     assert len(known.users) == 0 and not any(known.of_user(user) for user in (carried["user_id"][0], "1", "01"))

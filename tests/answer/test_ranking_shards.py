@@ -90,7 +90,7 @@ def test_killed_shard_resumes_before_merge(llama_folder: Path, tmp_path: Path, m
     with raises(LlmrecError, Facts("missing-file", "2-of-2", says="shard.json")):
         merge_rank(chosen.target)
     folder = rank_shard(chosen, Shard(2, 2))
-    summary = json.loads((folder / "shard.json").read_text("utf-8"))["told"]
+    summary = json.loads((folder / "shard.json").read_text("utf-8"))["facts"]
     assert (summary["lines"], summary["fresh"]) == (5, 3)
     assert merge_rank(chosen.target)["sha256"] == complete["sha256"]
 

@@ -15,8 +15,7 @@ from llmrec.data.described import ITEM_FIELD, USER_FIELD, cyclic_permutation, me
 from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
-from llmrec.pipeline.study import load_split
-from llmrec.pipeline.study import profile_leaks as set_aside
+from llmrec.pipeline.study import load_split, profile_leaks
 from llmrec.recipe.schema import DataSection, TextsSection
 from llmrec.tasks.base import DataView
 from tests.facts import Facts, raises
@@ -151,7 +150,7 @@ def test_skips_texts_that_name_the_target(tmp_path: Path, data: SplitDataset, sh
     assert USER_FIELD not in described.users.get("u2", {})
     assert "1 more users excluded" in described.provenance["have texts"]
     # The user is still evaluated, so that all variants have the same users.
-    assert not any(each.user_id == "u2" for each in set_aside(replace(data, dataset=described)))
+    assert not any(each.user_id == "u2" for each in profile_leaks(replace(data, dataset=described)))
 
 
 def test_rejects_texts_of_another_split(tmp_path: Path, data: SplitDataset) -> None:

@@ -22,8 +22,7 @@ from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
-from llmrec.registry import BACKENDS
-from llmrec.registry import import_component as looked_up
+from llmrec.registry import BACKENDS, import_component
 from llmrec.report.results import parse_results
 from llmrec.report.table import csv_text
 from llmrec.types import Prompt, Scores
@@ -90,7 +89,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
 
     def use(kind: type[FakeBackend]) -> None:
         def lookup(table: Any, name: str, what: str) -> Any:
-            return kind if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
+            return kind if table is BACKENDS and name == "vllm" else import_component(table, name, what)
 
         monkeypatch.setattr(engines, "import_component", lookup)
 

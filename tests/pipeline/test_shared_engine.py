@@ -27,8 +27,7 @@ from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump_recipe, load_recipe, load_stored_recipe
 from llmrec.recipe.schema import EvalSection, ModelSection
-from llmrec.registry import BACKENDS
-from llmrec.registry import import_component as looked_up
+from llmrec.registry import BACKENDS, import_component
 from llmrec.types import Item
 from tests.facts import Facts, raises
 
@@ -86,7 +85,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     Adapting.started, Adapting.used, Adapting.open, Adapting.breaks = [], [], 0, False
 
     def lookup(table: Any, name: str, what: str) -> Any:
-        return Adapting if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
+        return Adapting if table is BACKENDS and name == "vllm" else import_component(table, name, what)
 
     def choose(gpu: bool) -> None:
         for module in ("llmrec.pipeline.engines", "llmrec.answer.checks"):

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llmrec.data.cells import escape_cell as csv_cell
-from llmrec.data.cells import unescape_cells
+from llmrec.data.cells import escape_cell, unescape_cells
 from llmrec.report.render import render_markdown_page
 from llmrec.report.results import parse_results
 from llmrec.report.table import CSV_COLUMNS, console_tables, csv_text
@@ -69,8 +68,8 @@ def test_escapes_formulas(results: dict[str, Any], hostile: Hostile) -> None:
 
 def test_escapes_formulas_after_invisible_characters() -> None:
     for payload in HIDDEN_FORMULAS:
-        assert csv_cell(payload) == f"'{payload}"
-        assert csv_cell(f"a{payload}") == f"a{payload}"
+        assert escape_cell(payload) == f"'{payload}"
+        assert escape_cell(f"a{payload}") == f"a{payload}"
 
 
 def test_negative_numbers_stay_numbers(results: dict[str, Any]) -> None:
@@ -82,7 +81,7 @@ def test_negative_numbers_stay_numbers(results: dict[str, Any]) -> None:
 
 @given(st.one_of(st.text(), st.floats(allow_nan=False), st.integers(), st.none()))
 def test_csv_cell_round_trip(value: str | float | int | None) -> None:
-    text = csv_cell(value)
+    text = escape_cell(value)
     if isinstance(value, str):
         assert not text.startswith(STARTS)
         assert unescape_cells(pl.Series([text]))[0] == value.replace("\x00", "")

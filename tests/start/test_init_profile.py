@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import NO_COLUMN, Table
-from llmrec.data.read.typed import number_column as read_numbers
-from llmrec.data.read.typed import time_column as read_times
+from llmrec.data.read.typed import number_column, time_column
 from llmrec.data.read.words import interpret_column_name, plural_noun
 from llmrec.errors import DataError
 from llmrec.start.columns import RequestedRoles, Roles, guess_roles, requested_roles
@@ -156,10 +155,10 @@ def test_readable_form_is_read_by_the_data_layer(cells: list[str]) -> None:
     complete = Table("t.csv", pl.DataFrame({"c": cells}), header=1)
     read = parse_numbers(series)
     if read.form == "plain numbers" and read.values.null_count() == 0:
-        assert read_numbers(complete, "c", "rating").to_list() == read.values.to_list()
+        assert number_column(complete, "c", "rating").to_list() == read.values.to_list()
     when = parse_times(series, series)
     if when.form in READABLE_FORMS and when.form != "numbers" and when.values.null_count() == 0:
-        assert len(read_times(complete, "c")) == len(cells)
+        assert len(time_column(complete, "c")) == len(cells)
 
 
 # --------------------------------------------------------------------------- roles

@@ -128,7 +128,9 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
     """
     shards = verify_shards(target, folders)
     first = shards[0].facts
-    inputs = RankingInputs(first["requests"], target, first["form"], first["blank_lines"], first["told"], shards[0].key)
+    inputs = RankingInputs(
+        first["requests"], target, first["form"], first["blank_lines"], first["model"], shards[0].key
+    )
     resolve_form(target, inputs.form)
     parts = target.with_name(target.name + ".parts")
     check_output_file(target, (Path(inputs.requests),), option="the file to merge into", by="rank", parts=parts)
@@ -174,7 +176,7 @@ def _shard_summary(
         "requests": inputs.requests,
         "form": inputs.form,
         "blank_lines": inputs.blank_lines,
-        "told": dict(inputs.model),
+        "model": dict(inputs.model),
         "tag": options.tag,
         "lines": tally.lines,
         "failed": tally.failed,

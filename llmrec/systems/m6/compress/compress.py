@@ -37,7 +37,7 @@ from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.recipe.shared import Dtype
-from llmrec.registry import is_lower_better as lower_better
+from llmrec.registry import is_lower_better
 from llmrec.report.canvas import HALF, NARROW, Canvas, linear_or_log_scale, linear_scale
 from llmrec.report.charts import draw_legend
 from llmrec.report.render import html_environment, read_style_sheet
@@ -149,7 +149,7 @@ def pareto_chart(rows: Sequence[Measurement], result: CompressionResult, width: 
         target_x = x_axis(result.target_ms)
         canvas.line(target_x, _TOP, target_x, _BOTTOM, "reference")
         canvas.text(min(target_x + 4, width - 46), _TOP - 4, "target", "tick halo")
-    sign, pareto = -1 if lower_better(result.metric.partition(" of ")[0]) else 1, list[Measurement]()
+    sign, pareto = -1 if is_lower_better(result.metric.partition(" of ")[0]) else 1, list[Measurement]()
     for row in sorted(rows, key=lambda row: row.ms):
         if not pareto or sign * float(row.quality or 0) > sign * float(pareto[-1].quality or 0):
             pareto.append(row)
@@ -218,8 +218,8 @@ def compress_model(
                 raise
             # Keep earlier measurements if a package does not work here.
             log.warning("int8 is not available: %s", error)
-    rows = mark_pareto_front([row for part in results for row in part], lower=lower_better(metric))
-    best = select_measurement(rows, target_ms, lower=lower_better(metric))
+    rows = mark_pareto_front([row for part in results for row in part], lower=is_lower_better(metric))
+    best = select_measurement(rows, target_ms, lower=is_lower_better(metric))
     compressed = CompressionResult(
         f"{metric} of {family}", len(study.cases(family)), target_ms, rows, best, out if best is not None else None
     )
