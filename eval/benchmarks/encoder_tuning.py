@@ -1,10 +1,11 @@
-"""Compares text encoders and ways to fine-tune them on item pairs, on validation users of Amazon 2014 Toys and Beauty.
+"""Compares text encoders and ways to fine-tune them on item pairs, on validation users of three data sets.
 
 ``LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 python -m eval.benchmarks.encoder_tuning eval/results/encoder_tuning.json``
 
-Each variant changes one setting of `transitions-tuned`; variants on the second data set start with "beauty-". Test
-users are not used. The curve of a variant has NDCG@10 after every 120 steps: for similarity to the latest items alone,
-and for `transitions-text`, whose weight of texts is chosen on 5,000 validation users and evaluated on the others.
+Each variant changes one setting of `transitions-tuned`. The data are Amazon 2014 Toys; variants on Amazon 2014 Beauty
+start with "beauty-", and those on Goodreads with "books-". Test users are not used. The curve of a variant has NDCG@10
+after every 120 steps: for similarity to the latest items alone, and for `transitions-text`, whose weight of texts is
+chosen on 5,000 validation users and evaluated on the others.
 Finished variants are not run again.
 """
 
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 SUITES, ROW = "eval/suites/{}.yaml", "transitions-tuned"
 CHOOSING = 5_000
 EVERY = 120
-WEIGHTS = (3.0, 8.0, 20.0, 30.0)
+WEIGHTS = {"toys": (3.0, 8.0, 20.0, 30.0), "beauty": (3.0, 8.0, 20.0, 30.0), "books": (0.0, 0.3, 1.0, 3.0, 8.0, 20.0)}
+"""Weights of texts by data set."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Variant:
         learning_rate: Learning rate after the warm-up.
         hard: Draw one additional negative per pair among this many nearest items, updated every 120 steps.
         distilled: Learn the transition weights of all items of the batch instead of the drawn pair.
+        titles: Encode titles without the other fields.
         data: The data set, by its file in eval/suites/.
     """
 
@@ -73,6 +76,7 @@ class Variant:
     learning_rate: float = 1e-4
     hard: int = 0
     distilled: bool = False
+    titles: bool = False
     data: str = "toys"
 
 
@@ -95,13 +99,19 @@ VARIANTS = {
     "beauty-SmolLM2-135M": Variant(encoder=SMOLLM, steps=0, data="beauty"),
     "1-block": Variant(blocks=1),
     "4-blocks": Variant(blocks=4),
+    "titles": Variant(titles=True),
+    "books-no-text": Variant(encoder=NONE, steps=0, data="books"),
+    "books-lsa": Variant(encoder=LSA, steps=0, data="books"),
+    "books-default": Variant(data="books"),
+    "books-all-mpnet-base-v2": Variant(encoder=MPNET, steps=0, data="books"),
 }
 
 
 class Judge:
     """Evaluates item vectors on validation users."""
 
-    def __init__(self, data: SplitDataset, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, data: SplitDataset, parameters: Mapping[str, Any], weights: Sequence[float]) -> None:
+        self._weights = weights
         self._data, self._steps = data, count_transitions(data)
         self._parameters = parameters
         cases = ranking_cases(data)
@@ -118,12 +128,12 @@ class Judge:
         """Return NDCG@10 of similarity alone, and of `transitions-text` with these vectors."""
         model = TransitionsTuned(**self._parameters)
         model.restore(self._data, {"vectors": vectors})
-        models = [model.with_config(model.config.model_copy(update={"text": weight})) for weight in WEIGHTS]
+        models = [model.with_config(model.config.model_copy(update={"text": weight})) for weight in self._weights]
         values = [mean_ndcgs(weighted, self._chosen)["excluded"] for weighted in models]
         best = int(np.argmax(values))
         return {
             "similarity": mean_ndcgs(SimilarToLatest(self._steps, vectors), self._chosen)["excluded"],
-            "weight": WEIGHTS[best],
+            "weight": self._weights[best],
             "chosen": values[best],
             "others": mean_ndcgs(models[best], self._others)["excluded"],
             "cold": mean_ndcgs(models[best], self._cold)["excluded"],
@@ -171,8 +181,10 @@ class Trainer(PairEpoch):
 def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Fine-tune, and yield the evaluation of the pretrained and of the fine-tuned vectors every 120 steps."""
     torch.manual_seed(0)
-    judge, steps, config = Judge(data, parameters), count_transitions(data), TransitionsTunedConfig(**parameters)
-    texts = texts_of_items([data.dataset.items[item] for item in steps.catalogue.ids])
+    judge = Judge(data, parameters, WEIGHTS[variant.data])
+    steps, config = count_transitions(data), TransitionsTunedConfig(**parameters)
+    items = [data.dataset.items[item] for item in steps.catalogue.ids]
+    texts = texts_of_items([replace(item, fields={}) for item in items] if variant.titles else items)
     begin = time.monotonic()
     if variant.encoder in (LSA, NONE):
         # Zero vectors have similarity 0 to all items.
@@ -230,7 +242,7 @@ def main(target: Path, names: Sequence[str]) -> None:
     entry = {**asdict(variant), "curve": looks, "megabytes": memory, **provenance()}
     result = {
         "command": "LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 make bench NAME=encoder-tuning",
-        "what": "NDCG@10 of validation users of Amazon 2014 Toys and Beauty, seen items filtered, one seed",
+        "what": "NDCG@10 of validation users of Amazon Toys and Beauty and Goodreads, seen items filtered, one seed",
         "variants": {**finished(target), name: entry},
     }
     write_json(target, result)
