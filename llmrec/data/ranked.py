@@ -155,11 +155,7 @@ def _arrow_schema(kind: type[DataclassInstance]) -> Any:
         tuple[float, ...]: pa.list_(pa.float64()),
         tuple[str, ...]: pa.list_(pa.string()),
     }
-    return pa.schema([(name, known.get(hints[name], pa.string())) for name in _field_names(kind)])
-
-
-def _field_names(kind: type[DataclassInstance]) -> tuple[str, ...]:
-    return tuple(column.name for column in fields(kind))
+    return pa.schema([(column.name, known.get(hints[column.name], pa.string())) for column in fields(kind)])
 
 
 # --------------------------------------------------------------------------- parts
@@ -167,7 +163,7 @@ def _field_names(kind: type[DataclassInstance]) -> tuple[str, ...]:
 
 def write_part(path: Path, records: Sequence[RankingRecord]) -> None:
     """Write the records of a part atomically, each line with its checksum."""
-    lines = (_json_line(record).rstrip("\n") for record in records)
+    lines = (_json_line(asdict(record)).rstrip("\n") for record in records)
     write_text(path, "".join(f"{line}\t{checksum(line.encode())}\n" for line in lines))
 
 
@@ -199,8 +195,8 @@ def _parse_record(stored: Mapping[str, Any]) -> RankingRecord:
     return RankingRecord(**values)
 
 
-def _json_line(record: DataclassInstance) -> str:
-    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+def _json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # --------------------------------------------------------------------------- the table
@@ -249,19 +245,11 @@ def write_lists(path: Path, records: Iterable[RankingRecord], form: Form, tag: s
         for record in records
         for index, (item, score) in enumerate(zip(record.items, record.scores, strict=True), start=1)
     )
-    packed = path.suffix.lower() == ".gz"
-    with replace_atomically(path) as draft:
-        if form in _FORM_SEPARATORS:
-            with _open_text_file(draft, packed=packed) as stream:
-                stream.writelines(_separated_lines(path, rows, form, tag))
-        elif (suffix := file_ending(path)) in PARQUET:
-            schema = pa.schema(list(zip(FORM_COLUMNS[form], _FORM_TYPES, strict=True)))
-            with pq.ParquetWriter(draft, schema) as writer:
-                while group := [dict(zip(FORM_COLUMNS[form], row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
-                    writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        else:
-            with _open_text_file(draft, packed=packed) as stream:
-                _write_item_rows(stream, FORM_COLUMNS[form], rows, suffix)
+    if form in _FORM_SEPARATORS:
+        with replace_atomically(path) as draft, _open_text_file(draft, packed=_is_packed(path)) as stream:
+            stream.writelines(_separated_lines(path, rows, form, tag))
+    else:
+        _write_table(path, pa.schema(list(zip(FORM_COLUMNS[form], _FORM_TYPES, strict=True))), rows)
 
 
 def to_arrow_table(records: Iterable[RankingRecord]) -> pa.Table:
@@ -282,15 +270,6 @@ def to_arrow_table(records: Iterable[RankingRecord]) -> pa.Table:
 def record_key(record: RankingRecord) -> str:
     """Return the id of a record in formats with one id: the user, or else the request."""
     return record.user_id or record.request_id or str(record.line)
-
-
-def _write_item_rows(
-    stream: TextIO, columns: Sequence[str], rows: Iterable[tuple[str, str, int, float]], suffix: str
-) -> None:
-    if suffix in JSON_LINES:
-        stream.writelines(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
-        return
-    write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
 
 
 def _separated_lines(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Form, tag: str) -> Iterator[str]:
@@ -328,18 +307,28 @@ def write_records(
     Raises:
         DataError: If the ending is unknown.
     """
-    suffix = file_ending(path)
+    schema = _arrow_schema(kind)
+    _write_table(path, schema, (tuple(getattr(record, name) for name in schema.names) for record in records))
+
+
+def _write_table(path: Path, schema: pa.Schema, rows: Iterator[tuple[Any, ...]]) -> None:
+    """Write rows in the format of the file's ending, one at a time or in groups."""
+    columns, suffix = schema.names, file_ending(path)
     with replace_atomically(path) as draft:
         if suffix in PARQUET:
-            _write_parquet(draft, iter(records), kind)
+            with pq.ParquetWriter(draft, schema) as writer:
+                while group := [dict(zip(columns, row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
+                    writer.write_table(pa.Table.from_pylist(group, schema=schema))
             return
-        with _open_text_file(draft, packed=path.suffix.lower() == ".gz") as stream:
+        with _open_text_file(draft, packed=_is_packed(path)) as stream:
             if suffix in JSON_LINES:
-                stream.writelines(_json_line(record) for record in records)
+                stream.writelines(_json_line(dict(zip(columns, row, strict=True))) for row in rows)
             else:
-                columns = _field_names(kind)
-                rows = ([getattr(record, name) for name in columns] for record in records)
                 write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 @contextmanager
@@ -349,10 +338,3 @@ def _open_text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
         stream: Any = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if packed else raw
         with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
             yield text
-
-
-def _write_parquet(path: Path, records: Iterator[DataclassInstance], kind: type[DataclassInstance]) -> None:
-    schema = _arrow_schema(kind)
-    with pq.ParquetWriter(path, schema) as writer:
-        while group := list(islice(records, _ROW_GROUP)):
-            writer.write_table(pa.Table.from_pylist([asdict(record) for record in group], schema=schema))
