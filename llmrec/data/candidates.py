@@ -158,12 +158,9 @@ def sample_across_groups(
         targets: The target of every request, by the request's id.
         groups: The items to draw from, targets included, with a group each. Items of the target's group are not drawn,
             because they cannot be distinguished from it.
-        count: Candidates per request, the target included.
+        count: Candidates per request, the target included; at most the number of groups.
         seed: The run's seed.
         kind: Name of this kind of candidates.
-
-    Raises:
-        DataError: If there are too few items.
     """
     pool = sorted(groups)
     index_of = {item: index for index, item in enumerate(pool)}
@@ -175,10 +172,6 @@ def sample_across_groups(
     sets: dict[str, tuple[str, ...]] = {}
     for name, target in targets.items():
         banned = members[groups[target]]
-        if len(pool) - len(banned) < count - 1:
-            raise DataError(
-                f"{kind} candidates: {count} items are requested, but there are only {len(pool)}", kind="too-few"
-            )
         numbers = _SplitMix64(hash_one(f"candidates {kind}", seed, name))
         chosen = [index_of[target], *_sample_negatives(numbers, weights, total, banned, count - 1)]
         sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))
