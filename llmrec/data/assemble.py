@@ -12,7 +12,7 @@ import polars as pl
 
 from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform_to_schema
 from llmrec.data.hashing import digest_strings
-from llmrec.data.read.codes import duplicate_indices, pair_codes, values_and_codes
+from llmrec.data.read.codes import PAIR_COLUMNS, duplicate_indices, pair_codes, values_and_codes
 from llmrec.data.read.files import DataFile
 from llmrec.data.read.limits import ID_LIMIT, check_regular_file, format_names, format_value
 from llmrec.data.read.markup import has_markup, remove_markup
@@ -27,7 +27,6 @@ from llmrec.types import Item
 
 log = warn_once_logger(__name__)
 
-_PAIR_COLUMNS = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"
 # Values that tables write for a missing user, and the share of rows above which a warning is given for such a user.
 _UNKNOWN_USERS = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
@@ -142,11 +141,11 @@ def build_provenance(
 
 
 def _pairs_in_part(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
-    return frozenset(frame.filter(pl.col(_PART) == PARTS.index(part)).select(_PAIR_COLUMNS).iter_rows())
+    return frozenset(frame.filter(pl.col(_PART) == PARTS.index(part)).select(PAIR_COLUMNS).iter_rows())
 
 
 def _check_id_lengths(table: Table, frame: pl.DataFrame) -> None:
-    for column in _PAIR_COLUMNS:
+    for column in PAIR_COLUMNS:
         names, row_codes = values_and_codes(frame[column])
         long = (names.str.len_chars() > ID_LIMIT).to_numpy()
         if long.any():
@@ -178,7 +177,7 @@ def _warn_of_placeholders(table: Table, frame: pl.DataFrame) -> None:
 
 def _warn_of_lookalikes(table: Table, frame: pl.DataFrame) -> None:
     """Warn of ids that differ only in surrounding spaces, invisible characters or Unicode composition."""
-    for column in _PAIR_COLUMNS:
+    for column in PAIR_COLUMNS:
         names, row_codes = values_and_codes(frame[column])
         odd = names.filter(names.str.contains(_LOOKALIKE_PATTERN))
         seen = odd.str.replace_all(r"\p{Cf}", "").str.normalize("NFC").str.strip_chars()
@@ -205,9 +204,9 @@ def _resolve_duplicates(section: DataSection, table: Table, frame: pl.DataFrame)
     if not len(indices):
         return frame
     repeats = frame[indices]
-    again = repeats.filter(~pl.struct(_PAIR_COLUMNS).is_first_distinct())
+    again = repeats.filter(~pl.struct(PAIR_COLUMNS).is_first_distinct())
     if section.duplicates == "error":
-        row, part, user, item = again.select(_ROW, _PART, *_PAIR_COLUMNS).row(0)
+        row, part, user, item = again.select(_ROW, _PART, *PAIR_COLUMNS).row(0)
         first = repeats.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
         location = table.where(first[_ROW])
         where = f"row {location.row}" if not table.parts else str(location)
@@ -224,7 +223,7 @@ def _resolve_duplicates(section: DataSection, table: Table, frame: pl.DataFrame)
     # Held-out rows take precedence, then the latest row; with equal or missing timestamps, the last one in the file.
     early = section.duplicates == "keep_first"
     ordered = repeats.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
-    selected = ordered.unique(subset=_PAIR_COLUMNS, keep="last", maintain_order=True)
+    selected = ordered.unique(subset=PAIR_COLUMNS, keep="last", maintain_order=True)
     keep = np.ones(frame.height, dtype=bool)
     keep[indices] = False
     keep[selected[_ROW].to_numpy()] = True
@@ -241,7 +240,7 @@ def _sum_duplicate_ratings(table: Table, frame: pl.DataFrame, rows: pl.DataFrame
             " has no ratings to sum; set data.columns.rating to the column of quantities, or data.duplicates=keep_last",
             "data.duplicates",
         )
-    key = [*_PAIR_COLUMNS, _PART]
+    key = [*PAIR_COLUMNS, _PART]
     sums = frame.group_by(key).agg(pl.col("rating").sum())
     joined = rows.drop("rating").join(sums, on=key, how="left", maintain_order="left")
     return joined.select(rows.columns)

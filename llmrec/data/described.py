@@ -11,12 +11,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import polars as pl
 
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore, Pair
-from llmrec.data.read.codes import recode_ids_like
+from llmrec.data.read.codes import PAIR_COLUMNS, coded_pairs
 from llmrec.data.split import SplitDataset
-from llmrec.data.split_kinds import PAIR_COLUMNS
 from llmrec.errors import DataError
 from llmrec.guard import clean
 from llmrec.recipe.schema import TextsSection
@@ -160,13 +158,8 @@ def check_feature_leaks(
     seen = store.seen(kind)
     if not seen:
         return
-    named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
-    trained = (
-        data.train.join(recode_ids_like(named, data.train), on=PAIR_COLUMNS, how="semi")
-        .select(PAIR_COLUMNS)
-        .head(1)
-        .rows()
-    )
+    shared = data.train.join(coded_pairs(seen, data.train), on=PAIR_COLUMNS, how="semi")
+    trained = shared.select(PAIR_COLUMNS).head(1).rows()
     for pairs, what in ((seen & (data.held_out | held), "held out"), (trained, "used for training")):
         if pairs:
             user, item = min((str(user), str(item)) for user, item in pairs)

@@ -21,10 +21,9 @@ from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import with_derived_texts
 from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
-from llmrec.data.read.codes import recode_ids_like, values_and_codes
+from llmrec.data.read.codes import PAIR_COLUMNS, coded_pairs, values_and_codes
 from llmrec.data.split_kinds import (
     KNOWN,
-    PAIR_COLUMNS,
     SPLIT_KINDS,
     TEST,
     TRAIN,
@@ -126,13 +125,11 @@ class SplitDataset(Displayed):
         """Return this split without the held-out pairs of another data set."""
         if not pairs:
             return self
-        named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
-
-        def rest(frame: pl.DataFrame) -> pl.DataFrame:
-            excluded = recode_ids_like(named, frame)
-            return frame.join(excluded, on=PAIR_COLUMNS, how="anti", maintain_order="left")
-
-        result = replace(self, train=rest(self.train), known=rest(self.known))
+        train, known = (
+            frame.join(coded_pairs(pairs, frame), on=PAIR_COLUMNS, how="anti", maintain_order="left")
+            for frame in (self.train, self.known)
+        )
+        result = replace(self, train=train, known=known)
         return replace(result, dataset=with_derived_texts(result.dataset, result.train, seed=self.seed))
 
     @cached_property

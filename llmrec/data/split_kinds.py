@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.data.read.codes import SortedNames, count_distinct, pair_codes, recode_ids_like, values_and_codes
+from llmrec.data.read.codes import SortedNames, coded_pairs, count_distinct, pair_codes, values_and_codes
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
-PAIR_COLUMNS = ["user_id", "item_id"]
 TRAIN, VALID, TEST, KNOWN = range(4)
 """Labels of rows: training, held out for validation, held out for test, or history only."""
 EXCLUDED = 4
@@ -298,8 +297,7 @@ def _given(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -
     keys = pair_codes(rows.frame["user_id"], rows.frame["item_id"])
 
     def named(held: frozenset[tuple[str, str]]) -> NDArray[np.int64]:
-        frame = pl.DataFrame(sorted(held), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
-        known = recode_ids_like(frame, rows.frame)
+        known = coded_pairs(held, rows.frame)
         return rows.latest[np.isin(keys[rows.latest], pair_codes(known["user_id"], known["item_id"]))]
 
     # a pair in both parts is held out for test

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.codes import recode_ids_like
-from llmrec.data.split_kinds import PAIR_COLUMNS
+from llmrec.data.read.codes import PAIR_COLUMNS, coded_pairs
 from llmrec.evaluate.compare import is_request_mean
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.guard import clean
@@ -268,14 +266,9 @@ def _min_head_count(counts: NDArray[np.int64]) -> int:
 
 def _age_slices(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
     """Divide held-out interactions into quarters by time; empty if a case has no time."""
-    pairs = pl.DataFrame(
-        {"user_id": [case.request.user_id for case in cases], "item_id": items},
-        schema=dict.fromkeys(PAIR_COLUMNS, pl.String),
-    )
+    pairs = list(zip([case.request.user_id for case in cases], items, strict=True))
     for held in (data.test, data.valid):
-        times = recode_ids_like(pairs, held).join(held, on=PAIR_COLUMNS, how="inner", maintain_order="left")[
-            "timestamp"
-        ]
+        times = coded_pairs(pairs, held).join(held, on=PAIR_COLUMNS, how="inner", maintain_order="left")["timestamp"]
         if len(times) == len(cases) and not times.has_nulls():
             edges = [held["timestamp"].quantile(share, interpolation="linear") for share in (0.25, 0.5, 0.75)]
             quarter = np.searchsorted(np.array(edges, dtype=np.float64), times.to_numpy(), side="right")

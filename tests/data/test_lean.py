@@ -15,11 +15,11 @@ import pytest
 from llmrec.data.read import table as reader
 from llmrec.data.read.codes import (
     SortedNames,
+    coded_pairs,
     concatenate_coded,
     count_distinct,
     encode_ids,
     pair_codes,
-    recode_ids_like,
     values_and_codes,
 )
 from llmrec.data.read.columns import ColumnKind, NeedsExactReader
@@ -286,5 +286,5 @@ def test_pairs_of_codes() -> None:
     assert numbers[0] == numbers[3] and len(np.unique(numbers)) == 3
     assert count_distinct(numbers) == count_distinct(numbers[:3]) == 3
     frame = pl.DataFrame({"user_id": encode_ids(users), "item_id": encode_ids(items)})
-    other = recode_ids_like(pl.DataFrame({"user_id": ["b", "c"], "item_id": ["x", "x"]}), frame)
+    other = coded_pairs([("b", "x"), ("c", "x")], frame)
     assert pair_codes(other["user_id"], other["item_id"]).tolist() == [numbers[2]]

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from llmrec.data.read.limits import MAX_EXACT_INTEGER
 
+PAIR_COLUMNS = ["user_id", "item_id"]
+
 
 def encode_ids(ids: pl.Series) -> pl.Series:
     """Convert a column of ids to codes, which are indices into its sorted values."""
@@ -132,8 +134,7 @@ def count_distinct(numbers: NDArray[np.uint64]) -> int:
     return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 
 
-def recode_ids_like(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
-    """Convert the ids of a data frame to the codes of another, and drop rows with unknown ids."""
-    names = ("user_id", "item_id")
-    cast = [pl.col(name).cast(pl.String).cast(other[name].dtype, strict=False) for name in names]
-    return frame.with_columns(cast).drop_nulls(names)
+def coded_pairs(pairs: Iterable[tuple[str, str | None]], other: pl.DataFrame) -> pl.DataFrame:
+    """Return (user, item) pairs in the columns and codes of another data frame, without pairs with unknown ids."""
+    frame = pl.DataFrame(list(pairs), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
+    return frame.select(pl.col(name).cast(other[name].dtype, strict=False) for name in PAIR_COLUMNS).drop_nulls()
