@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -95,29 +96,24 @@ def read_table_names(url: str) -> list[str]:
 
 
 def _hash_table(table: pa.Table) -> str:
-    total = hashlib.sha256()
-    with pa.ipc.new_stream(_HashingWriter(total), table.schema) as stream:
+    writer = _HashingWriter()
+    with pa.ipc.new_stream(writer, table.schema) as stream:
         stream.write_table(table)
-    return total.hexdigest()
+    return writer.digest.hexdigest()
 
 
-class _HashingWriter:
+class _HashingWriter(io.RawIOBase):
     """File object that hashes what is written to it and stores nothing."""
 
-    closed = False
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
 
-    def __init__(self, total: Any) -> None:
-        self._total = total
-
-    def write(self, data: Any) -> int:
-        self._total.update(data)
+    def write(self, data: Any, /) -> int:
+        self.digest.update(data)
         return len(data)
 
-    def flush(self) -> None:
-        """Ignore the call."""
-
-    def close(self) -> None:
-        """Ignore the call."""
+    def writable(self) -> bool:
+        return True
 
 
 _SECRET = re.compile(r"://[^/@]*?:([^/]*)@|[?&][^=&]*password[^=&]*=([^&#]*)", re.IGNORECASE)

@@ -28,6 +28,7 @@ from llmrec.data.read.limits import (
     list_archive_files,
     replace_unprintable,
 )
+from llmrec.durable import sha256_of
 from llmrec.errors import DataError
 
 DECOMPRESSORS: Mapping[str, Callable[[Any], Any]] = {
@@ -162,14 +163,13 @@ class InMemoryFile:
         yield io.BytesIO(self.raw)
 
 
-class _HashingReader:
-    """File object that hashes what is read from it."""
+class _HashingReader(io.RawIOBase):
+    """File object that hashes what is read from it; closing it does not close the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
-        self.closed = False
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1, /) -> bytes:
         """Read and hash bytes."""
         raw = self._file.read(size)
         self.digest.update(raw)
@@ -178,9 +178,6 @@ class _HashingReader:
     def readable(self) -> bool:
         """Whether the file can be read: always."""
         return True
-
-    def close(self) -> None:
-        """Ignore the call: the code that opened the file closes it."""
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
@@ -287,15 +284,18 @@ class DataFile:
         packed = (self.inner or self.path.name).lower().endswith(".gz")
         check_regular_file(self.path, "check data.path and data.items")
         size = self.path.stat().st_size
+
+        def limited(stream: Any, stored: int) -> BinaryIO:
+            stream = gzip.GzipFile(fileobj=stream) if packed else stream
+            return cast(BinaryIO, LimitedStream(self.name, stream, stored))
+
         try:
             if self.inner is None:
-                with self.path.open("rb") as stored:
-                    yield self._decompress(stored, size) if packed else stored
+                with self.path.open("rb") as file:
+                    yield limited(file, size) if packed else file
             else:
                 with zipfile.ZipFile(self.path) as archive, archive.open(self.inner) as stream:
-                    entry = archive.getinfo(self.inner)
-                    small = min(size, entry.compress_size)
-                    yield self._decompress(stream, small) if packed else self._limit_size(stream, small)
+                    yield limited(stream, min(size, archive.getinfo(self.inner).compress_size))
         except READ_ERRORS as error:
             raise DataError.at(
                 self.name,
@@ -304,18 +304,11 @@ class DataFile:
                 "it again",
             ) from error
 
-    def _decompress(self, stream: Any, stored: int) -> BinaryIO:
-        return self._limit_size(gzip.GzipFile(fileobj=stream), stored)
-
-    def _limit_size(self, stream: Any, stored: int) -> BinaryIO:
-        return cast(BinaryIO, LimitedStream(self.name, stream, stored))
-
     @property
     def sha256(self) -> str:
         """Hash of the stored file; for a file in an archive, hash of the archive."""
         try:
-            with self.path.open("rb") as stored:
-                return hashlib.file_digest(stored, "sha256").hexdigest()
+            return sha256_of(self.path)
         except OSError as error:
             raise DataError.at(
                 self.path, "unreadable", f" cannot be read ({format_error(error)}); check data.path"

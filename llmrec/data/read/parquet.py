@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from llmrec.data.read.nested import (
 )
 from llmrec.data.read.tables import Table, validate_column_names
 from llmrec.data.read.typed import first_unsupported_date
+from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.terminal import warn_once_logger
 
@@ -139,8 +139,7 @@ def read_plain_columns(path: Path, wanted: Mapping[str, ColumnKind]) -> Table | 
         wanted: The columns to keep, see `llmrec.data.read.delimited.read_delimited`.
     """
     try:
-        with path.open("rb") as stored:
-            digest = hashlib.file_digest(stored, "sha256").hexdigest()
+        digest = sha256_of(path)
         file = pq.ParquetFile(path)
         check_declared_size(str(path), file, path.stat().st_size)
         schema = file.schema_arrow
