@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmrec.data.frames import as_arrow
 from llmrec.data.ranked import TREC_ENDINGS
 from llmrec.data.read import typed
 from llmrec.data.read.delimited import parse_rows
-from llmrec.data.read.files import read_bytes
+from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, read_bytes
 from llmrec.data.read.limits import check_regular_file, format_error, format_names, format_value
 from llmrec.data.read.objects import parse_json_records
 from llmrec.data.read.parquet import open_parquet_file, table_from_arrow
@@ -30,7 +30,6 @@ from llmrec.data.read.table import is_pattern, read_table, strip_column_types
 from llmrec.data.read.tables import Table
 from llmrec.data.read.text import decode_file
 from llmrec.data.read.words import interpret_column_name
-from llmrec.data.request_file import JSON_LINES, PARQUET
 from llmrec.errors import DataError, Location, did_you_mean
 
 ListUnit = Literal["user", "request"]
@@ -71,7 +70,7 @@ class RankedLists:
     empty: frozenset[str]
     order: ListOrder
     where: Callable[[int], Location]
-    columns: Sequence[str] = ()
+    columns: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class GroundTruth:
     unit: ListUnit
     frame: pl.DataFrame
     barren: frozenset[str]
-    columns: Sequence[str] = ()
+    columns: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class EntityColumns:
         name, default_names = (self.user, USER_COLUMNS) if what == "user" else (self.item, ITEM_COLUMNS)
         if name in columns:
             return name
-        return _match_column_name(columns, default_names) or _column_by_meaning(tuple(columns), what)
+        return _find_column(columns, default_names) or _column_by_meaning(tuple(columns), what)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class _ListRecords:
 
     name: str
     rows: Iterable[tuple[Location, Mapping[str, Any]]]
-    columns: Sequence[str] = ()
+    columns: Sequence[str]
 
 
 def read_truth(source: Any, entities: EntityColumns = EntityColumns(), *, by_user: bool = False) -> GroundTruth:
@@ -137,12 +136,12 @@ def read_truth(source: Any, entities: EntityColumns = EntityColumns(), *, by_use
             ": these are ranked lists instead of relevant items; provide a table with a user and an item in each row",
         )
     columns = table.frame.columns
-    requests, users = None if by_user else _find_column(table, REQUEST_COLUMNS), entities.find(columns, "user")
+    requests, users = None if by_user else _find_column(columns, REQUEST_COLUMNS), entities.find(columns, "user")
     key = requests or users
     if key is None:
         raise _missing_column_error(table, "user")
     item = _item_column(table, entities)
-    gains = _find_column(table, GAIN_COLUMNS)
+    gains = _find_column(columns, GAIN_COLUMNS)
     frame = pl.DataFrame(
         {
             "key": _unescaped_id_column(table, key),
@@ -182,22 +181,20 @@ def read_lists(source: Any, unit: ListUnit = "user", entities: EntityColumns = E
         else _lists_from_rows(table, unit, entities)
     )
     _check_unique(result.frame, result.where, "the list")
-    return replace(result, columns=table.columns if isinstance(table, _ListRecords) else table.frame.columns)
+    return result
 
 
 # --------------------------------------------------------------------------- tables
 
 
 def _lists_from_rows(table: Table, unit: ListUnit, names: EntityColumns) -> RankedLists:
-    requests, users = _find_column(table, REQUEST_COLUMNS), names.find(table.frame.columns, "user")
+    columns = table.frame.columns
+    requests, users = _find_column(columns, REQUEST_COLUMNS), names.find(columns, "user")
     key = requests if unit == "request" else users or requests
     if key is None:
         raise _missing_column_error(table, unit)
-    item, score, rank = (
-        _item_column(table, names),
-        _find_column(table, SCORE_COLUMNS),
-        _find_column(table, RANK_COLUMNS),
-    )
+    item = _item_column(table, names)
+    score, rank = _find_column(columns, SCORE_COLUMNS), _find_column(columns, RANK_COLUMNS)
     table, failed = _split_failed_rows(table, key, item)
     if score is not None:
         order: ListOrder = "score"
@@ -209,7 +206,8 @@ def _lists_from_rows(table: Table, unit: ListUnit, names: EntityColumns) -> Rank
     frame = pl.DataFrame(
         {"key": _unescaped_id_column(table, key), "item": _unescaped_id_column(table, item), "score": values}
     )
-    return RankedLists(table.name, unit, frame, failed - frozenset(frame["key"].unique()), order, table.where)
+    empty = failed - frozenset(frame["key"].unique())
+    return RankedLists(table.name, unit, frame, empty, order, table.where, columns)
 
 
 def _split_failed_rows(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
@@ -221,28 +219,19 @@ def _split_failed_rows(table: Table, key: str, item: str) -> tuple[Table, frozen
     )
     if not failed.any():
         return table, frozenset()
-    rows = (~failed).arg_true().to_list()
     owners = frozenset(typed.text_column(table, key).filter(failed).cast(pl.String).unique())
-    lines = [table.line(row) for row in rows]
-    return replace(table, frame=table.frame[rows], lines=lines, rows=rows), owners
+    return table.select_rows((~failed).arg_true()), owners
 
 
 def _unescaped_id_column(table: Table, column: str) -> pl.Series:
     """Return a column of ids as texts, without the protection against spreadsheet formulas."""
     result = typed.id_column(table, column).cast(pl.String)
-    return unescape_cells(result) if _is_delimited(table.name) else result
+    delimited = {".csv", ".tsv", ".txt", ".psv"} & set(Path(table.name).suffixes)
+    return unescape_cells(result) if delimited else result
 
 
-def _is_delimited(name: str) -> bool:
-    return any(ending in (".csv", ".tsv", ".txt", ".psv") for ending in Path(name).suffixes)
-
-
-def _find_column(table: Table, names: Sequence[str]) -> str | None:
-    """Return the first of these names that is a column."""
-    return _match_column_name(table.frame.columns, names)
-
-
-def _match_column_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
+def _find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the first of these names that is a column, ignoring case."""
     known = {column.strip().lower(): column for column in reversed(columns)}
     return next((known[name] for name in names if name in known), None)
 
@@ -328,7 +317,9 @@ def _lists_from_records(records: _ListRecords, unit: ListUnit, entities: EntityC
         schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
     )
     order: ListOrder = "score" if scored else "order"
-    return RankedLists(records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]])
+    return RankedLists(
+        records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]], records.columns
+    )
 
 
 def _list_key(location: Location, record: Mapping[str, Any], unit: ListUnit, entities: EntityColumns) -> str:
@@ -410,17 +401,18 @@ def _open_source(
     if ending in endings or (ending in ("", ".txt", *TREC_ENDINGS, *_QRELS_ENDINGS) and _is_trec(path, columns)):
         raw, sha256 = read_bytes(path)
         return _parse_trec(name, decode_file(name, raw), columns, sha256)
-    if ending in PARQUET:
+    if ending in PARQUET_ENDINGS:
         with open_parquet_file(name, read_bytes(path)[0]) as file:
             return _convert_arrow_table(name, file.read(), names)
-    if ending in JSON_LINES:
+    if ending in JSON_LINES_ENDINGS:
         rows = parse_json_records(name, read_bytes(path)[0])
         first = next(rows, None)
         if first is not None and isinstance(first[1].get("items"), list):
             return _ListRecords(name, chain([first], rows), tuple(first[1]))
     table = strip_column_types(read_table(path))
-    single = _find_column(table, ITEM_COLUMNS) or names.item in table.frame.columns
-    return _records_from_cells(table, names) if _find_column(table, ("items",)) and not single else table
+    known = table.frame.columns
+    single = _find_column(known, ITEM_COLUMNS) or names.item in known
+    return _records_from_cells(table, names) if _find_column(known, ("items",)) and not single else table
 
 
 def _convert_arrow_table(name: str, table: Any, names: EntityColumns) -> Table | _ListRecords:
@@ -428,14 +420,9 @@ def _convert_arrow_table(name: str, table: Any, names: EntityColumns) -> Table |
         return strip_column_types(table_from_arrow(name, table))
     wanted = _columns_to_read(table.column_names, names)
 
-    def rows() -> Iterator[tuple[Location, Mapping[str, Any]]]:
-        number = 0
-        for batch in table.select(wanted).to_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield Location(name, number), record
-
-    return _ListRecords(name, rows(), table.column_names)
+    records = (record for batch in table.select(wanted).to_batches() for record in batch.to_pylist())
+    rows = ((Location(name, number), record) for number, record in enumerate(records, start=1))
+    return _ListRecords(name, rows, table.column_names)
 
 
 def _columns_to_read(columns: Sequence[str], names: EntityColumns) -> list[str]:

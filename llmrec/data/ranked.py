@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.cells import write_rows
-from llmrec.data.request_file import JSON_LINES, PARQUET, SEPARATORS, file_ending
+from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS
+from llmrec.data.request_file import SEPARATORS, file_ending
 from llmrec.durable import checksum, replace_atomically, write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.shared import Form
@@ -315,13 +316,13 @@ def _write_table(path: Path, schema: pa.Schema, rows: Iterator[tuple[Any, ...]])
     """Write rows in the format of the file's ending, one at a time or in groups."""
     columns, suffix = schema.names, file_ending(path)
     with replace_atomically(path) as draft:
-        if suffix in PARQUET:
+        if suffix in PARQUET_ENDINGS:
             with pq.ParquetWriter(draft, schema) as writer:
                 while group := [dict(zip(columns, row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
                     writer.write_table(pa.Table.from_pylist(group, schema=schema))
             return
         with _open_text_file(draft, packed=_is_packed(path)) as stream:
-            if suffix in JSON_LINES:
+            if suffix in JSON_LINES_ENDINGS:
                 stream.writelines(_json_line(dict(zip(columns, row, strict=True))) for row in rows)
             else:
                 write_rows(stream, columns, rows, separator=SEPARATORS[suffix])

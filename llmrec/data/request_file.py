@@ -14,7 +14,7 @@ from typing import Any
 
 from llmrec.data.read import text
 from llmrec.data.read.delimited import BrokenRow, parse_rows
-from llmrec.data.read.files import HashedFile
+from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, HashedFile
 from llmrec.data.read.limits import check_regular_file, format_error, format_names
 from llmrec.data.read.objects import parse_json_object
 from llmrec.data.read.parquet import PARQUET_ERRORS, open_parquet_file
@@ -24,8 +24,6 @@ from llmrec.data.requests import REQUEST_KEYS
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, Location, did_you_mean
 
-JSON_LINES = (".jsonl", ".ndjson")
-PARQUET = (".parquet", ".pq")
 SEPARATORS: Mapping[str, str] = {".csv": ",", ".tsv": "\t"}
 _BATCH = 256
 _BLOCK = 2**16
@@ -77,9 +75,9 @@ class RequestFile:
         Raises:
             DataError: If the file was modified or is damaged.
         """
-        if self.suffix in PARQUET:
+        if self.suffix in PARQUET_ENDINGS:
             yield from _iterate_parquet_rows(self.path)
-        elif self.suffix in JSON_LINES:
+        elif self.suffix in JSON_LINES_ENDINGS:
             yield from (
                 _parse_json_line(line, raw)
                 for line, raw in _iterate_lines(_hashed_file(self.path))
@@ -105,14 +103,14 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
     """
     suffix = file_ending(path)
     check_regular_file(path, "check --in", "the file of requests")
-    if suffix in PARQUET:
+    if suffix in PARQUET_ENDINGS:
         with open_parquet_file(str(path), path) as file:
             _check_columns(str(path), file.schema_arrow.names, bare)
             rows, blank = file.metadata.num_rows, 0
         sha256 = sha256_of(path)
     else:
         source, filled = _hashed_file(path), [0, 0]
-        if suffix in JSON_LINES:
+        if suffix in JSON_LINES_ENDINGS:
             for _, raw in _iterate_lines(source):
                 filled[raw is None or bool(raw.strip())] += 1
         else:
@@ -134,7 +132,7 @@ def file_ending(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    known = (*JSON_LINES, *SEPARATORS) if packed else (*JSON_LINES, *SEPARATORS, *PARQUET)
+    known = (*JSON_LINES_ENDINGS, *SEPARATORS) if packed else (*JSON_LINES_ENDINGS, *SEPARATORS, *PARQUET_ENDINGS)
     if suffix[0] not in known:
         inside = " inside .gz" if packed else ""
         raise DataError.at(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from llmrec.data.dataset import PARTS
 from llmrec.data.read.delimited import detect_separator, read_delimited
-from llmrec.data.read.files import COMPRESSED_ENDINGS, InMemoryFile
+from llmrec.data.read.files import COMPRESSED_ENDINGS, JSON_LINES_ENDINGS, PARQUET_ENDINGS, InMemoryFile
 from llmrec.data.read.limits import READ_ERRORS, LimitedStream, describe_file_problem, format_error
 from llmrec.data.read.objects import read_json_lines
 from llmrec.data.read.parquet import PARQUET_ERRORS, check_declared_size, table_from_arrow
@@ -440,8 +440,6 @@ PART_ROWS = 400_000
 """Approximate number of rows read of larger ones."""
 
 _BLOCK_COUNT = 12
-_PARQUET_ENDINGS = (".parquet", ".pq")
-_JSON_ENDINGS = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -493,9 +491,9 @@ def read_sample(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, pa
     size = 0 if describe_file_problem(path) else path.stat().st_size  # `read_table` raises the error
     if not whole and size:
         try:
-            if packed and kind[0] not in _PARQUET_ENDINGS:
+            if packed and kind[0] not in PARQUET_ENDINGS:
                 return _read_packed(path, kind[0], limit, part) or _read_whole(path)
-            if kind[0] in _PARQUET_ENDINGS and not packed:
+            if kind[0] in PARQUET_ENDINGS and not packed:
                 return _read_row_groups(path) or _read_whole(path)
             if size > limit:
                 return _read_blocks(path, kind[0], size, part)
@@ -523,7 +521,7 @@ def _read_blocks(path: Path, kind: str, size: int, part: int) -> TableSample:
         head = stream.read(part // _BLOCK_COUNT)
         if not _is_utf8(head):
             return _read_whole(path)
-        if kind not in _JSON_ENDINGS and b'"' in head:
+        if kind not in JSON_LINES_ENDINGS and b'"' in head:
             # A quoted field may contain line breaks, so the start of a row in a later block is unknown.
             return _parse_sample(path, kind, _complete_rows(head + stream.read(part // 2)), b"")
         rest = []
@@ -557,7 +555,7 @@ def _parse_sample(path: Path, kind: str, head: bytes, rest: bytes) -> TableSampl
         raise DataError.at(name, "empty", ": the beginning of the file has no complete row; write the table again")
     # Later rows are used only for statistics: `llmrec check` reads the whole file and reports errors there.
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
-    if kind in _JSON_ENDINGS:
+    if kind in JSON_LINES_ENDINGS:
         known = sum(bool(line.strip()) for line in head.split(b"\n"))
         return TableSample(
             read_json_lines(InMemoryFile(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_json_object, lines)]))),

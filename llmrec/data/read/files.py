@@ -40,8 +40,12 @@ DECOMPRESSORS: Mapping[str, Callable[[Any], Any]] = {
 """Functions that open single compressed files, by ending."""
 COMPRESSED_ENDINGS = (*DECOMPRESSORS, ".zip")
 """Endings of compressed files."""
-JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
+JSON_LINES_ENDINGS = (".jsonl", ".ndjson")
+"""Endings of files with one JSON object per line."""
+JSON_ENDINGS = (".json", *JSON_LINES_ENDINGS)
 """Endings of files with JSON objects."""
+PARQUET_ENDINGS = (".parquet", ".pq")
+"""Endings of Parquet files."""
 PATH_ADVICE = "check data.path, data.items and data.users"
 """Advice in errors about a missing or unreadable file."""
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}

@@ -17,6 +17,7 @@ from llmrec.data.read.delimited import DelimitedReader, read_delimited
 from llmrec.data.read.files import (
     COMPRESSED_ENDINGS,
     JSON_ENDINGS,
+    PARQUET_ENDINGS,
     PATH_ADVICE,
     HashedFile,
     InMemoryFile,
@@ -36,8 +37,7 @@ ATOMIC_ENDINGS = (".inter", ".item", ".user")
 """Endings of RecBole's files, whose header gives the types of the columns."""
 _ATOMIC_KINDS = (":token", ":float", ":token_seq", ":float_seq")
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(ATOMIC_ENDINGS, "\t")}
-_PARQUET_ENDINGS = (".parquet", ".pq")
-_TABLE_ENDINGS = (*SEPARATORS, *JSON_ENDINGS, *_PARQUET_ENDINGS)
+_TABLE_ENDINGS = (*SEPARATORS, *JSON_ENDINGS, *PARQUET_ENDINGS)
 # Bytes examined to estimate the number of rows, and the peak memory per row.
 _HEAD_BYTES, _ROW_BYTES = 2**16, 100
 
@@ -68,7 +68,7 @@ def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Ta
         stored, sha256 = read_bytes(path)
         inner, raw = extract_zipped_table(path, stored, _TABLE_ENDINGS)
         kind, member = Path(inner).suffix.lower(), f"{name}/{replace_unprintable(inner)}"
-        if kind in _PARQUET_ENDINGS:
+        if kind in PARQUET_ENDINGS:
             return parse_parquet(member, raw, sha256)
         return replace(_read_text_table(InMemoryFile(member, raw), kind, wanted), sha256=sha256)
     if kind not in _TABLE_ENDINGS and (url := detect_database_url(path)) is not None:
@@ -82,7 +82,7 @@ def read_table(path: Path, wanted: Mapping[str, ColumnKind] | None = None) -> Ta
             f": files that end in {repr(kind) if kind else 'nothing'} are not tables; use a file that ends in "
             f"{', '.join(sorted((*_TABLE_ENDINGS, *SPREADSHEET_ENDINGS)))}",
         )
-    if kind in _PARQUET_ENDINGS:
+    if kind in PARQUET_ENDINGS:
         if wanted is not None and not packing and (table := read_plain_columns(path, wanted)) is not None:
             return table
         raw, sha256 = read_bytes(path)

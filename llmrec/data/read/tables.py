@@ -80,6 +80,12 @@ class Table:
         """Return the line of a row in a single file, by 0-based index."""
         return self.lines[index] if self.lines is not None else index + 1 + self.header
 
+    def select_rows(self, indices: pl.Series) -> Table:
+        """Return the rows of a single file with these 0-based indices, without its lists; rows keep their locations."""
+        rows = indices if self.rows is None else map(self.rows.__getitem__, indices)
+        lines = array("q", map(self.line, indices))
+        return replace(self, frame=self.frame[indices], lines=lines, rows=array("q", rows), lists={})
+
 
 def validate_column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> list[str]:
     """Return column names without surrounding spaces.
@@ -333,16 +339,9 @@ def _expand_list(table: Table, name: str) -> Table:
         )
     result = flatten_columns(table.name, {name: pc.list_flatten(column)})
     inner = arrow_to_polars(result.columns).with_columns(pl.col(pl.String).fill_null(""))
-    frame = pl.concat([table.frame[rows], inner], how="horizontal")
-    indices = rows.tolist()
-    return replace(
-        table,
-        frame=frame,
-        lines=array("q", map(table.line, indices)),
-        rows=array("q", (table.rows[row] for row in indices) if table.rows is not None else indices),
-        lists=result.lists,
-        unusable={**table.unusable, **result.unusable},
-    )
+    selected = table.select_rows(pl.Series(rows))
+    frame = pl.concat([selected.frame, inner], how="horizontal")
+    return replace(selected, frame=frame, lists=result.lists, unusable={**table.unusable, **result.unusable})
 
 
 def _text_bytes(texts: pl.Series) -> pl.Series:

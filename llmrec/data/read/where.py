@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -78,15 +77,7 @@ def _filter_file(table: Table, where: str) -> Table:
     frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
     satisfied = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
     rows = satisfied.arg_true()
-    if len(rows) == table.frame.height:
-        return table
-    return replace(
-        table,
-        frame=table.frame[rows],
-        lists={},
-        lines=array("q", map(table.line, rows)),
-        rows=array("q", (table.rows[row] if table.rows is not None else row for row in rows)),
-    )
+    return table if len(rows) == table.frame.height else table.select_rows(rows)
 
 
 @dataclass(frozen=True)
