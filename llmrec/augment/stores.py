@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -283,14 +282,13 @@ def measure_latency(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
     drawn = [names[index] for index in rng.integers(0, len(names), _LOOKUPS).tolist()]
     ids = [item if n % 2 else item + "?" for n, item in enumerate(drawn)]
 
-    def micro(call: Callable[[], Any]) -> float:
+    def microseconds(requested: Sequence[str]) -> float:
         begin = time.perf_counter()
-        call()
+        store.get(kind, requested)
         return (time.perf_counter() - begin) * 1e6
 
-    single = [micro(lambda each=each: store.get(kind, [each])) for each in ids]  # type: ignore[misc]
-    starts = range(0, len(ids) - _BATCH + 1, _BATCH)
-    many = [micro(lambda at=at: store.get(kind, ids[at : at + _BATCH])) for at in starts]  # type: ignore[misc]
+    single = [microseconds([name]) for name in ids]
+    many = [microseconds(ids[at : at + _BATCH]) for at in range(0, len(ids) - _BATCH + 1, _BATCH)]
     return {
         "single_p50_us": _percentile(single, 50),
         "single_p99_us": _percentile(single, 99),

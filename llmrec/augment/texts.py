@@ -105,7 +105,7 @@ def user_prompts(
     results = []
     for user in _sample_names(eligible, section.limit, seed):
         events = readable_events(data, user)[-section.history :]
-        values = view.user(user, {}) | fields | {"history": view.events(events, _format_rating)}
+        values = view.user(user, {}) | fields | {"history": view.events(events, "{:g}".format)}
         values["interests"] = interests.get(user, "")
         results.append(TextPrompt(user, Prompt(messages=template.turns(values)), events))
     return results
@@ -169,10 +169,6 @@ def parse_synthetic_item(answer: str) -> str:
 
 def _normalise_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def _format_rating(rating: float) -> str:
-    return f"{rating:g}"
 
 
 def _sample_names(names: Sequence[str], limit: int | None, seed: int) -> list[str]:

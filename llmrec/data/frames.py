@@ -51,10 +51,8 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
             kind="contradiction",
             column="data.source",
         )
-    changed: dict[str, str] = {}
-    for key, frame in (("path", data), ("items", items)):
-        if frame is not None:
-            changed[key] = str(write_frame(frame, folder, key))
+    frames = {"path": data, "items": items}
+    changed = {key: str(write_frame(frame, folder, key)) for key, frame in frames.items() if frame is not None}
     return recipe.model_copy(update={"data": section.model_copy(update=changed)})
 
 

@@ -40,10 +40,6 @@ TieOrder = Literal["hash", "file"]
 """The order of interactions at the same time: a seeded hash, or the order of the rows."""
 
 
-def _empty_interactions() -> pl.DataFrame:
-    return pl.DataFrame(schema=dict(SCHEMA))
-
-
 class Holdouts(Sequence[Interaction]):
     """The held-out interactions of a split, in columns; `Interaction` objects are created on request."""
 
@@ -107,7 +103,7 @@ class SplitDataset(Displayed):
     valid: pl.DataFrame
     test: pl.DataFrame
     held_out: frozenset[tuple[str, str]]
-    known: pl.DataFrame = field(default_factory=_empty_interactions)
+    known: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=dict(SCHEMA)))
     cold: frozenset[str] = frozenset()
     drawn: NDArray[np.uint64] | None = field(default=None, compare=False)
 

@@ -157,7 +157,8 @@ def _last_basket(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: 
     # Consecutive numbers of distinct times; the last number of a user belongs to the user's last interaction.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
-    ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _user_bounds(counts))
+    after = np.cumsum(counts)
+    ends, starts = moment[(after - 1)[users]], moment[(after - counts)[users]]
     able = ends - starts + 1 >= _MIN_COUNT
     if not able.any():
         raise DataError.at(
@@ -168,12 +169,6 @@ def _last_basket(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: 
             "data.split.kind",
         )
     return rows.labels(indices[able & (moment == ends - 1)], indices[able & (moment == ends)])
-
-
-def _user_bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the last and first row of every user, in rows that are grouped by user."""
-    ends = np.cumsum(counts)
-    return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
 
 
 def _share_sizes(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:

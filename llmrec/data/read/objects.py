@@ -64,14 +64,7 @@ def read_json_lines(source: Source, wanted: Mapping[str, ColumnKind] | None = No
 
 
 def _read_row_by_row(source: Source) -> Table:
-    lines: list[int] = []
-
-    def records() -> Iterator[tuple[Location, Mapping[str, object]]]:
-        for location, record in parse_json_records(source.name, read_all(source)):
-            lines.append(location.line or 0)
-            yield location, record
-
-    return _table_from_objects(source.name, records(), lines)
+    return _table_from_objects(source.name, parse_json_records(source.name, read_all(source)))
 
 
 def parse_json_records(name: str, raw: bytes) -> Iterator[tuple[Location, dict[str, object]]]:
@@ -120,12 +113,13 @@ def _read_json_array(source: Source) -> Table:
                 raise DataError.at(location, "wrong-format", " is not a JSON object; write an array of objects")
             yield location, record
 
-    return _table_from_objects(name, records(), [0] * len(result))
+    return _table_from_objects(name, records())
 
 
-def _table_from_objects(name: str, records: Iterable[tuple[Location, Mapping[str, object]]], lines: list[int]) -> Table:
+def _table_from_objects(name: str, records: Iterable[tuple[Location, Mapping[str, object]]]) -> Table:
     """Return objects as a table; nested objects are flattened, and values that cannot be a column are left out."""
     rows: list[dict[str, str]] = []
+    lines: list[int] = []
     names: dict[str, None] = {}
     locations: dict[str, Location] = {}
     within: dict[str, dict[int, object]] = {}
@@ -163,6 +157,7 @@ def _table_from_objects(name: str, records: Iterable[tuple[Location, Mapping[str
                 if not isinstance(value, list):
                     single.add(key)
         rows.append(row)
+        lines.append(location.line or 0)
     if not names:
         what = "contains objects without keys" if rows else "is empty"
         raise DataError.at(name, "empty", f" {what}; write the table again")

@@ -52,12 +52,12 @@ def load_mind(section: DataSection, *, seed: int) -> Dataset:
         raise DataError.at(
             located.events.name, "empty", " contains neither histories nor clicks; use the train or dev split of MIND"
         )
-    catalogue = read_published_catalogue(located, set(frame["item_id"].unique()), {})
+    items, notes = read_published_catalogue(located, set(frame["item_id"].unique()), {})
     return build_dataset(
         section,
         line_location_table(located.events.name, frame),
         frame.drop(_LINE),
-        catalogue.items,
+        items,
         name=page.name,
         noun=page.noun,
         provenance=build_provenance(
@@ -65,7 +65,7 @@ def load_mind(section: DataSection, *, seed: int) -> Dataset:
             (located.events, located.items),
             rows=frame.height,
             licence=page.licence,
-            notes=[*page.notes, *catalogue.notes],
+            notes=[*page.notes, *notes],
         ),
     )
 

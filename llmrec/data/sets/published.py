@@ -72,18 +72,18 @@ def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
     )
     _check_column_order(page, events.frame, located.events.name)
     item_ids = set(events.frame["item_id"].unique())
-    catalogue = read_published_catalogue(located, item_ids, events.titles)
+    items, notes = read_published_catalogue(located, item_ids, events.titles)
     people: dict[str, dict[str, str]] = {}
     if located.people is not None and located.layout.people is not None:
         people = read_user_profiles(located.people, located.layout.people)
-    notes = [*page.notes, *catalogue.notes]
+    notes = (*page.notes, *notes)
     if located.layout.events.time is None:
-        notes.append("the data have no timestamps: a seeded hash orders the items of a user")
+        notes += ("the data have no timestamps: a seeded hash orders the items of a user",)
     return build_dataset(
         section,
         events.table,
         events.frame,
-        catalogue.items,
+        items,
         name="-".join(filter(None, (page.name, located.category.lower()))),
         provenance=build_provenance(
             page.name,
@@ -218,16 +218,10 @@ def read_events(member: DataFile, spec: InteractionFile, text: str | None, also:
 # --------------------------------------------------------------------------- items and users
 
 
-@dataclass(frozen=True)
-class Catalogue:
-    """The entries of items, with notes for the user."""
-
-    items: Mapping[str, Item]
-    notes: tuple[str, ...] = ()
-
-
-def read_published_catalogue(located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
-    """Return the `Item` of every item id, with the titles and fields that were read.
+def read_published_catalogue(
+    located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]
+) -> tuple[dict[str, Item], tuple[str, ...]]:
+    """Return the `Item` of every item id, with the titles and fields that were read, and notes for the user.
 
     Args:
         located: The files of the data set.
@@ -241,7 +235,7 @@ def read_published_catalogue(located: LocatedFiles, item_ids: set[str], titles: 
     if spec is None or located.items is None:
         titles = {item: title for item, title in titles.items() if not has_markup(title)}
         items = {item: Item(item_id=item, title=titles.get(item, item)) for item in item_ids}
-        return Catalogue(items, warn_of_untitled_items(located.where, len(item_ids - titles.keys()), len(items)))
+        return items, warn_of_untitled_items(located.where, len(item_ids - titles.keys()), len(items))
     names = {item: item for item in item_ids}
     if located.renames is not None and located.layout.renames is not None:
         # An item that the renaming file lacks gets no entry, even if its number is the id of another item.
@@ -256,9 +250,8 @@ def read_published_catalogue(located: LocatedFiles, item_ids: set[str], titles: 
             continue  # the check of interactions names the row
         missing += title is None
         items[item] = Item(item_id=item, title=title or item, fields=fields)
-    return Catalogue(
-        items, warn_of_untitled_items(located.items.name, missing, len(items)) + listed.notes(located.items.name)
-    )
+    untitled = warn_of_untitled_items(located.items.name, missing, len(items))
+    return items, untitled + listed.notes(located.items.name)
 
 
 def warn_of_untitled_items(where: str, missing: int, total: int) -> tuple[str, ...]:

@@ -229,11 +229,9 @@ def load_table(section: DataSection, *, seed: int) -> Dataset:
         series["timestamp"] = time_column(main, time, columns.dates)
     if text is not None:
         series["text"] = plain_text_column(main, text)
-    listed = (
-        expand_lists(_read_file_or_hub(section.items), _named_columns(columns)) if section.items is not None else None
-    )
-    people = (
-        expand_lists(_read_file_or_hub(section.users), _named_columns(columns)) if section.users is not None else None
+    listed, people = (
+        None if path is None else expand_lists(_read_file_or_hub(path), _named_columns(columns))
+        for path in (section.items, section.users)
     )
     frame, parts = pl.DataFrame(series), parts_by_row(section, main)
     return build_dataset(
