@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from llmrec.data.features import (
 from llmrec.data.read.files import expand_path
 from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import find_column
-from llmrec.data.read.typed import id_column, text_column
+from llmrec.data.read.typed import check_unique_ids, id_column, text_column
 from llmrec.errors import DataError
 from llmrec.models.text_encoder import text_embedder
 
@@ -94,10 +93,9 @@ def features_from_table(
     key = find_column(table, "user_id" if person else "item_id", "", f"--kind {kind}")
     text = find_column(table, column, "", "--text")
     assert key is not None and text is not None
-    names = [str(entry) for entry in id_column(table, key)]
-    duplicates = {name for name, times in Counter(names).items() if times > 1}
-    if duplicates:
-        raise DataError.at(table.name, "duplicate", f": {kind} {min(duplicates)!r} has several texts; keep one", key)
+    ids = id_column(table, key)
+    check_unique_ids(table, key, ids, kind, "keep one of its texts")
+    names = ids.to_list()
     written = dict(zip(names, text_column(table, text), strict=True))
     pairs: dict[str, set[Pair]] = {}
     if seen is not None:

@@ -19,7 +19,7 @@ from llmrec.data.read.markup import has_markup, remove_markup
 from llmrec.data.read.nested import leaf_name
 from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import Table, check_usable, check_users_match, find_column
-from llmrec.data.read.typed import id_column, most_frequent_texts, text_column
+from llmrec.data.read.typed import check_unique_ids, id_column, most_frequent_texts, text_column
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.terminal import warn_once_logger
@@ -388,19 +388,8 @@ def _entity_table(section: DataSection, listed: Table, kind: Literal["item", "us
     keys = id_column(listed, column)
     if section.duplicates == "error":
         fix = "drop the repeats, or set data.duplicates=keep_last to keep the last of each"
-        _check_unique_ids(listed, column, keys, kind, fix)
+        check_unique_ids(listed, column, keys, kind, fix)
     return _EntityTable(listed, keys, True, section.duplicates == "keep_first")
-
-
-def _check_unique_ids(table: Table, column: str, ids: pl.Series, kind: str, fix: str) -> None:
-    again = (~ids.is_first_distinct()).arg_true()
-    if again.len():
-        raise DataError.at(
-            table.where(again[0]),
-            "duplicate",
-            f" repeats {kind} {format_value(ids[again[0]])} ({again.len()} such rows); {fix}",
-            column,
-        )
 
 
 def _table_with_column(listings: list[_EntityTable], column: str, setting: str) -> _EntityTable:
@@ -494,7 +483,7 @@ def read_items(path: Path) -> dict[str, Item]:
                 name,
             )
     item_ids = id_column(table, "item_id")
-    _check_unique_ids(table, "item_id", item_ids, "item", "keep one of each")
+    check_unique_ids(table, "item_id", item_ids, "item", "keep one of each")
     fields = {name: text_column(table, name).to_list() for name in columns if name not in ("item_id", "title")}
     return {
         item: Item(item_id=item, title=title, fields={name: values[row] for name, values in fields.items()})

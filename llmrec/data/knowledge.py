@@ -22,7 +22,7 @@ from llmrec.data.derived import split_sentences
 from llmrec.data.read.files import expand_path
 from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import find_column
-from llmrec.data.read.typed import id_column, plain_text_column
+from llmrec.data.read.typed import check_unique_ids, id_column, plain_text_column
 from llmrec.errors import DataError
 from llmrec.recipe.schema import FactsSection
 from llmrec.types import Item
@@ -107,14 +107,9 @@ class Documents:
         if key is None or text is None:
             raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
         by_title = key == "title"
-        names = (
-            plain_text_column(table, key).fill_null("") if by_title else [str(name) for name in id_column(table, key)]
-        )
-        repeated = {name for name, times in Counter(names).items() if times > 1 and name}
-        if repeated and not by_title:
-            raise DataError.at(
-                table.name, "duplicate", f": {min(repeated)!r} has several documents; join them into one", key
-            )
+        names = plain_text_column(table, key).fill_null("") if by_title else id_column(table, key)
+        if not by_title:
+            check_unique_ids(table, key, names, "item", "join its documents into one")
         return Documents(
             tuple(names),
             tuple(plain_text_column(table, text).fill_null("")),

@@ -254,6 +254,22 @@ def id_column(rows: Table, *columns: str) -> pl.Series:
     return result
 
 
+def check_unique_ids(table: Table, column: str, ids: pl.Series, kind: str, fix: str) -> None:
+    """Reject a table of items or users that lists one of them twice.
+
+    Raises:
+        DataError: With the first row that repeats an id.
+    """
+    again = (~ids.is_first_distinct()).arg_true()
+    if again.len():
+        raise DataError.at(
+            table.where(again[0]),
+            "duplicate",
+            f" repeats {kind} {format_value(ids[again[0]])} ({again.len()} such rows); {fix}",
+            column,
+        )
+
+
 def _check_exact_ids(rows: Table, column: str) -> None:
     """Reject floats that are too large to distinguish integer ids."""
     series = rows.column(column)
