@@ -65,20 +65,12 @@ def digest_frame(frame: pl.DataFrame) -> str:
 
 def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
     """Add texts to a hash block by block, like `digest_strings`."""
-    starts = range(0, len(series), _BLOCK)
-    if isinstance(series.dtype, pl.Enum) and not series.null_count():
-        values, rows = series.dtype.categories, series.to_physical().to_numpy()
-        sizes, words = values.str.len_bytes().to_numpy().astype("<i8"), np.array([*values, ""], dtype=object)
-        for start in starts:
-            total.update(sizes[rows[start : start + _BLOCK]].tobytes())
-        for start in starts:
-            total.update("".join(words[rows[start : start + _BLOCK]]).encode())
-        return
-    for start in starts:
-        lengths = series[start : start + _BLOCK].cast(pl.String).str.len_bytes().cast(pl.Int64).fill_null(-1)
+    blocks = [series[start : start + _BLOCK] for start in range(0, len(series), _BLOCK)]
+    for block in blocks:
+        lengths = block.cast(pl.String).str.len_bytes().cast(pl.Int64).fill_null(-1)
         total.update(lengths.to_numpy().astype("<i8").tobytes())
-    for start in starts:
-        total.update("".join(series[start : start + _BLOCK].drop_nulls().to_list()).encode())
+    for block in blocks:
+        total.update(block.cast(pl.String).str.join("").item().encode())
 
 
 def digest_strings(values: Iterable[str | None]) -> str:
