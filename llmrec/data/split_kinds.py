@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.data.read.codes import SortedNames, coded_pairs, count_distinct, pair_codes, values_and_codes
+from llmrec.data.read.codes import SortedNames, coded_pairs, pair_codes, values_and_codes
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
@@ -45,7 +45,7 @@ class TimeOrderedRows:
     def latest(self) -> NDArray[np.int64]:
         """Indices of the latest interaction of each (user, item) pair, oldest first."""
         keys = pair_codes(self.frame["user_id"], self.frame["item_id"])
-        if count_distinct(keys) == len(keys):
+        if pl.Series(keys).n_unique() == len(keys):
             return np.arange(len(keys))
         _, first = np.unique(keys[::-1], return_index=True)
         return np.sort(len(keys) - 1 - first)

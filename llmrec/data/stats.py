@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from llmrec.data.read.codes import count_distinct, pair_codes, values_and_codes
+from llmrec.data.read.codes import pair_codes, values_and_codes
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.types import Event
 
@@ -39,7 +39,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "users": users,
         "items": items,
         "interactions": rows.height,
-        "density": count_distinct(pair_codes(rows["user_id"], rows["item_id"])) / (users * items),
+        "density": pl.Series(pair_codes(rows["user_id"], rows["item_id"])).n_unique() / (users * items),
         "rating_scale": list(scale_of(data)) if data.train["rating"].null_count() < data.train.height else None,
         "ratings": _rating_histogram(rows),
         "interactions_per_user": _interaction_count_summary(rows, "user_id"),

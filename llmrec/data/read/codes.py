@@ -128,12 +128,6 @@ def duplicate_indices(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.flatnonzero(pl.Series(numbers).is_in(twice).to_numpy())
 
 
-def count_distinct(numbers: NDArray[np.uint64]) -> int:
-    """Return the number of different values."""
-    ordered = pl.Series(numbers).sort().to_numpy()
-    return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
-
-
 def coded_pairs(pairs: Iterable[tuple[str, str | None]], other: pl.DataFrame) -> pl.DataFrame:
     """Return (user, item) pairs in the columns and codes of another data frame, without pairs with unknown ids."""
     frame = pl.DataFrame(list(pairs), schema=dict.fromkeys(PAIR_COLUMNS, pl.String), orient="row")
