@@ -249,9 +249,8 @@ def split_dataset(dataset: Dataset, section: Split, *, seed: int) -> SplitDatase
             f": the split {section.kind} leaves no training interaction; hold out fewer interactions",
             "data.split",
         )
-    cold = rows.frame[:0]
-    if section.kind == "cold_items":
-        cold = rows.frame.filter(cold_item_labels(dataset, rows, section, seed) != TRAIN)
+    is_cold = section.kind == "cold_items" and cold_item_labels(dataset, rows, section, seed) != TRAIN
+    cold = rows.frame.filter(is_cold)
     return SplitDataset(
         # Features that the source lacks are derived here, where the training interactions are known.
         dataset=with_derived_texts(dataset, frames[0], seed=seed),
@@ -262,7 +261,7 @@ def split_dataset(dataset: Dataset, section: Split, *, seed: int) -> SplitDatase
         test=frames[2],
         held_out=frozenset(pair for frame in (*frames[1:3], cold) for pair in frame.select(PAIR_COLUMNS).iter_rows()),
         known=frames[3],
-        cold=frozenset(cold["item_id"].unique().to_list()),
+        cold=frozenset(cold["item_id"].unique()),
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.data.read.codes import SortedNames, coded_pairs, pair_codes, values_and_codes
+from llmrec.data.read.codes import coded_pairs, pair_codes, values_and_codes
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
@@ -301,9 +301,7 @@ def _given(dataset: Dataset, rows: TimeOrderedRows, section: Split, seed: int) -
         raise DataError.at(
             dataset.name, "too-few", ": the filter removes all held-out pairs; relax the filter", "data.filter"
         )
-    history_only = np.zeros(len(rows.names), dtype=bool)
-    known = SortedNames(rows.names)
-    history_only[[code for user in given.history_only if (code := known.code(user)) is not None]] = True
+    history_only = rows.names.is_in(list(given.history_only)).to_numpy()
     return rows.labels(valid, test, np.where(history_only[rows.users], KNOWN, TRAIN).astype(np.int8))
 
 

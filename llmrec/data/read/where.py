@@ -98,10 +98,8 @@ class _Parser:
         if depth > _MAX_DEPTH:
             raise _condition_error("the condition is nested too deeply")
         if isinstance(node, ast.BoolOp):
-            first, *rest = (self._translate_condition(value, depth + 1) for value in node.values)
-            for other in rest:
-                first = first & other if isinstance(node.op, ast.And) else first | other
-            return first
+            combine = pl.all_horizontal if isinstance(node.op, ast.And) else pl.any_horizontal
+            return combine(self._translate_condition(value, depth + 1) for value in node.values)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return ~self._translate_condition(node.operand, depth + 1)
         if isinstance(node, ast.Compare):
@@ -111,12 +109,9 @@ class _Parser:
     def _translate_comparison(self, node: ast.Compare) -> pl.Expr:
         """Translate a comparison; ``1 <= stars <= 5`` becomes the conjunction of its two comparisons."""
         sides = [node.left, *node.comparators]
-        first, *rest = (
+        return pl.all_horizontal(
             self._translate_pair(left, op, right) for left, op, right in zip(sides, node.ops, sides[1:], strict=False)
         )
-        for other in rest:
-            first = first & other
-        return first
 
     def _translate_pair(self, one: ast.expr, op: ast.cmpop, two: ast.expr) -> pl.Expr:
         left, right = self._name(one), self._name(two)
@@ -144,10 +139,7 @@ class _Parser:
         values = [_literal_value(element) for element in node.elts]
         if None in values:
             raise _condition_error("a list contains None; add a condition with `is None` or `is not None`")
-        result = pl.lit(value=False)
-        for value in values:
-            cells, other = self._alike(column, value)
-            result = result | (cells == other)
+        result = pl.any_horizontal(cells == other for cells, other in (self._alike(column, v) for v in values))
         return ~result if out else result
 
     def _align_columns(self, left: str, right: str) -> tuple[pl.Expr, pl.Expr]:

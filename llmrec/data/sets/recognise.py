@@ -75,24 +75,21 @@ def recognise_source(path: Path) -> str | None:
 
 def _has_sample_columns(members: Sequence[DataFile]) -> bool:
     train = next(member for member in members if member.plain.lower() in ("train.tsv", "train.csv"))
-    return {"history", "target"} <= set(_read_first_line(train).replace(",", "\t").split("\t"))
+    return {"history", "target"} <= set(_read_lines(train)[0].replace(",", "\t").split("\t"))
 
 
-def _read_first_line(member: DataFile) -> str:
+def _read_lines(member: DataFile, count: int = 1) -> list[str]:
+    """Return the first lines of a file; empty ones after its end."""
     with member.open() as stream:
-        return stream.readline(_MAX_LINE_BYTES).decode("utf-8", "replace").strip()
+        return [stream.readline(_MAX_LINE_BYTES).decode("utf-8", "replace").strip() for _ in range(count)]
 
 
 def _is_sequences_file(member: DataFile) -> bool:
     """Whether the first lines each have a user and the user's items, separated by spaces."""
     try:
-        with member.open() as stream:
-            lines = [
-                stream.readline(_MAX_LINE_BYTES).decode("utf-8", "replace").strip() for _ in range(_LINES_EXAMINED)
-            ]
+        lines = [line for line in _read_lines(member, _LINES_EXAMINED) if line]
     except LlmrecError:
         return False
-    lines = [line for line in lines if line]
     rows = [line.split(" ") for line in lines]
     plain = all(len(row) > 1 for row in rows) and not any(mark in line for mark in '\t,;|"' for line in lines)
     users = [row[0] for row in rows]
@@ -151,12 +148,12 @@ def _has_required_columns(events: InteractionFile, member: DataFile) -> bool:
     """Whether a file has the columns of a data set: by its header or first record, else by their number."""
     if events.form.columns:
         named = not any(pattern.startswith("*") for pattern in events.files)
-        return named and len(_read_first_line(member).split(events.form.separator)) == len(events.form.columns)
+        return named and len(_read_lines(member)[0].split(events.form.separator)) == len(events.form.columns)
     try:
         if events.form.kind == "delimited":
             names = set(read_column_names(member, events.form))
         else:
-            line = _read_first_line(member)
+            line = _read_lines(member)[0]
             names = set(json.loads(line) if events.form.kind == "json" else ast.literal_eval(line))
     except (LlmrecError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return False

@@ -156,16 +156,11 @@ def _group_by_user(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
             person.rows[part].append(row)
             after = (*row.history, row.target)[-longest:] if longest else ()
             waiting.setdefault(name or after, []).append(person)
-    people.sort(key=_first_position)
+    # by the file and the line of their first row
+    people.sort(key=lambda person: min((n, row.line) for n, part in enumerate(person.rows.values()) for row in part))
     for number, person in enumerate(people, start=1):
         person.name = person.name or f"person-{number}"
     return people
-
-
-def _first_position(person: _Person) -> tuple[int, int]:
-    """Return the file part and the line number of the first row of a user."""
-    part = next(number for number, part_rows in enumerate(person.rows.values()) if part_rows)
-    return part, min(row.line for row in list(person.rows.values())[part])
 
 
 class _LineInteractions(NamedTuple):
