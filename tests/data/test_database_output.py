@@ -27,13 +27,18 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.param}:///{tmp_path}/shop.{request.param}"
 
 
+def opened(address: str | Path) -> Database:
+    database = Database.of(str(address), "--to")
+    assert database is not None
+    return database
+
+
 def rows(address: str, name: str) -> list[tuple[object, ...]]:
     return pl.DataFrame(read_query(address, f"SELECT * FROM {name}").frame).rows()
 
 
 def test_tables_are_replaced_only_on_request(address: str) -> None:
-    database = Database.of(address, "--to")
-    assert database is not None
+    database = opened(address)
     expected = list(zip(*ROWS.to_pydict().values(), strict=True))
     database.check("lists", ROWS.schema, replace=False)
     database.write("lists", ROWS, index=("user_id", "rank"), replace=False)
@@ -55,8 +60,7 @@ def test_tables_are_replaced_only_on_request(address: str) -> None:
 
 
 def test_failed_write_changes_nothing(address: str) -> None:
-    database = Database.of(address, "--to")
-    assert database is not None
+    database = opened(address)
     database.write("kept", ROWS, index=("user_id",), replace=False)
     with raises(LlmrecError, Facts("failed", column="--to", says="nothing in it was changed")):
         database.write("kept", ROWS, index=("no_such_column",), replace=True)
@@ -68,8 +72,7 @@ def test_table_with_capitals_is_not_replaced(tmp_path: Path) -> None:
     address = f"duckdb:///{tmp_path}/shop.duckdb"
     with closing(duckdb.connect(f"{tmp_path}/shop.duckdb")) as other:
         other.execute('CREATE TABLE "Lists" (precious INTEGER); INSERT INTO "Lists" VALUES (7)')
-    database = Database.of(address, "--to")
-    assert database is not None
+    database = opened(address)
     for replace in (False, True):
         with raises(DataError, Facts("exists", column="--to", says="another table 'lists'")):
             database.write("lists", ROWS, index=("user_id",), replace=replace)
@@ -88,23 +91,21 @@ def test_table_of_another_schema_is_not_dropped(postgres: str) -> None:
             other.cursor().execute(line)
         other.commit()
     joined = f"{postgres}{'&' if '?' in postgres else '?'}options=-csearch_path%3Dapp%2Cshared"
-    database = Database.of(joined, "--to")
-    assert database is not None
+    database = opened(joined)
     database.write("offers", ROWS, index=("user_id",), replace=False)
     assert len(rows(postgres, "app.offers")) == 3 and rows(postgres, "shared.offers") == [(7,)]
 
 
 def test_missing_folder_is_found_at_once(tmp_path: Path) -> None:
-    database = Database.of(f"{tmp_path}/missing/lists.db", "--to")
-    assert database is not None
+    database = opened(f"{tmp_path}/missing/lists.db")
     with raises(DataError, Facts("failed", column="--to", says="there is no folder")):
         database.check("lists", ROWS.schema, replace=False)
 
 
 def test_recognises_databases(tmp_path: Path) -> None:
     for name in ("lists.db", "lists.sqlite", "lists.sqlite3"):
-        database = Database.of(str(tmp_path / name), "--to")
-        assert database is not None and (database.kind, database.file) == ("sqlite", tmp_path / name)
+        database = opened(tmp_path / name)
+        assert (database.kind, database.file) == ("sqlite", tmp_path / name)
     for name in ("lists.csv", "mysql://host/shop", "sqlite://lists.db", "sqlite:///", "https://example.org/lists.db"):
         assert Database.of(name, "--to") is None
 
@@ -113,23 +114,20 @@ def test_rejects_files_of_other_programs_and_hides_passwords(tmp_path: Path) -> 
     other = tmp_path / "other.db"
     with closing(sqlite3.connect(other)) as file:
         file.execute("PRAGMA application_id = 7")
-    database = Database.of(str(other), "--to")
-    assert database is not None
+    database = opened(other)
     with raises(DataError, Facts("exists", column="--to", says="another program")):
         database.check("lists", ROWS.schema, replace=True)
     other.write_text("no database, but a text that is long enough to be read as the header of a page of one" * 9)
     with raises(LlmrecError, Facts("failed", column="--to")):
         database.check("lists", ROWS.schema, replace=False)
     pytest.importorskip("adbc_driver_postgresql.dbapi")
-    away = Database.of("postgresql://me:secret@127.0.0.1:1/shop", "--to")
-    assert away is not None
+    away = opened("postgresql://me:secret@127.0.0.1:1/shop")
     with pytest.raises(LlmrecError) as caught:
         away.check("lists", ROWS.schema, replace=False)
     assert "secret" not in str(caught.value) and "postgresql://127.0.0.1/shop" in str(caught.value)
     # Passwords that libpq repeats in its messages, or that urllib rejects.
     for address in ("me:se%zzcret@127.0.0.1:1/db", "127.0.0.1:1/db?user=me&password=se%zzcret", "me:se[zzcret@h:1/db"):
-        odd = Database.of(f"postgresql://{address}", "--to")
-        assert odd is not None
+        odd = opened(f"postgresql://{address}")
         with pytest.raises(LlmrecError) as caught:
             odd.check("lists", ROWS.schema, replace=False)
         assert "zzcret" not in str(caught.value)
