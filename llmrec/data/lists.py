@@ -286,14 +286,11 @@ def _lists_from_records(records: _ListRecords, unit: ListUnit, entities: EntityC
     keys: list[str] = []
     items: list[str] = []
     scores: list[float] = []
-    rows: list[int] = []
-    locations: list[Location] = []
-    first: dict[str, Location] = {}
-    empty: set[str] = set()
+    locations: dict[str, Location] = {}
     scored = True
     for location, record in records.rows:
         key = _list_key(location, record, unit, entities)
-        if (earlier := first.setdefault(key, location)) is not location:
+        if (earlier := locations.setdefault(key, location)) is not location:
             raise DataError.at(
                 location,
                 "duplicate",
@@ -303,13 +300,9 @@ def _lists_from_records(records: _ListRecords, unit: ListUnit, entities: EntityC
             )
         names, values = _items_and_scores(location, record)
         scored = scored and values is not None
-        if not names:
-            empty.add(key)
         keys += [key] * len(names)
         items += names
         scores += [-float(n) for n in range(len(names))] if values is None else values
-        rows += [len(locations)] * len(names)
-        locations.append(location)
     if not locations:
         raise DataError.at(records.name, "empty", " contains no lists; write at least one list")
     frame = pl.DataFrame(
@@ -317,9 +310,8 @@ def _lists_from_records(records: _ListRecords, unit: ListUnit, entities: EntityC
         schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
     )
     order: ListOrder = "score" if scored else "order"
-    return RankedLists(
-        records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]], records.columns
-    )
+    empty = frozenset(locations.keys() - set(keys))
+    return RankedLists(records.name, unit, frame, empty, order, lambda row: locations[keys[row]], records.columns)
 
 
 def _list_key(location: Location, record: Mapping[str, Any], unit: ListUnit, entities: EntityColumns) -> str:
