@@ -115,12 +115,7 @@ def features_from_table(
             log.warning(
                 "%s: %s of the %s %ss of %s are missing, such as %r; their texts are treated as written from no "
                 "interactions",
-                interactions.name,
-                f"{len(unmatched):,}",
-                f"{len(with_text):,}",
-                kind,
-                table.name,
-                unmatched[0],
+                *(interactions.name, f"{len(unmatched):,}", f"{len(with_text):,}", kind, table.name, unmatched[0]),
             )
     provenance = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
     return features_from_texts(

@@ -62,9 +62,7 @@ def readable_paths(name: str, kind: Any) -> Iterator[str]:
 def is_plain_type(kind: Any) -> bool:
     """Whether a column can contain ids, numbers, times or texts."""
     types = pa.types
-    if types.is_dictionary(kind):
-        return is_text_type(kind.value_type)
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_dictionary(kind) or _is_list_type(kind):
         return is_text_type(kind.value_type)
     tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
     more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
@@ -83,9 +81,13 @@ def is_readable_type(kind: Any) -> bool:
     return is_plain_type(kind) or _is_expandable_list(kind)
 
 
+def _is_list_type(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
 def _is_expandable_list(kind: Any) -> bool:
     """Whether a column has lists whose elements can become rows: objects, texts or integers."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not _is_list_type(kind):
         return False
     inner = kind.value_type
     return is_readable_type(inner) if pa.types.is_struct(inner) else is_text_type(inner) or pa.types.is_integer(inner)
@@ -166,6 +168,4 @@ def arrow_to_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
 def _strip_type_metadata(column: Any) -> Any:
     """Return a column without field names and metadata in its type, which may not be UTF-8."""
     kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return column.cast(pa.large_list(kind.value_type))
-    return column
+    return column.cast(pa.large_list(kind.value_type)) if _is_list_type(kind) else column

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from llmrec.data.read.files import DataFile, expand_path, list_files
 from llmrec.data.read.limits import check_regular_file, format_error, suggest_file_name
-from llmrec.data.sets.pages import KnownFormat, Layout
+from llmrec.data.sets.pages import KnownFormat, Layout, is_description_path
 from llmrec.errors import DataError
 from llmrec.resources import cache_dir
 
@@ -95,7 +95,7 @@ def _find_or_download(known: KnownFormat) -> Path:
         return folder
     home = cache_dir() / "data"
     # The name of a data set described by the user is a path, not a folder of the cache.
-    for folder in (*known.folders, *((known.name,) if known.shipped else ())):
+    for folder in (*known.folders, *(() if is_description_path(known.name) else (known.name,))):
         for path in (home / folder, home / f"{folder}.zip"):
             if path.exists():
                 return path

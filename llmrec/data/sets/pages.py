@@ -210,11 +210,6 @@ class KnownFormat(Section):
     item_width: int | None = None
     counts: PublishedSizes | None = None
 
-    @property
-    def shipped(self) -> bool:
-        """Whether the description is included in the package and can be selected by name."""
-        return not is_description_path(self.name)
-
 
 def is_description_path(source: str) -> bool:
     """Whether a source is the path of a data set description."""
