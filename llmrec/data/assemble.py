@@ -381,9 +381,8 @@ def user_profiles(
 def _entity_table(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _EntityTable:
     named = getattr(section.columns, kind)
     # The item of an order is lines[].sku; in a product table it is sku.
-    named = (
-        leaf_name(named) if named not in listed.frame.columns and leaf_name(named) in listed.frame.columns else named
-    )
+    if named not in listed.frame.columns and leaf_name(named) in listed.frame.columns:
+        named = leaf_name(named)
     column = find_column(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
     keys = id_column(listed, column)
     if section.duplicates == "error":

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llmrec.data.hashing import digest_strings, hash_one
-from llmrec.data.read.codes import UserRowRanges, map_ids_to_indices, values_and_codes
+from llmrec.data.read.codes import PAIR_COLUMNS, UserRowRanges, map_ids_to_indices, values_and_codes
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection
@@ -144,9 +144,7 @@ def interacted_items(data: SplitDataset, split: SplitName) -> InteractedItems:
     validation would depend on the test items, because these would never be negatives.
     """
     frames = (data.train, data.known, data.valid) if split == "valid" else (data.dataset.interactions,)
-    return InteractedItems(
-        pl.concat([frame.select("user_id", "item_id") for frame in frames if frame.height] or [frames[0]])
-    )
+    return InteractedItems(pl.concat([frame.select(PAIR_COLUMNS) for frame in frames if frame.height] or [frames[0]]))
 
 
 def sample_across_groups(

@@ -114,10 +114,8 @@ def items_with_stored_texts(items: Mapping[str, Item], section: TextsSection | N
         return items
     texts = _stored_texts(store, "item", items, shuffled=section.shuffled)
     _check_field_unused(section.path, ITEM_FIELD, (items[item].fields for item in texts))
-    fields = {
-        item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in texts.items()
-    }
-    return {**items, **fields}
+    new = {item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in texts.items()}
+    return {**items, **new}
 
 
 def stored_user_text(user: str, section: TextsSection) -> str:

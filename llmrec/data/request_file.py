@@ -226,9 +226,7 @@ def _iterate_delimited_rows(source: HashedFile, separator: str, bare: bool) -> I
 def _parse_header(name: str, first: str, separator: str, bare: bool) -> tuple[list[str], str]:
     separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
     try:
-        columns = validate_column_names(
-            name, next((cells for _, cells in parse_rows(first, separator, newline="\n")), [])
-        )
+        columns = validate_column_names(name, next((row for _, row in parse_rows(first, separator, newline="\n")), []))
     except BrokenRow as broken:
         raise DataError.at(Location(name, 0, 1), "syntax", f": {broken.problem}") from broken
     _check_columns(name, columns, bare)

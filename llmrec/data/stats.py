@@ -189,9 +189,8 @@ class RatingSummaries:
 
     def user(self, user_id: str, without: Collection[str]) -> RatingSummary:
         """Return the number and mean rating of a user's training interactions, except with given items."""
-        return sum(
-            (tally for item, tally in self._user_summaries(user_id).items() if item not in without), RatingSummary()
-        )
+        by_item = self._user_summaries(user_id)
+        return sum((summary for item, summary in by_item.items() if item not in without), RatingSummary())
 
     def item(self, item_id: str, without: str) -> RatingSummary:
         """Return the number and mean rating of an item's training interactions, except by one user."""

@@ -227,9 +227,7 @@ def extract_zipped_table(path: Path, stored: bytes, endings: tuple[str, ...]) ->
     """
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-            entries = [
-                entry for entry in list_archive_files(path, archive) if not entry.filename.startswith("__MACOSX/")
-            ]
+            entries = [file for file in list_archive_files(path, archive) if not file.filename.startswith("__MACOSX/")]
             tables = [entry for entry in entries if Path(entry.filename).suffix.lower() in endings]
             if len(tables) != 1:
                 names = format_names([entry.filename for entry in (tables or entries)]) or "nothing"

@@ -220,12 +220,9 @@ def table_from_arrow(name: str, table: Any, sha256: str = "") -> Table:
             "%s: column %s is excluded, since it has a date outside the years 1 to 9999 in row %d",
             *(name, format_value(column), row + 1),
         )
-    left = {
-        **unreadable_columns(table.schema),
-        **result.unusable,
-        **dict.fromkeys(odd, "dates outside the years 1 to 9999"),
-    }
-    return Table(name, frame.drop(odd), sha256, unusable=left, lists=result.lists)
+    unsupported = dict.fromkeys(odd, "dates outside the years 1 to 9999")
+    unusable = {**unreadable_columns(table.schema), **result.unusable, **unsupported}
+    return Table(name, frame.drop(odd), sha256, unusable=unusable, lists=result.lists)
 
 
 def unreadable_columns(schema: pa.Schema, reads: Callable[[Any], bool] = is_readable_type) -> dict[str, str]:

@@ -52,10 +52,8 @@ def read_sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[
     frame = book.load_sheet(chosen, dtypes="string").to_polars()
     large = [name for name in frame.columns if frame[name].str.contains(_LARGE_NUMBER).any()]
     if large:
-        kinds = {
-            available_column.name: available_column.dtype
-            for available_column in book.load_sheet(chosen, schema_sample_rows=None).available_columns()
-        }
+        columns = book.load_sheet(chosen, schema_sample_rows=None).available_columns()
+        kinds = {column.name: column.dtype for column in columns}
         floats = [name for name in large if kinds.get(name) in ("float", "int")]
         frame = frame.with_columns(pl.col(floats).cast(pl.Float64, strict=False))
     return {"names": names, "head": first}, frame

@@ -204,9 +204,7 @@ def _read_several_files(path: Path, wanted: Mapping[str, ColumnKind] | None) -> 
     if (events := find_atomic_file(path, ".inter")) is not None:
         result = [events]  # other tables are about items and users
     shown = [file for file in result if file.is_file() and not file.name.startswith((".", "_"))]
-    files = [
-        file for file in shown if _split_extensions(file)[0] in _TABLE_ENDINGS or _split_extensions(file)[1] == ".zip"
-    ]
+    files = [file for file in shown if not {*_TABLE_ENDINGS, ".zip"}.isdisjoint(_split_extensions(file))]
     if not files:
         what = "is a folder with" if path.is_dir() else "matches"
         raise DataError.at(

@@ -104,8 +104,8 @@ def parse_dates(texts: pl.Series, order: DateOrder | None = None) -> ParsedDates
     parts = pl.DataFrame({"day": rest.str.replace(_CLOCK_SUFFIX, ""), "clock": rest.str.extract(_CLOCK_SUFFIX, 1)})
     days = _parse_distinct(parts["day"], _parse_day)
     open_days = [text for text, day in days.items() if not day.sure]
-    resolved = order or _infer_date_order([days[text] for text in open_days])
-    numbers = {text: number for text, day in days.items() if (number := day.number(resolved)) is not None}
+    order = order or _infer_date_order([days[text] for text in open_days])
+    numbers = {text: number for text, day in days.items() if (number := day.number(order)) is not None}
     clock = _map_to_integers(parts["clock"], _parse_distinct(parts["clock"], _parse_clock)).set(
         parts["clock"].is_null(), 0
     )
@@ -114,9 +114,7 @@ def parse_dates(texts: pl.Series, order: DateOrder | None = None) -> ParsedDates
     # Python parses additional forms of ISO 8601.
     further = _parse_distinct(rest.filter(read.is_null() & ~open_rows), _parse_with_python)
     read = read.fill_null(microseconds_to_seconds(_map_to_integers(rest, further))) if further else read
-    return ParsedDates(
-        seconds.scatter(others, read), unsure.scatter(others, open_rows), resolved if open_days else None
-    )
+    return ParsedDates(seconds.scatter(others, read), unsure.scatter(others, open_rows), order if open_days else None)
 
 
 def microseconds_to_seconds(micro: pl.Series) -> pl.Series:
@@ -172,11 +170,9 @@ def _parse_day(text: str) -> _ParsedDay | None:
         return _ParsedDay(year, int(first), int(second), sure=False, dotted=mark == ".")
     match = _NAMED_MONTH_DATE.fullmatch(text)
     month = _MONTHS.get((match[2] or match[3])[:3].lower()) if match is not None else None
-    return (
-        None
-        if match is None or month is None
-        else _ParsedDay(int(match[5]), month, int(match[1] or match[4]), sure=True)
-    )
+    if match is None or month is None:
+        return None
+    return _ParsedDay(int(match[5]), month, int(match[1] or match[4]), sure=True)
 
 
 def _parse_clock(text: str) -> int | None:
@@ -273,11 +269,9 @@ def check_unique_ids(table: Table, column: str, ids: pl.Series, kind: str, fix: 
 def _check_exact_ids(rows: Table, column: str) -> None:
     """Reject floats that are too large to distinguish integer ids."""
     series = rows.column(column)
-    row = (
-        first_true((series.fill_nan(None).abs() >= MAX_EXACT_INTEGER).fill_null(False))
-        if series.dtype.is_float()
-        else None
-    )
+    if not series.dtype.is_float():
+        return
+    row = first_true((series.fill_nan(None).abs() >= MAX_EXACT_INTEGER).fill_null(False))
     if row is not None:
         raise DataError.at(
             rows.where(row),

@@ -56,9 +56,8 @@ def locate_files(known: KnownFormat, path: str | None, items: str | None) -> Loc
     if named:
         events = DataFile(str(chosen), chosen)
         layout, category = _find_layout(known, events)
-        return _locate_companion_files(
-            known, str(chosen.parent), layout, category, events, list_files(chosen.parent), items
-        )
+        folder = chosen.parent
+        return _locate_companion_files(known, str(folder), layout, category, events, list_files(folder), items)
     for root in (chosen, *(chosen / folder for folder in known.folders)):
         members = list_files(root) if root.exists() else []
         fitting = _find_interaction_files(known, members)
@@ -203,10 +202,8 @@ def _locate_companion_files(
     def companion(patterns: Sequence[str]) -> DataFile | None:
         for pattern in patterns:
             name = pattern.replace("{}", category) if category else pattern.replace("{}", "*")
-            fitting = [
-                member for member in siblings if match_wildcard(name, member.plain) is not None and member != events
-            ]
-            if len({member.plain for member in fitting}) == 1:
+            fitting = [file for file in siblings if match_wildcard(name, file.plain) is not None and file != events]
+            if len({file.plain for file in fitting}) == 1:
                 return fitting[0]
         return None
 

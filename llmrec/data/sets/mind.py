@@ -42,9 +42,8 @@ def load_mind(section: DataSection, *, seed: int) -> Dataset:
     ):
         users = id_column(block, spec.user)
         lines = pl.Series(_LINE, list(block.lines or ()), pl.Int64)
-        histories.append(
-            _longest_histories(pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines}))
-        )
+        rows = pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines})
+        histories.append(_longest_histories(rows))
         seconds = date_column(block, "time", spec.clock)
         clicks.append(_clicks(block, pl.DataFrame({"user_id": users, "time": seconds, _LINE: lines})))
     frame = _concatenate_clicks(_longest_histories(pl.concat(histories)), pl.concat(clicks))

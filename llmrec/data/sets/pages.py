@@ -257,11 +257,7 @@ class DatasetSize:
 
     def agrees(self, other: DatasetSize) -> bool:
         """Whether two sizes agree in all numbers that both have."""
-        pairs = (
-            (self.users, other.users),
-            (self.items, other.items),
-            (self.interactions, other.interactions),
-        )
+        pairs = ((self.users, other.users), (self.items, other.items), (self.interactions, other.interactions))
         return all(
             mine is None or (theirs is not None and abs(mine - theirs) <= self._rounding_tolerance(mine))
             for mine, theirs in pairs

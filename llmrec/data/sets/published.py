@@ -10,6 +10,7 @@ import polars as pl
 
 from llmrec.data.assemble import build_dataset, build_provenance, check_column_settings
 from llmrec.data.dataset import Dataset
+from llmrec.data.read.codes import PAIR_COLUMNS
 from llmrec.data.read.columns import ColumnKind, row_location_table
 from llmrec.data.read.files import DataFile
 from llmrec.data.read.markup import has_markup, remove_markup
@@ -67,9 +68,8 @@ def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
     """
     check_column_settings(section, page.name, "text")
     located = locate_files(page, section.path, section.items)
-    events = read_events(
-        located.events, located.layout.events, _select_text_column(page, located.layout.events, section)
-    )
+    spec = located.layout.events
+    events = read_events(located.events, spec, _select_text_column(page, spec, section))
     _check_column_order(page, events.frame, located.events.name)
     item_ids = set(events.frame["item_id"].unique())
     items, notes = read_published_catalogue(located, item_ids, events.titles)
@@ -77,7 +77,7 @@ def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
     if located.people is not None and located.layout.people is not None:
         people = read_user_profiles(located.people, located.layout.people)
     notes = (*page.notes, *notes)
-    if located.layout.events.time is None:
+    if spec.time is None:
         notes += ("the data have no timestamps: a seeded hash orders the items of a user",)
     return build_dataset(
         section,
@@ -107,11 +107,9 @@ def compare_with_published(page: KnownFormat, file: str, frame: pl.DataFrame) ->
     here = DatasetSize(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
     if counted.agrees(here):
         return {"published": f"as published: {counted} ({counted.origin})"}
-    sentence = (
-        f"published: {counted} ({counted.origin}); here: {here}. This is expected if the file was filtered or cut"
-    )
-    log.warning("%s: %s", page.name, sentence)
-    return {"published": sentence}
+    note = f"published: {counted} ({counted.origin}); here: {here}. This is expected if the file was filtered or cut"
+    log.warning("%s: %s", page.name, note)
+    return {"published": note}
 
 
 def _check_column_order(page: KnownFormat, frame: pl.DataFrame, file: str) -> None:
@@ -119,9 +117,7 @@ def _check_column_order(page: KnownFormat, frame: pl.DataFrame, file: str) -> No
     if page.item_width is None:
         return
     first = frame.head(1000)
-    users, items = (
-        first[column].cast(pl.String).str.len_chars().eq(page.item_width).mean() for column in ("user_id", "item_id")
-    )
+    users, items = (first[column].cast(pl.String).str.len_chars().eq(page.item_width).mean() for column in PAIR_COLUMNS)
     if isinstance(users, float) and isinstance(items, float) and users > 0.9 and items < 0.1:
         others = " and ".join(
             f"{other.name!r} for {','.join(layout.events.form.columns)}"
@@ -208,10 +204,8 @@ def read_events(member: DataFile, spec: InteractionFile, text: str | None, also:
         frames.append(pl.DataFrame(series))
         lines.append(block.lines or ())
         if spec.title is not None:
-            named = pl.DataFrame(
-                {"item": series["item_id"], "title": plain_text_column(block, spec.title)}
-            ).drop_nulls()
-            titles = dict(named.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
+            rows = pl.DataFrame({"item": series["item_id"], "title": plain_text_column(block, spec.title)}).drop_nulls()
+            titles = dict(rows.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
     return PublishedEvents(pl.concat(frames), row_location_table(member.name, lines), titles)
 
 
