@@ -33,9 +33,8 @@ def sources_with_columns(columns: Collection[str]) -> tuple[str, ...]:
 
 def _matches_columns(layout: Layout, columns: Collection[str]) -> bool:
     events = layout.events
-    if events.form.columns:
-        return False
-    return _required_columns(events) <= set(columns) and not {events.user, *events.item} & _COMMON_COLUMNS
+    distinctive = not events.form.columns and not {events.user, *events.item} & _COMMON_COLUMNS
+    return distinctive and _required_columns(events) <= set(columns)
 
 
 def _required_columns(events: InteractionFile) -> set[str]:
