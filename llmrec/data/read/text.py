@@ -244,12 +244,9 @@ def decode_file(name: str, raw: bytes) -> str:
         DataError: If it is not text, or a byte is not UTF-8 or NUL.
     """
     check_text_start(Location(name, 1, 1), raw)
-    return decode_block(
-        LineBlock(
-            InMemoryFile(name, raw), raw := _BYTE_ORDER_MARKS.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0
-        ),
-        header=0,
-    )
+    if codecs.BOM_UTF8 in raw:
+        raw = _BYTE_ORDER_MARKS.sub(b"", raw)
+    return decode_block(LineBlock(InMemoryFile(name, raw), raw, 0), header=0)
 
 
 def detect_encoding(source: Source, encodings: tuple[str, ...]) -> str:
@@ -295,15 +292,11 @@ def read_in_any_encoding(source: Source, read: Callable[[Source], ReadResult]) -
             raise
     encoding, text = again
     odd = Counter(mark for mark in text if mark > "\x7f")
+    examples = ", ".join(format_value(mark) for mark, _ in odd.most_common(5)) or "none"
     log.warning(
         "%s is not UTF-8 and was read as %s: %d characters are not ASCII, such as %s; if these look wrong, save the "
         "file as UTF-8",
-        *(
-            source.name,
-            encoding,
-            sum(odd.values()),
-            ", ".join(format_value(mark) for mark, _ in odd.most_common(5)) or "none",
-        ),
+        *(source.name, encoding, odd.total(), examples),
     )
     return read(InMemoryFile(source.name, text.encode()))
 
@@ -343,4 +336,4 @@ def _detect_other_encoding(raw: bytes) -> tuple[str, str] | None:
         return None
     odd = Counter(mark for mark in text if mark > "\x7f")
     usual = sum(count for mark, count in odd.items() if mark in _WESTERN_CHARACTERS)
-    return ("Windows-1252", text) if usual >= _MIN_WESTERN_SHARE * sum(odd.values()) else None
+    return ("Windows-1252", text) if usual >= _MIN_WESTERN_SHARE * odd.total() else None
