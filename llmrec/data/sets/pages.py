@@ -169,10 +169,6 @@ class PublishedSizes(Section):
     rounded: bool = False
     files: Mapping[str, tuple[int | None, int | None, int]]
 
-    def of(self, file: str) -> DatasetSize | None:
-        """Return the published size of a file of interactions; None if it is not published."""
-        return DatasetSize(*self.files[file], self.origin, self.rounded) if file in self.files else None
-
 
 class KnownFormat(Section):
     """A data set with a known file format.
@@ -209,6 +205,12 @@ class KnownFormat(Section):
     layouts: Annotated[tuple[Layout, ...], Field(min_length=1)]
     item_width: int | None = None
     counts: PublishedSizes | None = None
+
+    def published_size(self, file: str) -> DatasetSize | None:
+        """Return the published size of a file of interactions; None if it is not published."""
+        if self.counts is None or file not in self.counts.files:
+            return None
+        return DatasetSize(*self.counts.files[file], self.counts.origin, self.counts.rounded)
 
 
 def is_description_path(source: str) -> bool:

@@ -101,7 +101,7 @@ def load_from_description(page: KnownFormat, section: DataSection) -> Dataset:
 
 def compare_with_published(page: KnownFormat, file: str, frame: pl.DataFrame) -> dict[str, str]:
     """Return the provenance entries about published sizes, and warn if the sizes differ."""
-    counted = page.counts.of(file) if page.counts is not None else None
+    counted = page.published_size(file)
     if counted is None:
         return {}
     here = DatasetSize(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")

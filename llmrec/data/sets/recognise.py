@@ -161,7 +161,7 @@ def _has_required_columns(events: InteractionFile, member: DataFile) -> bool:
 
 def _has_published_count(page: KnownFormat, member: DataFile) -> bool:
     """Whether a file has the published number of rows."""
-    counts = page.counts.of(member.plain) if page.counts is not None else None
+    counts = page.published_size(member.plain)
     if counts is None:
         return False
     with member.open() as stream:
