@@ -226,7 +226,7 @@ def _split_failed_rows(table: Table, key: str, item: str) -> tuple[Table, frozen
 def _unescaped_id_column(table: Table, column: str) -> pl.Series:
     """Return a column of ids as texts, without the protection against spreadsheet formulas."""
     result = typed.id_column(table, column).cast(pl.String)
-    delimited = {".csv", ".tsv", ".txt", ".psv"} & set(Path(table.name).suffixes)
+    delimited = {".csv", ".tsv", ".txt", ".psv"} & set(Path(table.name.lower()).suffixes)
     return unescape_cells(result) if delimited else result
 
 
