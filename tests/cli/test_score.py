@@ -200,7 +200,7 @@ def test_accepts_frames_of_other_libraries(truth: Path, make: Any) -> None:
 
 def test_unusual_ids(tmp_path: Path) -> None:
     record = RankingRecord(request_id="1", user_id="=u", line=1, items=("-1", "b"), scores=(2.0, 1.0))
-    for name, form in (("r.csv", "records"), ("l.csv", "long")):
+    for name, form in (("r.csv", "records"), ("l.csv", "long"), ("L.CSV", "long")):
         write_lists(tmp_path / name, [record], form)  # type: ignore[arg-type]
         assert "'=u" in (tmp_path / name).read_text()
         assert values(score(tmp_path / name, [{"user": "=u", "item": "-1"}]))["HR@1"] == 1.0
