@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,7 +80,10 @@ def test_tuning_moves_texts_of_successive_items_together() -> None:
 
 
 def test_encoder_is_restored_without_improvement() -> None:
-    model = _fitted(learning_rate=0.5, patience=1)
+    worse = ({"excluded": -float(epoch)} for epoch in range(3))
+    with mock.patch("llmrec.baselines.pairs.mean_ndcgs", side_effect=worse) as judged:
+        model = _fitted(learning_rate=0.5, patience=1)
+    assert judged.call_count == 2  # the pretrained encoder and one epoch
     same = {"text": model.config.text, "sharpness": model.config.sharpness}
     fixed = TransitionsText(TransitionsText.Config(encoder=tiny_encoder(), **same))
     fixed.fit(ring())
