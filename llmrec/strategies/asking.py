@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from llmrec.errors import BackendError, RecipeError
 from llmrec.registry import STRATEGIES, import_component, is_plugin
@@ -18,22 +18,15 @@ from llmrec.types import (
     Completion,
     Cost,
     Predictor,
-    Probability,
     Prompt,
     Ranking,
-    Rating,
     Request,
     Scores,
-    Text,
     Unparsed,
 )
 
 # Prompts per call of a strategy with many prompts per request.
 _PROMPTS_PER_CALL = 512
-
-
-def _ignore_progress(done: int) -> None:
-    """Report no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +49,7 @@ class Prompting:
     shots: int = 0
     batch: int = 64
     want: Want = "one"
-    advance: Callable[[int], None] = field(default=_ignore_progress)
+    advance: Callable[[int], None] = lambda done: None
 
     def needs(self, capability: Capability) -> None:
         """Raise an error if the backend lacks a capability, before the first request.
@@ -76,10 +69,13 @@ class Prompting:
         """Render a request."""
         return self.task.prompt(request, template=self.template, shots=self.shots, want=self.want)
 
+    def split(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Yield batches of requests."""
+        return (requests[start : start + self.batch] for start in range(0, len(requests), self.batch))
+
     def batches(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], list[Prompt]]]:
         """Yield batches of requests with their prompts, and report progress after each."""
-        for start in range(0, len(requests), self.batch):
-            part = requests[start : start + self.batch]
+        for part in self.split(requests):
             yield part, [self.prompt(request) for request in part]
             self.advance(len(part))
 
@@ -96,15 +92,62 @@ class Strategy(Predictor, Protocol):
     engine: str
 
 
-class BaseStrategy:
-    """The state of a strategy that scores or generates answers; subclasses define ``answer``."""
+class ScoringStrategy:
+    """A strategy with one scored prompt per request; subclasses define ``read``.
 
-    verb: ClassVar[Literal["score", "generate"]] = "score"
+    Attributes:
+        closed: See `scored_requests`.
+    """
+
+    closed: ClassVar[bool | None] = None
 
     def __init__(self, asker: Prompting) -> None:
-        asker.needs(self.verb)
+        asker.needs("score")
         self.asker = asker
-        self.engine = f"{asker.backend.name}:generate" if self.verb == "generate" else ""
+        self.engine = ""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer every request; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for result in scored_requests(self.asker, requests, closed=self.closed):
+            self.engine = result.scores.engine
+            answers.append(self.read(result))
+        return answers
+
+    def read(self, result: ScoredRequest) -> Answer:
+        """Return the answer that follows from the scores of a request."""
+        raise NotImplementedError
+
+
+class GeneratingStrategy:
+    """A strategy that generates a text for every request and parses it.
+
+    Attributes:
+        answer_type: The type of its answers; other texts are `Unparsed`.
+        reason: Why a text is unparsed.
+        max_tokens: Maximum number of tokens of a text.
+    """
+
+    answer_type: ClassVar[type[Answer]]
+    reason: ClassVar[str]
+    max_tokens = 8
+
+    def __init__(self, asker: Prompting) -> None:
+        asker.needs("generate")
+        self.asker = asker
+        self.engine = f"{asker.backend.name}:generate"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer every request; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for part, prompts in self.asker.batches(requests):
+            texts = self.asker.backend.generate(prompts, max_tokens=self.max_tokens)
+            for request, prompt, done in zip(part, prompts, texts, strict=True):
+                answer = self.asker.task.parse(done.text, request, template=self.asker.template)
+                if not isinstance(answer, self.answer_type):
+                    answer = Unparsed(request_id=request.id, reason=self.reason)
+                answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost_of(done)))
+        return answers
 
 
 def create_strategy(name: str, asker: Prompting, **options: object) -> Strategy:
@@ -193,24 +236,15 @@ def has_nested_labels(labels: tuple[str, ...]) -> bool:
     return any(after.startswith(before) for before, after in pairwise(ordered) if after != before)
 
 
-def generate_answers(
-    asker: Prompting,
-    requests: Sequence[Request],
-    *,
-    max_tokens: int,
-    answer_type: type[Ranking] | type[Rating] | type[Probability] | type[Text],
-    reason: str,
-) -> list[Answer]:
-    """Generate and parse an answer for every request; if parsing fails, it is `Unparsed`."""
-    answers: list[Answer] = []
-    for part, prompts in asker.batches(requests):
-        for request, prompt, done in zip(
-            part, prompts, asker.backend.generate(prompts, max_tokens=max_tokens), strict=True
-        ):
-            parsed = asker.task.parse(done.text, request, template=asker.template)
-            answer = parsed if isinstance(parsed, answer_type) else Unparsed(request_id=request.id, reason=reason)
-            answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost_of(done)))
-    return answers
+def ranking_of(request: Request, order: Sequence[tuple[str, float]], hashed: str | None, cost: Cost) -> Ranking:
+    """Return the ranking of items with scores, best first; ``hashed`` is a `prompt_hash`."""
+    return Ranking(
+        request_id=request.id,
+        items=tuple(item for item, _ in order),
+        scores=tuple(score for _, score in order),
+        prompt_hash=hashed,
+        cost=cost,
+    )
 
 
 def cost_of(done: Scores | Completion) -> Cost:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.strategies.asking import Prompting, prompt_hash
+from llmrec.strategies.asking import Prompting, prompt_hash, ranking_of
 from llmrec.types import Answer, Cost, Ranking, Request, SearchResult
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ class CatalogueRanker:
                 excluded=[self._excluded_groups(request) for request in part],
                 exact=self._exact,
             )
-            for request, prompt, item in zip(part, prompts, result, strict=True):
-                answers.append(self._ranking(request, item, prompt_hash(prompt)))
+            for request, prompt, found in zip(part, prompts, result, strict=True):
+                self.engine = found.engine
+                cost = Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
+                answers.append(ranking_of(request, self._order(request, found), prompt_hash(prompt), cost))
         return answers
 
     def _write(self, request: Request) -> None:
@@ -96,22 +98,14 @@ class CatalogueRanker:
         groups = {self._group_of[item] for item in excluded if item in self._group_of}
         return sorted(group for group in groups if excluded.issuperset(self._groups[group]))
 
-    def _ranking(self, request: Request, result: SearchResult, prompt: str) -> Ranking:
-        self.engine = result.engine
+    def _order(self, request: Request, result: SearchResult) -> list[tuple[str, float]]:
         excluded = self._apart(request)
-        ranked = [
+        return [
             (item, score)
             for group, score in zip(result.items, result.scores, strict=True)
             for item in self._groups[group]
             if item not in excluded
         ]
-        return Ranking(
-            request_id=request.id,
-            items=tuple(item for item, _ in ranked),
-            scores=tuple(score for _, score in ranked),
-            prompt_hash=prompt,
-            cost=Cost(prompt_tokens=result.prompt_tokens, completion_tokens=result.tokens, forwards=1),
-        )
 
 
 def _history_items(request: Request) -> frozenset[str]:

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from llmrec.strategies.asking import (
-    BaseStrategy,
     Prompting,
     ScoredRequest,
+    ScoringStrategy,
     cost_of,
     prompt_hash,
+    ranking_of,
     score_in_chunks,
     scored_requests,
 )
@@ -24,7 +25,7 @@ _TITLES_PER_PROMPT = 64
 _NO_USER = Request(id="prior", user_id="")
 
 
-class LikelihoodRanker(BaseStrategy):
+class LikelihoodRanker(ScoringStrategy):
     """Ranks candidates by log P(title | prompt), summed over tokens including the end token.
 
     The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
@@ -32,17 +33,14 @@ class LikelihoodRanker(BaseStrategy):
     """
 
     name = "likelihood"
+    closed = True
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates of every request; see `Predictor.answer`."""
-        answers: list[Answer] = []
-        for result in scored_requests(self.asker, requests, closed=True):
-            self.engine = result.scores.engine
-            answers.append(sorted_ranking(result))
-        return answers
+    def read(self, result: ScoredRequest) -> Ranking:
+        """Return the candidates sorted by score."""
+        return sorted_ranking(result)
 
 
-class PriorRanker(BaseStrategy):
+class PriorRanker(ScoringStrategy):
     """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt without user).
 
     The second term is the prior of a title, independent of the user. Its prompt uses the same template for a user
@@ -60,8 +58,7 @@ class PriorRanker(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for start in range(0, len(requests), self.asker.batch):
-            part = requests[start : start + self.asker.batch]
+        for part in self.asker.split(requests):
             results = list(scored_requests(self.asker, part, closed=True))
             texts = [self._texts_without_user(item.request) for item in results]
             extra = self._learn(sorted({text for group in texts for text in group} - self._priors.keys()))
@@ -92,7 +89,7 @@ class PriorRanker(BaseStrategy):
         return sum(map(cost_of, scores), Cost())
 
 
-class YesRanker(BaseStrategy):
+class YesRanker(ScoringStrategy):
     """Ranks candidates by log P(yes) - log P(no) to the question whether the user would choose the candidate.
 
     P is the summed probability of all spellings in the template's language, as complete answers. A prompt contains
@@ -104,8 +101,7 @@ class YesRanker(BaseStrategy):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for start in range(0, len(requests), self.asker.batch):
-            part = requests[start : start + self.asker.batch]
+        for part in self.asker.split(requests):
             answers += self._rank(part)
             self.asker.advance(len(part))
         return answers
@@ -132,16 +128,7 @@ class YesRanker(BaseStrategy):
                 text[item] = yes_log_odds(scores.logprobs, len(yes))
                 hashes.append(digest)
                 cost += cost_of(scores)
-            order = sort_by_score(text)
-            answers.append(
-                Ranking(
-                    request_id=request.id,
-                    items=tuple(item for item, _ in order),
-                    scores=tuple(score for _, score in order),
-                    prompt_hash=joint_hash(hashes),
-                    cost=cost,
-                )
-            )
+            answers.append(ranking_of(request, sort_by_score(text), joint_hash(hashes), cost))
         return answers
 
 
@@ -158,11 +145,5 @@ def sorted_ranking(result: ScoredRequest) -> Ranking:
         LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
     """
     items, scores = required_candidates(result.request), result.scores
-    order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])
-    return Ranking(
-        request_id=result.request.id,
-        items=tuple(items[i] for i in order),
-        scores=tuple(scores.logprobs[i] for i in order),
-        prompt_hash=result.prompt_hash,
-        cost=cost_of(scores),
-    )
+    order = sorted(zip(items, scores.logprobs, strict=True), key=lambda pair: -pair[1])
+    return ranking_of(result.request, order, result.prompt_hash, cost_of(scores))

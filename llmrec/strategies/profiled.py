@@ -52,8 +52,7 @@ class TwoStepRanker:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`. The raw answer is the profile."""
         answers: list[Answer] = []
-        for start in range(0, len(requests), self.asker.batch):
-            part = requests[start : start + self.asker.batch]
+        for part in self.asker.split(requests):
             profiles = self._profiles(part)
             self._profiled |= {id(request): (request, text) for request, (text, _) in zip(part, profiles, strict=True)}
             second = self._second.answer(

@@ -13,44 +13,38 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrec.errors import BackendError, LlmrecError
-from llmrec.strategies.asking import BaseStrategy, Prompting, cost_of, generate_answers, prompt_hash, scored_requests
+from llmrec.strategies.asking import (
+    GeneratingStrategy,
+    Prompting,
+    ScoredRequest,
+    ScoringStrategy,
+    cost_of,
+    prompt_hash,
+)
 from llmrec.tasks.rating import expected_rating
 from llmrec.types import Answer, Case, Cost, HeadBackend, Predictor, Probability, Rating, Request, Text
 
-_NUMBER_TOKENS = 8
 
-
-class ExpectedRater(BaseStrategy):
+class ExpectedRater(ScoringStrategy):
     """Predicts the mean rating sum_r r P(r | prompt), with P normalised over the labels of the scale."""
 
     name = "expected"
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rate the item of every request; see `Predictor.answer`."""
-        answers: list[Answer] = []
-        for result in scored_requests(self.asker, requests, closed=None):
-            self.engine = result.scores.engine
-            answers.append(
-                Rating(
-                    request_id=result.request.id,
-                    value=expected_rating([float(text) for text in result.texts], result.scores.logprobs),
-                    prompt_hash=result.prompt_hash,
-                    cost=Cost(prompt_tokens=result.scores.prompt_tokens, completion_tokens=1, forwards=1),
-                )
-            )
-        return answers
+    def read(self, result: ScoredRequest) -> Rating:
+        """Return the mean rating."""
+        return Rating(
+            request_id=result.request.id,
+            value=expected_rating([float(text) for text in result.texts], result.scores.logprobs),
+            prompt_hash=result.prompt_hash,
+            cost=Cost(prompt_tokens=result.scores.prompt_tokens, completion_tokens=1, forwards=1),
+        )
 
 
-class ParsedRater(BaseStrategy):
+class ParsedRater(GeneratingStrategy):
     """Generates an answer and parses a number from it."""
 
     name = "parsed"
-    verb = "generate"
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rate the item of every request; see `Predictor.answer`."""
-        reason = "no number on the rating scale in the answer"
-        return generate_answers(self.asker, requests, max_tokens=_NUMBER_TOKENS, answer_type=Rating, reason=reason)
+    answer_type, reason = Rating, "no number on the rating scale in the answer"
 
 
 class HeadRater:
@@ -93,12 +87,11 @@ class HeadRater:
         return answers
 
 
-_ANSWER_TOKENS = 8
 # The log-odds of certain answers are infinite. Use the float next to 1, so that no two answers become equal.
 _CERTAIN = 2.0**-53
 
 
-class YesNoJudge(BaseStrategy):
+class YesNoJudge(ScoringStrategy):
     """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of an answer.
 
     TALLRec (Bao et al., RecSys 2023) uses the softmax over the first tokens of the two answers, whose ids depend on the
@@ -108,35 +101,24 @@ class YesNoJudge(BaseStrategy):
 
     name = "yes-no"
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer yes or no about the item of every request; see `Predictor.answer`."""
-        answers: list[Answer] = []
-        for result in scored_requests(self.asker, requests, closed=None):
-            self.engine = result.scores.engine
-            answers.append(
-                Probability(
-                    request_id=result.request.id,
-                    value=expected_rating((1.0, 0.0), result.scores.logprobs),
-                    prompt_hash=result.prompt_hash,
-                    cost=cost_of(result.scores),
-                )
-            )
-        return answers
+    def read(self, result: ScoredRequest) -> Probability:
+        """Return the relative probability of yes."""
+        return Probability(
+            request_id=result.request.id,
+            value=expected_rating((1.0, 0.0), result.scores.logprobs),
+            prompt_hash=result.prompt_hash,
+            cost=cost_of(result.scores),
+        )
 
 
-class ParsedYesNoJudge(BaseStrategy):
+class ParsedYesNoJudge(GeneratingStrategy):
     """Generates an answer, and parses yes as probability 1 and no as probability 0.
 
     A text without either is unparsed, and counts in every denominator as a wrong answer.
     """
 
     name = "parsed-yes-no"
-    verb = "generate"
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer yes or no about the item of every request; see `Predictor.answer`."""
-        reason = "neither a yes nor a no at the beginning of the answer"
-        return generate_answers(self.asker, requests, max_tokens=_ANSWER_TOKENS, answer_type=Probability, reason=reason)
+    answer_type, reason = Probability, "neither a yes nor a no at the beginning of the answer"
 
 
 # --------------------------------------------------------------------------- calibration
@@ -221,18 +203,12 @@ def _log_odds(value: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-class TextGenerator(BaseStrategy):
+class TextGenerator(GeneratingStrategy):
     """Generates one text per request by greedy decoding, of at most ``max_tokens`` tokens."""
 
     name = "text"
-    verb = "generate"
+    answer_type, reason = Text, "empty answer"
 
     def __init__(self, asker: Prompting, *, max_tokens: int = 48) -> None:
         super().__init__(asker)
-        self._max_tokens = max_tokens
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Generate a text for every request; see `Predictor.answer`."""
-        return generate_answers(
-            self.asker, requests, max_tokens=self._max_tokens, answer_type=Text, reason="empty answer"
-        )
+        self.max_tokens = max_tokens

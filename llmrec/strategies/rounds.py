@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.asking import (
+    GeneratingStrategy,
     Prompting,
     cost_of,
-    generate_answers,
     has_nested_labels,
     prompt_hash,
+    ranking_of,
     score_in_chunks,
 )
 from llmrec.tasks.base import seeded_random
@@ -117,8 +118,7 @@ class Rounds:
             LlmrecError: If a request has no candidates.
         """
         answers: list[Answer] = []
-        for start in range(0, len(requests), self.asker.batch):
-            part = requests[start : start + self.asker.batch]
+        for part in self.asker.split(requests):
             games = [_RankingState(request, self._steps(request)) for request in part]
             for game in games:
                 game.go()
@@ -219,16 +219,9 @@ class Rounds:
         return self._bias[size]
 
     def _ranking(self, game: _RankingState) -> Ranking:
-        order = game.order or ()
         # The cost of training prompts is assigned to the first request, so that the sum is complete.
         cost, self._unbooked = game.cost + self._unbooked, Cost()
-        return Ranking(
-            request_id=game.request.id,
-            items=tuple(item for item, _ in order),
-            scores=tuple(score for _, score in order),
-            prompt_hash=joint_hash(game.hashes),
-            cost=cost,
-        )
+        return ranking_of(game.request, game.order or (), joint_hash(game.hashes), cost)
 
 
 def shuffled_items(request: Request, items: Sequence[str]) -> tuple[str, ...]:
@@ -348,21 +341,19 @@ def _append_rest(chosen: Sequence[str], rest: Order) -> Order:
     return [*ahead, *((item, value - best) for item, value in rest)]
 
 
-class ListRanker:
+class ListRanker(GeneratingStrategy):
     """Generates the whole list as text and parses it; missing candidates count as misses."""
 
     name = "list"
+    answer_type, reason = Ranking, "no candidate label or title in the answer"
 
     def __init__(self, asker: Prompting) -> None:
-        asker.needs("generate")
-        self.asker = replace(asker, want="ranking")
-        self.engine = f"{asker.backend.name}:generate"
+        super().__init__(replace(asker, want="ranking"))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""
-        room = max_list_tokens(max((len(r.candidates or ()) for r in requests), default=1))
-        reason = "no candidate label or title in the answer"
-        return generate_answers(self.asker, requests, max_tokens=room, answer_type=Ranking, reason=reason)
+        self.max_tokens = max_list_tokens(max((len(r.candidates or ()) for r in requests), default=1))
+        return super().answer(requests)
 
 
 # --------------------------------------------------------------------------- windows
