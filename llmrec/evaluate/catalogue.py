@@ -113,7 +113,7 @@ def rank_catalogue(
         part = cases[start : start + step]
         scores = _score_cases(scorer, part, len(items))
         targets = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
-        seen_items = _SeenItems.of(part, index, targets)
+        seen_items = _seen_items(part, index, targets)
         row_hash = hash64("list ties", seed, [case.request.id for case in part]) if length else item_hash
         for convention, result in _ranks_by_convention(
             scores, targets, seen_items, seen, length, row_hash, item_hash
@@ -169,22 +169,14 @@ def evaluate_catalogue(
 # --------------------------------------------------------------------------- helpers
 
 
-@dataclass(frozen=True, slots=True)
-class _SeenItems:
-    """The seen items of a batch except the targets, one entry per (request, item)."""
-
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
-
-    @staticmethod
-    def of(cases: Sequence[Case], index: Mapping[str, int], targets: NDArray[np.int64]) -> _SeenItems:
-        pairs = [
-            (row, column)
-            for row, case in enumerate(cases)
-            for column in {index.get(event.item_id, -1) for event in case.request.history} - {-1, int(targets[row])}
-        ]
-        table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        return _SeenItems(table[:, 0], table[:, 1])
+def _seen_items(cases: Sequence[Case], index: Mapping[str, int], targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the (request, item) indices of the seen items of a batch except the targets, shape (seen, 2)."""
+    pairs = [
+        (row, column)
+        for row, case in enumerate(cases)
+        for column in {index.get(event.item_id, -1) for event in case.request.history} - {-1, int(targets[row])}
+    ]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def _score_cases(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArray[Any]:
@@ -212,7 +204,7 @@ def _score_cases(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> 
 def _ranks_by_convention(
     scores: NDArray[Any],
     targets: NDArray[np.int64],
-    seen_items: _SeenItems,
+    seen_items: NDArray[np.int64],
     seen: Sequence[Seen],
     length: int,
     row_hash: NDArray[np.uint64],
@@ -223,7 +215,7 @@ def _ranks_by_convention(
     target_scores = scores[np.arange(n), np.maximum(targets, 0)]
     greater = np.count_nonzero(scores > target_scores[:, None], axis=1)
     tied = np.count_nonzero(scores >= target_scores[:, None], axis=1) - greater
-    rows, columns = seen_items.rows, seen_items.columns
+    rows, columns = seen_items.T
     of_seen = scores[rows, columns]
     result = {}
     for convention in seen:

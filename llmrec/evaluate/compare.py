@@ -163,9 +163,7 @@ def compare_planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int 
             level=decision.level,
             p=decision.p,
             p_raw=decision.p_raw,
-            verdict=verdict(
-                Difference(decision.value, decision.low, decision.high, decision.p), metric_direction(contrast.metric)
-            ),
+            verdict=verdict(decision, metric_direction(contrast.metric)),
             detectable=contrast.detectable(drawn, size),
         )
         for contrast, drawn, decision in zip(contrasts, results, holm_adjusted(results, more=more), strict=True)

@@ -114,9 +114,10 @@ def compute_metrics(
             drawn = statistic_interval(
                 result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed
             )
-            measurements.metrics[name] = metric_record(drawn.value, drawn.low, drawn.high, sign)
+            measurements.metrics[name] = Metric(value=drawn.value, low=drawn.low, high=drawn.high, signature=sign)
         else:
-            measurements.metrics[name] = metric_record(result.result, None, None, sign, result.undefined)
+            reason = {"undefined": result.undefined} if result.result is None else {}
+            measurements.metrics[name] = Metric(value=result.result, low=None, high=None, signature=sign, **reason)
         if entry.compared and isinstance(result.result, np.ndarray) and entry.unit == "request":
             measurements.values[name] = result.result
     return measurements
@@ -154,7 +155,7 @@ def mean_figure(
 ) -> Metric:
     """Return the mean (or root mean) of per-request values, with interval and signature."""
     result = mean_interval(metric, values, users, resamples=resamples, seed=seed)
-    return metric_record(result.value, result.low, result.high, signature)
+    return Metric(value=result.value, low=result.low, high=result.high, signature=signature)
 
 
 def mean_interval(
@@ -165,12 +166,3 @@ def mean_interval(
     return bootstrap_interval(
         values, users=users, resamples=resamples, seed=seed, statistic=statistic, method="bca", widen=True
     )
-
-
-def metric_record(
-    value: float | None, low: float | None, high: float | None, signature: str, undefined: str = ""
-) -> Metric:
-    """Return the record of a metric, with the reason if it is undefined."""
-    if value is None:
-        return Metric(value=None, low=low, high=high, signature=signature, undefined=undefined)
-    return Metric(value=value, low=low, high=high, signature=signature)

@@ -22,6 +22,7 @@ from scipy.special import gammaln, stdtrit
 from llmrec.metrics.stats import (
     ALPHA,
     BootstrapDifference,
+    Difference,
     StatisticName,
     paired_user_sums,
     statistic_from_means,
@@ -330,22 +331,14 @@ _MIN_TAIL_DRAWS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class AdjustedDifference:
-    """The result of a difference after correction for multiple tests.
+class AdjustedDifference(Difference):
+    """A difference after correction for multiple tests; 0 is outside its interval exactly if ``p`` is at most alpha.
 
     Attributes:
-        value: The difference.
-        low: Lower end of the interval at ``level``; 0 is outside exactly if ``p`` is at most alpha.
-        high: Upper end.
-        p: Corrected by Holm's method over the family.
-        p_raw: Before correction.
+        p_raw: The p-value before Holm's correction over the family.
         level: Coverage of the single interval.
     """
 
-    value: float
-    low: float
-    high: float
-    p: float
     p_raw: float
     level: float
 
