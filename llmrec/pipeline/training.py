@@ -423,7 +423,7 @@ def _train(
     else:
         model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     if study.recipe.model.whole_words:
-        from llmrec.train.whole_words import add_whole_words
+        from llmrec.train.heads import add_whole_words
 
         add_whole_words(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
     head = _attach_rating_head(study, encoder, model, planned)
@@ -439,14 +439,12 @@ def _train(
         folder=folder,
         seed=study.training_seed,
         quiet=quiet,
-        loss=sft.LossInputs(
-            head=head,
-            soft=planned.soft,
-            listwise=listwise_settings(study),
-            objective=reward_objective(study, encoder, planned) if section.reward is not None else None,
-            taught=taught,
-            items=tokens,
-        ),
+        head=head,
+        soft=planned.soft,
+        listwise=listwise_settings(study),
+        objective=reward_objective(study, encoder, planned) if section.reward is not None else None,
+        taught=taught,
+        items=tokens,
         device=device(study.recipe.model),
         judge=None if judge is None else judge.model,
     )

@@ -61,13 +61,18 @@ def split_source_target(row: TokenRow) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def encoder_decoder_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int]]]:
     """Return right-padded sources with their mask, and labels, each of shape (rows, longest)."""
-    halves = [split_source_target(row) for row in rows]
-    wide, deep = max(len(source) for source, _ in halves), max(len(target) for _, target in halves)
+    sources, targets = zip(*map(split_source_target, rows), strict=True)
     return {
-        "input_ids": [[*source, *[pad] * (wide - len(source))] for source, _ in halves],
-        "attention_mask": [[1] * len(source) + [0] * (wide - len(source)) for source, _ in halves],
-        "labels": [[*target, *[IGNORED] * (deep - len(target))] for _, target in halves],
+        "input_ids": _padded(sources, pad),
+        "attention_mask": _padded([[1] * len(source) for source in sources], 0),
+        "labels": _padded(targets, IGNORED),
     }
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
+    """Pad rows on the right to the length of the longest."""
+    longest = max(map(len, rows))
+    return [[*row, *[pad] * (longest - len(row))] for row in rows]
 
 
 # Number of examples to sort by length together: more means less padding, fewer means better mixed steps.
@@ -168,10 +173,7 @@ def truncated_row(example: Example, encoder: Encoder, limit: int) -> TokenRow | 
 
 def pad_rows(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[list[int]]]:
     """Pad token ids and labels on the right to the length of the longest example."""
-    longest = max(len(row.ids) for row in rows)
-    ids = [[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]
-    labels = [[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows]
-    return ids, labels
+    return _padded([row.ids for row in rows], pad), _padded([row.labels for row in rows], IGNORED)
 
 
 def padded_inputs(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:

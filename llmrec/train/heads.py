@@ -1,4 +1,4 @@
-"""Trains rating heads and soft prompts together with a model's other trainable weights."""
+"""Trains rating heads, soft prompts and whole-word embeddings together with a model's other trainable weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ from llmrec.models.rating_head import HEAD_WEIGHTS_FILE, HeadShape, RatingHead, 
 from llmrec.models.soft_prompt import SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.models.traits import is_encoder_decoder, is_plain_head
+from llmrec.models.whole_words import (
+    WHOLE_WORDS_FILE,
+    attach_whole_words,
+    new_word_table,
+    token_kinds,
+    whole_word_embeddings,
+)
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
 from llmrec.tasks.rating import RatingScale
 from llmrec.train.batches import pad_rows
@@ -191,6 +198,26 @@ def merge_soft_prompt_model(folder: str, model: ModelSection, adapter: Path, pro
 def _soft_token_ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
     ids: Sequence[int] = encoder.tokenizer.convert_tokens_to_ids(soft_prompt.soft_token_names(prompt.count))
     return [int(item) for item in ids]
+
+
+def add_whole_words(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) -> None:
+    """Add trainable whole-word embeddings to a model; a new table has ``size`` rows, the maximum word number + 1.
+
+    Raises:
+        RecipeError: If the model is not an encoder-decoder.
+    """
+    known = whole_word_embeddings(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    table = new_word_table(model, size, seed=seed) if known is None else known.weight.detach()
+    attach_whole_words(model, table, token_kinds(encoder.tokenizer, encoder.control, rows))
+
+
+def restore_whole_words(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Load the whole-word embeddings of a checkpoint, if the model has any."""
+    words = whole_word_embeddings(model)
+    if words is not None:
+        with torch.no_grad():
+            words.weight.copy_(load_file(checkpoint / WHOLE_WORDS_FILE)["table"])
 
 
 # Losses on hidden states: of a rating head, tied labels, early exits or distillation.

@@ -229,7 +229,8 @@ def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss |
 def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed cross-entropy over the targets of packed sequences and their total weight; see `label_loss`.
 
-    ``packed`` has the fields of a `llmrec.train.packing.PackedBatch` as tensors, by name. The model takes block masks.
+    ``packed`` has the fields of a batch of `llmrec.train.packing.PackedSequence` as tensors, by name. The model takes
+    block masks.
     """
     after, targets = packed["after"], packed["targets"]
     return _loss_at_targets(
@@ -443,8 +444,7 @@ def list_loss(
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
-        packed: The fields of a `llmrec.train.packing.PackedBatch` as tensors, by name: lists one after the other, and
-            targets of chosen candidates with a weight above 0.
+        packed: See `packed_loss`: lists one after the other, and targets of chosen candidates with a weight above 0.
         size: Candidates per list.
         kind: `softmax` or `lambda`.
         temperature: Divisor of log-likelihoods.

@@ -33,13 +33,13 @@ class PackedRows:
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """A packed sequence of several examples.
+    """A packed sequence of several examples, or a batch of them: shape (columns,), or (sequences, columns) padded.
 
     Attributes:
-        ids: Token of each column, shape (columns,).
-        positions: The position id of each column, its number of ancestors; shape (columns,).
-        ends: Where the subtree of each column ends, shape (columns,).
-        after: The column that each target follows, shape (targets,).
+        ids: The token of each column.
+        positions: The position id of each column, its number of ancestors.
+        ends: Where the subtree of each column ends, counted within its sequence; padding sees only itself.
+        after: The column that each target follows, counted over all sequences, shape (targets,).
         targets: The target token, shape (targets,).
         weights: The weight of each target, float32, shape (targets,).
         owners: The number of each target's row, in the order of the rows' tokens, shape (targets,).
@@ -52,21 +52,6 @@ class PackedSequence:
     targets: Ints
     weights: NDArray[np.float32]
     owners: Ints
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch(PackedSequence):
-    """The packed sequences of a step, padded on the right.
-
-    Attributes:
-        ids: Shape (rows, columns).
-        positions: Position ids, shape (rows, columns).
-        ends: Where subtrees end, counted within each row; padding sees only itself. Shape (rows, columns).
-        after: Columns that targets follow, counted over all concatenated rows, shape (targets,).
-        targets: Target tokens, shape (targets,).
-        weights: The weight of each target, float32, shape (targets,).
-        owners: The number of each target's row, counted over all packed sequences, shape (targets,).
-    """
 
 
 def pack_rows(rows: Sequence[TokenRow]) -> PackedSequence:
@@ -95,8 +80,8 @@ def pack_rows(rows: Sequence[TokenRow]) -> PackedSequence:
     return PackedSequence(ids[:columns], positions[:columns], ends[:columns], *joined, owners)
 
 
-def stack_sequences(packed: Sequence[PackedSequence], pad: int) -> PackedBatch:
-    """Stack packed sequences into a padded batch."""
+def stack_sequences(packed: Sequence[PackedSequence], pad: int) -> PackedSequence:
+    """Stack packed sequences into a batch, padded on the right."""
     longest = max(len(item.ids) for item in packed)
     shape = (len(packed), longest)
     ids, positions = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -108,7 +93,7 @@ def stack_sequences(packed: Sequence[PackedSequence], pad: int) -> PackedBatch:
     targets, weights = (np.concatenate([getattr(item, name) for item in packed]) for name in ("targets", "weights"))
     before = accumulate((len(np.unique(item.owners)) for item in packed), initial=0)
     owners = np.concatenate([item.owners + first for item, first in zip(packed, before, strict=False)])
-    return PackedBatch(ids, positions, ends, after, targets, weights, owners)
+    return PackedSequence(ids, positions, ends, after, targets, weights, owners)
 
 
 def pack_into_bins(rows: Sequence[TokenRow], width: int) -> list[PackedRows]:

@@ -33,7 +33,13 @@ from llmrec.train import pruning as magnitude
 from llmrec.train.batches import micro_steps, pad_rows, padded_inputs
 from llmrec.train.checkpoint import FSDP_MODEL_FILE, CheckpointCallback, newest_valid_checkpoint, remove_old_checkpoints
 from llmrec.train.follow import BestAdapter, TrainingMonitor
-from llmrec.train.heads import detach_rating_head, fit_standardisation, restore_rating_head, state_loss
+from llmrec.train.heads import (
+    detach_rating_head,
+    fit_standardisation,
+    restore_rating_head,
+    restore_whole_words,
+    state_loss,
+)
 from llmrec.train.kernels import enable_gradient_checkpointing, log_missing_paging, use_faster_layers
 from llmrec.train.loss import (
     DistillationLoss,
@@ -55,7 +61,6 @@ from llmrec.train.precision import (
 from llmrec.train.preference import disable_dropout, preference_list_loss
 from llmrec.train.steps import Step
 from llmrec.train.trackers import selected_trackers, tracker_callbacks, trackio_project
-from llmrec.train.whole_words import restore_whole_words
 from llmrec.train.world import (
     SHARDED,
     World,
@@ -239,27 +244,6 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             return (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossInputs:
-    """Inputs of the training loss in addition to tokens; none by default.
-
-    Attributes:
-        head: A rating head of the model, for rows whose labels are classes; saved next to the adapter.
-        soft: The soft prompts of the model; if tied, the labels of rows are label numbers.
-        listwise: The settings of a loss over lists of candidates.
-        objective: Computes the loss of each planned step.
-        taught: A distillation loss; validation still uses the loss of the answers.
-        items: Ids of the item tokens.
-    """
-
-    head: RatingHead | None = None
-    soft: SoftPrompt | None = None
-    listwise: Listwise | None = None
-    objective: Objective | None = None
-    taught: DistillationLoss | None = None
-    items: Sequence[int] = ()
-
-
 def train(
     model: torch.nn.Module,
     encoder: Encoder,
@@ -270,19 +254,38 @@ def train(
     folder: Path,
     seed: int,
     quiet: bool = False,
-    loss: LossInputs | None = None,
+    head: RatingHead | None = None,
+    soft: SoftPrompt | None = None,
+    listwise: Listwise | None = None,
+    objective: Objective | None = None,
+    taught: DistillationLoss | None = None,
+    items: Sequence[int] = (),
     device: str | None = None,
     judge: Callable[[Any], float] | None = None,
 ) -> TrainingResult:
     """Train on the planned steps, and save the adapter (or full weights) to ``folder/adapter``.
 
     A killed run resumes from the newest checkpoint in ``folder/checkpoints`` that verifies, and ends with the same
-    weights. The model is from `llmrec.train.lora.load_trainable`; without a device, it is trained on the GPU, if torch
-    can use one. ``valid`` has held-out rows by task, for the validation loss. ``judge`` returns a model's validation
-    metric, for ``train.judge``: the best adapter is kept instead of that of the last step.
+    weights.
+
+    Args:
+        model: From `llmrec.train.lora.load_trainable`.
+        encoder: Its tokenizer.
+        steps: The planned steps.
+        valid: Held-out rows by task, for the validation loss.
+        section: The recipe's ``train`` section.
+        folder: The run folder.
+        seed: The training seed.
+        quiet: Show no progress.
+        head: A rating head of the model, for rows whose labels are classes; saved next to the adapter.
+        soft: The soft prompts of the model; if tied, the labels of rows are label numbers.
+        listwise: The settings of a loss over lists of candidates.
+        objective: Computes the loss of each planned step.
+        taught: A distillation loss; validation still uses the loss of the answers.
+        items: Ids of the item tokens.
+        device: The training device; None: the GPU, if torch can use one.
+        judge: Returns a model's validation metric, for ``train.judge``: the best adapter is kept instead of the last.
     """
-    loss = loss or LossInputs()
-    head, soft, listwise, objective, taught = loss.head, loss.soft, loss.listwise, loss.objective, loss.taught
     world = current_world()
     started = time.monotonic()
     device = device or ("cuda" if has_cuda() else "cpu")
@@ -292,7 +295,7 @@ def train(
     if listwise is not None and listwise.preference is not None:
         disable_dropout(model)
     pad = encoder.tokenizer.pad_token_id
-    by = state_loss(model, section, head, soft, taught, loss.items)
+    by = state_loss(model, section, head, soft, taught, items)
     seen = None if by is taught else by
     # additional files of a checkpoint
     kept: list[Callable[[Path], None]] = [

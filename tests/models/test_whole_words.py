@@ -32,8 +32,8 @@ from llmrec.models.whole_words import (
 from llmrec.recipe.schema import LoraSection, ModelSection, ShapeSection, TrainSection
 from llmrec.train import lora
 from llmrec.train.batches import plan_steps, target_rows
+from llmrec.train.heads import add_whole_words
 from llmrec.train.loss import encoder_decoder_loss
-from llmrec.train.whole_words import add_whole_words
 from llmrec.types import Prompt
 from tests.conftest import encoder_of as encoder_in
 from tests.facts import Facts, raises

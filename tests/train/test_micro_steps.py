@@ -14,7 +14,7 @@ from llmrec.errors import RecipeError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
-from llmrec.train import lora, sft
+from llmrec.train import lora
 from llmrec.train.batches import micro_steps, plan_steps
 from llmrec.train.steps import Step
 from tests.conftest import encoder_of, section
@@ -99,8 +99,7 @@ def test_parts_contain_complete_lists(
         case.train = case.train.model_copy(update={**settings, "steps": 1, "report_to": ()})
         assert len(micro_steps(case.steps[0], limit)) > 1
         inputs = (case.model, case.encoder, case.steps, {}, case.train)
-        loss = sft.LossInputs(listwise=case.listwise)
-        results.append(recorded(monkeypatch, *inputs, folder=tmp_path / name, loss=loss))
+        results.append(recorded(monkeypatch, *inputs, folder=tmp_path / name, listwise=case.listwise))
         lines = (tmp_path / name / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
         figures.append(json.loads(lines[-1]).get("figures", {}))
     assert_parts_equal(*results)

@@ -84,9 +84,8 @@ def fit(
     valid: Mapping[str, Sequence[TokenRow]] | None = None,
     **losses: Any,
 ) -> sft.TrainingResult:
-    """Train with seed 0; ``losses`` are fields of `LossInputs`."""
-    inputs = sft.LossInputs(**losses)
-    return sft.train(model, encoder, steps, valid or {}, train, folder=folder, seed=0, quiet=True, loss=inputs)
+    """Train with seed 0; ``losses`` are the arguments of `sft.train` for its loss."""
+    return sft.train(model, encoder, steps, valid or {}, train, folder=folder, seed=0, quiet=True, **losses)
 
 
 def tear(folder: Path, step: int) -> None:
