@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError, require
-from llmrec.models.tensors import base_of, damaged_file_error
+from llmrec.models.tensors import base_of, reading_trained_file
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +75,10 @@ def load(model: torch.nn.Module, folder: Path) -> None:
     """
     if not (folder / BOTTLENECKS_FILE).is_file():
         return
-    torch, errors = require("torch", "train"), require("safetensors", "train")
-    safetensors = require("safetensors.torch", "train")
-    try:
-        result = safetensors.load_file(folder / BOTTLENECKS_FILE)
+    torch, safetensors = require("torch", "train"), require("safetensors.torch", "train")
+    file = folder / BOTTLENECKS_FILE
+    with reading_trained_file(f"{file} cannot be read, or belongs to another model", file):
+        result = safetensors.load_file(file)
         if not _adapter_parameters(model):
             attach(model, next(item for name, item in result.items() if name.endswith("down_weight")).shape[1], seed=0)
         parameters = _adapter_parameters(model)
@@ -87,10 +87,6 @@ def load(model: torch.nn.Module, folder: Path) -> None:
         with torch.no_grad():
             for name, item in parameters.items():
                 item.copy_(result[name])
-    except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
-        raise damaged_file_error(
-            f"{folder / BOTTLENECKS_FILE} cannot be read, or belongs to another model", folder / BOTTLENECKS_FILE, error
-        ) from error
 
 
 def _adapter_parameters(model: torch.nn.Module) -> dict[str, Any]:

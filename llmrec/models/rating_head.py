@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.durable import parse_json, write_json
 from llmrec.errors import require
-from llmrec.models.tensors import base_of, damaged_file_error
+from llmrec.models.tensors import base_of, reading_trained_file
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +136,8 @@ def load_rating_head(folder: Path) -> RatingHead | None:
     """
     if not (folder / HEAD_WEIGHTS_FILE).is_file():
         return None
-    errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
-    try:
+    safetensors = require("safetensors.torch", "train")
+    with reading_trained_file(f"the rating head in {folder} cannot be read", folder):
         config = parse_json((folder / HEAD_CONFIG_FILE).read_text(encoding="utf-8"))
         shape = HeadShape(
             values=tuple(float(value) for value in config["values"]),
@@ -146,8 +146,6 @@ def load_rating_head(folder: Path) -> RatingHead | None:
         )
         linear = _new_linear_layer(shape)
         linear.load_state_dict(safetensors.load_file(folder / HEAD_WEIGHTS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, errors.SafetensorError) as error:
-        raise damaged_file_error(f"the rating head in {folder} cannot be read", folder, error) from error
     return RatingHead(shape, linear)
 
 

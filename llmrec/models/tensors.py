@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.display import format_name_list
-from llmrec.errors import ModelError
+from llmrec.errors import ModelError, require
 from llmrec.models.traits import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -91,11 +91,20 @@ def base_of(model: torch.nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def damaged_file_error(what: str, at: Path, error: Exception) -> ModelError:
-    """Return the error for a file that does not match the trained weights next to it."""
-    reason = " ".join(str(error).split())[:200]
-    message = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
-    return ModelError(message, kind="damaged", at=at)
+@contextmanager
+def reading_trained_file(what: str, at: Path) -> Iterator[None]:
+    """Convert errors about a file that does not match the trained weights next to it.
+
+    Raises:
+        ModelError: If the block cannot read or use the file.
+    """
+    errors = (OSError, ValueError, KeyError, TypeError, RuntimeError, StopIteration)
+    try:
+        yield
+    except (*errors, require("safetensors", "train").SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        message = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
+        raise ModelError(message, kind="damaged", at=at) from error
 
 
 @contextmanager

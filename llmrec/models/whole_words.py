@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.guard import is_item_token
-from llmrec.models.tensors import base_of, damaged_file_error
+from llmrec.models.tensors import base_of, reading_trained_file
 from llmrec.models.traits import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -183,12 +183,10 @@ def load_whole_words(model: torch.nn.Module, folder: Path) -> None:
     """
     if not (folder / WHOLE_WORDS_FILE).is_file():
         return
-    errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
-    try:
+    safetensors = require("safetensors.torch", "train")
+    with reading_trained_file(f"the whole-word embeddings in {folder} cannot be read", folder):
         result = safetensors.load_file(folder / WHOLE_WORDS_FILE)
         table, kinds = result["table"], result["kinds"].tolist()
-    except (OSError, ValueError, KeyError, errors.SafetensorError) as error:
-        raise damaged_file_error(f"the whole-word embeddings in {folder} cannot be read", folder, error) from error
     shape = tuple(base_of(model).get_encoder().get_input_embeddings().weight.shape)
     if (len(kinds), table.shape[-1]) != shape or table.dim() != 2:
         raise ModelError(

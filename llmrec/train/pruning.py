@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from llmrec.errors import RecipeError
-from llmrec.models.tensors import base_of, damaged_file_error
+from llmrec.models.tensors import base_of, reading_trained_file
 from llmrec.recipe.schema import PruneSection
 
 if TYPE_CHECKING:
@@ -176,23 +176,19 @@ def zeroing_function(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[
 
 def _read_masks(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
     """Load the pruning masks of a folder by layer."""
-    try:
-        with safe_open(folder / MASKS_FILE, framework="np") as file:
-            if set(file.keys()) != weights.keys():
-                raise ValueError("other layers")
-            for name, weight in weights.items():
-                bits = file.get_slice(name)
-                if bits.get_dtype() != "U8" or bits.get_shape() != [-(-weight.numel() // 8)]:
-                    raise ValueError(f"different shape of {name}")
-            masks = {}
-            for name in weights if names is None else names:
-                bits = np.unpackbits(file.get_tensor(name), count=weights[name].numel()).astype(bool)
-                masks[name] = torch.from_numpy(bits).view(weights[name].shape)
-            return masks
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise damaged_file_error(
-            f"{folder / MASKS_FILE} cannot be read, or belongs to another model", folder / MASKS_FILE, error
-        ) from error
+    path, masks = folder / MASKS_FILE, {}
+    what = f"{path} cannot be read, or belongs to another model"
+    with reading_trained_file(what, path), safe_open(path, framework="np") as file:
+        if set(file.keys()) != weights.keys():
+            raise ValueError("other layers")
+        for name, weight in weights.items():
+            bits = file.get_slice(name)
+            if bits.get_dtype() != "U8" or bits.get_shape() != [-(-weight.numel() // 8)]:
+                raise ValueError(f"different shape of {name}")
+        for name in weights if names is None else names:
+            bits = np.unpackbits(file.get_tensor(name), count=weights[name].numel()).astype(bool)
+            masks[name] = torch.from_numpy(bits).view(weights[name].shape)
+    return masks
 
 
 def _masked_forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
