@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llmrec.recipe.schema import EvalSection
@@ -36,34 +35,31 @@ def count_prompts(strategy: str, candidates: int, section: EvalSection) -> Promp
     Returns:
         The count; None for strategies that score no labels or that ask a single question in a different form.
     """
-    result = _COUNTS.get(strategy)
-    return result(candidates, section) if result is not None else None
+    n, orders, depth = candidates, section.permutations, section.depth
+    match strategy:
+        case "label":
+            return PromptCount(orders, n)
+        case "permutation":
+            return PromptCount(orders * min(depth, n - 1), n, "ranking")
+        case "window":
+            windows = sum(1 for _ in window_bounds(n, section.window, section.window_step))
+            return PromptCount(orders * windows, min(n, section.window))
+        case "pairwise" if n <= section.all_pairs:
+            return PromptCount(n * (n - 1), min(n, 2))
+        case "pairwise":
+            return PromptCount(2 * sum(n - 1 - front for front in range(min(depth, n - 1))), min(n, 2))
+        case "setwise":
+            return PromptCount(orders * _setwise_questions(n, section), min(n, section.set_size))
+        case "pointwise-yes":
+            return PromptCount(n, 1, "yes")
+    return None
 
 
-def _label(n: int, section: EvalSection) -> PromptCount:
-    return PromptCount(section.permutations, n)
-
-
-def _permutation(n: int, section: EvalSection) -> PromptCount:
-    return PromptCount(section.permutations * min(section.depth, n - 1), n, "ranking")
-
-
-def _window(n: int, section: EvalSection) -> PromptCount:
-    windows = sum(1 for _ in window_bounds(n, section.window, section.window_step))
-    return PromptCount(section.permutations * windows, min(n, section.window))
-
-
-def _pairwise(n: int, section: EvalSection) -> PromptCount:
-    if n <= section.all_pairs:
-        return PromptCount(n * (n - 1), min(n, 2))
-    return PromptCount(2 * sum(n - 1 - front for front in range(min(section.depth, n - 1))), min(n, 2))
-
-
-def _setwise(n: int, section: EvalSection) -> PromptCount:
+def _setwise_questions(n: int, section: EvalSection) -> int:
     children = section.set_size - 1
     built = sum(_heap_levels_below(node, n, children) for node in range(-(-(n - 1) // children)))
     count = sum(_heap_levels_below(0, n - position, children) for position in range(1, min(section.depth, n)))
-    return PromptCount(section.permutations * (built + count), min(n, section.set_size))
+    return built + count
 
 
 def _heap_levels_below(node: int, size: int, children: int) -> int:
@@ -72,17 +68,3 @@ def _heap_levels_below(node: int, size: int, children: int) -> int:
     while (node := node * children + 1) < size:
         levels += 1
     return levels
-
-
-def _yes(n: int, section: EvalSection) -> PromptCount:
-    return PromptCount(n, 1, "yes")
-
-
-_COUNTS: Mapping[str, Callable[[int, EvalSection], PromptCount]] = {
-    "label": _label,
-    "permutation": _permutation,
-    "window": _window,
-    "pairwise": _pairwise,
-    "setwise": _setwise,
-    "pointwise-yes": _yes,
-}

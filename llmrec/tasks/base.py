@@ -230,11 +230,6 @@ def required_candidates(request: Request, family: str) -> tuple[str, ...]:
     return request.candidates
 
 
-def rated_user_events(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
-    """Return the interactions of a user that have a rating."""
-    return rated_events(events)
-
-
 class UserHistories(Mapping[str, tuple[Event, ...]]):
     """Training interactions of a task by user, read from the split on access.
 
@@ -253,7 +248,7 @@ class UserHistories(Mapping[str, tuple[Event, ...]]):
         least: int = 1,
         rated: bool = False,
     ) -> None:
-        self._data, self._keep = data, rated_user_events if rated else keep
+        self._data, self._keep = data, (lambda _, events: rated_events(events)) if rated else keep
         if rated or keep is None:
             counts = data.train_counts(rated=rated)
         else:
