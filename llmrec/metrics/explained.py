@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.metrics.stats import MetricValues, resample_counts, sum_rows_by_user
+from llmrec.metrics.text import WordSequence, lowercase_words, ngrams
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,12 +37,9 @@ if TYPE_CHECKING:
 COPY_THRESHOLD = 0.9
 """Minimum similarity of a copy."""
 
-_WORD = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # Tolerance for rounding errors of word counts.
 _EPS = 1e-9
-
-WordSequence = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +66,6 @@ class TrainingTextIndex:
     starts: NDArray[np.int64]
     holders: NDArray[np.int64]
     held: NDArray[np.int64]
-
-
-def lowercase_words(text: str) -> WordSequence:
-    """Return the lower-case words of a text, split as for Distinct-n."""
-    return tuple(_WORD.findall(text.lower()))
 
 
 def index_training_texts(texts: Iterable[str]) -> TrainingTextIndex:
@@ -262,7 +255,7 @@ def find_features(texts: Iterable[str], vocabulary: frozenset[WordSequence]) -> 
     results = []
     for text in texts:
         words = lowercase_words(text)
-        grams = (gram for n in sizes for gram in zip(*(words[start:] for start in range(n)), strict=False))
+        grams = (gram for n in sizes for gram in ngrams(words, n))
         results.append(frozenset(gram for gram in grams if gram in vocabulary))
     return results
 

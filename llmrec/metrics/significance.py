@@ -24,6 +24,7 @@ from llmrec.metrics.stats import (
     BootstrapDifference,
     Difference,
     StatisticName,
+    chunk_sizes,
     paired_user_sums,
     statistic_from_means,
     two_sided_p_value,
@@ -38,8 +39,6 @@ MAX_EXACT_PATTERNS = 1 << 16
 
 # Probability with which a minimum detectable effect is detected.
 _POWER = 0.8
-# Number of random signs per batch, 4 MB.
-_CHUNK = 1 << 19
 
 
 def sign_flip_test(
@@ -255,14 +254,6 @@ def _random_bits(rows: int, n: int, rng: np.random.Generator) -> NDArray[np.floa
     return bits
 
 
-def _chunk_sizes(n: int, resamples: int) -> Iterator[int]:
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples}")
-    rows = max(1, _CHUNK // max(1, n))
-    for start in range(0, resamples, rows):
-        yield min(rows, resamples - start)
-
-
 def _half_sample_differences(
     left: NDArray[np.float64],
     right: NDArray[np.float64],
@@ -275,7 +266,7 @@ def _half_sample_differences(
     rng = np.random.default_rng(seed)
     columns = np.stack([left - right, sizes] if statistic == "mean" else [left, right, sizes], axis=1)
     drawn = []
-    for rows in _chunk_sizes(len(sizes), resamples):
+    for rows in chunk_sizes(len(sizes), resamples):
         sums = _random_bits(rows, len(sizes), rng) @ columns
         means = sums[:, :-1] / np.maximum(sums[:, -1:], 1)
         drawn.append(means[:, 0] if statistic == "mean" else np.sqrt(means[:, 0]) - np.sqrt(means[:, 1]))
@@ -308,7 +299,7 @@ def _sample_pattern_sums(
     rng = np.random.default_rng(seed)
     once, more = values[counts == 1], values[counts > 1]
     repeats = counts[counts > 1]
-    for rows in _chunk_sizes(len(values), resamples):
+    for rows in chunk_sizes(len(values), resamples):
         sums = 2 * (_random_bits(rows, len(once), rng) @ once) - once.sum() if len(once) else np.zeros(rows)
         if len(more):
             up = rng.binomial(repeats, 0.5, size=(rows, len(repeats)))

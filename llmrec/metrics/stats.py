@@ -32,7 +32,7 @@ IntervalMethod = Literal["percentile", "bca"]
 ALPHA = 0.05
 """The largest p-value of a significant difference, after correction for several comparisons."""
 
-# Number of indices per batch, 4 MB, so that the gathered values stay in the cache.
+# Number of indices or signs per batch, 4 MB, so that the gathered values stay in the cache.
 _CHUNK = 1 << 19
 # Minimum distance of percentiles from 0 and 1, whose normal quantiles are infinite.
 _MIN_PERCENTILE = 1e-9
@@ -335,17 +335,24 @@ def full_sample_value(statistic: Statistic, n: int) -> float:
     return float(statistic(np.arange(n)[None, :])[0])
 
 
-def _iterate_resamples(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.intp]]:
-    rows = max(1, _CHUNK // n)
-    rng = np.random.default_rng(seed)
-    for start in range(0, resamples, rows):
-        yield rng.integers(0, n, size=(min(rows, resamples - start), n), dtype=np.intp)
+def chunk_sizes(n: int, resamples: int) -> Iterator[int]:
+    """Yield the numbers of resamples of n users that are drawn at a time.
+
+    Raises:
+        ValueError: If there are no resamples.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, not {resamples}")
+    rows = max(1, _CHUNK // max(1, n))
+    return (min(rows, resamples - start) for start in range(0, resamples, rows))
 
 
 def _resample_statistic(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    if n < 1 or resamples < 1:
-        raise ValueError(f"requests and resamples must be at least 1, not {n} and {resamples}")
-    return np.concatenate([statistic(rows) for rows in _iterate_resamples(n, resamples, seed)])
+    if n < 1:
+        raise ValueError("a bootstrap needs at least one request")
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, n, size=(rows, n), dtype=np.intp) for rows in chunk_sizes(n, resamples))
+    return np.concatenate([statistic(rows) for rows in draws])
 
 
 def _tail_percentiles(level: float = 0.95, widened_for: int | None = None) -> NDArray[np.float64]:

@@ -7,7 +7,8 @@ with percentages.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 _MAX_NGRAM = 4
 _WORD = re.compile(r"\w+")
 _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+
+WordSequence = tuple[str, ...]
+
+
+def lowercase_words(text: str) -> WordSequence:
+    """Return the lower-case words of a text."""
+    return tuple(_WORD.findall(text.lower()))
+
+
+def ngrams(words: WordSequence, n: int) -> Iterator[WordSequence]:
+    """Return the sequences of n consecutive words."""
+    return zip(*(words[start:] for start in range(n)), strict=False)
 
 
 def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Sequence[str] | None = None) -> Statistic:
@@ -107,14 +120,8 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    seen: set[tuple[str, ...]] = set()
-    total = 0
-    for text in texts:
-        words = _WORD.findall(text.lower())
-        grams = list(zip(*(words[start:] for start in range(n)), strict=False))
-        seen.update(grams)
-        total += len(grams)
-    return len(seen) / total if total else 0.0
+    counts = Counter(gram for text in texts for gram in ngrams(lowercase_words(text), n))
+    return len(counts) / counts.total() if counts else 0.0
 
 
 def _check_lengths(texts: Sequence[str], references: Sequence[str]) -> None:
