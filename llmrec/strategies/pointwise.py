@@ -17,7 +17,8 @@ from llmrec.strategies.asking import (
     score_in_chunks,
     scored_requests,
 )
-from llmrec.strategies.rounds import joint_hash, required_candidates, sort_by_score
+from llmrec.strategies.rounds import joint_hash, sort_by_score
+from llmrec.tasks.base import required_candidates
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 # Titles per user-independent prompt, because the cost of a forward pass over a tree of titles is quadratic.
@@ -142,7 +143,7 @@ def sorted_ranking(result: ScoredRequest) -> Ranking:
     """Return the candidates sorted by score; equal scores keep the stored order and are ties.
 
     Raises:
-        LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
+        DataError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
     """
     items, scores = required_candidates(result.request), result.scores
     order = sorted(zip(items, scores.logprobs, strict=True), key=lambda pair: -pair[1])

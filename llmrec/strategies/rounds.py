@@ -27,7 +27,7 @@ from llmrec.strategies.asking import (
     ranking_of,
     score_in_chunks,
 )
-from llmrec.tasks.base import seeded_random
+from llmrec.tasks.base import required_candidates, seeded_random
 from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.task import Want
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
@@ -115,7 +115,7 @@ class Rounds:
         """Rank the candidates of every request; see `Predictor.answer`.
 
         Raises:
-            LlmrecError: If a request has no candidates.
+            DataError: If a request has no candidates.
         """
         answers: list[Answer] = []
         for part in self.asker.split(requests):
@@ -261,21 +261,6 @@ def joint_hash(hashes: Sequence[str]) -> str | None:
 
 def _remaining_items(question: ChoiceQuestion) -> tuple[str, ...]:
     return tuple(item for item in question.shown if item not in question.given)
-
-
-def required_candidates(request: Request) -> tuple[str, ...]:
-    """Return the candidates of a request.
-
-    Raises:
-        LlmrecError: If there are none.
-    """
-    if not request.candidates:
-        raise LlmrecError(
-            f"request {request.id} has no candidates to rank; set Request.candidates",
-            kind="missing-value",
-            column="candidates",
-        )
-    return request.candidates
 
 
 # --------------------------------------------------------------------------- lists

@@ -146,15 +146,13 @@ class AlignmentTask(Task):
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the titles or codes of the candidates, in stored order."""
         chosen = self._chosen.get(template)
-        return tuple(chosen.answer(self._answer(chosen, item)) for item in required_candidates(request, self.family))
+        return tuple(chosen.answer(self._answer(chosen, item)) for item in required_candidates(request))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Match the first line against the titles or codes of the candidates; equal matches share a rank."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
-        return parse_item(
-            completion, items_by_text(self._view, name, required_candidates(request, self.family)), request
-        )
+        return parse_item(completion, items_by_text(self._view, name, required_candidates(request)), request)
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt shows; see `Task`."""

@@ -215,7 +215,7 @@ def seeded_random(purpose: str, seed: int, *parts: str) -> random.Random:
     return random.Random(hash_one(purpose, seed, *parts))
 
 
-def required_candidates(request: Request, family: str) -> tuple[str, ...]:
+def required_candidates(request: Request) -> tuple[str, ...]:
     """Return the candidates of a request, or raise an error if it has none.
 
     Raises:
@@ -223,7 +223,7 @@ def required_candidates(request: Request, family: str) -> tuple[str, ...]:
     """
     if not request.candidates:
         raise DataError(
-            f"request {request.id!r}: the {family} task ranks candidates; set Request.candidates",
+            f"request {request.id!r} has no candidates to rank; set Request.candidates",
             kind="missing-value",
             column="candidates",
         )

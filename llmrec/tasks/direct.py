@@ -338,7 +338,7 @@ class DirectTask(Task):
             RecipeError: If the template has no text for the requested answer.
         """
         chosen = self._chosen.get(template)
-        pool = required_candidates(request, self.family)
+        pool = required_candidates(request)
         form = self._answer_type(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
@@ -406,12 +406,12 @@ class DirectTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        past, about = request.history, required_candidates(request, self.family)
+        past, about = request.history, required_candidates(request)
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the labels, titles or codes of the candidates in stored order, or the words for yes and no."""
-        chosen, pool = self._chosen.get(template), required_candidates(request, self.family)
+        chosen, pool = self._chosen.get(template), required_candidates(request)
         asks = asks_for(chosen)
         if asks == "yes":
             return tuple(chosen.answer({"answer": text}) for text in (chosen.words.says_yes, chosen.words.says_no))
@@ -425,7 +425,7 @@ class DirectTask(Task):
 
         If the answer is an item, its code or title is the first line; a yes or no is a probability of 1 or 0.
         """
-        chosen, pool = self._chosen.get(template), required_candidates(request, self.family)
+        chosen, pool = self._chosen.get(template), required_candidates(request)
         asks = asks_for(chosen)
         if asks == "yes":
             index = parse_choice(completion, self.continuations(request, template=template), chosen.words)
@@ -578,7 +578,7 @@ class DirectTask(Task):
             raise_unsupported_strategy(template, "list" if want == "ranking" else "pointwise-yes")
         if asks != "yes" and want != "yes":
             return want
-        pool = required_candidates(request, self.family)
+        pool = required_candidates(request)
         if len(pool) != 1:
             raise DataError(
                 f"request {request.id!r}: a yes/no question needs one candidate, but the request has {len(pool)}",
