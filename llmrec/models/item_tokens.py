@@ -92,6 +92,7 @@ def save_with_item_tokens(
     ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
     resize_vocabulary(model, max(len(tokenizer), old))
+    levels = [name.partition("_")[0] for name in names]
     fresh = [n for n, name in enumerate(names) if name not in known]
     for _, module in vocabulary_tables(model):
         table = module.weight.detach()
@@ -100,7 +101,7 @@ def save_with_item_tokens(
             means = _mean_title_embeddings(known_rows, pieces)
         else:
             means = _mean_feature_vectors(index, vectors, table.shape[1], whitened=whitened)
-        rows = _initial_embeddings(known_rows, means, _token_levels(names), seed)
+        rows = _initial_embeddings(known_rows, means, levels, seed)
         with torch.no_grad():
             table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
     _update_whole_words(model, tokenizer)
@@ -150,10 +151,6 @@ def _titles_by_token(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, l
             if item in titles and len(holders[name]) < _ITEMS_PER_TOKEN:
                 holders[name].append(titles[item])
     return dict(holders)
-
-
-def _token_levels(tokens: Sequence[str]) -> list[str]:
-    return [name.partition("_")[0] for name in tokens]
 
 
 def _mean_title_embeddings(

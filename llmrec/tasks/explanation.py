@@ -123,11 +123,9 @@ class ExplanationTask(Task):
             hints = self._hints(held.user_id, held.item_id, held.rating)
             context = {name: hint for name, hint in hints.items() if name in named}
             request = request_of(self._data, held, split, item=held.item_id, context=context)
-            return Case(request=request, truth=clean(held.text or "", TEXT_LIMIT))
+            return Case(request=request, truth=event_text(held))
 
-        return Cases(
-            [held for held in held_out_interactions(self._data, split) if clean(held.text or "", TEXT_LIMIT)], case
-        )
+        return Cases([held for held in held_out_interactions(self._data, split) if event_text(held)], case)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
@@ -145,13 +143,7 @@ class ExplanationTask(Task):
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         past, about = _events_with_text(request.history), [requested_item(request, self.family)]
-        return self._shots.draw(
-            request,
-            past,
-            shots,
-            self._section.history,
-            self._past.show(past, about),
-        )
+        return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Return the generated text on one line, without citations of missing facts; None if it is empty."""

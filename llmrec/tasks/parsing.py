@@ -45,18 +45,16 @@ def parse_number(text: str, low: float, high: float, words: Words | None = None)
     match = _NUMBER.search(text)
     if match is None:
         message = next(iter(re.findall(r"\w+", text.casefold())), "")
-        value = float(known.numbers.index(message)) if message in known.numbers else float(_count_stars(text)) or None
+        stars = re.search("[★⭐]+", text)
+        value = float(len(stars.group())) if stars else None
+        if message in known.numbers:
+            value = float(known.numbers.index(message))
     else:
         value = float(match.group().replace(",", ".").replace("−", "-"))
         scale = known.scale.match(text, match.end())
         if scale and float(scale.group(1)) != high:
             return None
     return value if value is not None and low <= value <= high else None
-
-
-def _count_stars(text: str) -> int:
-    run = re.search("[★⭐]+", text)
-    return len(run.group()) if run else 0
 
 
 # --------------------------------------------------------------------------- rankings

@@ -156,7 +156,7 @@ def micro_batch_indices(lengths: Sequence[int], limit: int | None) -> list[list[
 
 def micro_steps(step: Step, limit: int | None) -> list[Step]:
     """Split a step into parts of at most ``limit`` padded tokens; see `micro_batch_indices`."""
-    parts = micro_batch_indices([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
+    parts = micro_batch_indices(step.sizes, limit)
     return [step] if len(parts) == 1 else [step.part(numbers) for numbers in parts]
 
 

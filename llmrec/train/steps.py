@@ -33,18 +33,19 @@ class Step:
     bins: tuple[PackedRows, ...] = ()
 
     @property
+    def sizes(self) -> list[int]:
+        """Number of tokens of each packed sequence, or of each example; shared prefixes count once."""
+        return [item.columns for item in self.bins] or [len(row.ids) for row in self.rows]
+
+    @property
     def padded_tokens(self) -> int:
         """Number of tokens computed, including padding."""
-        if self.bins:
-            return len(self.bins) * max(item.columns for item in self.bins)
-        return len(self.rows) * max(len(row.ids) for row in self.rows)
+        return len(self.sizes) * max(self.sizes)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens computed, without padding; shared prefixes count once."""
-        if self.bins:
-            return sum(item.columns for item in self.bins)
-        return sum(len(row.ids) for row in self.rows)
+        """Number of tokens computed, without padding."""
+        return sum(self.sizes)
 
     @property
     def targets(self) -> int:
@@ -56,7 +57,7 @@ class Step:
 
         If there are fewer rows or packed sequences than parts, some parts are empty.
         """
-        sizes = [item.columns for item in self.bins] or [len(row.ids) for row in self.rows]
+        sizes = self.sizes
         loads, parts = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
         for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
             least = loads.index(min(loads))
