@@ -24,6 +24,7 @@ from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import ListMetricData
 from llmrec.index.semantic import item_fields, item_vectors
+from llmrec.metrics.beyond import ItemContents
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.run import open_session
@@ -187,7 +188,7 @@ class Models:
             if diversity is not None and diversity.encoder is not None:
                 items = [data.dataset.items[item] for item in result.items]
                 vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(diversity.encoder))
-                result = replace(result, vectors=vectors, encoder=diversity.encoder)
+                result = replace(result, contents=ItemContents(vectors=vectors, source=diversity.encoder))
             self._backgrounds[data.fingerprint] = result
         return self._backgrounds[data.fingerprint]
 

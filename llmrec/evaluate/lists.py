@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol, Measurements, compute_metrics
+from llmrec.metrics.beyond import ItemContents
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,19 +31,13 @@ class ListMetricData:
         items: The catalogue, in the order of all arrays.
         counts: Training users of each item, shape (items,).
         users: Number of training users.
-        words: Words of each item, such as its genres, for diversity.
-        field: The field of the words.
-        vectors: A vector of each item, shape (items, d), for diversity instead of words; without both it is omitted.
-        encoder: The encoder of the vectors.
+        contents: Words or vectors of the items, for diversity; None omits it.
     """
 
     items: tuple[str, ...]
     counts: NDArray[np.float64]
     users: int
-    words: tuple[frozenset[str], ...] | None = None
-    field: str | None = None
-    vectors: NDArray[np.floating[Any]] | None = None
-    encoder: str | None = None
+    contents: ItemContents | None = None
 
     @staticmethod
     def of(data: SplitDataset, *, field: str | None = None) -> ListMetricData:
@@ -60,7 +55,7 @@ class ListMetricData:
         pairs = data.train.select("user_id", "item_id").unique()
         indices = [index[item] for item in pairs["item_id"].to_list()]
         counts = np.bincount(np.array(indices, dtype=np.int64), minlength=len(items)).astype(np.float64)
-        words = None
+        contents = None
         if field is not None:
             words = tuple(_split_words(data.dataset.items[item].fields.get(field, "")) for item in items)
             if not any(words):
@@ -69,7 +64,8 @@ class ListMetricData:
                     kind="unknown-name",
                     at=data.dataset.name,
                 )
-        return ListMetricData(items, counts, int(data.train["user_id"].n_unique()), words, field)
+            contents = ItemContents(words=words, source=field)
+        return ListMetricData(items, counts, int(data.train["user_id"].n_unique()), contents)
 
 
 def list_figures(
@@ -115,7 +111,7 @@ def list_figures(
         "counts": background.counts,
         "users": background.users,
         "cold_counts": None if background.counts.all() else background.counts,
-        "contents": background if background.words is not None or background.vectors is not None else None,
+        "contents": background.contents,
         "expected": _popular_lists(background, hidden, targets, k),
         "targets": targets,
         "histories": held,

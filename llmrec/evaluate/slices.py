@@ -144,23 +144,19 @@ def case_slices(
     result: dict[str, NDArray[np.bool_]] = {}
     items = [case_item(case, data) for case in cases]
     if cases and all(item is not None for item in items):
-        counts = dict(data.train.group_by("item_id").len().iter_rows())
+        counts = _training_counts(data, "item_id")
         held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
         result[f"item:cold-below-{COLD_START_LIMIT}"] = held < COLD_START_LIMIT
         result[f"item:warm-from-{COLD_START_LIMIT}"] = held >= COLD_START_LIMIT
         least = _min_head_count(np.array(list(counts.values()), dtype=np.int64))
         result[f"item:head-{HEAD_SHARE}"] = held >= least
         result[f"item:long-tail-{HEAD_SHARE}"] = held < least
-    lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    result |= _binned_slices("history", lengths, _LENGTH_EDGES)
-    active = dict(data.train.group_by("user_id").len().iter_rows())
-    result |= _binned_slices(
-        "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), _LENGTH_EDGES
-    )
+    result |= _binned_slices("history", [len(case.request.history) for case in cases], _LENGTH_EDGES)
+    active, users = _training_counts(data, "user_id"), [case.request.user_id for case in cases]
+    result |= _binned_slices("activity", [active.get(user, 0) for user in users], _LENGTH_EDGES)
     if data.kind == "global_time":
         result |= _age_slices(cases, items, data)
     known = user_attributes(data.dataset) if attributes else ()
-    users = [case.request.user_id for case in cases]
     for name in dict.fromkeys(attributes):
         if name in known:
             result |= attribute_slices(users, data.dataset, name)
@@ -179,19 +175,14 @@ def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArra
     Returns:
         Membership by slice name, shape (n,) each; the slices of one kind partition the cases.
     """
-    counts = dict(data.train.group_by("item_id").len().iter_rows())
+    counts = _training_counts(data, "item_id")
     targets = [str(case.truth) for case in cases]
     items = [data.dataset.items[target] for target in targets if target in data.dataset.items]
-    result = _binned_slices(
-        "count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNT_EDGES
-    )
+    result = _binned_slices("count", [counts.get(target, 0) for target in targets], _COUNT_EDGES)
     if items and len(items) == len(targets) and any(item.fields or item.title != item.item_id for item in items):
         item_texts = [" ".join((item.title, *item.fields.values())) for item in items]
-        result |= _binned_slices(
-            "words", np.array([len(text.split()) for text in item_texts], dtype=np.int64), _WORD_EDGES
-        )
-    lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    return result | _binned_slices("history", lengths, _LENGTH_EDGES)
+        result |= _binned_slices("words", [len(text.split()) for text in item_texts], _WORD_EDGES)
+    return result | _binned_slices("history", [len(case.request.history) for case in cases], _LENGTH_EDGES)
 
 
 def slice_figures(
@@ -276,8 +267,13 @@ def _age_slices(cases: Sequence[Case], items: Sequence[str | None], data: SplitD
     return {}
 
 
-def _binned_slices(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:
-    bins = np.searchsorted(np.array(edges), lengths, side="right")
+def _training_counts(data: SplitDataset, column: str) -> dict[str, int]:
+    """Return the number of training interactions of each user or item."""
+    return dict(data.train.group_by(column).len().iter_rows())
+
+
+def _binned_slices(kind: str, lengths: Sequence[int], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:
+    bins = np.searchsorted(np.array(edges), np.array(lengths, dtype=np.int64), side="right")
     starts = (0, *edges)
     names = [f"{kind}:{start}-{end - 1}" for start, end in zip(starts, edges, strict=False)]
     return {name: bins == index for index, name in enumerate([*names, f"{kind}:from-{starts[-1]}"])}

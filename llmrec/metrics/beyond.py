@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,28 +25,19 @@ if TYPE_CHECKING:
 _CELLS = 1 << 22
 
 
-class ItemContents(Protocol):
-    """Item contents on which diversity is computed: words or vectors."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemContents:
+    """Item contents on which diversity is computed: words or vectors.
 
-    @property
-    def words(self) -> Sequence[frozenset[str]] | None:
-        """Words of each item."""
-        ...
+    Attributes:
+        words: Words of each item, such as its genres.
+        vectors: A vector of each item, shape (items, d), instead of words.
+        source: The item field of the words, or the encoder of the vectors.
+    """
 
-    @property
-    def field(self) -> str | None:
-        """The item field of the words."""
-        ...
-
-    @property
-    def vectors(self) -> Any:
-        """A vector of each item, shape (items, d), instead of words."""
-        ...
-
-    @property
-    def encoder(self) -> str | None:
-        """The encoder of the vectors."""
-        ...
+    words: Sequence[frozenset[str]] | None = None
+    vectors: ArrayLike | None = None
+    source: str
 
 
 def coverage(lists: ArrayLike, k: int, items: int) -> float:
@@ -200,9 +192,10 @@ def popularity_lift(
 def diversity(lists: ArrayLike, k: int, contents: ItemContents) -> MetricValues:
     """Compute ILD@k from words or vectors of items; see `diversity_by_fields` and `diversity_by_vectors`."""
     if contents.words is not None:
-        values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.field}"
+        values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.source}"
     else:
-        values, how = diversity_by_vectors(lists, k, contents.vectors), f"cosine-{contents.encoder}"
+        assert contents.vectors is not None
+        values, how = diversity_by_vectors(lists, k, contents.vectors), f"cosine-{contents.source}"
     return MetricValues(result=values, how=re.sub(r"[|\s]+", "-", how))
 
 

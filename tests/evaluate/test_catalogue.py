@@ -24,6 +24,7 @@ from llmrec.evaluate.catalogue import evaluate_catalogue, rank_catalogue
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import ListMetricData
 from llmrec.evaluate.predictor import evaluate
+from llmrec.metrics.beyond import ItemContents
 from llmrec.metrics.ranking import target_rank
 from llmrec.metrics.signature import parse_signature
 from llmrec.recipe.schema import Split
@@ -258,7 +259,7 @@ def test_precision_map_and_auc_equal_other_libraries(data: SplitDataset) -> None
 def test_diversity_by_vectors(data: SplitDataset, popular: Popularity) -> None:
     size = len(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(size, 4))
-    background = replace(ListMetricData.of(data), vectors=vectors, encoder="an encoder")
+    background = replace(ListMetricData.of(data), contents=ItemContents(vectors=vectors, source="an encoder"))
     result = evaluate_catalogue(popular, _cases(data), protocol(size, (5,)), background=background)["included"]
     figure = result.figures.metrics["ILD@5"]
     assert "how:cosine-an-encoder" in figure.signature
