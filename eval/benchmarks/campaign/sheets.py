@@ -32,21 +32,9 @@ _FORMULAS = (
     *("", "WEBSERVICE(&quot;http://127.0.0.1:9/&quot;)", "\u202e", "y" * 9000),
 )
 _NAMES = (
-    *(
-        "",
-        " ",
-        "x" * 31,
-        "x" * 32,
-        "y" * 70_000,
-        "a/b",
-        "a#b",
-        "#",
-        "../../etc/passwd",
-        "=1+1",
-        "<script>",
-        "\u202eshop",
-    ),
-    *("Zo\u00eb \u6620\u753b", "'", "Orders ", "orders", "[1]", "{}", "%s", "\U0001f600", "a\nb", "Notes"),
+    *("", " ", "x" * 31, "x" * 32, "y" * 70_000, "a/b", "a#b", "#", "../../etc/passwd", "=1+1", "<script>"),
+    *("\u202eshop", "Zo\u00eb \u6620\u753b", "'", "Orders ", "orders", "[1]", "{}", "%s", "\U0001f600", "a\nb"),
+    "Notes",
 )
 _MERGES = ("A1:B1", "A1:A3", "A2:E9", "A1:XFD1048576", "A0:B0", "B2:A1", "", "x", "A1", "A1:B2:C3", "A1:A99999999999")
 _FORMATS = ("yyyy-mm-dd", "[h]:mm:ss", "dd/mm/yyyy", '"', "[", "General;yyyy", "@", "", "y" * 5000, "0.0000E+00")
