@@ -14,7 +14,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def _recipe(path: Path) -> dict[str, Any]:
     }
 
 
-def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
-    """Return the stages by name; each uses the results of earlier ones."""
+def _measure(path: Path, rows: int, out: Any) -> None:
+    """Run all stages, each with the results of earlier ones, and report the time and memory of each."""
     from llmrec.backends.encode import Encoder
     from llmrec.baselines.knn import ItemKNN
     from llmrec.baselines.markov import FirstOrder, Markov
@@ -95,59 +96,14 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     from llmrec.recipe.load import as_recipe
 
     recipe = as_recipe(_recipe(path))
-
-    def loaded(state: dict[str, Any]) -> None:
-        state["data"] = load_data(recipe.data, seed=0)
-
-    def parted(state: dict[str, Any]) -> None:
-        state["split"] = split_dataset(state.pop("data"), recipe.data.split, seed=0)
-
-    def described(state: dict[str, Any]) -> None:
-        statistics(state["split"])
-
-    def studied(state: dict[str, Any]) -> None:
-        state["study"] = build_study(recipe, state["split"])
-        state["requests"] = [case.request for case in state["study"].cases("sequential")]
-
-    def drawn(state: dict[str, Any]) -> None:
-        sample_candidates(state["split"], "test", recipe.eval.candidates, seed=0)
-
-    def planned(state: dict[str, Any]) -> None:
-        base = resolve_model_folder(recipe.model, seed=0)
-        encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-        plan_training(state["study"], encoder)
-
-    def answered(kind: Any) -> Callable[[dict[str, Any]], None]:
-        def stage(state: dict[str, Any]) -> None:
-            predictor = kind()
-            predictor.fit(state["split"])
-            predictor.answer(state["requests"])
-
-        return stage
-
-    result: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("read", loaded),
-        ("split", parted),
-        ("statistics and fingerprints", described),
-        ("tasks and candidates of 1,000 users", studied),
-        ("candidates of every user", drawn),
-        ("training plan of 20 steps", planned),
-        ("popularity", answered(Popularity)),
-        ("markov-1", answered(FirstOrder)),
-    ]
-    more = (("markov", Markov), ("item-knn", ItemKNN))
-    return [*result, *((name, answered(kind)) for name, kind in more)] if rows <= _PAIRS_UP_TO else result
-
-
-def _measure(path: Path, rows: int, out: Any) -> None:
-    todo = stages(path, rows)
-    state: dict[str, Any] = {}
     empty = _status("VmRSS")
-    for name, stage in todo:
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         begun, worked, held = time.perf_counter(), time.process_time(), _status("VmRSS")
-        stage(state)
+        yield
         seconds, processor = time.perf_counter() - begun, time.process_time() - worked
         peak = _status("VmHWM")
         out.put(
@@ -159,6 +115,26 @@ def _measure(path: Path, rows: int, out: Any) -> None:
                 "more_mib": round(peak - held, 1),
             }
         )
+
+    with stage("read"):
+        data = load_data(recipe.data, seed=0)
+    with stage("split"):
+        split = split_dataset(data, recipe.data.split, seed=0)
+        del data
+    with stage("statistics and fingerprints"):
+        statistics(split)
+    with stage("tasks and candidates of 1,000 users"):
+        study = build_study(recipe, split)
+        requests = [case.request for case in study.cases("sequential")]
+    with stage("candidates of every user"):
+        sample_candidates(split, "test", recipe.eval.candidates, seed=0)
+    with stage("training plan of 20 steps"):
+        base = resolve_model_folder(recipe.model, seed=0)
+        plan_training(study, Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length))
+    baselines = (Popularity, FirstOrder, Markov, ItemKNN)
+    for kind in baselines if rows <= _PAIRS_UP_TO else baselines[:2]:
+        with stage(kind.name):
+            kind().fit(split).answer(requests)
     out.put(None)
 
 
