@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
@@ -24,9 +24,6 @@ from llmrec.types import Answer, Ranking, Request, Unparsed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    #: Returns the scores of all catalogue items for requests, shape (b, items).
-    Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
 
 LSA = "lsa"
 """Name of latent semantic analysis of the texts, used instead of a text encoder."""
@@ -321,7 +318,15 @@ class ScoredBaseline(Baseline[C, S]):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates, or the catalogue without the history; unknown items come last."""
-        return rank_all(requests, self._fitted.catalogue, self.scores)
+        catalogue, answers = self._fitted.catalogue, list[Answer]()
+        # In blocks of requests, whose scores fit in memory.
+        block = max(1, _BLOCK_SCORES // max(1, len(catalogue.ids)))
+        for start in range(0, len(requests), block):
+            part = requests[start : start + block]
+            answers += [
+                _rank_request(one, catalogue, scores) for one, scores in zip(part, self.scores(part), strict=True)
+            ]
+        return answers
 
 
 @dataclass(frozen=True)
@@ -536,17 +541,6 @@ def windowed_recency_weights(requests: Sequence[Request], catalogue: Catalogue, 
         (decay ** ages[known].astype(np.float64), (rows[known], indices[known])),
         shape=(len(requests), len(catalogue.ids)),
     )
-
-
-def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) -> list[Answer]:
-    """Rank the items for every request by the scores of a baseline, in blocks of requests."""
-    block = max(1, _BLOCK_SCORES // max(1, len(catalogue.ids)))
-    answers: list[Answer] = []
-    for start in range(0, len(requests), block):
-        part = requests[start : start + block]
-        for request, scores in zip(part, scorer(part), strict=True):
-            answers.append(_rank_request(request, catalogue, scores))
-    return answers
 
 
 def rank_by_score(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:

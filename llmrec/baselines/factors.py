@@ -49,10 +49,6 @@ class _FactorModel:
     vectors: NDArray[np.float32]
     library: Any
 
-    def by_item(self) -> dict[str, NDArray[np.float32]]:
-        """Return the vector of each item with training interactions, by item id."""
-        return {self.catalogue.ids[index]: self.vectors[row] for row, index in enumerate(self.warm.indices.tolist())}
-
 
 C = TypeVar("C", bound=Section)
 
@@ -75,7 +71,8 @@ class _Factorisation(ScoredBaseline[C, _FactorModel]):
 
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
         """Return the vector of each item with training interactions, by item id, shape (factors,)."""
-        return self._fitted.by_item()
+        model = self._fitted
+        return {model.catalogue.ids[index]: model.vectors[row] for row, index in enumerate(model.warm.indices.tolist())}
 
     def _solver(self, vectors: NDArray[np.float32]) -> Any:
         """Return the model of ``implicit`` that computes user vectors; None if it is not needed."""

@@ -88,11 +88,6 @@ def fit_key(model: Storable, data: SplitDataset, seed: int) -> str:
     )
 
 
-def caching_enabled() -> bool:
-    """Whether fits are cached."""
-    return _cache_limit() > 0
-
-
 def restore_fit(model: Storable, key: str, data: SplitDataset) -> float | None:
     """Restore a cached fit, and return its original duration in seconds; None if it is not cached."""
     path = _fit_path(model, key)
@@ -233,7 +228,7 @@ def fit_or_restore(model: Any, data: SplitDataset, *, seed: int) -> Any:
         data: The split.
         seed: The seed of the baseline.
     """
-    key = fit_key(model, data, seed) if isinstance(model, Storable) and caching_enabled() else None
+    key = fit_key(model, data, seed) if isinstance(model, Storable) and _cache_limit() else None
     if key is not None and (seconds := restore_fit(model, key, data)) is not None:
         model.recalled = seconds
         return model

@@ -158,7 +158,8 @@ def text_vectors(
         folder = config.encoder.removeprefix(STORE_PREFIX)
         if change is not None:
             raise DataError(f"{folder} has vectors but no texts, so words cannot be dropped", kind="unsupported")
-        return _stored_vectors(data, ids, folder)[order]
+        # Items that the store lacks get its fallback vector.
+        return normalise_vectors(open_feature_store(data, folder, "item").get("item", list(ids))[0])[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of_items(items)
     inputs = texts if change is None else [change(text) for text in texts]
@@ -188,12 +189,6 @@ def open_feature_store(data: SplitDataset, folder: str, kind: FeatureKind) -> Fe
             f"{user!r} with item {item!r}; create the texts from the training interactions of this split",
         )
     return store
-
-
-def _stored_vectors(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
-    """Return normalised vectors of items from a feature store; missing items get the fallback vector."""
-    store = open_feature_store(data, folder, "item")
-    return normalise_vectors(store.get("item", list(ids))[0])
 
 
 def texts_of_items(items: Sequence[Item]) -> list[str]:

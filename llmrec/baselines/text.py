@@ -121,7 +121,8 @@ class FrequentText(Baseline[NoParameters, str]):
         Raises:
             DataError: If the training interactions carry no texts.
         """
-        self._model = _frequent_training_text(data, self.name)
+        texts = _training_texts(data, self.name).texts
+        self._model = _most_frequent_text(texts, TfIdf.of(texts).vectors(texts))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the most frequent text for every request."""
@@ -273,11 +274,6 @@ class TextRidge(Baseline[TextRidgeConfig, _RidgeModel]):
 
 
 # --------------------------------------------------------------------------- helpers
-
-
-def _frequent_training_text(data: SplitDataset, name: str) -> str:
-    texts = _training_texts(data, name).texts
-    return _most_frequent_text(texts, TfIdf.of(texts).vectors(texts))
 
 
 def _training_texts(data: SplitDataset, name: str) -> _TrainingTexts:

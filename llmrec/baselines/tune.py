@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -74,7 +75,11 @@ def search_grid(
         most: The maximum number of settings that ``judge`` accepts; None: unlimited.
     """
     # A grid that is only tried in part would leave out values of its first parameters.
-    every = grid_combinations(grid) if _grid_size(grid) <= min(SMALL_GRID_SIZE, most or SMALL_GRID_SIZE) else []
+    every = (
+        grid_combinations(grid)
+        if math.prod(map(len, grid.values())) <= min(SMALL_GRID_SIZE, most or SMALL_GRID_SIZE)
+        else []
+    )
     for point in every:
         if judge(point) is None:
             return
@@ -108,13 +113,6 @@ def parameters_at_grid_edge(config: type[Section], grid: Grid, point: Mapping[st
             or (point[name] == max(values) and _can_extend_range(config, point, name, below=False))
         )
     )
-
-
-def _grid_size(grid: Grid) -> int:
-    result = 1
-    for values in grid.values():
-        result *= len(values)
-    return result
 
 
 def _is_numeric(values: Sequence[Any]) -> bool:
@@ -295,7 +293,8 @@ class _Search:
         """Return the validation results of a hyperparameter setting; None if the maximum number of fits is reached."""
         trial = next((trial for trial in self.trials if dict(trial.parameters) == point), None)
         if trial is None:
-            if self.fits is not None and len(self._fit_keys() | {self._fit_key(point)}) > self.fits:
+            points = (point, *(trial.parameters for trial in self.trials))
+            if self.fits is not None and len(set(map(self._fit_key, points))) > self.fits:
                 return None
             trial = self._try(point)
         return {table: self._sign() * value for table, value in trial.values.items()}
@@ -326,9 +325,6 @@ class _Search:
 
     def _sign(self) -> int:
         return 1 if self.metric == RANKING_METRIC else -1
-
-    def _fit_keys(self) -> set[str]:
-        return {self._fit_key(trial.parameters) for trial in self.trials}
 
     def _fit_key(self, point: Parameters) -> str:
         answering = import_component(BASELINES, self.name, "baseline").AT_ANSWER
