@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +76,6 @@ SOURCES = {
 
 class SecondStage(Ensemble):
     """The second stage of an ensemble over stored candidates."""
-
-    def __init__(self, name: str, members: Sequence[str], *, learns: bool) -> None:
-        super().__init__(name, learns=learns)
-        self.members = tuple(members)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.members
 
     def measured(
         self, train: CandidateScores, users: Sequence[str], test: CandidateScores, only: EnsembleTrial | None = None
@@ -267,7 +259,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
         "rows": [
             {
                 "name": label,
-                **_figure(row.values),
+                **asdict(bootstrap_interval(row.values, resamples=RESAMPLES, seed=0)),
                 "seconds": {"fit": row.fit, "answer": row.answer},
                 **forms.get(label, {}),
                 **({"tried": _tried(ensembles[label])} if label in ensembles else {}),
@@ -275,7 +267,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
             for label, row in rows.items()
         ],
         "pairs": [
-            {"a": a, "b": b, **_difference(rows[a], rows[b])}
+            {"a": a, "b": b, **asdict(sign_flip_test(rows[a].values, rows[b].values, resamples=RESAMPLES, seed=0).at())}
             for a in (CHOSEN, RANKER)
             for b in rows
             if b not in (CHOSEN, RANKER)
@@ -286,16 +278,6 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
 
 def _tried(ensemble: SecondStage) -> list[dict[str, Any]]:
     return [{"form": tried.form, "name": tried.name, "valid": tried.value} for tried in ensemble.tried]
-
-
-def _figure(values: NDArray[np.float64]) -> dict[str, float]:
-    estimate = bootstrap_interval(values, resamples=RESAMPLES, seed=0)
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-
-
-def _difference(a: Measured, b: Measured) -> dict[str, float]:
-    difference = sign_flip_test(a.values, b.values, resamples=RESAMPLES, seed=0).at()
-    return {"value": difference.value, "low": difference.low, "high": difference.high, "p": difference.p}
 
 
 def main(target: Path, names: Sequence[str]) -> None:

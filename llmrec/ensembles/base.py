@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class Ensemble:
 
     Attributes:
         name: Name in tables.
+        names: Names of the members.
         weights: None before ``fit``.
         tried: Forms with their cross-fitted results.
         chosen: The form of the fitted weights.
@@ -52,14 +53,15 @@ class Ensemble:
         crossed: The cross-fitted result of the best form for each case, shape (n,); None if no form was chosen.
     """
 
-    def __init__(self, name: str, *, learns: bool = True) -> None:
+    def __init__(self, name: str, names: Iterable[str], *, learns: bool = True) -> None:
         """Create the ensemble.
 
         Args:
             name: Name in tables.
+            names: Names of the members.
             learns: Whether a ranker is one of the forms.
         """
-        self.name, self._learns = name, learns
+        self.name, self.names, self._learns = name, tuple(names), learns
         self.weights: Weights | None = None
         self.tried: tuple[EnsembleTrial, ...] = ()
         self.chosen: EnsembleTrial | None = None
@@ -80,11 +82,6 @@ class Ensemble:
         if self.weights is None:
             raise RuntimeError(f"{self.name!r} is not fitted; call fit() first")
         return self.weights
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the members."""
-        raise NotImplementedError
 
     def fitted_without(self, excluded: frozenset[str]) -> Any:
         """Return the weights of the chosen type, fitted without some users, for evaluation on these users.

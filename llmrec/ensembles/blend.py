@@ -68,16 +68,11 @@ class PredictionEnsemble(Ensemble):
         """
         if len(parts) < 2:
             raise LlmrecError(f"{name}: an ensemble needs at least two members", kind="mismatch")
-        super().__init__(name)
+        super().__init__(name, (part for part, _ in parts))
         self.parts, self._predicts_probability = tuple(parts), predicts_probability
         self._line: _LinearModel | None = None
         self._bounds = (-np.inf, np.inf)
         self._mean_answers: NDArray[np.float64] = np.zeros(len(parts))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the members."""
-        return tuple(name for name, _ in self.parts)
 
     def fit(
         self,

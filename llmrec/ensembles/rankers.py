@@ -86,7 +86,7 @@ class CatalogueEnsemble(Ensemble):
         """
         if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
             raise LlmrecError(f"{name}: an ensemble needs two or more members with the same catalogue", kind="mismatch")
-        super().__init__(name, learns=learns)
+        super().__init__(name, (part.name for part in parts), learns=learns)
         self.parts, self.filtered, self.context, self.weights = tuple(parts), filtered, context, weights
         self._column = {item: index for index, item in enumerate(self.items)}
         self._codes = np.empty(0, dtype=np.int64) if context is None else context.codes(self.items)
@@ -95,11 +95,6 @@ class CatalogueEnsemble(Ensemble):
     def items(self) -> tuple[str, ...]:
         """Ids of all items, in column order."""
         return self.parts[0].scorer.items
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the members."""
-        return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, ablate: bool = False, only: EnsembleTrial | None = None) -> None:
         """Fit all types of ensemble, and keep the preferred type by cross-fitted NDCG@10.
@@ -306,14 +301,9 @@ class ListEnsemble(Ensemble):
         """
         if len(parts) < 2 or (weights is not None and len(weights.parts) != len(parts)):
             raise LlmrecError(f"{name}: an ensemble needs at least two members, and a weight for each", kind="mismatch")
-        super().__init__(name)
+        super().__init__(name, (part.name for part in parts))
         self.parts, self.weights, self.context = tuple(parts), weights, context
         self.validation: dict[str, float] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the members."""
-        return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, ablate: bool = False, base_ensembles: Sequence[Ensemble] = ()) -> None:
         """Fit all types of ensemble, and keep the best type by cross-fitted NDCG@10.
