@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.token_tree import ROOT, Index, TokenTrie
+from llmrec.decode.token_tree import ROOT, Children, Index, TokenTrie
 from llmrec.types import SearchResult
 
 MAX_WIDTH = 4096
@@ -109,19 +109,6 @@ class Beams:
 _BeamsType = TypeVar("_BeamsType", bound=Beams)
 
 
-@dataclass
-class _Search:
-    """The state of a search: catalogue, excluded items, bounds of pruned branches, and token counts."""
-
-    catalogue: TokenTrie
-    width: int
-    barred: Index
-    bounds: Floats
-    engine: TreeEngine
-    next_handle: int
-    fed: Index
-
-
 def beam_search(
     engine: TreeEngine,
     catalogue: TokenTrie,
@@ -178,15 +165,31 @@ def _search_once(
     width: int,
 ) -> list[SearchResult]:
     """Search once, with the same beam width for all requests."""
-    users, size = len(prompts), len(catalogue)
+    size = len(catalogue)
     # One sorted array gives the number of excluded items in any range for any request.
     offset = np.concatenate([_no_items(), *(ranks + n * size for n, ranks in enumerate(barred))])
-    search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
-    left = np.array([size - len(ranks) for ranks in barred])
-    beams = _extend_search_beams(
-        search, prompts, initial_beams(np.flatnonzero(left), size), partial(_keep_best, search)
-    )
-    return [_search_result(search, beams, user, k, int(left[user])) for user in range(users)]
+    left = [size - len(ranks) for ranks in barred]
+    # The best score that was pruned for each request.
+    bounds = np.full(len(prompts), -np.inf)
+    roots = initial_beams(np.flatnonzero(left), size)
+    beams, fed = extend_beams(engine, catalogue, prompts, roots, partial(_keep_best, width, bounds), offset)
+    results = []
+    for user, available in enumerate(left):
+        rows = np.flatnonzero(beams.users == user)
+        best = beams.take(rows[np.lexsort((beams.lows[rows], -beams.scores[rows]))][:k])
+        scores = tuple(best.scores.tolist())
+        results.append(
+            SearchResult(
+                items=tuple(catalogue.order[best.lows].tolist()),
+                scores=scores,
+                # If fewer than k items are left, nothing was pruned.
+                certified=not scores or float(bounds[user]) <= scores[-1],
+                width=width,
+                short="" if len(scores) == k else f"only {available} of {size} items are valid results",
+                tokens=int(fed[user]),
+            )
+        )
+    return results
 
 
 def initial_beams(users: Index, size: int) -> Beams:
@@ -207,68 +210,54 @@ def extend_beams(
     catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
     beams: _BeamsType,
-    keep: Callable[[_BeamsType, Branches, Floats], _BeamsType],
-) -> _BeamsType:
-    """Extend beams from the root to complete items, as `beam_search` does, with a given pruning function.
+    keep: Callable[[_BeamsType, Children, Floats], _BeamsType],
+    barred: Index | None = None,
+) -> tuple[_BeamsType, Index]:
+    """Extend beams from the root to complete items with a given pruning function.
 
     Args:
         engine: Computes log-probabilities.
         catalogue: The legal outputs.
         prompts: Token ids of each request.
         beams: One root per request, in order.
-        keep: Takes the kept beams, their branches and the branches' log-probabilities, and returns the beams to keep.
+        keep: Takes the kept beams, their possible next nodes (``parents`` are indices of beams) and the
+            log-probabilities of these, and returns the beams to keep.
+        barred: Excluded items of all requests, ascending: the rank of the path, plus the number of the request times
+            the number of items. None: no items.
+
+    Returns:
+        The complete items, and the number of tokens read after each prompt, shape (requests,).
     """
-    users = len(prompts)
-    fed = np.zeros(users, np.int64)
-    search = _Search(catalogue, 0, _no_items(), np.full(users, -np.inf), engine, users, fed)
-    return _extend_search_beams(search, prompts, beams, keep)
-
-
-def _extend_search_beams(
-    search: _Search,
-    prompts: Sequence[Sequence[int]],
-    beams: _BeamsType,
-    keep: Callable[[_BeamsType, Branches, Floats], _BeamsType],
-) -> _BeamsType:
+    fed = np.zeros(len(prompts), np.int64)
+    barred = _no_items() if barred is None else barred
     try:
         # Score the first tokens before anything is fed; all paths may share a first token.
-        branches = _allowed_branches(search, beams)
-        logprobs = search.engine.open(prompts, LogprobQueries(beams.handles[branches.parents], branches.tokens))
+        branches = _allowed_branches(catalogue, barred, beams)
+        wanted = LogprobQueries(beams.handles[branches.parents], catalogue.tokens(branches.nodes))
+        logprobs = engine.open(prompts, wanted)
         while True:
             beams = keep(beams, branches, logprobs)
-            beams, branches, logprobs = _follow_branches(search, beams)
+            beams, branches, logprobs = _follow_branches(engine, catalogue, barred, fed, beams)
             if beams.complete.all():
-                return beams
+                return beams, fed
     finally:
-        search.engine.close()
+        engine.close()
 
 
-@dataclass(frozen=True)
-class Branches:
-    """Possible next tokens of kept prefixes; ``parents`` are the indices of the prefixes."""
-
-    parents: Index
-    nodes: Index
-    lows: Index
-    highs: Index
-    tokens: Index
-
-
-def _allowed_branches(search: _Search, beams: Beams) -> Branches:
+def _allowed_branches(catalogue: TokenTrie, barred: Index, beams: Beams) -> Children:
     """Return all continuations of kept prefixes that lead to an allowed item."""
-    catalogue = search.catalogue
     live = np.flatnonzero(~beams.complete)
     below = catalogue.below(beams.nodes[live], beams.lows[live], beams.highs[live])
-    parents, nodes, lows, highs = live[below.parents], below.nodes, below.lows, below.highs
-    if len(search.barred):
-        base = beams.users[parents] * len(catalogue)
-        excluded = np.searchsorted(search.barred, base + highs) - np.searchsorted(search.barred, base + lows)
-        stay = highs - lows > excluded
-        parents, nodes, lows, highs = parents[stay], nodes[stay], lows[stay], highs[stay]
-    return Branches(parents, nodes, lows, highs, catalogue.tokens(nodes))
+    below = replace(below, parents=live[below.parents])
+    if not len(barred):
+        return below
+    base = beams.users[below.parents] * len(catalogue)
+    excluded = np.searchsorted(barred, base + below.highs) - np.searchsorted(barred, base + below.lows)
+    stay = below.highs - below.lows > excluded
+    return Children(**{name: array[stay] for name, array in vars(below).items()})
 
 
-def extend_by_branches(beams: _BeamsType, branches: Branches, logprobs: Floats) -> _BeamsType:
+def extend_by_branches(beams: _BeamsType, branches: Children, logprobs: Floats) -> _BeamsType:
     """Turn possible next tokens into prefixes."""
     return replace(
         beams.take(branches.parents),
@@ -292,93 +281,62 @@ def rank_beams(pool: Beams, values: Floats) -> tuple[Index, Index]:
     return order, np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _keep_best(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
+def _keep_best(width: int, bounds: Floats, beams: Beams, branches: Children, logprobs: Floats) -> Beams:
     """Keep the best branches and complete items of each request, and record the best score that is pruned."""
     pool = Beams.join(beams.take(np.flatnonzero(beams.complete)), extend_by_branches(beams, branches, logprobs))
     # Ties are broken by path order, which does not depend on batch or beam width.
     order, rank = rank_beams(pool, pool.scores)
-    pruned = order[rank >= search.width]
+    pruned = order[rank >= width]
     # A NaN score gives no bound and stays NaN.
     with np.errstate(invalid="ignore"):
-        np.maximum.at(search.bounds, pool.users[pruned], pool.scores[pruned])
-    return pool.take(order[rank < search.width])
+        np.maximum.at(bounds, pool.users[pruned], pool.scores[pruned])
+    return pool.take(order[rank < width])
 
 
-def _follow_branches(search: _Search, beams: _BeamsType) -> tuple[_BeamsType, Branches, Floats]:
+def _follow_branches(
+    engine: TreeEngine, catalogue: TokenTrie, barred: Index, fed: Index, beams: _BeamsType
+) -> tuple[_BeamsType, Children, Floats]:
     """Follow every kept branch to its next branching point or item, and score the continuations.
 
     One call of the engine: the branch's own token, the forced ones after it, and the children of the node reached. The
-    last token of an item is scored but never read.
+    last token of an item is scored but never read. ``fed`` counts the tokens of each request.
     """
-    catalogue = search.catalogue
-    rows = np.flatnonzero(~beams.complete)
-    fed: list[TreeTokens] = []
+    read: list[TreeTokens] = []
     forced_rows: list[Index] = []
-    forced_tokens: list[tuple[Index, Index]] = []
+    after: list[Index] = []
+    wanted: list[Index] = []
     nodes, handles = beams.nodes.copy(), beams.handles.copy()
     complete = beams.complete.copy()
-    handle = search.next_handle
-    going = rows
+    # Prompts are numbered first, then tokens in the order in which they are fed.
+    handle = len(fed) + int(fed.sum())
+    going = np.flatnonzero(~beams.complete)
     while len(going):
         first, count = catalogue.spans(nodes[going])
         leaf = count == 0
         complete[going[leaf]] = True
         going, first, count = going[~leaf], first[~leaf], count[~leaf]
-        numbers = handle + np.arange(len(going))
-        fed.append(TreeTokens(beams.users[going], handles[going], catalogue.tokens(nodes[going])))
-        handles[going] = numbers
+        read.append(TreeTokens(beams.users[going], handles[going], catalogue.tokens(nodes[going])))
+        handles[going] = handle + np.arange(len(going))
         handle += len(going)
         forced = count == 1
-        going, first, numbers = going[forced], first[forced], numbers[forced]
-        forced_tokens.append((numbers, catalogue.tokens(first)))
+        going, first = going[forced], first[forced]
+        after.append(handles[going])
+        wanted.append(catalogue.tokens(first))
         forced_rows.append(going)
         nodes[going] = first
     reached = replace(beams, nodes=nodes, scores=beams.scores.copy(), handles=handles, complete=complete)
-    branches = _allowed_branches(search, reached)
-    if not fed or not sum(len(item.tokens) for item in fed):
+    branches = _allowed_branches(catalogue, barred, reached)
+    if not any(len(item.tokens) for item in read):
         return reached, branches, np.empty(0)
-    search.next_handle = handle
-    return _score_branches(search, reached, branches, fed, forced_tokens, forced_rows)
-
-
-def _score_branches(
-    search: _Search,
-    beams: _BeamsType,
-    branches: Branches,
-    fed: Sequence[TreeTokens],
-    forced_tokens: Sequence[tuple[Index, Index]],
-    forced_rows: Sequence[Index],
-) -> tuple[_BeamsType, Branches, Floats]:
-    """Call the engine once, add the scores of forced tokens, and return the log-probabilities of branches."""
-    after = np.concatenate([*(pair[0] for pair in forced_tokens), beams.handles[branches.parents]])
-    tokens = np.concatenate([*(pair[1] for pair in forced_tokens), branches.tokens])
-    order = np.argsort(after, kind="stable")
+    numbers = np.concatenate([*after, handles[branches.parents]])
+    tokens = np.concatenate([*wanted, catalogue.tokens(branches.nodes)])
+    order = np.argsort(numbers, kind="stable")
     everything = TreeTokens(
-        *(np.concatenate([getattr(item, name) for item in fed]) for name in ("users", "parents", "tokens"))
+        *(np.concatenate([getattr(item, name) for item in read]) for name in ("users", "parents", "tokens"))
     )
-    search.fed += np.bincount(everything.users, minlength=len(search.fed))
-    answered = search.engine.feed(everything, LogprobQueries(after[order], tokens[order]))
-    logprobs = np.empty(len(after))
-    logprobs[order] = answered
-    forced = np.concatenate([_no_items(), *forced_rows])
-    np.add.at(beams.scores, forced, logprobs[: len(forced)])
-    return beams, branches, logprobs[len(forced) :]
-
-
-def _search_result(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
-    rows = np.flatnonzero(beams.users == user)
-    rows = rows[np.lexsort((beams.lows[rows], -beams.scores[rows]))][:k]
-    ranks = beams.lows[rows]
-    scores = tuple(float(score) for score in beams.scores[rows])
-    short = "" if len(rows) == k else f"only {left} of {len(search.catalogue)} items are valid results"
-    # If fewer than k items are left, nothing was pruned.
-    certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
-    items = tuple(int(item) for item in search.catalogue.order[ranks])
-    return SearchResult(
-        items=items,
-        scores=scores,
-        certified=certified,
-        width=search.width,
-        short=short,
-        tokens=int(search.fed[user]),
-    )
+    fed += np.bincount(everything.users, minlength=len(fed))
+    logprobs = np.empty(len(numbers))
+    logprobs[order] = engine.feed(everything, LogprobQueries(numbers[order], tokens[order]))
+    rows = np.concatenate(forced_rows)
+    np.add.at(reached.scores, rows, logprobs[: len(rows)])
+    return reached, branches, logprobs[len(rows) :]

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from llmrec.decode.beam import (
     Beams,
-    Branches,
     Floats,
     TreeEngine,
     beam_search,
@@ -34,7 +33,7 @@ from llmrec.decode.beam import (
     initial_beams,
     rank_beams,
 )
-from llmrec.decode.token_tree import Index, TokenTrie
+from llmrec.decode.token_tree import Children, Index, TokenTrie
 
 RolloutMethod = Literal["beam", "sampled", "without-replacement"]
 
@@ -87,7 +86,7 @@ def sample_rollouts(
     draws = count if way == "sampled" else count + 1
     first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
     beams = _SampledPrefixes(**roots, logq=np.zeros(len(prompts)), marks=first)
-    beams = extend_beams(engine, catalogue, prompts, beams, partial(keep, temperature, draws, generators))
+    beams, _ = extend_beams(engine, catalogue, prompts, beams, partial(keep, temperature, draws, generators))
     return [finish(catalogue, beams.take(np.flatnonzero(beams.users == user)), count) for user in range(len(prompts))]
 
 
@@ -105,7 +104,7 @@ class _SampledPrefixes(Beams):
 
 
 def _extend_and_renormalise(
-    temperature: float, beams: _SampledPrefixes, branches: Branches, logprobs: Floats
+    temperature: float, beams: _SampledPrefixes, branches: Children, logprobs: Floats
 ) -> _SampledPrefixes:
     """Extend prefixes by one token, and update their log-probability ``logq`` under the sampling distribution."""
     if not len(logprobs):
@@ -124,7 +123,7 @@ def _split_draws(
     _: int,
     generators: Sequence[np.random.Generator],
     beams: _SampledPrefixes,
-    branches: Branches,
+    branches: Children,
     logprobs: Floats,
 ) -> _SampledPrefixes:
     """Distribute the draws of each prefix among its branches, by a multinomial distribution."""
@@ -144,7 +143,7 @@ def _keep_highest(
     count: int,
     generators: Sequence[np.random.Generator],
     beams: _SampledPrefixes,
-    branches: Branches,
+    branches: Children,
     logprobs: Floats,
 ) -> _SampledPrefixes:
     """Keep the highest Gumbel-perturbed log-probabilities of each prompt (sampling without replacement)."""
