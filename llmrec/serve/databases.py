@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import quote, urlsplit
 
 from llmrec.data.read.databases import mask_passwords
@@ -73,51 +73,6 @@ class Insert:
     conflict: str = ""
 
 
-class Database(Protocol):
-    """Interface of SQLite and PostgreSQL databases; ``raw`` is a connection object of the database library."""
-
-    errors: tuple[type[Exception], ...]
-    """Exceptions that the library raises."""
-    keeps: str | None
-    """What remains in the database after an erasure, at least temporarily; None if nothing."""
-
-    def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
-        """Return an error about this database, without its password."""
-        ...
-
-    def failure(self, error: BaseException) -> LlmrecError:
-        """Convert an exception of the database library to an error with the fix."""
-        ...
-
-    def connect(self) -> Any:
-        """Open a connection."""
-        ...
-
-    def prepare(self, raw: Any) -> None:
-        """Create missing tables, and check the database as far as possible."""
-        ...
-
-    def check(self) -> None:
-        """Raise an error if this is no longer the database that was opened."""
-        ...
-
-    def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
-        """Return all rows of a query."""
-        ...
-
-    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
-        """Insert rows in one transaction, and return how many were inserted or changed."""
-        ...
-
-    def erase(self, raw: Any, user_key: str) -> int:
-        """Delete the interactions of a user and record the key in one transaction; return their number."""
-        ...
-
-    def finish(self, raw: Any, wait: float) -> bool:
-        """Remove deleted data from the database log; return False if another process still reads the data."""
-        ...
-
-
 # --------------------------------------------------------------------------- SQLite
 
 _PERMISSION_ADVICE = "give the service permission to write there, or choose another path"
@@ -135,11 +90,15 @@ _SQLITE_FIXES: dict[int, _KindAndFix] = {
 
 
 class SQLite:
-    """An SQLite database file.
+    """An SQLite database file; `Postgres` has the same methods.
 
     Args:
         path: The path; a missing file is created.
         wait: Seconds that a call waits for the lock of another process.
+
+    Attributes:
+        errors: Exceptions that the database library raises.
+        keeps: What remains in the database after an erasure, at least temporarily; None if nothing.
 
     Raises:
         LlmrecError: If the file is not a store, or cannot be read or created; nothing is overwritten.
@@ -168,11 +127,11 @@ class SQLite:
             raise self.failure(error) from error
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
-        """See `Database.error`."""
+        """Return an error about this database, without its password."""
         return StoreError(f"the store {self._path}{rest}", kind=kind, at=self._path)
 
     def failure(self, error: BaseException) -> LlmrecError:
-        """See `Database.failure`."""
+        """Convert an exception of the database library to an error with the fix."""
         # an error without code: the file has invalid text
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if isinstance(error, OSError | ValueError):
@@ -184,18 +143,20 @@ class SQLite:
         return self.error(kind, f" cannot be used ({format_error(error)}); {fix}")
 
     def connect(self) -> sqlite3.Connection:
-        """See `Database.connect`."""
+        """Open a connection."""
         return _connect_sqlite(self._path, self._wait)
 
     def prepare(self, raw: sqlite3.Connection) -> None:
-        """Reject a damaged file; the tables were created with the file."""
+        """Create missing tables, and check the database as far as possible."""
+        # The tables were created with the file.
         if self._path.stat().st_size <= _MAX_CHECKED_BYTES:
             result = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
             if result != "ok":
                 raise self.error("damaged", f" is damaged ({format_value(result)}); {DAMAGE_ADVICE}")
 
     def check(self) -> None:
-        """See `Database.check`: a moved file is still writable, but would not be found after a restart."""
+        """Raise an error if this is no longer the database that was opened."""
+        # A moved file is still writable, but would not be found after a restart.
         try:
             moved = self._inode() != self._file
         except OSError:
@@ -210,11 +171,11 @@ class SQLite:
         return status.st_dev, status.st_ino
 
     def read(self, raw: sqlite3.Connection, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
-        """See `Database.read`."""
+        """Return all rows of a query."""
         return raw.execute(sql, values).fetchall()
 
     def insert(self, raw: sqlite3.Connection, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
-        """See `Database.insert`."""
+        """Insert rows in one transaction, and return how many were inserted or changed."""
         names, placeholders = ", ".join(into.columns), ", ".join("?" * len(into.columns))
         query = f"INSERT INTO {into.table} ({names}) VALUES ({placeholders}) {into.conflict}"
         # Serialise the threads of this process, because SQLite would poll.
@@ -222,7 +183,10 @@ class SQLite:
             return raw.executemany(query, rows).rowcount
 
     def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
-        """See `Database.erase`; the log contains the interactions until `finish`."""
+        """Delete the interactions of a user and record the key in one transaction; return their number.
+
+        The log contains the interactions until `finish`.
+        """
         # Rows are never deleted: SQLite would move other rows between pages and leave copies in free space, which
         # secure_delete does not find when their users are deleted later. The text is overwritten in place by one of the
         # same length.
@@ -233,9 +197,9 @@ class SQLite:
         return erased
 
     def finish(self, raw: sqlite3.Connection, wait: float) -> bool:
-        """Write the log to the file and empty it, so that neither contains erased data; see `Database.finish`."""
+        """Remove deleted data from the database log; return False if another process still reads the data."""
         with self._writing:
-            # A checkpoint blocks writers while it waits for readers.
+            # A checkpoint writes the log to the file and empties it; it blocks writers while it waits for readers.
             raw.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
             try:
                 return not raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
@@ -380,11 +344,11 @@ class Postgres:
         self._url = url if "connect_timeout=" in parts.query else f"{url}{mark}connect_timeout=10"
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
-        """See `Database.error`."""
+        """See `SQLite.error`."""
         return StoreError(f"the store {self._shown}{rest}", kind=kind, at=self._shown)
 
     def failure(self, error: BaseException) -> LlmrecError:
-        """See `Database.failure`."""
+        """See `SQLite.failure`."""
         state = getattr(error, "sqlstate", None) or "08"
         kind, fix = next((_POSTGRES_FIXES[n] for n in _POSTGRES_FIXES if state.startswith(n)), _UNKNOWN_FIX)
         # Only one line, since the others repeat the query or values.
@@ -394,7 +358,7 @@ class Postgres:
         return self.error(kind, f" cannot be used ({format_error(ValueError(message))}); {fix}")
 
     def connect(self) -> Any:
-        """See `Database.connect`; each statement is a transaction."""
+        """See `SQLite.connect`; each statement is a transaction."""
         raw = self._dbapi.connect(self._url, autocommit=True)
         try:
             with raw.cursor() as cursor:
@@ -405,10 +369,10 @@ class Postgres:
         return raw
 
     def check(self) -> None:
-        """See `Database.check`."""
+        """See `SQLite.check`."""
 
     def prepare(self, raw: Any) -> None:
-        """See `Database.prepare`."""
+        """See `SQLite.prepare`."""
         query = "SELECT to_regclass('llmrec_service') IS NOT NULL, current_setting('server_encoding')"
         there, letters = self.read(raw, query)[0]
         if letters != "UTF8":
@@ -428,13 +392,13 @@ class Postgres:
             self.read(raw, "SELECT pg_advisory_unlock(?1)", _APPLICATION_ID)
 
     def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
-        """See `Database.read`."""
+        """See `SQLite.read`."""
         with raw.cursor() as cursor:
             cursor.execute(sql.replace("?", "$"), values or None)
             return list(cursor.fetchall())
 
     def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
-        """See `Database.insert`."""
+        """See `SQLite.insert`."""
         names = ", ".join(into.columns)
         types = ", ".join(f"{name} TEXT" for name in into.columns)
         # All rows in one parameter, to avoid a round trip per row.
@@ -447,7 +411,7 @@ class Postgres:
         return int(self.read(raw, query, values)[0][0])
 
     def erase(self, raw: Any, user_key: str) -> int:
-        """See `Database.erase`."""
+        """See `SQLite.erase`."""
         query = (
             "WITH gone AS (DELETE FROM llmrec_events WHERE user_key = ?1 RETURNING 1), noted AS (INSERT INTO "
             "llmrec_erased VALUES (?1) ON CONFLICT DO NOTHING) SELECT count(*) FROM gone"
@@ -455,8 +419,12 @@ class Postgres:
         return int(self.read(raw, query, user_key)[0][0])
 
     def finish(self, raw: Any, wait: float) -> bool:
-        """See `Database.finish`; the log is managed by the server."""
+        """See `SQLite.finish`; the log is managed by the server."""
         return True
+
+
+Database: TypeAlias = SQLite | Postgres
+"""A database; ``raw`` in its methods is a connection object of the database library."""
 
 
 def _invalid_url_error() -> DataError:
