@@ -287,12 +287,12 @@ def _data_routes(service: Service, auth: Auth) -> APIRouter:
     ) -> schema.FoundItems:
         """Search items by title or ID."""
         results, total = service.catalogue.search(q, limit=limit, offset=offset)
-        return schema.FoundItems(items=[_catalogue_item(item) for item in results], total=total)
+        return schema.FoundItems(items=[schema.CatalogueItem.model_validate(item) for item in results], total=total)
 
     @router.get("/v1/items/{item_id:path}", responses=openapi_error_responses(404))
     async def item(item_id: _Id) -> schema.CatalogueItem:
         """Return an item of the catalogue."""
-        return _catalogue_item(service.catalogue.get(item_id))
+        return schema.CatalogueItem.model_validate(service.catalogue.get(item_id))
 
     @router.put("/v1/items", responses=openapi_error_responses(*_POST_STATUSES), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
@@ -376,7 +376,3 @@ def _known_user(user_id: str, events: Sequence[Event], items: Mapping[str, Item]
         for event in events
     ]
     return schema.KnownUser(user_id=user_id, history=history)
-
-
-def _catalogue_item(item: Item) -> schema.CatalogueItem:
-    return schema.CatalogueItem(item_id=item.item_id, title=item.title, fields=dict(item.fields))

@@ -18,7 +18,7 @@ from typing import TypeVar
 from llmrec.answer.recommender import AnnotatedAnswer, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
-from llmrec.serve.engine import EngineLost, Reply
+from llmrec.serve.engine import EngineLost, Reply, stopping_error
 
 _T = TypeVar("_T")
 
@@ -122,8 +122,8 @@ class Batcher:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         for item in pending:
-            _set_result(item.future, _stopping_error())
-        self._fail_queued(_stopping_error())
+            _set_result(item.future, stopping_error())
+        self._fail_queued(stopping_error())
         # the result of a running call is no longer needed
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -174,7 +174,7 @@ class Batcher:
             EngineLost: If the engine ended, or the service is stopping.
         """
         if self._closed:
-            raise _stopping_error()
+            raise stopping_error()
         self._others += 1
         try:
             # Stored changes must reach the engine even if the caller is cancelled.
@@ -188,7 +188,7 @@ class Batcher:
 
     def _check_queue_length(self, waiting: int) -> None:
         if self._closed:
-            raise _stopping_error()
+            raise stopping_error()
         ahead = waiting * self._seconds_each
         if waiting >= self._room or ahead > self._patience:
             self.load.refused += 1
@@ -284,10 +284,6 @@ class Batcher:
                 _set_result(waiting.future, error)
         self._queues.clear()
         self.load.waiting = 0
-
-
-def _stopping_error() -> EngineLost:
-    return EngineLost("the service is stopping; try again in a moment", kind="failed")
 
 
 def _set_result(future: asyncio.Future[AnnotatedAnswer], reply: Reply) -> None:

@@ -91,20 +91,13 @@ class Engine:
             EngineLost: If the engine ended.
         """
         with self._lock:
-            result = self._receive()
-        if isinstance(result, LlmrecError):
-            raise result
+            self._receive()
 
     def started(self) -> EngineReady:
         """Let the engine load its weights, and wait until it is ready; raises the errors of `opened`."""
         with self._lock:
-            try:
-                self._line.send(None)
-            except OSError as error:
-                raise _engine_lost_error() from error
+            self._send(None)
             result = self._receive()
-        if isinstance(result, LlmrecError):
-            raise result
         assert isinstance(result, EngineReady)
         return result
 
@@ -122,10 +115,7 @@ class Engine:
             EngineLost: If the engine ended without an answer.
         """
         with self._lock:
-            try:
-                self._line.send((name, arguments, listener is not None))
-            except OSError as error:
-                raise _engine_lost_error() from error
+            self._send((name, arguments, listener is not None))
             while (message := self._receive())[0] == "piece":
                 try:
                     if listener is not None:
@@ -159,19 +149,34 @@ class Engine:
             self._process.kill()
             self._process.join()
 
+    def _send(self, message: object) -> None:
+        try:
+            self._line.send(message)
+        except OSError as error:
+            raise _engine_lost_error() from error
+
     def _receive(self) -> Any:
+        """Return the next message, or raise it if it is an error."""
         try:
             # Killing only this process is enough; its child processes may keep the connection open.
             wait([self._line, self._process.sentinel])
             if not self._line.poll():
                 raise EOFError
-            return self._line.recv()
+            message = self._line.recv()
         except (EOFError, OSError) as error:
             raise _engine_lost_error() from error
+        if isinstance(message, LlmrecError):
+            raise message
+        return message
 
 
 def _engine_lost_error() -> EngineLost:
     return EngineLost("the engine ended and is being restarted; try again in a moment", kind="failed")
+
+
+def stopping_error() -> EngineLost:
+    """Return the error of a service that does not accept requests any more."""
+    return EngineLost("the service is stopping; try again in a moment", kind="failed")
 
 
 # --------------------------------------------------------------------------- supervision
@@ -356,7 +361,7 @@ class Supervisor:
                     cards = engine.call("change_items", {item.item_id: item for item in put}, removed)
                 with self._lock:
                     if self._closed.is_set():
-                        raise EngineLost("the service is stopping", kind="failed")
+                        raise stopping_error()
                     old, self._engine = self._engine, engine
                     self.cards, self.scale, self.fault = cards, started.scale, None
                     self._alone = started.alone
@@ -374,7 +379,7 @@ class Supervisor:
             closed = self._closed.is_set()
         try:
             if closed:
-                raise EngineLost("the service is stopping", kind="failed")
+                raise stopping_error()
             engine.opened()
             if self._alone:
                 self._close_current_engine()

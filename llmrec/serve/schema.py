@@ -260,6 +260,8 @@ class Models(BaseModel):
 class CatalogueItem(BaseModel):
     """An item of the catalogue."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     item_id: str
     title: str
     fields: dict[str, str] = {}

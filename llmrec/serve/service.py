@@ -42,7 +42,7 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.serve import schema
 from llmrec.serve.batching import AnswerTimeout, Batcher, QueueFull
 from llmrec.serve.databases import StoreError
-from llmrec.serve.engine import EngineLost, Supervisor
+from llmrec.serve.engine import EngineLost, Supervisor, stopping_error
 from llmrec.serve.images import common_image_origins
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.types import Event, Item
@@ -443,10 +443,7 @@ class Conversations:
             shown = [known[name] for name in reply.items if name in known]
             return schema.ChatAnswer(
                 text=reply.text,
-                items=[
-                    schema.CatalogueItem(item_id=item.item_id, title=item.title, fields=dict(item.fields))
-                    for item in shown
-                ],
+                items=[schema.CatalogueItem.model_validate(item) for item in shown],
                 calls=list(reply.calls),
                 profile=list(talk.tools.profile(reply.state)),
                 state=reply.state,
@@ -454,7 +451,7 @@ class Conversations:
             )
 
         if self._closed:
-            raise EngineLost("the service is stopping; try again in a moment", kind="failed")
+            raise stopping_error()
         # A reply ends when its thread is free again, not when its client disconnects.
         self._turns = {entry for entry in self._turns if not entry.done()}
         if len(self._turns) >= self._service.settings.room:

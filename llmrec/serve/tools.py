@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from llmrec.data.requests import format_few_names
 from llmrec.errors import DataError
@@ -23,6 +24,7 @@ from llmrec.serve.verbs import (
     ExplainAnswer,
     PredictAnswer,
     RankAnswer,
+    RankedItem,
     RateAnswer,
     SimilarAnswer,
     SimilarBody,
@@ -38,16 +40,10 @@ _MAX_FIELDS = 20
 _VARIATION_SELECTORS = re.compile("[\U000e0100-\U000e01ef]")
 
 
-# --------------------------------------------------------------------------- arguments
+# --------------------------------------------------------------------------- arguments (keys as over HTTP)
 
 
-class _Arguments(BaseModel):
-    """Base class of tool arguments, with the same keys as the HTTP endpoint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Past(_Arguments):
+class Past(schema.Body):
     """An item of a history, with the user's rating."""
 
     item_id: schema.DataId
@@ -63,13 +59,13 @@ _Model = Annotated[schema.Id | None, Field(description="A model from list_models
 _Count = Annotated[int, Field(ge=1, le=MAX_LISTED)]
 
 
-class _Whom(_Arguments):
+class _Whom(schema.Body):
     history: _History = None
     user_id: _User = None
     model: _Model = None
 
 
-class SearchItems(_Arguments):
+class SearchItems(schema.Body):
     """Arguments of ``search_items``."""
 
     query: Annotated[str, Field(max_length=200, description="Search text for titles and ids; empty: the first items.")]
@@ -107,7 +103,7 @@ class AboutItem(_Whom):
     item_id: Annotated[schema.DataId, Field(description="Id of the item.")]
 
 
-class ListModels(_Arguments):
+class ListModels(schema.Body):
     """Arguments of ``list_models`` (none)."""
 
 
@@ -192,10 +188,7 @@ class NamedModels(BaseModel):
 
 async def _search_items(service: Service, arguments: SearchItems) -> FoundItems:
     items, total = service.catalogue.search(arguments.query, limit=arguments.limit, offset=0)
-    results = [
-        FoundItem(item_id=item.item_id, title=one_line(item.title), fields=_clean_fields(item.fields)) for item in items
-    ]
-    return FoundItems(items=results, total=total)
+    return FoundItems(items=[FoundItem(**_clean_item(item)) for item in items], total=total)
 
 
 async def _list_models(service: Service, _: ListModels) -> NamedModels:
@@ -210,16 +203,7 @@ async def _list_models(service: Service, _: ListModels) -> NamedModels:
 
 
 def _item_list(answer: RankAnswer | SimilarAnswer, _: Mapping[str, Any]) -> ItemList:
-    items = [
-        ListedItem(
-            item_id=item.item_id,
-            title=one_line(item.title),
-            fields=_clean_fields(item.fields),
-            rank=item.rank,
-            score=item.score,
-        )
-        for item in answer.items
-    ]
+    items = [ListedItem(**_clean_item(item), rank=item.rank, score=item.score) for item in answer.items]
     cold = isinstance(answer, RankAnswer) and answer.cold
     return ItemList(model=answer.model.name, notes=[one_line(note) for note in answer.notes], items=items, cold=cold)
 
@@ -277,7 +261,7 @@ class Tool:
             "model": answer.model.name,
             "notes": [one_line(note) for note in answer.notes],
             "item_id": arguments.item_id,
-            "title": one_line(item.title) if isinstance(item, Item) else "",
+            "title": one_line(item.title) if item else "",
         }
         return self.shown(answer, common)
 
@@ -380,5 +364,7 @@ def one_line(text: str, most: int = TITLE_LIMIT) -> str:
     return neutralise(clean(_VARIATION_SELECTORS.sub("", text), most), ())
 
 
-def _clean_fields(fields: Mapping[str, str]) -> dict[str, str]:
-    return {one_line(name, 64): one_line(value) for name, value in list(fields.items())[:_MAX_FIELDS]}
+def _clean_item(item: Item | RankedItem) -> dict[str, Any]:
+    """Return the values of a `FoundItem`, with the first fields only."""
+    fields = {one_line(name, 64): one_line(value) for name, value in islice(item.fields.items(), _MAX_FIELDS)}
+    return {"item_id": item.item_id, "title": one_line(item.title), "fields": fields}
