@@ -227,18 +227,10 @@ class FittedBaseline(Displayed):
             for n, request in enumerate(requests)
         ]
 
-    def changed(self) -> None:
-        """See `Recommender`; an item added after fitting is ranked last among candidates."""
-
     @cached_property
     def _columns(self) -> Mapping[str, int]:
         assert isinstance(self.model, CatalogueScorer)
-        return item_columns(self.model)
-
-
-def item_columns(model: CatalogueScorer) -> Mapping[str, int]:
-    """Return the column of each item of a recommender, in the order of the columns."""
-    return {name: column for column, name in enumerate(model.items)}
+        return {name: column for column, name in enumerate(self.model.items)}
 
 
 def recommendable_mask(
@@ -252,7 +244,7 @@ def recommendable_mask(
     Args:
         requests: The requests.
         translated: The same with the ids of the data.
-        columns: See `item_columns`.
+        columns: The column of each item, in the order of the columns.
         items: The catalogue.
     """
     # The catalogue may change between two calls.

@@ -11,7 +11,6 @@ from llmrec.answer.classic import (
     ItemIdMapper,
     annotate_answer,
     fill_candidates,
-    item_columns,
     rank_top_items,
     recommendable_mask,
 )
@@ -150,9 +149,6 @@ class Ensemble:
             results.append(annotate_answer(answer, request, self._items, unknown))
         return results
 
-    def changed(self) -> None:
-        """See `Recommender`."""
-
     def join(self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None) -> list[Ranking | Unparsed]:
         """Combine the rankings of the members, and return them with the cost of the language model.
 
@@ -272,7 +268,7 @@ class Ensemble:
 
     @cached_property
     def _columns(self) -> Mapping[str, int]:
-        return item_columns(self._catalogue)
+        return {name: column for column, name in enumerate(self._catalogue.items)}
 
     @cached_property
     def _catalogue(self) -> CatalogueEnsemble:

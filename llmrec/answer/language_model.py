@@ -45,7 +45,7 @@ from llmrec.answer.prompting import (
     rank_requests,
     ranking_notes,
 )
-from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer, rationale_template
+from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer
 from llmrec.answer.recommender import RANK, AnnotatedAnswer, Kind, Question, Reasons, Recommender
 from llmrec.answer.strategy import (
     TWO_STEP,
@@ -318,7 +318,7 @@ class LanguageModel:
         return None if run is None else profile_lookup(str(run), lambda: self.known().users)
 
     def changed(self) -> None:
-        """See `Recommender`."""
+        """Discard values derived from the catalogue after the catalogue has changed."""
         self._ways.clear()
 
     # ------------------------------------------------------------------- configured by options
@@ -425,9 +425,7 @@ class LanguageModel:
         self, requests: Sequence[RankRequest], lists: Sequence[AnnotatedAnswer], question: Question, first: int
     ) -> list[Reasons]:
         """Generate a sentence about each of the first items of every list; failed lists get none."""
-        reasoner = Explainer(
-            self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16
-        )
+        reasoner = Explainer(self.bundle, self.default.asking, self.encoder, first=first, batch=16)
         pools = [
             replace(request, candidates=self._listed_items(answer))
             for request, answer in zip(requests, lists, strict=True)
@@ -463,11 +461,16 @@ class LanguageModel:
     @contextmanager
     def backend(self, strategy: str) -> Iterator[CachedBackend]:
         """Yield the engine of a strategy for exclusive use."""
+        with self._exclusively():
+            engine = self.engines.engine_for(strategy, self.bundle.folder)
+            yield self.engines.get(engine, self.bundle.folder, self.weights)
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open it again", kind="closed")
-            engine = self.engines.engine_for(strategy, self.bundle.folder)
-            yield self.engines.get(engine, self.bundle.folder, self.weights)
+            yield
 
     # ------------------------------------------------------------------- ranking
 
@@ -495,7 +498,7 @@ class LanguageModel:
             ensemble = Ensemble(fused, training_data(bundle, "--fuse"), self.items or {})
         if options.rationale:
             first = options.rationale if options.top is None else min(options.rationale, options.top)
-            reasoner = Explainer(bundle, asking, rationale_template(), encoder, first=first, batch=options.batch)
+            reasoner = Explainer(bundle, asking, encoder, first=first, batch=options.batch)
         if options.ranks_catalogue and self.items:
             search = CatalogueRanking(
                 bundle, self.items, asking, encoder, beams=max(options.beams, options.top or 1), exact=options.exact
@@ -560,9 +563,7 @@ class LanguageModel:
         part: int | None = None,
     ) -> list[AnnotatedAnswer]:
         """Rank requests: retrieve candidates, score, combine with baselines, explain, and truncate."""
-        with self._lock:
-            if self._closed:
-                raise LlmrecError("this recommender is closed; open it again", kind="closed")
+        with self._exclusively():
             ready = [self._ready(way, request) for request in self._with_retrieved_candidates(way, requests)]
             valid = [request for request in ready if isinstance(request, RankRequest)]
             advance(len(ready) - len(valid))

@@ -188,7 +188,7 @@ class Models(Displayed):
         for name in removed:
             self.items.pop(name, None)
         self.items.update(put)
-        for model in self.opened.values():
+        for model in self._languages.values():
             model.changed()
         # Text similarity is computed again for new items.
         self._similar.pop(_SIMILARITY_BASELINES["text"], None)

@@ -29,7 +29,7 @@ RATIONALE_TOKENS = 40
 _TEMPLATE_VARIABLES = frozenset({"noun", "profile", "history", "item", "fields"})
 
 
-def rationale_template() -> Template:
+def _load_template() -> Template:
     """Return the prompt template for explanations."""
     known = load_templates(FAMILY)
     if not known:
@@ -50,16 +50,13 @@ class Explainer:
         bundle: The model and its training prompts.
         way: The family, template and strategy of the ranking; prompts show the same number of interactions,
             and the profile of two-step.
-        template: From `rationale_template`.
         encoder: The model's tokenizer and maximum prompt length.
         first: The number of items per ranking with a rationale.
         batch: The number of prompts per call of the backend.
     """
 
-    def __init__(
-        self, bundle: Bundle, way: TaskStrategy, template: Template, encoder: Encoder, *, first: int, batch: int
-    ) -> None:
-        self.template, self.first = template, first
+    def __init__(self, bundle: Bundle, way: TaskStrategy, encoder: Encoder, *, first: int, batch: int) -> None:
+        self.template, self.first = _load_template(), first
         self._bundle, self._way, self._encoder, self._batch = bundle, way, encoder, batch
         self._shown = bundle.tasks.present()[way.family].history
 

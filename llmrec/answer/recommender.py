@@ -135,10 +135,6 @@ class Recommender(Protocol):
         """
         ...
 
-    def changed(self) -> None:
-        """Discard values derived from the catalogue after the catalogue has changed."""
-        ...
-
 
 def require_ranking(answered: AnnotatedAnswer) -> Ranking:
     """Return the ranking in an answer, or raise the error of a failed answer."""

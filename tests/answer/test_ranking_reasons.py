@@ -13,7 +13,7 @@ import pytest
 
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer, rationale_template
+from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer
 from llmrec.answer.recommender import Reasons
 from llmrec.answer.strategy import TaskStrategy
 from llmrec.backends.encode import Encoder
@@ -65,7 +65,7 @@ def written(
         )
         for request in requests
     ]
-    reasoner = Explainer(plain, way, rationale_template(), encoder, first=1, batch=2)
+    reasoner = Explainer(plain, way, encoder, first=1, batch=2)
     return reasoner.write(requests, answers, None, FakeBackend(complete)), prompts
 
 
@@ -119,7 +119,7 @@ def test_too_long_prompt_gives_empty_rationale(plain: bundle.Bundle, encoder: En
 
 def test_failed_requests_have_no_rationale(plain: bundle.Bundle, encoder: Encoder) -> None:
     request = parse_request({"candidates": ["Alien", "Jaws"]}, 1, None)
-    reasoner = Explainer(plain, LABEL, rationale_template(), encoder, first=2, batch=2)
+    reasoner = Explainer(plain, LABEL, encoder, first=2, batch=2)
     results = reasoner.write([request], [Unparsed(request_id="1", reason="no")], None, FakeBackend())
     assert results == [Reasons()]
 

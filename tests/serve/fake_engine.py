@@ -84,9 +84,6 @@ class Model:
                 raise DataError("rejected", kind="bad-value")
         return [self._ranked(request, question.depth) for request in requests]
 
-    def changed(self) -> None:
-        pass
-
     def _ranked(self, request: RankRequest, depth: int) -> AnnotatedAnswer:
         pool = request.candidates or tuple(self.items.values())
         out = request.barred | ({past.item.item_id for past in request.history} if not request.candidates else set())

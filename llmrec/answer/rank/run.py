@@ -170,7 +170,7 @@ def _rank_into_file(options: RankOptions) -> Mapping[str, Any]:
 
 @contextmanager
 def open_keyed_ranker(
-    options: RankOptions, source: RequestFile, folder: Path, budget: StageTimer
+    options: RankOptions, source: RequestFile, folder: Path, budget: StageTimer, ranker: Ranker | None = None
 ) -> Iterator[tuple[Ranker, str]]:
     """Open the model, and yield it with the hash of all inputs; a new folder is removed on failure.
 
@@ -179,6 +179,7 @@ def open_keyed_ranker(
         source: The requests.
         folder: The folder of parts and cached answers.
         budget: The recorder of seconds per stage.
+        ranker: An open model, which stays open; None: it is opened and closed here.
 
     Raises:
         LlmrecError: If nothing can be ranked.
@@ -186,10 +187,12 @@ def open_keyed_ranker(
     with ExitStack() as opened:
         try:
             with budget.stage("start"):
-                recommender = open_ranker(options, store=folder / "answers.sqlite", budget=budget)
-                opened.enter_context(recommender)
-                check_titles(options, source, recommender)
-                key = rank_key(options, source, recommender)
+                recommender = ranker or open_ranker(options, store=folder / "answers.sqlite", budget=budget)
+                if ranker is None:
+                    opened.enter_context(recommender)
+                _check_titles(options, source, recommender)
+                inputs = {"requests": source.sha256, "limit": options.limit, "users": recommender.histories}
+                key = digest_of(**inputs, **recommender.identity)
         except BaseException:
             opened.close()
             if not any(folder.glob(part_name("*"))):
@@ -198,12 +201,7 @@ def open_keyed_ranker(
         yield recommender, key
 
 
-def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> str:
-    """Return the hash of all inputs that can change a ranking."""
-    return digest_of(requests=source.sha256, limit=options.limit, users=recommender.histories, **recommender.identity)
-
-
-def check_titles(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
+def _check_titles(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
     """Reject a file in which a request names an item only by id, if there is no catalogue."""
     for raw in islice(source, options.limit) if recommender.items == {} else ():
         if raw.record is not None and (fault := recommender.untitled(raw.record)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from llmrec.answer.rank.run import (
     PartCost,
     RankingInputs,
     RankTotals,
-    check_titles,
     check_unique_users,
     empty_parts_folder,
     is_rank_file,
     open_keyed_ranker,
     part_name,
-    rank_key,
     rank_parts,
     ranking_inputs,
     ranking_summary,
@@ -77,14 +75,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
             if options.restart:
                 empty_parts_folder(folder)
                 mark_outdated(options.target)
-            if ranker:
-                check_titles(options, source, ranker)
-                opened: AbstractContextManager[tuple[Ranker, str]] = nullcontext(
-                    (ranker, rank_key(options, source, ranker))
-                )
-            else:
-                opened = open_keyed_ranker(options, source, folder, budget)
-            with opened as (recommender, key):
+            with open_keyed_ranker(options, source, folder, budget, ranker) as (recommender, key):
                 done = reusable_shard(folder, key)
                 if done is not None and done.facts["form"] == options.layout:
                     log.warning("shard %s is already complete; use --restart to rank it again", shard)
