@@ -47,44 +47,19 @@ def _store_shared_option(context: typer.Context, option: typer.CallbackParam, va
     return value
 
 
+def _shared(*names: str, help: str) -> Any:
+    """Declare an option that every command has."""
+    return typer.Option(*names, callback=_store_shared_option, expose_value=False, help=help)
+
+
 def _declare_shared_options(
     as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            callback=_store_shared_option,
-            expose_value=False,
-            help="Print the result as one JSON object; messages go to standard error.",
-        ),
+        bool, _shared("--json", help="Print the result as one JSON object; messages go to standard error.")
     ] = False,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose",
-            "-v",
-            callback=_store_shared_option,
-            expose_value=False,
-            help="Also print which stages are reused.",
-        ),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet",
-            "-q",
-            callback=_store_shared_option,
-            expose_value=False,
-            help="Hide progress bars and print only errors.",
-        ),
-    ] = False,
+    verbose: Annotated[bool, _shared("--verbose", "-v", help="Also print which stages are reused.")] = False,
+    quiet: Annotated[bool, _shared("--quiet", "-q", help="Hide progress bars and print only errors.")] = False,
     log_level: Annotated[
-        Level | None,
-        typer.Option(
-            "--log-level",
-            callback=_store_shared_option,
-            expose_value=False,
-            help="Log level; replaces -v (info) and -q (error).",
-        ),
+        Level | None, _shared("--log-level", help="Log level; replaces -v (info) and -q (error).")
     ] = None,
 ) -> None:
     """Declare the options that every command has; `_SharedOptions` adds them."""

@@ -109,10 +109,8 @@ def score_lines(scores: Scores) -> Iterator[str]:
     head = f"{'metric':<{wide}}" + "".join(f"  {name:<23}" for name in names)
     yield (head + ("  A - B" if scores.comparisons else "")).rstrip()
     for metric in scores.metrics:
-        cells = [
-            _format_cell(entry.metrics[metric].value, entry.metrics[metric].low, entry.metrics[metric].high)
-            for entry in scores.lists
-        ]
+        figures = [entry.metrics[metric] for entry in scores.lists]
+        cells = [f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]" for figure in figures]
         if (pair := scores.comparisons.get(metric)) is not None:
             cells.append(_format_difference(pair))
         yield f"{metric:<{wide}}" + "".join(f"  {cell:<23}" for cell in cells).rstrip()
@@ -127,10 +125,6 @@ def _list_count_lines(entry: ScoredLists, units: str) -> Iterator[str]:
     yield f"  relevant items tied with others, averaged over their orders: {100 * entry.tied:.1f} % of {units}"
     if entry.order in _ORDERS:
         yield f"  {_ORDERS[entry.order]}"
-
-
-def _format_cell(value: float | None, low: float | None, high: float | None) -> str:
-    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _format_difference(pair: Pair) -> str:
