@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from llmrec.display import single_line
 from llmrec.durable import Json
 from llmrec.registry import is_lower_better
-from llmrec.report import escape
-from llmrec.report.escape import escape_cell
+from llmrec.report.escape import code_span, escape_cell
+from llmrec.report.render import markdown_environment
 from llmrec.report.table import markdown_table
 from llmrec.report.wording import (
     format_count,
@@ -41,7 +41,6 @@ from llmrec.results import Results, Row
 UNKNOWN = "unknown: fill in"
 """The placeholder for an unknown licence."""
 
-_HERE = Path(__file__).resolve().parent
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LONGEST_LINE = 4000
@@ -197,38 +196,24 @@ class Card:
     notes: tuple[str, ...] = ()
 
 
-class RawMarkdown(str):
-    """Text that is already Markdown; all other text is escaped."""
-
-    __slots__ = ()
-
-
 def render_card(card: Card) -> str:
     """Return the text of README.md."""
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-        finalize=_escape_printed,
-    )
-    body = environment.get_template("card.md.j2").render(
+    template = markdown_environment(Path(__file__).resolve().parent).get_template("card.md.j2")
+    # All text is escaped that is not marked as finished Markdown.
+    body = template.render(
         card=card,
         title=title,
         count=format_count,
-        code=raw_code_span,
         unknown=UNKNOWN,
         families=join_words([title(entry.family).lower() for entry in card.asked]),
-        rank=RawMarkdown(rank_snippet(card)),
-        python=RawMarkdown(python_snippet(card)),
-        shell=RawMarkdown(serve_snippet(card)),
-        request=RawMarkdown(request_snippet(card)),
-        training=RawMarkdown(_training_table(card)),
+        rank=Markup(rank_snippet(card)),
+        python=Markup(python_snippet(card)),
+        shell=Markup(serve_snippet(card)),
+        request=Markup(request_snippet(card)),
+        training=Markup(_training_table(card)),
         scores=[] if card.results is None else _task_scores(card.results),
         results=card.results,
-        agreement=RawMarkdown(_agreement_table(card.agreement)) if card.agreement else None,
+        agreement=Markup(_agreement_table(card.agreement)) if card.agreement else None,
         rounded=card.method in ("qlora", "lora8"),
     )
     header = yaml.safe_dump(metadata(card), sort_keys=False, allow_unicode=True, width=_LONGEST_LINE)
@@ -261,15 +246,6 @@ def metadata(card: Card) -> dict[str, Json]:
     return result
 
 
-def raw_code_span(text: object) -> RawMarkdown:
-    """Return text as a code span, or as escaped text if a code span is not possible."""
-    return RawMarkdown(escape.code_span(str(text)))
-
-
-def _escape_printed(value: object) -> str:
-    return value if isinstance(value, RawMarkdown) else escape_cell(str(value))
-
-
 # --------------------------------------------------------------------------- tables
 
 
@@ -291,7 +267,7 @@ def _training_table(card: Card) -> str:
         ],
         ["Training examples", escape_cell(", ".join(f"{family} {n}" for family, n in record["rows"].items()))],
         ["Seed", str(card.seed)],
-        ["sha256 of the trained weights", raw_code_span(record["adapter_sha256"])],
+        ["sha256 of the trained weights", code_span(str(record["adapter_sha256"]))],
         ["llmrec", escape_cell(card.version)],
     ]
     if not card.adapter_only:
@@ -299,27 +275,16 @@ def _training_table(card: Card) -> str:
     return markdown_table(["What", "Value"], rows, numeric_from=2)
 
 
-@dataclass(frozen=True, slots=True)
-class _TaskScore:
-    """The results of a task: sentences, table, signature."""
-
-    task: str
-    first: str
-    tuning: str
-    table: RawMarkdown
-    signature: str
-
-
-def _task_scores(results: Results) -> list[_TaskScore]:
-    result = []
+def _task_scores(results: Results) -> list[dict[str, str]]:
+    """Return the results of each task for the template: sentences, table, signature."""
+    scores = []
     for task in results.tasks:
         judged = verdict(results, task)
         signature = next(row.metrics[judged.metric].signature for row in results.rows if judged.metric in row.metrics)
-        sentence = tuning_sentence(judged, results.rows)
-        result.append(
-            _TaskScore(task, winner_sentence(judged), sentence, RawMarkdown(_score_table(results, task)), signature)
-        )
-    return result
+        sentences = {"first": winner_sentence(judged), "tuning": tuning_sentence(judged, results.rows)}
+        table = Markup(_score_table(results, task))
+        scores.append({"task": task, **sentences, "table": table, "signature": signature})
+    return scores
 
 
 def _score_table(results: Results, task: str) -> str:
