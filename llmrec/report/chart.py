@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmrec.report.charts import draw_plot
-from llmrec.report.plots import Bar, Plot, report_plots
+from llmrec.report.plots import Plot, make_bar, report_plots
 from llmrec.report.render import render_svg
-from llmrec.report.wording import format_with_interval
 from llmrec.results import Metric, Results
 
 # pixels
@@ -35,17 +34,7 @@ def bars(values: Mapping[str, Metric], unit: str) -> Chart:
         values: Values by the name of the model.
         unit: The name of the metric.
     """
-    drawn: list[Bar] = [
-        {
-            "label": name,
-            "value": metric.value,
-            "low": metric.low,
-            "high": metric.high,
-            "text": format_with_interval(metric.value, metric.low, metric.high),
-        }
-        for name, metric in values.items()
-        if metric.value is not None
-    ]
+    drawn = [make_bar(name, m.value, m.low, m.high) for name, m in values.items() if m.value is not None]
     return Chart({"kind": "bars", "unit": unit, "bars": drawn}, unit)
 
 

@@ -125,6 +125,12 @@ class CostPlot(TypedDict):
 Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 
+def make_bar(label: str, value: float, low: float | None, high: float | None) -> Bar:
+    """Return a bar whose text is the value with its interval."""
+    text = format_with_interval(value, low, high)
+    return {"label": single_line(label), "value": value, "low": low, "high": high, "text": text}
+
+
 def report_plots(results: Results) -> dict[str, Plot]:
     """Return the data of all plots by the id of their HTML element, without plots of a single bar."""
     result: dict[str, Plot] = {}
@@ -160,18 +166,8 @@ def forest_plot(results: Results, task: str) -> Forest:
     rows: list[RowBar] = []
     for row in results.standings(task):
         score = row.metrics.get(metric)
-        if score is None or score.value is None:
-            continue
-        rows.append(
-            {
-                "label": single_line(label(row)),
-                "arm": row.arm,
-                "value": score.value,
-                "low": score.low,
-                "high": score.high,
-                "text": format_with_interval(score.value, score.low, score.high),
-            }
-        )
+        if score is not None and score.value is not None:
+            rows.append({**make_bar(label(row), score.value, score.low, score.high), "arm": row.arm})
     control = next((row for row in rows if row["arm"] == "baseline"), None)
     return {
         "kind": "forest",
@@ -222,18 +218,9 @@ def _difference_bar(headline: summary.Headline, *, share: bool) -> Difference | 
 
 def weights_plot(row: Row) -> Bars:
     """Return the ensemble weights as a bar chart, largest first."""
-    bars: list[Bar] = [
-        {
-            "label": single_line(part.name),
-            "value": part.weight or 0.0,
-            "low": part.low,
-            "high": part.high,
-            "text": format_with_interval(part.weight or 0.0, part.low, part.high),
-        }
-        for part in (row.fusion.parts if row.fusion else ())
-    ]
-    bars.sort(key=lambda bar: -abs(bar["value"]))
-    return {"kind": "bars", "unit": "weight", "bars": bars}
+    parts = row.fusion.parts if row.fusion else ()
+    bars = [make_bar(part.name, part.weight or 0.0, part.low, part.high) for part in parts]
+    return {"kind": "bars", "unit": "weight", "bars": sorted(bars, key=lambda bar: -abs(bar["value"]))}
 
 
 def loss_plot(results: Results) -> Lines:
@@ -341,19 +328,11 @@ def cost_plot(results: Results, task: str) -> CostPlot | None:
         score = cost.row.metrics.get(metric)
         if cost.row.arm == "baseline" or score is None or score.value is None or not cost.tokens_per_user:
             continue
-        points.append(
-            {
-                "label": single_line(label(cost.row)),
-                "arm": cost.row.arm,
-                "tokens": cost.tokens_per_user,
-                "short": f"{format_number(score.value)}, {format_mean_count(cost.tokens_per_user)} tokens",
-                "value": score.value,
-                "low": score.low,
-                "high": score.high,
-                "text": f"{format_with_interval(score.value, score.low, score.high)}, "
-                f"{format_mean_count(cost.tokens_per_user)} tokens",
-            }
-        )
+        tokens = f"{format_mean_count(cost.tokens_per_user)} tokens"
+        bar = make_bar(label(cost.row), score.value, score.low, score.high)
+        bar["text"] += f", {tokens}"
+        short = f"{format_number(score.value)}, {tokens}"
+        points.append({**bar, "arm": cost.row.arm, "tokens": cost.tokens_per_user, "short": short})
     if not points:
         return None
     random_rows = [row for row in results.standings(task) if row.arm == "baseline" and row.predictor == "random"]
