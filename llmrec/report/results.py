@@ -96,22 +96,16 @@ def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:
         for name, signature in _row_signatures(row):
             other, first = seen.setdefault(name, (row.id, signature))
             if signature != first:
-                raise LlmrecError(
-                    _mixed_protocols_message(task, f"{other!r} ({first})", f"{row.id!r} ({signature})", source),
-                    kind="mismatch",
-                    at=source,
-                )
+                raise _mixed_protocols_error(task, f"{other!r} ({first})", f"{row.id!r} ({signature})", source)
     _check_same_fields(task, rows, source)
     _check_same_slices(task, rows, source)
 
 
 def _row_signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield the signatures of all values of a model, each with its subset and metric."""
-    for name, metric in row.metrics.items():
-        yield ("", name), metric.signature
-    for part in row.slices:
-        for name, metric in part.metrics.items():
-            yield (part.name, name), metric.signature
+    for part, metrics in (("", row.metrics), *((part.name, part.metrics) for part in row.slices)):
+        for name, metric in metrics.items():
+            yield (part, name), metric.signature
 
 
 def _check_same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
@@ -164,14 +158,9 @@ def _check_same_fields(task: str, rows: Sequence[Row], source: str) -> None:
         for row_id, protocols in values.items():
             for other, first in kinds.items():
                 if not (protocols <= other or other <= protocols):
-                    one = f"{first!r} ({key}:{','.join(sorted(other))})"
-                    raise LlmrecError(
-                        _mixed_protocols_message(
-                            task, one, f"{row_id!r} ({key}:{','.join(sorted(protocols))})", source
-                        ),
-                        kind="mismatch",
-                        at=source,
-                    )
+                    pairs = ((first, other), (row_id, protocols))
+                    one, two = (f"{name!r} ({key}:{','.join(sorted(used))})" for name, used in pairs)
+                    raise _mixed_protocols_error(task, one, two, source)
             kinds.setdefault(frozenset(protocols), row_id)
 
 
@@ -189,13 +178,15 @@ def _check_same_slices(task: str, rows: Sequence[Row], source: str) -> None:
             other, n = sizes.setdefault(part.name, (row.id, part.n))
             if n != part.n:
                 one, two = f"{other!r} (slice {part.name!r}, n = {n})", f"{row.id!r} (n = {part.n})"
-                raise LlmrecError(_mixed_protocols_message(task, one, two, source), kind="mismatch", at=source)
+                raise _mixed_protocols_error(task, one, two, source)
 
 
-def _mixed_protocols_message(task: str, one: str, two: str, source: str) -> str:
-    return (
+def _mixed_protocols_error(task: str, one: str, two: str, source: str) -> LlmrecError:
+    return LlmrecError(
         f"{source}: models of task {task!r} were measured under different protocols, {one} and {two}, so they cannot "
-        f"share a table; evaluate both on the same split and candidate file, or report them as separate runs"
+        "share a table; evaluate both on the same split and candidate file, or report them as separate runs",
+        kind="mismatch",
+        at=source,
     )
 
 
