@@ -42,7 +42,12 @@ class ArmCost:
     read: int
     written: int
     seconds: float
-    rate: float | None
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens read and written per second; None without tokens."""
+        tokens = self.read + self.written
+        return tokens / self.seconds if self.seconds and tokens else None
 
 
 def cost_of(row: Row, members: Sequence[Row] = ()) -> RowCost:
@@ -75,21 +80,16 @@ def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
     """Return the number of models, requests, tokens and seconds, for zero-shot, few-shot and tuned models."""
-    matches = []
-    for arm in (*LANGUAGE_MODEL_ARMS, "baseline"):
-        costs = [cost_of(row) for row in results.rows if row.arm == arm]
-        if costs:
-            read, written = sum(cost.read for cost in costs), sum(cost.written for cost in costs)
-            seconds = sum(cost.seconds for cost in costs)
-            matches.append(
-                ArmCost(
-                    arm=arm,
-                    rows=len(costs),
-                    requests=sum(cost.row.n for cost in costs),
-                    read=read,
-                    written=written,
-                    seconds=seconds,
-                    rate=(read + written) / seconds if seconds and read + written else None,
-                )
-            )
-    return tuple(matches)
+    arms = {arm: [cost_of(row) for row in results.rows if row.arm == arm] for arm in (*LANGUAGE_MODEL_ARMS, "baseline")}
+    return tuple(
+        ArmCost(
+            arm=arm,
+            rows=len(costs),
+            requests=sum(cost.row.n for cost in costs),
+            read=sum(cost.read for cost in costs),
+            written=sum(cost.written for cost in costs),
+            seconds=sum(cost.seconds for cost in costs),
+        )
+        for arm, costs in arms.items()
+        if costs
+    )
