@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from llmrec.durable import check_not_link, replace_atomically
+from llmrec.durable import check_not_link, write_text
 from llmrec.index.diagnostics import CodedItem, CodeGroup, Diagnostics
 from llmrec.report import index_plots, index_summary
 from llmrec.report.render import html_environment, read_style_sheet
@@ -46,10 +46,7 @@ class IndexPage:
 def write_index_page(content: IndexPage, path: Path) -> Path:
     """Write the page and return its path."""
     check_not_link(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = render_index_page(content)
-    with replace_atomically(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+    write_text(path, render_index_page(content))
     return path
 
 

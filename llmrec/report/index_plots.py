@@ -14,12 +14,9 @@ _LEFT, _RIGHT = 48, 12
 
 def draw_index_plots(diagnostics: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
     """Return all plots, wide and narrow, by the id of their HTML element."""
-    levels, plots = shared_levels(diagnostics), {}
+    levels, items, plots = shared_levels(diagnostics), diagnostics.items, {}
     if levels:
-        plots["usage"] = (
-            draw_token_usage(levels, diagnostics.items, WIDE),
-            draw_token_usage(levels, diagnostics.items, NARROW),
-        )
+        plots["usage"] = draw_token_usage(levels, items, WIDE), draw_token_usage(levels, items, NARROW)
     if len(diagnostics.depths) > 1:
         plots["branching"] = (draw_branching(diagnostics.depths, WIDE), draw_branching(diagnostics.depths, NARROW))
     return plots

@@ -44,11 +44,8 @@ def write_report(run_dir: Path) -> dict[str, Path]:
         _write_leak_pages(run_dir, audit or ())
         raise
     results = parse_results(content, source=str(run_dir / "results.json"), fix=rewrite_advice(run_dir))
-    reasons, fix, index_line = (
-        failure_reasons(run_dir, results),
-        audit_command(run_dir),
-        index_summary.describe_run_index(run_dir),
-    )
+    reasons, fix = failure_reasons(run_dir, results), audit_command(run_dir)
+    index_line = index_summary.describe_run_index(run_dir)
     pages = _prepare_page_paths(run_dir)
     _write_if_changed(pages["csv"], csv_text(results).encode())
     _write_if_changed(pages["latex"], render_latex(results).encode())

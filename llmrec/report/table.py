@@ -76,11 +76,8 @@ def csv_text(results: Results) -> str:
 def _csv_lines(found: Results) -> Iterator[dict[str, object]]:
     """Yield the values of each line by column; a column that is not in a line is empty."""
     for task in found.tasks:
-        marked, alone, control = (
-            comparison_marks(found, task),
-            single_template_ids(found, task),
-            best_baseline(found, task),
-        )
+        marked, alone = comparison_marks(found, task), single_template_ids(found, task)
+        control = best_baseline(found, task)
         for row in found.standings(task):
             cost = cost_of(row, found.members(row))
             same = ("task", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n")
@@ -145,21 +142,18 @@ def _task_table(results: Results, task: str) -> Table:
     if parsed:
         table.add_column("Parsed", justify="right", no_wrap=True)
     best = {name: results.best(task, name) for name in names}
-    for kind, row in [(kind, row) for kind, group in results.kinds(task) for row in (None, *group)]:
-        if row is None:
-            if kind:
-                table.add_row(plain_text(INPUT_KINDS[kind], "italic"))
-            continue
-        cells = [plain_text(label(row), "dim" if row.arm == "baseline" else "")]
-        for index, name in enumerate(names):
-            metric = row.metrics.get(name)
-            value = metric.value if metric else None
-            cells.append(
-                Text(format_figure(metric), style="bold green" if value is not None and value == best[name] else "")
-            )
-            if index == 0:
-                cells.append(Text(format_interval(metric.low, metric.high) if metric else ""))
-        table.add_row(*cells, *([Text(format_percentage(row.parse_rate))] if parsed else []))
+    for kind, group in results.kinds(task):
+        if kind:
+            table.add_row(plain_text(INPUT_KINDS[kind], "italic"))
+        for row in group:
+            cells = [plain_text(label(row), "dim" if row.arm == "baseline" else "")]
+            for index, name in enumerate(names):
+                metric = row.metrics.get(name)
+                leads = metric is not None and metric.value is not None and metric.value == best[name]
+                cells.append(Text(format_figure(metric), style="bold green" if leads else ""))
+                if index == 0:
+                    cells.append(Text(format_interval(metric.low, metric.high) if metric else ""))
+            table.add_row(*cells, *([Text(format_percentage(row.parse_rate))] if parsed else []))
     for missing in results.missing(task):
         table.add_row(plain_text(label(missing)), Text(NOT_EVALUATED, style="red"))
     return table

@@ -366,15 +366,12 @@ def winner_sentence(found: TaskVerdict) -> str:
         return f"No model has a value for {found.metric}."
     score = found.best.metrics[found.metric]
     what = f"{found.metric} {format_with_interval(score.value, score.low, score.high)}"
-    if found.best.arm == "baseline":
-        start = f"The best model is a baseline, {label(found.best)}, with {what}."
-    else:
-        start = f"The best model is a language model, {label(found.best)}, with {what}."
+    kind, other = ("baseline", "language model") if found.best.arm == "baseline" else ("language model", "baseline")
+    start = f"The best model is a {kind}, {label(found.best)}, with {what}."
     if found.joined:
         start = f"Apart from ensembles that contain the language model: {start[0].lower()}{start[1:]}"
     if found.rival is None:
         return start
-    other = "language model" if found.best.arm == "baseline" else "baseline"
     reach = f" The best {other}, {label(found.rival)}, has {format_number(found.rival.metrics[found.metric].value)}"
     if found.lead is None:
         return f"{start}{reach}."
