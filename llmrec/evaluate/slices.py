@@ -143,9 +143,10 @@ def case_slices(
     """
     result: dict[str, NDArray[np.bool_]] = {}
     items = [case_item(case, data) for case in cases]
-    if cases and all(item is not None for item in items):
+    named = [item for item in items if item is not None]
+    if cases and len(named) == len(cases):
         counts = _training_counts(data, "item_id")
-        held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
+        held = np.array([counts.get(item, 0) for item in named], dtype=np.int64)
         result[f"item:cold-below-{COLD_START_LIMIT}"] = held < COLD_START_LIMIT
         result[f"item:warm-from-{COLD_START_LIMIT}"] = held >= COLD_START_LIMIT
         least = _min_head_count(np.array(list(counts.values()), dtype=np.int64))
