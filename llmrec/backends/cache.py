@@ -384,32 +384,41 @@ class CachedBackend:
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt, using cached answers; see `Backend.generate`."""
-
-        def ask(engine: Backend, indices: list[int]) -> Iterable[Any]:
-            generate = engine.generate_each if isinstance(engine, AnswerStream) else engine.generate
-            return generate([prompts[i] for i in indices], max_tokens=max_tokens)
-
-        answers = self._answers(
-            lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts], ask
+        questions = _Questions(
+            self, lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
         )
-        return [Completion(**answer) for answer in answers]
+        while indices := questions.missing():
+            engine, part = self.start(), [prompts[i] for i in indices]
+            with questions.replaced_on_failure():
+                if isinstance(engine, AnswerStream):
+                    for n, completion in engine.generate_each(part, max_tokens=max_tokens):
+                        questions.keep([indices[n]], [completion])
+                else:
+                    questions.keep(indices, engine.generate(part, max_tokens=max_tokens))
+        return [Completion(**answer) for answer in questions.answers]
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidate continuations, using cached answers; see `Backend.score`."""
-
-        def keys() -> list[str]:
-            pairs = zip(prompts, candidates, strict=True)
-            return [self._key("score", prompt, candidates=list(texts), closed=closed) for prompt, texts in pairs]
-
-        def ask(engine: Backend, indices: list[int]) -> Iterable[Any]:
-            score = engine.score_each if isinstance(engine, AnswerStream) else engine.score
-            return score([prompts[i] for i in indices], [candidates[i] for i in indices], closed=closed)
-
+        questions = _Questions(
+            self,
+            lambda: [
+                self._key("score", prompt, candidates=list(texts), closed=closed)
+                for prompt, texts in zip(prompts, candidates, strict=True)
+            ],
+        )
+        while indices := questions.missing():
+            engine, part, texts = self.start(), [prompts[i] for i in indices], [candidates[i] for i in indices]
+            with questions.replaced_on_failure():
+                if isinstance(engine, AnswerStream):
+                    for n, scores in engine.score_each(part, texts, closed=closed):
+                        questions.keep([indices[n]], [scores])
+                else:
+                    questions.keep(indices, engine.score(part, texts, closed=closed))
         return [
             Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
-            for answer in self._answers(keys, ask)
+            for answer in questions.answers
         ]
 
     def search(
@@ -426,18 +435,20 @@ class CachedBackend:
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
         out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
-
-        def keys() -> list[str]:
-            pairs = zip(prompts, out, strict=True)
-            return [self._key("search", prompt, **question, excluded=barred) for prompt, barred in pairs]
-
-        def ask(engine: Backend, indices: list[int]) -> list[SearchResult]:
-            part, barred = [prompts[i] for i in indices], [out[i] for i in indices]
-            return engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact)
-
+        questions = _Questions(
+            self,
+            lambda: [
+                self._key("search", prompt, **question, excluded=barred)
+                for prompt, barred in zip(prompts, out, strict=True)
+            ],
+        )
+        while indices := questions.missing():
+            engine, part, barred = self.start(), [prompts[i] for i in indices], [out[i] for i in indices]
+            with questions.replaced_on_failure():
+                questions.keep(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))
         return [
             SearchResult(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
-            for answer in self._answers(keys, ask)
+            for answer in questions.answers
         ]
 
     def rate(self, prompts: Sequence[Prompt]) -> list[HeadRating]:
@@ -446,18 +457,18 @@ class CachedBackend:
         Raises:
             BackendError: If the engine has no rating head.
         """
-
-        def ask(engine: Backend, indices: list[int]) -> list[HeadRating]:
+        questions = _Questions(self, lambda: [self._key("rate", prompt) for prompt in prompts])
+        while indices := questions.missing():
+            engine = self.start()
             if not isinstance(engine, HeadBackend):
                 raise BackendError(
                     f"backend {self.name!r} has no rating head; set eval.backend=hf",
                     kind="unsupported",
                     column="eval.backend",
                 )
-            return engine.rate([prompts[i] for i in indices])
-
-        answers = self._answers(lambda: [self._key("rate", prompt) for prompt in prompts], ask)
-        return [HeadRating(**answer) for answer in answers]
+            with questions.replaced_on_failure():
+                questions.keep(indices, engine.rate([prompts[i] for i in indices]))
+        return [HeadRating(**answer) for answer in questions.answers]
 
     def close(self) -> None:
         """Close the engine, if it was started."""
@@ -503,59 +514,6 @@ class CachedBackend:
         self.replaced += 1
         return True
 
-    def _answers(
-        self, keys_of: Callable[[], list[str]], ask: Callable[[Backend, list[int]], Iterable[Any]]
-    ) -> list[dict[str, Any]]:
-        """Return the answers of one call: some are cached, and the engine (or its replacement) computes the others.
-
-        Args:
-            keys_of: Returns the key of each prompt, which depends on the engine.
-            ask: Answers the prompts with these indices: with a list, or with an iterator as in `AnswerStream`.
-        """
-        while True:
-            keys, replaced = keys_of(), self.replaced
-            known = {} if self.store is None else self.store.get(keys)
-            missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
-            if missing:
-                self.start()  # not part of the cost of an answer
-                if self.replaced != replaced:
-                    continue
-            recalled = sum(key in known for key in keys)
-            recalled_seconds = sum(entry["seconds"] for entry in known.values())
-            count_answers(recalled)
-            try:
-                if missing:
-                    self._ask_engine(ask, keys, sorted(missing.values()), known)
-            except EngineFailure as failure:
-                if not self.replace(failure):
-                    raise
-                continue
-            self.recalled += recalled
-            self.recalled_seconds += recalled_seconds
-            return [known[key]["answer"] for key in keys]
-
-    def _ask_engine(
-        self,
-        ask: Callable[[Backend, list[int]], Iterable[Any]],
-        keys: Sequence[str],
-        indices: list[int],
-        known: dict[str, StoredAnswer],
-    ) -> None:
-        """Store the answers of the engine in ``known`` and in the cache, each with its share of the time."""
-        begin = time.monotonic()
-        answers = ask(self.start(), indices)
-        batches = (([indices[n]], [a]) for n, a in answers) if isinstance(answers, Iterator) else [(indices, answers)]
-        for part, computed in batches:
-            now = time.monotonic()
-            share, begin = (now - begin) / len(part), now
-            fresh = {
-                keys[i]: StoredAnswer(seconds=share, answer=asdict(answer))
-                for i, answer in zip(part, computed, strict=True)
-            }
-            if self.store is not None:
-                self.store.put(fresh.items())
-            known |= fresh
-
     def _key(self, verb: str, prompt: Prompt, **question: Any) -> str:
         fields = {
             "verb": verb,
@@ -569,3 +527,66 @@ class CachedBackend:
             fields["part"] = self.part
         text = json.dumps([dict(self.identity), fields], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class _Questions:
+    """The prompts of one call: some answers are cached, and the engine (or its replacement) computes the others."""
+
+    def __init__(self, backend: CachedBackend, keys_of: Callable[[], list[str]]) -> None:
+        self._backend, self._keys_of = backend, keys_of
+        self._keys: list[str] = []
+        self._known: dict[str, Any] = {}
+        self._begin = 0.0
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The answers in the order of the prompts."""
+        return [self._known[key]["answer"] for key in self._keys]
+
+    def missing(self) -> list[int]:
+        """Start the engine, and return the indices of prompts that it must answer; empty if all are cached."""
+        backend = self._backend
+        if self._keys and all(key in self._known for key in self._keys):
+            return []
+        while True:
+            self._keys, replaced = self._keys_of(), backend.replaced
+            self._known = {} if backend.store is None else backend.store.get(self._keys)
+            missing = {key: i for i, key in reversed(list(enumerate(self._keys))) if key not in self._known}
+            if missing:
+                backend.start()  # not part of the cost of an answer
+            if backend.replaced == replaced:
+                break
+        self._recalled = sum(key in self._known for key in self._keys)
+        self._recalled_seconds = sum(entry["seconds"] for entry in self._known.values())
+        count_answers(self._recalled)
+        if not missing:
+            self._count()
+        self._begin = time.monotonic()
+        return sorted(missing.values())
+
+    @contextmanager
+    def replaced_on_failure(self) -> Iterator[None]:
+        """Run the engine; if it fails and is replaced, repeat with the new engine."""
+        try:
+            yield
+        except EngineFailure as failure:
+            if not self._backend.replace(failure):
+                raise
+            self._keys = []
+        else:
+            self._count()
+
+    def keep(self, indices: Sequence[int], answers: Sequence[Any]) -> None:
+        """Store answers computed in one batch, each with its share of the time."""
+        now = time.monotonic()
+        share = (now - self._begin) / len(indices)
+        self._begin = now
+        pairs = zip(indices, answers, strict=True)
+        fresh = {self._keys[i]: StoredAnswer(seconds=share, answer=asdict(answer)) for i, answer in pairs}
+        if self._backend.store is not None:
+            self._backend.store.put(fresh.items())
+        self._known |= fresh
+
+    def _count(self) -> None:
+        self._backend.recalled += self._recalled
+        self._backend.recalled_seconds += self._recalled_seconds
