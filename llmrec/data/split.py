@@ -249,8 +249,9 @@ def split_dataset(dataset: Dataset, section: Split, *, seed: int) -> SplitDatase
             f": the split {section.kind} leaves no training interaction; hold out fewer interactions",
             "data.split",
         )
-    is_cold = section.kind == "cold_items" and cold_item_labels(dataset, rows, section, seed) != TRAIN
-    cold = rows.frame.filter(is_cold)
+    cold = rows.frame[:0]
+    if section.kind == "cold_items":
+        cold = rows.frame.filter(cold_item_labels(dataset, rows, section, seed) != TRAIN)
     return SplitDataset(
         # Features that the source lacks are derived here, where the training interactions are known.
         dataset=with_derived_texts(dataset, frames[0], seed=seed),

@@ -93,7 +93,9 @@ class Strategy(Predictor, Protocol):
 
 
 class ScoringStrategy:
-    """A strategy with one scored prompt per request; subclasses define ``read``.
+    """A strategy that scores continuations.
+
+    Subclasses define ``read`` if one scored prompt per request is enough, and ``answer`` otherwise.
 
     Attributes:
         closed: See `scored_requests`.
@@ -125,12 +127,10 @@ class GeneratingStrategy:
     Attributes:
         answer_type: The type of its answers; other texts are `Unparsed`.
         reason: Why a text is unparsed.
-        max_tokens: Maximum number of tokens of a text.
     """
 
     answer_type: ClassVar[type[Answer]]
     reason: ClassVar[str]
-    max_tokens = 8
 
     def __init__(self, asker: Prompting) -> None:
         asker.needs("generate")
@@ -140,14 +140,19 @@ class GeneratingStrategy:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request; see `Predictor.answer`."""
         answers: list[Answer] = []
+        limit = self.token_limit(requests)
         for part, prompts in self.asker.batches(requests):
-            texts = self.asker.backend.generate(prompts, max_tokens=self.max_tokens)
+            texts = self.asker.backend.generate(prompts, max_tokens=limit)
             for request, prompt, done in zip(part, prompts, texts, strict=True):
                 answer = self.asker.task.parse(done.text, request, template=self.asker.template)
                 if not isinstance(answer, self.answer_type):
                     answer = Unparsed(request_id=request.id, reason=self.reason)
                 answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost_of(done)))
         return answers
+
+    def token_limit(self, requests: Sequence[Request]) -> int:
+        """Return the maximum number of tokens of a text; by default enough for a number or a word."""
+        return 8
 
 
 def create_strategy(name: str, asker: Prompting, **options: object) -> Strategy:

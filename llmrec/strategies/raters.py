@@ -211,4 +211,8 @@ class TextGenerator(GeneratingStrategy):
 
     def __init__(self, asker: Prompting, *, max_tokens: int = 48) -> None:
         super().__init__(asker)
-        self.max_tokens = max_tokens
+        self._max_tokens = max_tokens
+
+    def token_limit(self, requests: Sequence[Request]) -> int:
+        """Return the maximum number of tokens of a text."""
+        return self._max_tokens

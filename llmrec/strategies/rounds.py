@@ -335,10 +335,9 @@ class ListRanker(GeneratingStrategy):
     def __init__(self, asker: Prompting) -> None:
         super().__init__(replace(asker, want="ranking"))
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates of every request; see `Predictor.answer`."""
-        self.max_tokens = max_list_tokens(max((len(r.candidates or ()) for r in requests), default=1))
-        return super().answer(requests)
+    def token_limit(self, requests: Sequence[Request]) -> int:
+        """Return enough tokens for the longest list of candidates."""
+        return max_list_tokens(max((len(r.candidates or ()) for r in requests), default=1))
 
 
 # --------------------------------------------------------------------------- windows

@@ -40,7 +40,8 @@ class Step:
     @property
     def padded_tokens(self) -> int:
         """Number of tokens computed, including padding."""
-        return len(self.sizes) * max(self.sizes)
+        sizes = self.sizes
+        return len(sizes) * max(sizes)
 
     @property
     def tokens(self) -> int:

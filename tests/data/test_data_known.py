@@ -442,6 +442,14 @@ def test_malformed_files(tmp_path: Path, source: str, name: str, old: bytes, new
         read(source, path)
 
 
+def test_file_content_is_never_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    evil = f"{{'username': __import__('pathlib').Path({str(mark)!r}).touch(), 'product_id': '1'}}\n".encode()
+    with raises(DataError, Facts("syntax", "steam_reviews.json", 1)):
+        read("steam", folder(tmp_path, {**STEAM, "steam_reviews.json": evil}))
+    assert not mark.exists()
+
+
 def test_damaged_and_empty_files(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", ML_CSV, packed=True)
     main = path / "ratings.csv.gz"

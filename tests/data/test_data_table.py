@@ -108,6 +108,14 @@ def test_line_breaks_in_texts(tmp_path: Path) -> None:
 
 
 CSV = TextFormat(kind="delimited", quoted=True)
+field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
+
+
+@given(st.lists(st.tuples(field, field, field), min_size=1, max_size=5))
+def test_quoted_fields(rows: list[tuple[str, str, str]]) -> None:
+    frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "c": pl.String}, orient="row")
+    raw = frame.write_csv(quote_style="always").encode()
+    assert read_delimited(InMemoryFile("x", raw), CSV).frame.equals(frame)
 
 
 @given(st.lists(st.tuples(*[st.text("ab é映;", max_size=4)] * 3), min_size=1, max_size=5))
