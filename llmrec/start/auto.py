@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -76,16 +75,8 @@ class FineTuningPlan:
     message: str
 
 
-NO_FINE_TUNING = FineTuningPlan(0, 0.0, "no language model: --classic")
-"""The plan for a search without a language model."""
-
-
-@dataclass(frozen=True)
-class FineTuningDecision:
-    """Whether the fine-tuned model is ``kept``: only if it improves the ensemble on validation users."""
-
-    kept: bool
-    sentence: str
+def _no_fine_tuning(reason: str) -> FineTuningPlan:
+    return FineTuningPlan(0, 0.0, f"no language model: {reason}")
 
 
 def plan_fine_tuning(budget: float, *, titles: bool, device: str | None) -> FineTuningPlan:
@@ -97,23 +88,18 @@ def plan_fine_tuning(budget: float, *, titles: bool, device: str | None) -> Fine
         device: The device of the model; None if the training libraries are not installed.
     """
     if not titles:
-        return FineTuningPlan(0, 0.0, "no language model: the items have no titles")
+        return _no_fine_tuning("the items have no titles")
     if device not in _TRAINING_SPEEDS:
-        return FineTuningPlan(
-            0, 0.0, "no language model: the training libraries are not installed (pip install 'llmrec[train]')"
-        )
+        return _no_fine_tuning("the training libraries are not installed (pip install 'llmrec[train]')")
     asking = _START_SECONDS + 2 * _MODEL_USERS * _SEARCH_SECONDS[device]
     least = asking + _MIN_TRAINING_TOKENS / _TRAINING_SPEEDS[device]
     allowed = budget * _MAX_MODEL_SHARE
     if allowed < least:
         need = format_duration(least / _MAX_MODEL_SHARE)
-        return FineTuningPlan(
-            0, 0.0, f"no language model: fine-tuning needs a budget of at least {need} on this machine"
-        )
+        return _no_fine_tuning(f"fine-tuning needs a budget of at least {need} on this machine")
     steps = int((allowed - asking) * _TRAINING_SPEEDS[device] / BATCH_TOKENS)
-    return FineTuningPlan(
-        steps, allowed, f"the last {format_duration(allowed)} of the budget are reserved for a language model"
-    )
+    message = f"the last {format_duration(allowed)} of the budget are reserved for a language model"
+    return FineTuningPlan(steps, allowed, message)
 
 
 def with_language_model(recipe: Recipe, planned: FineTuningPlan) -> Recipe:
@@ -135,18 +121,18 @@ def with_language_model(recipe: Recipe, planned: FineTuningPlan) -> Recipe:
     return as_recipe(page)
 
 
-def fine_tuning_decision(results: Results) -> FineTuningDecision:
-    """Return whether the fine-tuned model improves the ensemble of baselines, measured on validation users only."""
+def fine_tuning_decision(results: Results) -> tuple[bool, str]:
+    """Return whether the fine-tuned model improves the ensemble of baselines on validation users, and a sentence."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
     parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
     if not parts or parts[0].loss is None:
-        return FineTuningDecision(False, "The fine-tuned language model is not used: its weight in the ensemble is 0.")
+        return False, "The fine-tuned language model is not used: its weight in the ensemble is 0."
     part = parts[0]
     figure = format_with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
     kept = (part.loss_low or 0.0) > 0
     effect = f"it changes NDCG@10 of the ensemble by {figure} on validation users"
-    return FineTuningDecision(kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}.")
+    return kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}."
 
 
 # --------------------------------------------------------------------------- members of the ensemble
@@ -292,6 +278,11 @@ class TunedMember:
         """The best trial; the first one among equals."""
         return max(self.trials, key=lambda trial: trial.value, default=None)
 
+    @property
+    def figure(self) -> str:
+        """Validation NDCG@10 of the best trial as text."""
+        return "–" if self.best is None else f"{self.best.value:.4f}"
+
 
 TimeAllowance = Callable[[Sequence[TunedMember]], float]
 
@@ -324,15 +315,7 @@ class Auto(Displayed):
 
     def _summary(self) -> Summary:
         facts = {"folder": str(self.folder), "report": str(self.run.report), "time": format_duration(self.seconds)}
-        rows = [
-            (
-                entry.part.label,
-                "–" if entry.best is None else f"{entry.best.value:.4f}",
-                str(len(entry.trials)),
-                entry.note,
-            )
-            for entry in self.tried
-        ]
+        rows = [(entry.part.label, entry.figure, str(len(entry.trials)), entry.note) for entry in self.tried]
         header = ("model", "validation NDCG@10", "settings tried", "note")
         return Summary("Recommender made by llmrec.auto", facts, header, rows, "\n".join(wrap_paragraph(self.sentence)))
 
@@ -373,27 +356,18 @@ def build_recommender(
         )
         texts = has_texts(split.dataset)
         encoder = installed_encoder() if texts else None
-        torch = importlib.util.find_spec("torch") is not None
+        torch = is_installed("torch")
         parts = candidate_members(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
         planned = (
-            NO_FINE_TUNING
+            _no_fine_tuning("--classic")
             if options.classic
             else plan_fine_tuning(options.seconds, titles=texts, device=_language_model_device())
         )
         say(planned.message)
-        search = _Search(
-            recipe,
-            split.fingerprint,
-            state,
-            parts,
-            began + options.seconds - planned.seconds,
-            options.seconds,
-            say,
-            cases=min(
-                MAX_WEIGHT_USERS,
-                split_validation_users(split, _RESERVED)[1].holdouts("valid").frame["user_id"].n_unique(),
-            ),
-        )
+        weighing = split_validation_users(split, _RESERVED)[1].holdouts("valid")
+        cases = min(MAX_WEIGHT_USERS, weighing.frame["user_id"].n_unique())
+        deadline = began + options.seconds - planned.seconds
+        search = _Search(recipe, split.fingerprint, state, parts, deadline, options.seconds, say, cases=cases)
         try:
             search.first()
             search.rest()
@@ -418,14 +392,11 @@ def build_recommender(
                 sentence += f" The fine-tuned language model is not used: {failure.reason}."
             else:
                 with_it = Results.model_validate(joined.results)
-                verdict = fine_tuning_decision(with_it)
-                if verdict.kept:
-                    folder, result, sentence = (
-                        folder / MODEL_FOLDER,
-                        joined,
-                        served_model_sentences(with_it, "sequential"),
-                    )
-                sentence += f" {verdict.sentence}"
+                kept, reason = fine_tuning_decision(with_it)
+                if kept:
+                    folder, result = folder / MODEL_FOLDER, joined
+                    sentence = served_model_sentences(with_it, "sequential")
+                sentence += f" {reason}"
     default = best_validated_model(bundles.read(str(folder)))
     assert default is not None
     auto = Auto(folder, result, tuple(search.tried.values()), sentence, default, time.monotonic() - began)
@@ -442,13 +413,9 @@ def format_summary(auto: Auto) -> str:
     tuned = "The best hyperparameters of each recommender, by NDCG@10 on the validation users for tuning:"
     lines = [*wrap_paragraph(auto.sentence), "", *wrap_paragraph(tuned)]
     for tried in auto.tried:
-        best = tried.best
-        value = "–" if best is None else f"{best.value:.4f}"
-        note = f"; {tried.note}" if tried.note else ""
-        text = (
-            f"{tried.part.label:26} validation NDCG@10 {value}, {_format_setting_count(len(tried.trials))} tried{note}"
-        )
-        lines += wrap_paragraph(f"  {text}", hang=4)
+        count = _format_setting_count(len(tried.trials))
+        text = f"{tried.part.label:26} validation NDCG@10 {tried.figure}, {count} tried"
+        lines += wrap_paragraph(f"  {text}{f'; {tried.note}' if tried.note else ''}", hang=4)
     lines += [
         "",
         f"{format_duration(auto.seconds)}. Report: {auto.run.report}",
@@ -470,7 +437,7 @@ def _run_name_and_folder(options: AutoOptions) -> tuple[str, Path]:
 
 def _language_model_device() -> str | None:
     """Return the device for a language model; None if the training libraries are not installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "trl", "peft")):
+    if not all(map(is_installed, ("torch", "transformers", "trl", "peft"))):
         return None
     from llmrec.models.load import device
     from llmrec.recipe.schema import ModelSection
@@ -530,7 +497,7 @@ class _Search:
         for tried in self.tried.values():
             # An interrupted recommender has trials that were not yet reported.
             tried.trials = read_trials(self._file(tried.part), self._key(tried.part))
-        result = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
+        result = {label: (tried.part, tried.best) for label, tried in self.tried.items() if tried.best is not None}
         if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
             raise DataError(
@@ -538,11 +505,10 @@ class _Search:
                 kind="too-few",
             )
         baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
-        for tried in result.values():
-            assert tried.best is not None
+        for part, trial in result.values():
             # `quiet` affects output and is not a hyperparameter
-            named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
-            baselines.append({"name": tried.part.baseline, **named})
+            named = {key: value for key, value in trial.parameters.items() if key != "quiet"}
+            baselines.append({"name": part.baseline, **named})
         recipe = self.recipe.model_dump(mode="json")
         recipe["tasks"]["sequential"]["baselines"] = baselines
         recipe["eval"]["users"] = users
@@ -609,7 +575,7 @@ class _Search:
         tried.trials = read_trials(self._file(tried.part), self._key(tried.part))
         tried.note = note or ("" if tried.trials else _SLOW_NOTE)
         tried.seconds += took
-        figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no result"
+        figure = f"validation NDCG@10 {tried.figure}" if tried.best else "no result"
         new = tried.trials[known:]
         spent = round(max(took, sum(trial.seconds for trial in new)), 2)
         text = f"{figure}, {_format_setting_count(len(new), 'new ')} tried in {format_duration(spent)}"
@@ -623,11 +589,8 @@ class _Search:
         """Return the estimated seconds of the final run."""
         able = [tried for tried in self.tried.values() if tried.trials]
         fits = sum(max(trial.seconds for trial in tried.trials) for tried in able)
-        rankers = (
-            _RANKER_SECONDS * self.cases * len(able) ** 2
-            if self.cases >= MIN_RANKER_CASES and is_installed("lightgbm")
-            else 0.0
-        )
+        has_rankers = self.cases >= MIN_RANKER_CASES and is_installed("lightgbm")
+        rankers = _RANKER_SECONDS * self.cases * len(able) ** 2 if has_rankers else 0.0
         return max(_MIN_FINISH_SECONDS, _FINISH_FACTOR * fits + rankers)
 
     def _file(self, part: CandidateMember) -> Path:

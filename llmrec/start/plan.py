@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from llmrec.data.dataset import Dataset, k_core
 from llmrec.data.read.words import plural_noun
 from llmrec.data.split import MAX_RATING_STEPS, rating_steps
 from llmrec.data.stats import BASKET_WARNING_SHARE
-from llmrec.errors import ModelError
+from llmrec.errors import ModelError, is_installed
 from llmrec.results import LANGUAGE_MODEL_ARMS
 from llmrec.start.columns import Roles
 from llmrec.start.profile import as_float
@@ -322,7 +321,7 @@ def plan_recipe(events: Events, names: tuple[str, ...], *, whole: bool, backend:
 
 def installed_encoder() -> str | None:
     """Return the text encoder of `init` and `auto`; None if its weights or libraries are not available."""
-    if importlib.util.find_spec("transformers") is None:
+    if not is_installed("transformers"):
         return None
     from llmrec.models.text_encoder import text_embedder
 

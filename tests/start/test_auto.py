@@ -353,8 +353,8 @@ def test_validation_decides_whether_a_model_is_kept(loss: float | None, low: flo
     weights = FusionWeights(form="logit", parts=(PartWeight(name="markov", weight=1.0), part))
     model = SimpleNamespace(predictor="search", arm="tuned", fusion=None)
     joined = SimpleNamespace(predictor="fusion with models", arm="tuned", fusion=weights)
-    result = fine_tuning_decision(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
-    assert result.kept is kept and ("is used" in result.sentence) is kept
+    decided, sentence = fine_tuning_decision(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
+    assert decided is kept and ("is used" in sentence) is kept
 
 
 def test_repairs_a_table_in_the_run_folder(tmp_path: Path) -> None:
