@@ -33,7 +33,7 @@ from llmrec.report.summary import served_model_sentences
 from llmrec.report.verdicts import wrap_paragraph
 from llmrec.report.wording import format_duration, format_with_interval
 from llmrec.results import Choice, Results
-from llmrec.start.auto_trial import TrialJob, TrialResult, TuningTask, read_trials, trial_key
+from llmrec.start.auto_trial import AT_FILE, CandidateMember, TrialJob, TrialResult, read_trials, trial_key
 from llmrec.start.columns import requested_roles
 from llmrec.start.init import recipe_name, write_recipe
 from llmrec.start.options import AutoOptions
@@ -136,21 +136,6 @@ def fine_tuning_decision(results: Results) -> tuple[bool, str]:
 
 
 # --------------------------------------------------------------------------- members of the ensemble
-
-
-@dataclass(frozen=True)
-class CandidateMember:
-    """A recommender that may become a member of the ensemble.
-
-    Attributes:
-        label: Its name in files and messages.
-        baseline: Its name in the registry.
-        fixed: Parameters that are not tuned.
-    """
-
-    label: str
-    baseline: str
-    fixed: Mapping[str, Json] = field(default_factory=dict)
 
 
 def candidate_members(
@@ -466,7 +451,7 @@ class _Search:
 
     def first(self) -> None:
         """Run one trial with the defaults of each recommender, cheapest first."""
-        every = [TunedMember(part, read_trials(self._file(part), self._key(part))) for part in self.parts]
+        every = [TunedMember(part, self._read(part)) for part in self.parts]
         self.tried = {tried.part.label: tried for tried in every}
         untried = [tried for tried in every if not tried.trials]
         self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _MAX_FIRST_SHARE))
@@ -496,7 +481,7 @@ class _Search:
         """
         for tried in self.tried.values():
             # An interrupted recommender has trials that were not yet reported.
-            tried.trials = read_trials(self._file(tried.part), self._key(tried.part))
+            tried.trials = self._read(tried.part)
         result = {label: (tried.part, tried.best) for label, tried in self.tried.items() if tried.best is not None}
         if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
@@ -540,20 +525,17 @@ class _Search:
 
     def _try(self, waiting: Sequence[TunedMember], *, first: bool, allowed: TimeAllowance) -> int:
         """Tune recommenders in one subprocess until one takes too long or fails; return how many finished."""
-        at = self.state / "trials" / "at.json"
+        folder = self.state / "trials"
         job = TrialJob(
             recipe=str(self.state / "data.yaml"),
-            parts=[
-                TuningTask(entry.part.baseline, dict(entry.part.fixed), str(self._file(entry.part)))
-                for entry in waiting
-            ],
+            parts=[entry.part for entry in waiting],
             first=first,
             within=allowed(waiting[-1:]),
             reserved=_RESERVED,
-            at=str(at),
+            folder=str(folder),
         )
-        log = at.with_name("log.txt")
-        progress = _Progress(at, len(waiting))
+        log = folder / "log.txt"
+        progress = _Progress(folder / AT_FILE, len(waiting))
         known = [len(tried.trials) for tried in waiting]
         with _trial_process(job, log) as child:
             began, may = self.clock(), allowed(waiting)
@@ -572,7 +554,7 @@ class _Search:
 
     def _report_trials(self, tried: TunedMember, known: int, took: float, note: str = "") -> None:
         """Read the trials of a recommender, and report them."""
-        tried.trials = read_trials(self._file(tried.part), self._key(tried.part))
+        tried.trials = self._read(tried.part)
         tried.note = note or ("" if tried.trials else _SLOW_NOTE)
         tried.seconds += took
         figure = f"validation NDCG@10 {tried.figure}" if tried.best else "no result"
@@ -593,11 +575,11 @@ class _Search:
         rankers = _RANKER_SECONDS * self.cases * len(able) ** 2 if has_rankers else 0.0
         return max(_MIN_FINISH_SECONDS, _FINISH_FACTOR * fits + rankers)
 
-    def _file(self, part: CandidateMember) -> Path:
-        return self.state / "trials" / (part.label.replace(", ", "-").replace(" ", "-") + ".json")
+    def _read(self, part: CandidateMember) -> list[TrialResult]:
+        return read_trials(part.file(self.state / "trials"), self._key(part))
 
     def _key(self, part: CandidateMember) -> str:
-        return trial_key(self.data, part.baseline, dict(part.fixed), _RESERVED)
+        return trial_key(self.data, part, _RESERVED)
 
 
 @dataclass

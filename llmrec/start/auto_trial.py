@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from llmrec.registry import BASELINES, import_component
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
+AT_FILE = "at.json"
 SEEN_EXCLUDED = "excluded"
 """Rankings exclude seen items, as a served recommender does."""
 
@@ -30,12 +31,22 @@ _MIN_EPOCHS, _LONG_EPOCH_SECONDS = 15, 10.0
 
 
 @dataclass(frozen=True)
-class TuningTask:
-    """A recommender to tune: its name in the registry, parameters that are not tuned, and the file of its trials."""
+class CandidateMember:
+    """A recommender to tune, which may become a member of the ensemble.
 
+    Attributes:
+        label: Its name in files and messages.
+        baseline: Its name in the registry.
+        fixed: Parameters that are not tuned.
+    """
+
+    label: str
     baseline: str
-    fixed: dict[str, Json]
-    out: str
+    fixed: Mapping[str, Json] = field(default_factory=dict)
+
+    def file(self, folder: Path) -> Path:
+        """Return the file of its trials in a folder."""
+        return folder / (self.label.replace(", ", "-").replace(" ", "-") + ".json")
 
 
 @dataclass(frozen=True)
@@ -47,15 +58,15 @@ class TrialJob:
         first: Whether each gets only its first trial, with the defaults.
         within: Seconds for a first trial; a network whose epochs are too slow for that is skipped.
         reserved: Share of validation users that are only for the weights of the ensemble.
-        at: The file with the index of the current recommender.
+        folder: The folder of the trials, and of the file `AT_FILE` with the index of the current recommender.
     """
 
     recipe: str
-    parts: list[TuningTask]
+    parts: list[CandidateMember]
     first: bool
     within: float
     reserved: float
-    at: str
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,10 @@ def _parse_trials(stored: Mapping[str, Any]) -> list[TrialResult]:
     return [TrialResult(**entry) for entry in stored["trials"]]
 
 
-def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
+def trial_key(data: str, part: CandidateMember, reserved: float) -> str:
     """Return the cache key of trials; ``data`` is the fingerprint of the split."""
-    return fingerprint("trials", made_by=[(BASELINES, baseline)], data=data, fixed=fixed, reserved=reserved)
+    made_by = [(BASELINES, part.baseline)]
+    return fingerprint("trials", made_by=made_by, data=data, fixed=dict(part.fixed), reserved=reserved)
 
 
 def run_trials(job: TrialJob) -> None:
@@ -92,14 +104,15 @@ def run_trials(job: TrialJob) -> None:
     data = load_split(recipe.data, recipe.seed)
     choosing, _ = split_validation_users(data, job.reserved)
     for index, part in enumerate(job.parts):
-        write_json(Path(job.at), index)
-        key = trial_key(data.fingerprint, part.baseline, part.fixed, job.reserved)
-        known = read_trials(Path(part.out), key)
-        if not (job.first and (known or _is_too_slow(part, choosing, recipe.seed, key, job.within))):
-            _tune_member(part, choosing, recipe.seed, key, known, first=job.first)
+        out = part.file(Path(job.folder))
+        write_json(out.with_name(AT_FILE), index)
+        key = trial_key(data.fingerprint, part, job.reserved)
+        known = read_trials(out, key)
+        if not (job.first and (known or _is_too_slow(part, choosing, recipe.seed, out, key, job.within))):
+            _tune_member(part, choosing, recipe.seed, out, key, known, first=job.first)
 
 
-def _is_too_slow(part: TuningTask, data: SplitDataset, seed: int, key: str, within: float) -> bool:
+def _is_too_slow(part: CandidateMember, data: SplitDataset, seed: int, out: Path, key: str, within: float) -> bool:
     """Whether a network is too slow for the available time, given the measured seconds of one epoch."""
     from llmrec.baselines.parameters import create_baseline
 
@@ -112,7 +125,7 @@ def _is_too_slow(part: TuningTask, data: SplitDataset, seed: int, key: str, with
         create_baseline(part.baseline, {**part.fixed, "epochs": 1}, seed=seed).fit(data)
         return time.monotonic() - begin
 
-    file = Path(part.out).with_suffix(".epoch.json")
+    file = out.with_suffix(".epoch.json")
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if known.get("key") != key:
         # The first epoch in a process includes imports, which matters if an epoch is short.
@@ -124,7 +137,7 @@ def _is_too_slow(part: TuningTask, data: SplitDataset, seed: int, key: str, with
 
 
 def _tune_member(
-    part: TuningTask, data: SplitDataset, seed: int, key: str, known: list[TrialResult], *, first: bool
+    part: CandidateMember, data: SplitDataset, seed: int, out: Path, key: str, known: list[TrialResult], *, first: bool
 ) -> None:
     from llmrec.baselines.base import Catalogue
     from llmrec.baselines.item_texts import text_vectors
@@ -147,7 +160,7 @@ def _tune_member(
         for trial in trials[len(known) :]:
             known.append(TrialResult(dict(trial.parameters), trial.values[SEEN_EXCLUDED], now - before))
         before = now
-        write_checked_json(Path(part.out), {"key": key, "trials": [asdict(entry) for entry in known]})
+        write_checked_json(out, {"key": key, "trials": [asdict(entry) for entry in known]})
 
     earlier = [Trial(entry.parameters, {SEEN_EXCLUDED: entry.value}) for entry in known]
     tune(part.baseline, data, seed=seed, tables=(SEEN_EXCLUDED,), grid=grid | fixed, known=earlier, kept=keep)
@@ -155,4 +168,4 @@ def _tune_member(
 
 if __name__ == "__main__":
     _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    run_trials(TrialJob(**{**_job, "parts": [TuningTask(**part) for part in _job["parts"]]}))
+    run_trials(TrialJob(**{**_job, "parts": [CandidateMember(**part) for part in _job["parts"]]}))

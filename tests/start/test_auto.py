@@ -29,7 +29,6 @@ from llmrec.recipe.schema import Recipe
 from llmrec.results import FusionWeights, PartWeight
 from llmrec.start import auto as autos
 from llmrec.start.auto import (
-    CandidateMember,
     FineTuningPlan,
     candidate_members,
     data_recipe,
@@ -38,7 +37,7 @@ from llmrec.start.auto import (
     plan_fine_tuning,
     with_language_model,
 )
-from llmrec.start.auto_trial import TrialJob, TrialResult, run_trials
+from llmrec.start.auto_trial import CandidateMember, TrialJob, TrialResult, run_trials
 from llmrec.start.options import AutoOptions, budget_seconds
 
 # Grids that are searched completely in a short time, so that no test depends on a budget.
