@@ -221,6 +221,18 @@ def guess_roles(table: Table, requested: RequestedRoles, items: Table | None = N
     return _RoleGuesser(table, profiles, requested, listed).roles()
 
 
+def _choice_hint(start: str, role: str, column: str) -> str:
+    return f"{start} {role}; select it with --{role} {shell_quoted(column)}"
+
+
+def _field_hint(column: str) -> str:
+    return f"to show it in prompts, set --fields {shell_quoted(column)}"
+
+
+def _may_be_title(col: ColumnProfile) -> bool:
+    return col.distinct >= 2 and col.letters >= 0.3 and col.length <= 300
+
+
 class _RoleGuesser:
     """Assigns columns to `Roles`, one role at a time."""
 
@@ -326,22 +338,18 @@ class _RoleGuesser:
         if role == "user":
             rivals = [h for h in rivals if not self._determines(best.name, h.name)]
         if rivals:
-            both = [printable_name(best.name), *(printable_name(h.name) for h in rivals)]
+            both = [best.name, *(h.name for h in rivals)]
             raise DataError.at(
                 self._name,
                 "ambiguous",
-                f": {' and '.join(map(repr, both))} could each be the {role}; choose with "
-                + " or ".join(f"--{role} {shell_quoted(h)}" for h in (best.name, *(h.name for h in rivals))),
+                f": {' and '.join(repr(printable_name(name)) for name in both)} could each be the {role}; choose with "
+                + " or ".join(f"--{role} {shell_quoted(name)}" for name in both),
             )
         for score, col in scored[1:]:
-            same = self._same(best.name, col.name)
-            if not same and score < 0.7:
-                continue
-            self._why[col.name] = (
-                f"equivalent to {printable_name(best.name)}"
-                if same
-                else (f"could also be the {role}; select it with --{role} {shell_quoted(col.name)}")
-            )
+            if self._same(best.name, col.name):
+                self._why[col.name] = f"equivalent to {printable_name(best.name)}"
+            elif score >= 0.7:
+                self._why[col.name] = _choice_hint("could also be the", role, col.name)
         self._why[best.name] = f"its name; {describe_repetition(best)}"
         return best.name
 
@@ -405,10 +413,8 @@ class _RoleGuesser:
         return (
             f"{self._name}: found no column for the {' or the '.join(missing)}"
             + (f" ({'; '.join(text)})" if text else "")
-            + (
-                f"; set {' '.join(f'--{role} COLUMN' for role in missing)}. The columns ({self._rows()} rows) "
-                f"are: {columns}"
-            )
+            + f"; set {' '.join(f'--{role} COLUMN' for role in missing)}"
+            + f". The columns ({self._rows()} rows) are: {columns}"
             + (f"; columns in lists: {', '.join(map(printable_name, self._inner))}" if self._inner else "")
             + "".join(
                 f"; {printable_name(c)} contains {col}, which cannot be used"
@@ -430,11 +436,8 @@ class _RoleGuesser:
             if sum(sizes.values()) == col.rows and sizes["train"] and sizes["test"]:
                 result[col.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
         for name, counted in result.items():
-            self._why[name] = (
-                f"its values; {counted}"
-                if len(result) == 1
-                else (f"could be the split; select it with --split {shell_quoted(name)}")
-            )
+            alone = len(result) == 1
+            self._why[name] = f"its values; {counted}" if alone else _choice_hint("could be the", "split", name)
         return next(iter(result)) if len(result) == 1 else None
 
     def _check_split(self, column: str | None) -> None:
@@ -494,7 +497,7 @@ class _RoleGuesser:
                 others.append((0.1, col))
         if not named and len(others) > 1:
             for _, col in others:
-                self._why[col.name] = f"could be a rating; select it with --rating {shell_quoted(col.name)}"
+                self._why[col.name] = _choice_hint("could be a", "rating", col.name)
             return None
         return self._first(named or others, "rating", describe_levels)
 
@@ -509,13 +512,7 @@ class _RoleGuesser:
         scored = []
         for col in self._free():
             weight = col.named.weight("title")
-            if (
-                col.distinct < 2
-                or col.letters < 0.3
-                or col.length > 300
-                or col.named.weight("field")
-                or col.named.weight("text")
-            ):
+            if not _may_be_title(col) or col.named.weight("field") or col.named.weight("text"):
                 continue
             determined = self._determines(self._item, col.name)
             many = col.distinct >= 0.7 * self._profiles[self._item].distinct
@@ -535,7 +532,7 @@ class _RoleGuesser:
         scored = []
         for col in self._items.values():
             weight = col.named.weight("title")
-            if col.name == leaf_name(self._item) or col.letters < 0.3 or col.length > 300 or col.distinct < 2:
+            if col.name == leaf_name(self._item) or not _may_be_title(col):
                 continue
             if weight or (col.words >= 1.5 and col.unique and col.length <= 100):
                 scored.append((weight + 0.1 * col.unique, col))
@@ -582,7 +579,7 @@ class _RoleGuesser:
         scored.sort(key=lambda pair: -pair[0])
         best = scored[0][1]
         for _, col in scored[1:]:
-            self._why[col.name] = f"could also be the {role}; select it with --{role} {shell_quoted(col.name)}"
+            self._why[col.name] = _choice_hint("could also be the", role, col.name)
         self._why[best.name] = f"{'its name' if best.named.weight(role) else 'its values'}; {say(best)}"
         return best.name
 
@@ -620,9 +617,7 @@ class _RoleGuesser:
             elif len(kept) < _MAX_FIELDS:
                 kept.append(name)
             else:
-                self._why[name] = (
-                    f"describes {printable_name(self._item)}; to show it in prompts, set --fields {shell_quoted(name)}"
-                )
+                self._why[name] = f"describes {printable_name(self._item)}; {_field_hint(name)}"
         return tuple(name for _, name in scored if name in kept)
 
     def _has_equal_values(self, column: str, other: str) -> bool:
@@ -644,9 +639,7 @@ class _RoleGuesser:
         if col.named.weight("row"):
             return "an order or row ID, by its name"
         if self._determines(self._item, col.name):
-            return (
-                f"describes {printable_name(self._item)}; to show it in prompts, set --fields {shell_quoted(col.name)}"
-            )
+            return f"describes {printable_name(self._item)}; {_field_hint(col.name)}"
         if self._determines(self._user, col.name):
             return f"describes {printable_name(self._user)}; user columns need a table of users"
         if col.named.weight("count"):
@@ -660,6 +653,4 @@ class _RoleGuesser:
     def _unused_item_reason(self, col: ColumnProfile) -> str:
         if col.name == leaf_name(self._item):
             return f"the same as {printable_name(self._item)}"
-        if not col.filled or col.distinct == 1:
-            return "it is empty" if not col.filled else "the same value in every row"
-        return f"to show it in prompts, set --fields {shell_quoted(col.name)}"
+        return self._idle(col) if col.distinct < 2 else _field_hint(col.name)
