@@ -149,34 +149,34 @@ def _id_errors(peek: TableSample, roles: Roles) -> list[TableError]:
 
 
 def _item_errors(peek: TableSample, roles: Roles, items: Table | None, column: str) -> list[TableError]:
+    if items is None:
+        return []
     listed = []
-    mains = roles.profiles[roles.item].cells
-    used = pl.Series(mains.filter(mains != "").unique())
-    if items is not None:
-        if column not in (roles.item, leaf_name(roles.item)):
-            listed.append(
-                TableError(
-                    roles.item,
-                    Location(peek.table.name),
-                    f"the item column is {printable_name(column)!r} in {items.name}, but "
-                    f"{printable_name(roles.item)!r} in {peek.table.name}; both must have the same name",
-                    f"the item column is renamed to {printable_name(column)}",
-                    kind="missing-column",
-                )
+    if column not in (roles.item, leaf_name(roles.item)):
+        listed.append(
+            TableError(
+                roles.item,
+                Location(peek.table.name),
+                f"the item column is {printable_name(column)!r} in {items.name}, but {printable_name(roles.item)!r} in "
+                f"{peek.table.name}; both must have the same name",
+                f"the item column is renamed to {printable_name(column)}",
+                kind="missing-column",
             )
-        absent = used.filter(~used.is_in(text_column(items, column).implode()))
-        if len(absent):
-            first = int((mains == absent[0]).arg_max() or 0)
-            listed.append(
-                TableError(
-                    roles.item,
-                    peek.location(first),
-                    f"{peek.where(first)}: item {printable_name(absent[0])!r} is not in {items.name} ({len(absent)} of "
-                    f"{len(used)} items are missing)",
-                    f"rows whose item is not in {items.name} are removed",
-                    kind="unknown-name",
-                )
+        )
+    used = roles.profiles[roles.item]
+    absent = (used.cells != "") & ~used.cells.is_in(text_column(items, column).implode())
+    if absent.any():
+        first, count = int(absent.arg_max() or 0), used.cells.filter(absent).n_unique()
+        listed.append(
+            TableError(
+                roles.item,
+                peek.location(first),
+                f"{peek.where(first)}: item {printable_name(used.cells[first])!r} is not in {items.name} ({count} of "
+                f"{used.distinct} items are missing)",
+                f"rows whose item is not in {items.name} are removed",
+                kind="unknown-name",
             )
+        )
     return listed
 
 
