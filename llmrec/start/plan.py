@@ -200,10 +200,9 @@ def table_statistics(events: Events, cores: int = 1) -> TableStatistics:
     sizes = once.group_by("user_id").len()["len"]
     texts = events.texts.gather(rows) if events.texts is not None else None
     ratings = events.ratings.gather(rows).drop_nulls() if events.ratings is not None else None
-    able, teachable, targets = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
-    baskets = _basket_statistics(once) if events.time is not None and events.parts is None else _NO_BASKETS
-    if baskets.are_cut:
-        able, teachable, targets = baskets.able, baskets.teachable, baskets.targets
+    able, teachable, targets, tied = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0, 0.0
+    if events.time is not None and events.parts is None and (baskets := _basket_statistics(once)) is not None:
+        able, teachable, targets, tied = baskets
     if events.parts is not None:
         able, teachable = _count_split_users(events.pairs["user_id"].gather(rows), events.parts.gather(rows))
     return TableStatistics(
@@ -215,7 +214,7 @@ def table_statistics(events: Events, cores: int = 1) -> TableStatistics:
         able=able,
         teachable=teachable,
         targets=targets,
-        tied=baskets.tied if baskets.are_cut else 0.0,
+        tied=tied,
         with_texts=int((texts != "").sum()) if texts is not None else 0,
         with_title=as_float((events.titles != "").mean()) if events.titled else 0.0,
         levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
@@ -232,26 +231,12 @@ def _time_column(roles: Roles) -> pl.Series:
     return roles.profiles[roles.time].times.sortable.alias("time")
 
 
-@dataclass(frozen=True)
-class _Baskets:
-    """Statistics of baskets (items of a user with the same time); see `TableStatistics`."""
+def _basket_statistics(once: pl.DataFrame) -> tuple[int, int, float, float] | None:
+    """Return ``able``, ``teachable``, ``targets`` and ``tied`` of `TableStatistics`, from rows without duplicates.
 
-    tied: float
-    able: int
-    teachable: int
-    targets: float
-
-    @property
-    def are_cut(self) -> bool:
-        """Whether leave-one-out would divide many baskets, so that whole baskets should be held out."""
-        return self.tied > BASKET_WARNING_SHARE and self.able >= _MIN_BASKET_USERS
-
-
-_NO_BASKETS = _Baskets(0.0, 0, 0, 0.0)
-
-
-def _basket_statistics(once: pl.DataFrame) -> _Baskets:
-    """Return statistics of baskets, from rows without duplicates."""
+    A basket has the items of a user with the same time. None if leave-one-out would divide few baskets, so that whole
+    baskets need not be held out.
+    """
     sizes = once.drop_nulls("time").group_by("user_id", "time").len().sort("time")
     users = sizes.group_by("user_id", maintain_order=True).agg(
         pl.len().alias("moments"), pl.col("len").last().alias("last"), pl.col("len").sum().alias("items"),
@@ -261,12 +246,10 @@ def _basket_statistics(once: pl.DataFrame) -> _Baskets:
     left = pl.concat(
         [able.select(pl.col("items") - pl.col("held")), users.filter(pl.col("moments") < 3).select("items")]
     )
-    return _Baskets(
-        tied=as_float((users["last"] > 1).mean()),
-        able=able.height,
-        teachable=int((left["items"] >= 2).sum()),
-        targets=as_float(able["last"].mean()),
-    )
+    tied = as_float((users["last"] > 1).mean())
+    if tied <= BASKET_WARNING_SHARE or able.height < _MIN_BASKET_USERS:
+        return None
+    return able.height, int((left["items"] >= 2).sum()), as_float(able["last"].mean()), tied
 
 
 def _count_split_users(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
