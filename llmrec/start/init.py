@@ -152,12 +152,7 @@ def write_recipe(
     if only_data:
         plan = replace(plan, tasks={**dict.fromkeys(FAMILIES, (False, "")), "sequential": (True, "")})
     written = _path_in_recipe(path, target) if path is not None else table
-    page = _recipe_values(name, called, written, items_path, target, roles, plan, used, listed)
-    page = replace(
-        page,
-        query=query,
-        where=next((_event_filter_line(col, kinds, plan) for col, kinds in _event_type_columns(roles)), ""),
-    )
+    page = _recipe_values(name, called, written, query, items_path, target, roles, plan, whole=used.whole)
     check = not only_data and used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write_checked_recipe(page, target, check=check)
     message = [
@@ -308,12 +303,13 @@ def _recipe_values(
     name: str,
     called: str,
     written: str,
+    query: str | None,
     items: Path | None,
     target: Path,
     roles: Roles,
     plan: RecipePlan,
-    used: TableSample,
-    listed: Table | None,
+    *,
+    whole: bool,
 ) -> RecipeValues:
     title = roles.title
     if title is None and "title" in {*roles.profiles, *roles.items}:
@@ -341,7 +337,7 @@ def _recipe_values(
         duplicates = f"{plan.facts.repeats} rows repeat a user with an item; the latest of each is kept"
     elif twice:
         duplicates = "some items are listed twice; the last entry of each is kept"
-    elif not used.whole:
+    elif not whole:
         duplicates = "only a part of the table was read; of repeated rows the latest is kept"
     return RecipeValues(
         name=name,
@@ -352,6 +348,8 @@ def _recipe_values(
         why=why,
         duplicates=duplicates,
         plan=plan,
+        query=query,
+        where=next((_event_filter_line(col, kinds, plan) for col, kinds in _event_type_columns(roles)), ""),
     )
 
 
