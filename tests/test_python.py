@@ -22,8 +22,7 @@ from llmrec.results import Results
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
 from llmrec.start import auto as autos
-from llmrec.start.auto import CandidateMember
-from llmrec.start.auto_trial import TrialResult
+from llmrec.start.auto_trial import CandidateMember, TrialResult
 
 FRAME = pl.DataFrame(
     [

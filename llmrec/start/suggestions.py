@@ -94,13 +94,8 @@ def _query_with_items(name: str, roles: Roles, known: Mapping[str, Table]) -> st
         more = [c for c, col in listed.items() if col.named.weight("title") or col.named.weight("field")]
         more = [column for column in more if column not in roles.profiles]
         if more:
-            columns = ", ".join(
-                [
-                    f"{_quote_identifier(name)}.*",
-                    *(f"{_quote_identifier(other)}.{_quote_identifier(column)}" for column in more),
-                ]
-            )
             left, right, key = map(_quote_identifier, (name, other, roles.item))
+            columns = ", ".join([f"{left}.*", *(f"{right}.{_quote_identifier(column)}" for column in more)])
             return f"SELECT {columns} FROM {left} LEFT JOIN {right} USING ({key})"
     return f"SELECT * FROM {_quote_identifier(name)}"
 

@@ -111,10 +111,8 @@ def grid_points(searched: Sequence[SearchSpace]) -> list[dict[str, Json]] | None
     """Return all hyperparameter combinations if every search space is a list; otherwise None."""
     if any(not space.values for space in searched):
         return None
-    return [
-        dict(zip((space.key for space in searched), point, strict=True))
-        for point in product(*(space.values for space in searched))
-    ]
+    keys = [space.key for space in searched]
+    return [dict(zip(keys, point, strict=True)) for point in product(*(space.values for space in searched))]
 
 
 def _parse_space(text: str) -> SearchSpace:
