@@ -384,30 +384,27 @@ def rank_snippet(card: Card) -> str:
 def python_snippet(card: Card) -> str:
     """Return a script that runs the example with transformers and prints the answer."""
     example, name = card.example, safe_literal(card.address)
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    source = safe_literal(card.base.known_as) if card.adapter_only else name
+    lines = ["from peft import PeftModel"] if card.adapter_only else []
+    lines += [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({source})",
+        f"{'base' if card.adapter_only else 'model'} = AutoModelForCausalLM.from_pretrained({source})",
+    ]
     if card.adapter_only:
-        base = safe_literal(card.base.known_as)
-        lines[0:1] = ["from peft import PeftModel", lines[0]]
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained({base})"]
-        lines += [
-            f"base = AutoModelForCausalLM.from_pretrained({base})",
-            f"model = PeftModel.from_pretrained(base, {name})",
-        ]
-    else:
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
-        lines += [f"model = AutoModelForCausalLM.from_pretrained({name})"]
+        lines.append(f"model = PeftModel.from_pretrained(base, {name})")
     if example.messages:
         thinking = ", enable_thinking=False" if example.thinking else ""
-        lines += ["messages = ["]
-        lines += [f"    {safe_literal({'role': role, 'content': content})}," for role, content in example.messages]
-        lines += ["]"]
+        turns = [safe_literal({"role": role, "content": content}) for role, content in example.messages]
         lines += [
-            f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{thinking})"
+            *("messages = [", *(f"    {turn}," for turn in turns), "]"),
+            f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{thinking})",
         ]
         if example.given:
-            lines += [f"text += {safe_literal(example.given)}"]
+            lines.append(f"text += {safe_literal(example.given)}")
     else:
-        lines += [f"text = {safe_literal(example.text)}"]
+        lines.append(f"text = {safe_literal(example.text)}")
     stop = f", stop_strings=[{safe_literal(example.stop)}], tokenizer=tokenizer" if example.stop else ""
     lines += [
         'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',

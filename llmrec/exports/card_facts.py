@@ -358,37 +358,32 @@ def _lora_facts(recipe: Recipe) -> dict[str, Json]:
 
 def _data_facts(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
     sections = [recipe.data, *([recipe.reviews] if recipe.reviews else [])]
+    facts = [
+        DataFacts(
+            name=section.source,
+            source=section.source,
+            hub=_hub_name(section),
+            split=_describe_split(section.split),
+            filters=_describe_filters(section.filter),
+        )
+        for section in sections
+    ]
     if study is None:
-        return tuple(
-            DataFacts(
-                name=s.source,
-                source=s.source,
-                hub=_hub_name(s),
-                split=_describe_split(s.split),
-                filters=_describe_filters(s.filter),
-            )
-            for s in sections
+        return tuple(facts)
+    return tuple(
+        replace(
+            entry,
+            name=data.dataset.name,
+            users=data.dataset.interactions["user_id"].n_unique(),
+            items=len(data.dataset.items),
+            interactions=len(data.dataset.interactions),
+            parts=(len(data.train), len(data.valid), len(data.test)),
+            fingerprint=data.dataset.fingerprint,
+            licence=data.dataset.provenance.get("licence"),
+            made=data.dataset.made,
         )
-    result = []
-    for section, data in zip(sections, study.tables, strict=True):
-        rows = data.dataset.interactions
-        result.append(
-            DataFacts(
-                name=data.dataset.name,
-                source=section.source,
-                hub=_hub_name(section),
-                users=rows["user_id"].n_unique(),
-                items=len(data.dataset.items),
-                interactions=len(rows),
-                parts=(len(data.train), len(data.valid), len(data.test)),
-                split=_describe_split(section.split),
-                fingerprint=data.dataset.fingerprint,
-                filters=_describe_filters(section.filter),
-                licence=data.dataset.provenance.get("licence"),
-                made=data.dataset.made,
-            )
-        )
-    return tuple(result)
+        for entry, data in zip(facts, study.tables, strict=True)
+    )
 
 
 def _hub_name(section: DataSection) -> str | None:
