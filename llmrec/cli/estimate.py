@@ -489,11 +489,9 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
     if result.cpu is not None:
         lines["CPU memory"] = result.cpu.text
     if study.recipe.eval.backend == "openai":
-        prompt_tokens, completion_tokens = (
-            sum(getattr(work, name) for work in result.eval_work.values()) for name in ("asked", "written")
-        )
+        total = sum(result.eval_work.values(), TokenWork())
         cost = "" if result.cost is None else f", cost {result.cost:.2f} with the prices of eval.server"
-        lines["server"] = f"{prompt_tokens:,.0f} prompt tokens and {completion_tokens:,.0f} completion tokens{cost}"
+        lines["server"] = f"{total.asked:,.0f} prompt tokens and {total.written:,.0f} completion tokens{cost}"
     show_values("estimate", lines, record={"estimate": result})
 
 

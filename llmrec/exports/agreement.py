@@ -143,11 +143,13 @@ def measure_agreement(
             kind="bad-value",
             column="--dtype",
         )
-    side = {"qlora": "the adapter on the base in NF4", "lora8": "the adapter on the base in 8 bits"}
-    what = side.get(recipe.train.method, f"the adapter on the base, {width}")
-    what = f"the trained weights, {width}" if recipe.train.method == "full" else what
+    trained = {
+        "qlora": "the adapter on the base in NF4",
+        "lora8": "the adapter on the base in 8 bits",
+        "full": f"the trained weights, {width}",
+    }
     return Agreement(
-        before=what,
+        before=trained.get(recipe.train.method, f"the adapter on the base, {width}"),
         after=f"the exported weights, {dtype}",
         families=tuple(result),
         prompts=len(before.logits),

@@ -147,12 +147,10 @@ def gain(metric: str, value: float) -> float:
 
 def main_finding(results: Results) -> str:
     """Return what the language model adds to the baselines; without one, which baseline is served and why."""
-    if results.has_language_model:
-        served = [
-            served_model_sentences(results, task) for task in results.tasks if served_row(results, task) is not None
-        ]
-        return " ".join(filter(None, (*served, contribution_sentence(results))))
-    return " ".join(filter(None, (served_model_sentences(results, task) for task in results.tasks)))
+    asks = results.has_language_model
+    tasks = [task for task in results.tasks if not asks or served_row(results, task) is not None]
+    served = [served_model_sentences(results, task) for task in tasks]
+    return " ".join(filter(None, (*served, contribution_sentence(results))))
 
 
 def summary_paragraph(results: Results) -> str:

@@ -100,16 +100,10 @@ def closing_lines(results: Results) -> list[str]:
     is exploratory.
     """
     matches = [verdict(results, task) for task in results.tasks]
-    lines = [
-        line for task in results.tasks for text in describe_undefined(results, task) for line in wrap_paragraph(text)
-    ]
-    if text := main_finding(results):
-        lines += wrap_paragraph(text)
-    if any(entry.tuned for entry in matches):
-        lines += wrap_paragraph(tuning_tally(matches))
-    if warning := exploratory_reason(results):
-        lines += wrap_paragraph(warning)
-    return lines
+    texts = [text for task in results.tasks for text in describe_undefined(results, task)]
+    tally = tuning_tally(matches) if any(entry.tuned for entry in matches) else ""
+    texts += [main_finding(results), tally, exploratory_reason(results)]
+    return [line for text in texts for line in wrap_paragraph(text)]
 
 
 def verdict_patterns() -> Iterator[tuple[re.Pattern[str], str]]:

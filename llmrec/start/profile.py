@@ -462,9 +462,10 @@ class TableSample:
     def along(self, names: Sequence[str]) -> TableSample:
         """Expand the list that contains the given columns to one row per element; see `expand_lists`."""
         table = expand_lists(self.table, names)
-        if table is self.table or table.rows is None:
-            return self if table is self.table else TableSample(table, self.whole, table.frame.height)
-        return TableSample(table, self.whole, bisect_left(table.rows, self.first))
+        if table is self.table:
+            return self
+        first = table.frame.height if table.rows is None else bisect_left(table.rows, self.first)
+        return TableSample(table, self.whole, first)
 
     def where(self, index: int) -> str:
         """Describe the location of a row, by 0-based index."""
