@@ -41,7 +41,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     if path.is_dir():
         check_not_link(path)
     elif path.exists() and not path.is_file():
-        raise LlmrecError(f"{path} is a device or a pipe, not a file; choose another path", kind="exists", at=path)
+        raise LlmrecError.at(path, "exists", " is a device or a pipe, not a file; choose another path")
     draft = path.with_name(f".{path.name}.llmrec.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(draft)
@@ -51,10 +51,8 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         if draft.is_dir() and path.is_dir():
             _remove(path)
         elif path.is_dir():
-            raise LlmrecError(
-                f"{path} is a folder, but llmrec writes a file of this name; move the folder away",
-                kind="exists",
-                at=path,
+            raise LlmrecError.at(
+                path, "exists", " is a folder, but llmrec writes a file of this name; move the folder away"
             )
         draft.replace(path)
     finally:
@@ -155,15 +153,13 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = parse_json) 
         result = parse_checked_json(path.read_bytes(), parse)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise DataError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
+        raise DataError.at(path, kind, f" cannot be read ({error.strerror}); {fix}") from None
     except ChecksumMismatch as error:
-        raise DataError(f"{path} cannot be read ({error}); {fix}", kind="damaged", at=path) from None
+        raise DataError.at(path, "damaged", f" cannot be read ({error}); {fix}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {fix}", kind="syntax", at=path) from None
+        raise DataError.at(path, "syntax", f" is not valid JSON ({error}); {fix}") from None
     if not isinstance(result, dict):
-        raise DataError(
-            f"{path} contains a {type(result).__name__} instead of an object; {fix}", kind="wrong-format", at=path
-        )
+        raise DataError.at(path, "wrong-format", f" contains a {type(result).__name__} instead of an object; {fix}")
     return result
 
 
@@ -226,10 +222,8 @@ def check_not_link(path: Path) -> None:
         LlmrecError: If the path is a link.
     """
     if path.is_symlink():
-        raise LlmrecError(
-            f"{path} is a symbolic link, and llmrec does not write through links; remove the link",
-            kind="unsafe",
-            at=path,
+        raise LlmrecError.at(
+            path, "unsafe", " is a symbolic link, and llmrec does not write through links; remove the link"
         )
 
 

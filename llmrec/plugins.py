@@ -197,21 +197,21 @@ def _load_plugin(group: str, address: str) -> Any:
     result = _import_plugin_module(module)
     for part in attribute.split(".") if attribute else ():
         if not hasattr(result, part):
-            raise RecipeError(
-                f"{module} has no {part!r}{did_you_mean(part, dir(result))}; use an attribute of "
+            raise RecipeError.at(
+                module,
+                "unknown-name",
+                f" has no {part!r}{did_you_mean(part, dir(result))}; use an attribute of "
                 f"{getattr(result, '__file__', None) or module}",
-                kind="unknown-name",
-                at=module,
             )
         result = getattr(result, part)
     kind = KINDS[group]
     lacking = [missing for need in _required_attributes(group, result) if (missing := _missing_attribute(result, need))]
     if lacking or (kind.called and not callable(result)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
-        raise RecipeError(f"{address} is not a valid {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
+        raise RecipeError.at(address, "defect", f" is not a valid {kind.what}: it {lacks}; {kind.fix}")
     if kind.takes and not _accepts_arguments(result, kind.takes):
         called = f"cannot be called with ({', '.join(kind.takes)})"
-        raise RecipeError(f"{address} is not a valid {kind.what}: it {called}; {kind.fix}", kind="defect", at=address)
+        raise RecipeError.at(address, "defect", f" is not a valid {kind.what}: it {called}; {kind.fix}")
     return result
 
 

@@ -484,30 +484,30 @@ def read_stored_template(folder: Path, template: Template) -> Template:
     """
     files = [file for file in (folder / "merged" / BUNDLE_FILE, folder / BUNDLE_FILE) if file.is_file()]
     if not files:
-        raise RecipeError(
-            f"{folder} has no {BUNDLE_FILE}, which records the templates used in training; give a run folder with "
+        raise RecipeError.at(
+            folder,
+            "missing-file",
+            f" has no {BUNDLE_FILE}, which records the templates used in training; give a run folder with "
             "finished training, or an exported folder",
-            kind="missing-file",
-            at=folder,
         )
     try:
         entries = {
             entry["name"]: entry for entry in json.loads(files[0].read_text("utf-8"))["templates"][template.family]
         }
         if template.name not in entries:
-            raise RecipeError(
-                f"{files[0]} records no template {template.id}{did_you_mean(template.name, entries)}; its templates "
+            raise RecipeError.at(
+                files[0],
+                "missing-key",
+                f" records no template {template.id}{did_you_mean(template.name, entries)}; its templates "
                 f"are {', '.join(entries)}",
-                kind="missing-key",
-                at=files[0],
             )
         return Template.of_stored(entries[template.name])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{files[0]} records no templates of {template.family} that can be read ({type(error).__name__}: "
+        raise RecipeError.at(
+            files[0],
+            "damaged",
+            f" records no templates of {template.family} that can be read ({type(error).__name__}: "
             f"{error}); give the folder of a run that trained this task",
-            kind="damaged",
-            at=files[0],
         ) from error
 
 

@@ -224,11 +224,11 @@ def _write_folder(
     origin, study = _published_base(source), _validation_study(source, options)
     base = _adapter_base(source, origin)
     if is_encoder_decoder(load_config(base, recipe.model)):
-        raise LlmrecError(
-            f"{source.folder} contains an encoder-decoder, which exports do not support; use the folder "
+        raise LlmrecError.at(
+            source.folder,
+            "unsupported",
+            " contains an encoder-decoder, which exports do not support; use the folder "
             f"{source.folder / 'merged'}, which transformers and `llmrec rank` load",
-            kind="unsupported",
-            at=source.folder,
         )
     dtype = options.dtype
     if dtype == "auto":
@@ -304,10 +304,8 @@ def _adapter_base(source: TrainedRun, origin: str) -> str:
     if not (source.folder / "base.json").is_file():
         return origin
     if source.recipe.index is None or not (source.folder / "base" / "config.json").is_file():
-        raise LlmrecError(
-            f"{source.folder / 'base'}, the base of the adapter, is missing; run `llmrec train` again",
-            kind="missing-file",
-            at=source.folder / "base",
+        raise LlmrecError.at(
+            source.folder / "base", "missing-file", ", the base of the adapter, is missing; run `llmrec train` again"
         )
     return str(source.folder / "base")
 
@@ -383,11 +381,11 @@ def _check_disk_space(source: TrainedRun, base: str, dtype: str, options: Export
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed + _SLACK:
-        raise LlmrecError(
-            f"{folder} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; free "
+        raise LlmrecError.at(
+            folder,
+            "exhausted",
+            f" has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; free "
             "disk space, or choose another --out or a smaller --dtype",
-            kind="exhausted",
-            at=folder,
         )
 
 

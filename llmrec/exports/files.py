@@ -89,12 +89,7 @@ def copy_adapter(source: TrainedRun, base: str, draft: Path) -> None:
         "full": "used full fine-tuning, so it has no adapter",
     }
     if why := lacking.get(source.record["method"]):
-        raise LlmrecError(
-            f"{source.folder} {why}; drop --adapter-only",
-            kind="unsupported",
-            at=source.folder,
-            column="--adapter-only",
-        )
+        raise LlmrecError.at(source.folder, "unsupported", f" {why}; drop --adapter-only", "--adapter-only")
     adapter = source.folder / "adapter"
     shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     config = read_json(adapter / "adapter_config.json", _RETRAIN)
@@ -120,10 +115,8 @@ def write_bundle(source: TrainedRun, study: Study | None, draft: Path, made_from
     elif study is not None:
         content = bundle.bundle_content(study)
     else:
-        raise LlmrecError(
-            f"{stored} is missing and the data cannot be read; train again with `llmrec train`",
-            kind="missing-file",
-            at=stored,
+        raise LlmrecError.at(
+            stored, "missing-file", " is missing and the data cannot be read; train again with `llmrec train`"
         )
     write_checked_json(draft / BUNDLE_FILE, {**content, "made_from": made_from})
 
@@ -138,10 +131,8 @@ def copy_index(source: TrainedRun, draft: Path, *, titles: bool) -> None:
     if content.get("index") is None or (content["index"] == "title" and not titles):
         return
     if not index.is_dir():
-        raise LlmrecError(
-            f"{index}, which defines the model's codes, is missing; train again with `llmrec train`",
-            kind="missing-file",
-            at=index,
+        raise LlmrecError.at(
+            index, "missing-file", ", which defines the model's codes, is missing; train again with `llmrec train`"
         )
     shutil.copytree(index, draft / FOLDER)
 
@@ -214,15 +205,13 @@ def check_replaceable(target: Path, *, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise LlmrecError(
-            f"{target} exists already; choose another --out, or replace it with --force", kind="exists", at=target
-        )
+        raise LlmrecError.at(target, "exists", " exists already; choose another --out, or replace it with --force")
     if target.is_symlink() or not target.is_dir() or not is_export(target):
-        raise LlmrecError(
-            f"{target} was not written by `llmrec export`, or was changed afterwards, so --force does not replace it; "
+        raise LlmrecError.at(
+            target,
+            "exists",
+            " was not written by `llmrec export`, or was changed afterwards, so --force does not replace it; "
             "remove this folder, or choose another --out",
-            kind="exists",
-            at=target,
         )
 
 

@@ -69,17 +69,17 @@ def check_fine_tuned(run: Path) -> None:
         return
     arms = load_stored_recipe(run).eval.arms
     if not arms:
-        raise LlmrecError(
-            f"{run} has only baselines, but an export needs a fine-tuned language model; serve the run folder "
+        raise LlmrecError.at(
+            run,
+            "unsupported",
+            " has only baselines, but an export needs a fine-tuned language model; serve the run folder "
             f"instead: llmrec serve {run}",
-            kind="unsupported",
-            at=run,
         )
     if "tuned" not in arms:
-        raise LlmrecError(
-            f"{run} did not fine-tune its language model (eval.arms={', '.join(arms)}), so there is nothing to export; "
+        raise LlmrecError.at(
+            run,
+            "unsupported",
+            f" did not fine-tune its language model (eval.arms={', '.join(arms)}), so there is nothing to export; "
             "add tuned to eval.arms and run the recipe again",
-            kind="unsupported",
-            at=run,
-            column="eval.arms",
+            "eval.arms",
         )

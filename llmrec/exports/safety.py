@@ -46,18 +46,17 @@ def check_contents(folder: Path, private: Iterable[Path], *, own_code: bool) -> 
         text = _read_text(file)
         for secret in secrets:
             if secret in text:
-                raise LlmrecError(
-                    f"{name} would contain the value of a secret environment variable; remove the secret from the run",
-                    kind="unsafe",
-                    at=name,
+                raise LlmrecError.at(
+                    name,
+                    "unsafe",
+                    " would contain the value of a secret environment variable; remove the secret from the run",
                 )
         for path in paths if file.name not in _VOCABULARIES else ():
             if re.search(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", text):
-                raise LlmrecError(
-                    f"{name} would contain the path {path} of this machine; remove the path from the recipe or the "
-                    "templates",
-                    kind="unsafe",
-                    at=name,
+                raise LlmrecError.at(
+                    name,
+                    "unsafe",
+                    f" would contain the path {path} of this machine; remove the path from the recipe or the templates",
                 )
 
 

@@ -51,10 +51,10 @@ def read_audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         checks = [AuditLine(**check) for check in without_surrogates(content["checks"])]
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({single_line(str(error))}); write it again with: {audit_command(run_dir)}",
-            kind="damaged",
-            at=path,
+        raise DataError.at(
+            path,
+            "damaged",
+            f": cannot be read ({single_line(str(error))}); write it again with: {audit_command(run_dir)}",
         ) from error
     if of != sha256_of(run_dir / "results.json"):
         return None
@@ -84,11 +84,7 @@ def check_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
         LeakError: If there is a leak.
     """
     if reason := describe_leaks(lines):
-        raise LeakError(
-            f"{run_dir / AUDIT_FILE}: {LEAK_VERDICT[0].lower()}{LEAK_VERDICT[1:]} {reason}",
-            kind="leak",
-            at=run_dir / AUDIT_FILE,
-        )
+        raise LeakError.at(run_dir / AUDIT_FILE, "leak", f": {LEAK_VERDICT[0].lower()}{LEAK_VERDICT[1:]} {reason}")
 
 
 def describe_leaks(lines: Sequence[AuditLine]) -> str:

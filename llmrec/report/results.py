@@ -42,30 +42,26 @@ def _check_results(results: Results, source: str) -> None:
             no baseline measured by its headline metric, or if rows, headline metrics and comparisons are inconsistent.
     """
     if not results.rows:
-        raise LlmrecError(
-            f"{source}: the key 'rows' is empty, so there is nothing to report; evaluate at least one task",
-            kind="empty",
-            at=source,
-            column="rows",
+        raise LlmrecError.at(
+            source,
+            "empty",
+            ": the key 'rows' is empty, so there is nothing to report; evaluate at least one task",
+            "rows",
         )
     doubled = [row_id for row_id, count in Counter(row.id for row in results.rows).items() if count > 1]
     if doubled:
-        raise LlmrecError(
-            f"{source}: row id {doubled[0]!r} is repeated; give every row a unique id",
-            kind="duplicate",
-            at=source,
-            column="rows",
+        raise LlmrecError.at(
+            source, "duplicate", f": row id {doubled[0]!r} is repeated; give every row a unique id", "rows"
         )
     for task in results.tasks:
         rows = [row for row in results.rows if row.task == task]
         metric = results.headline.get(task)
         if metric is None or not any(metric in row.metrics for row in rows):
-            raise LlmrecError(
-                f"{source}: the metric {metric!r} of key 'headline' is missing for models of task {task!r}; set "
-                "another metric",
-                kind="bad-value",
-                at=source,
-                column="headline",
+            raise LlmrecError.at(
+                source,
+                "bad-value",
+                f": the metric {metric!r} of key 'headline' is missing for models of task {task!r}; set another metric",
+                "headline",
             )
         _check_controls(task, metric, rows, source)
         _check_protocol(task, rows, source)
@@ -78,13 +74,13 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
     there = [row.method for row in rows if row.arm == "baseline" and metric in row.metrics]
     lacking = missing_controls(task, there) if is_family(task) else []
     if lacking or not there:
-        raise LlmrecError(
-            f"{source}: task {task!r} has no baseline {', '.join(lacking) or '(any)'} with the metric {metric!r}, so "
+        raise LlmrecError.at(
+            source,
+            "missing-value",
+            f": task {task!r} has no baseline {', '.join(lacking) or '(any)'} with the metric {metric!r}, so "
             f"other models cannot be compared with a baseline; add it to tasks.{task}.baselines in the recipe and "
             "evaluate again",
-            kind="missing-value",
-            at=source,
-            column=f"tasks.{task}.baselines",
+            f"tasks.{task}.baselines",
         )
 
 
@@ -115,12 +111,12 @@ def _check_same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
         digests.setdefault(row.candidates, row.id)
     if len(digests) > 1:
         one, two = (f"{row_id!r} ({_format_digest(digest)})" for digest, row_id in list(digests.items())[:2])
-        raise LlmrecError(
-            f"{source}: models of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot "
+        raise LlmrecError.at(
+            source,
+            "mismatch",
+            f": models of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot "
             "share a table; evaluate both again in one run",
-            kind="mismatch",
-            at=source,
-            column="candidates",
+            "candidates",
         )
 
 
@@ -129,12 +125,12 @@ def _check_candidates(results: Results, source: str) -> None:
     known = {drawn.digest for drawn in results.candidates.values() if drawn is not None}
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
-            raise LlmrecError(
-                f"{source}: model {row.id!r} ranked candidate sets ({_format_digest(row.candidates)}) that are missing "
+            raise LlmrecError.at(
+                source,
+                "mismatch",
+                f": model {row.id!r} ranked candidate sets ({_format_digest(row.candidates)}) that are missing "
                 "in the key 'candidates'; evaluate this model again in this run",
-                kind="mismatch",
-                at=source,
-                column="candidates",
+                "candidates",
             )
 
 
@@ -182,11 +178,11 @@ def _check_same_slices(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _mixed_protocols_error(task: str, one: str, two: str, source: str) -> LlmrecError:
-    return LlmrecError(
-        f"{source}: models of task {task!r} were measured under different protocols, {one} and {two}, so they cannot "
+    return LlmrecError.at(
+        source,
+        "mismatch",
+        f": models of task {task!r} were measured under different protocols, {one} and {two}, so they cannot "
         "share a table; evaluate both on the same split and candidate file, or report them as separate runs",
-        kind="mismatch",
-        at=source,
     )
 
 
@@ -196,12 +192,12 @@ def _check_comparisons(results: Results, source: str) -> None:
     for position, comparison in enumerate(results.comparisons):
         for side in (comparison.a, comparison.b):
             if task_of.get(side) != comparison.task:
-                raise LlmrecError(
-                    f"{source}: comparisons[{position}] names model {side!r}, which task {comparison.task!r} does "
+                raise LlmrecError.at(
+                    source,
+                    "unknown-name",
+                    f": comparisons[{position}] names model {side!r}, which task {comparison.task!r} does "
                     "not have; drop the comparison or evaluate again",
-                    kind="unknown-name",
-                    at=source,
-                    column="comparisons",
+                    "comparisons",
                 )
 
 
@@ -289,13 +285,9 @@ def check_predictions_file(run_dir: Path, files: Mapping[str, str]) -> None:
         result = sha256_of(path)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {fix}", kind=kind, at=path) from None
+        raise DataError.at(path, kind, f": cannot be read ({error.strerror}). {fix}") from None
     if path.name in files and result != files[path.name]:
-        raise DataError(
-            f"{path} was changed after results.json was written. {fix}",
-            kind="damaged",
-            at=path,
-        )
+        raise DataError.at(path, "damaged", f" was changed after results.json was written. {fix}")
 
 
 def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]]:
@@ -319,9 +311,7 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
         counts = predictions.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{path} cannot be read as a predictions file ({reason}). {fix}", kind="damaged", at=path
-        ) from error
+        raise DataError.at(path, "damaged", f" cannot be read as a predictions file ({reason}). {fix}") from error
     total: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
     for row_id, reason, many in counts.iter_rows():
@@ -330,11 +320,11 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
             reasons.setdefault(str(row_id), Counter())[str(reason)] += many
     for row in results.rows:
         if total[row.id] != row.n:
-            raise DataError(
-                f"{path} contains {total[row.id]} predictions of model {row.id!r}, but results.json has n = {row.n}, "
+            raise DataError.at(
+                path,
+                "mismatch",
+                f" contains {total[row.id]} predictions of model {row.id!r}, but results.json has n = {row.n}, "
                 f"so the two files are from different runs. {fix}",
-                kind="mismatch",
-                at=path,
             )
     return {
         row_id: dict(sorted(result.items(), key=lambda pair: (-pair[1], pair[0]))) for row_id, result in reasons.items()

@@ -299,12 +299,12 @@ def _open_study(out: Path, base: Recipe, searched: Sequence[SearchSpace], metric
     if known is None:
         study.set_user_attr("of", mark)
     elif known != mark:
-        raise RecipeError(
-            f"{out} contains a search with another recipe, other values or another metric; choose another --out, or "
+        raise RecipeError.at(
+            out,
+            "mismatch",
+            " contains a search with another recipe, other values or another metric; choose another --out, or "
             "remove the folder",
-            kind="mismatch",
-            at=out,
-            column="--out",
+            "--out",
         )
     return study
 
