@@ -199,7 +199,23 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
+class AnswerRecord:
+    """What every answer has.
+
+    Attributes:
+        raw: The answer of the model as text, if it wrote one.
+        prompt_hash: Hash of its prompt, if there is one.
+        cost: The cost of all its prompts.
+    """
+
+    request_id: str
+    raw: str | None = None
+    prompt_hash: str | None = None
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking(AnswerRecord):
     """Items with scores, best first; equal scores are ties. Missing items count as misses.
 
     Attributes:
@@ -207,57 +223,37 @@ class Ranking:
             is left out.
     """
 
-    request_id: str
     items: tuple[str, ...]
     scores: tuple[float, ...]
     unlisted: int = 0
-    raw: str | None = None
-    prompt_hash: str | None = None
-    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rating:
+class Rating(AnswerRecord):
     """A predicted rating on the scale of the data."""
 
-    request_id: str
     value: float
-    raw: str | None = None
-    prompt_hash: str | None = None
-    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class Text(AnswerRecord):
     """A generated text."""
 
-    request_id: str
     text: str
-    raw: str | None = None
-    prompt_hash: str | None = None
-    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unparsed:
+class Unparsed(AnswerRecord):
     """An answer that could not be parsed. It counts as a failure in every metric."""
 
-    request_id: str
     reason: str
-    raw: str | None = None
-    prompt_hash: str | None = None
-    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probability:
+class Probability(AnswerRecord):
     """A predicted probability, in [0, 1], that the answer is yes."""
 
-    request_id: str
     value: float
-    raw: str | None = None
-    prompt_hash: str | None = None
-    cost: Cost = Cost()
 
 
 Answer = Ranking | Rating | Probability | Text | Unparsed
