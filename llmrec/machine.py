@@ -52,13 +52,9 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def commit_hash(checkout: Path | None = None) -> str:
-    """Return the short commit hash of a checkout, with ``+`` if tracked files were changed; empty without git.
-
-    Args:
-        checkout: A folder of the checkout; None: the one that llmrec runs from.
-    """
-    folder = checkout or Path(__file__).resolve().parents[1]
+def commit_hash() -> str:
+    """Return the short commit hash of this checkout, with ``+`` if tracked files were changed; empty without git."""
+    folder = Path(__file__).resolve().parents[1]
     if not (folder / ".git").exists() or (git := shutil.which("git")) is None:
         return ""
 
