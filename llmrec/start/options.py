@@ -91,7 +91,7 @@ class AutoOptions(TableOptions):
     @property
     def seconds(self) -> float:
         """The time budget in seconds."""
-        return budget_seconds(self.budget, "--budget")
+        return budget_seconds(self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +132,8 @@ class TuneOptions:
     out: Annotated[Path | None, OptionHelp(help="Folder for the trials. Default: runs/NAME-tune.")] = None
 
 
-def budget_seconds(text: str, option: str) -> float:
-    """Return a time such as ``90s``, ``30m`` or ``1.5h`` in seconds; a bare number is minutes.
+def budget_seconds(text: str) -> float:
+    """Return a ``--budget`` such as ``90s``, ``30m`` or ``1.5h`` in seconds; a bare number is minutes.
 
     Raises:
         RecipeError: If the text is not a time.
@@ -142,6 +142,6 @@ def budget_seconds(text: str, option: str) -> float:
     unit = _UNIT_SECONDS.get(result[2] or "m") if result else None
     if result is None or unit is None or float(result[1]) <= 0:
         raise RecipeError(
-            f"{option} {text!r} is not a duration; use one such as 90s, 30m or 2h", kind="bad-value", column=option
+            f"--budget {text!r} is not a duration; use one such as 90s, 30m or 2h", kind="bad-value", column="--budget"
         )
     return float(result[1]) * unit

@@ -235,7 +235,7 @@ def search_hyperparameters(
     """
     require("optuna", "tune")
     began = time.monotonic()
-    budget = budget_seconds(options.budget, "--budget")
+    budget = budget_seconds(options.budget)
     result = parse_spaces(options.over)
     page: Recipe | str = recipe or options.recipe
     base = as_recipe(page, options.overrides)

@@ -301,13 +301,13 @@ def test_reserves_time_for_learned_rankers(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("10", 600), ("2 min", 120)])
 def test_budgets(text: str, seconds: float) -> None:
-    assert budget_seconds(text, "--budget") == seconds
+    assert budget_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "-3m", "0s"])
 def test_rejects_invalid_budgets(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        budget_seconds(text, "--budget")
+        budget_seconds(text)
     assert caught.value.column == "--budget"
 
 
