@@ -157,8 +157,9 @@ def events_of_table(roles: Roles) -> Events:
     profiles = roles.profiles
     pairs = pl.DataFrame({"user_id": profiles[roles.user].cells, "item_id": profiles[roles.item].cells})
     titles = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
+    times = profiles[roles.time].times.sortable if roles.time else pl.lit(None, pl.Float64)
     return Events(
-        pairs=pairs.with_columns(_time_column(roles)),
+        pairs=pairs.with_columns(time=times),
         titles=titles.cells,
         titled=roles.title is not None,
         fields=[(roles.items.get(name) or profiles[name]).cells for name in roles.fields],
@@ -223,12 +224,6 @@ def table_statistics(events: Events, cores: int = 1) -> TableStatistics:
         field_tokens=sum(map(_mean_tokens, events.fields)),
         text_tokens=_mean_tokens(texts) if texts is not None else 0.0,
     )
-
-
-def _time_column(roles: Roles) -> pl.Series:
-    if roles.time is None:
-        return pl.Series("time", [None] * roles.profiles[roles.user].rows, dtype=pl.Float64)
-    return roles.profiles[roles.time].times.sortable.alias("time")
 
 
 def _basket_statistics(once: pl.DataFrame) -> tuple[int, int, float, float] | None:
