@@ -11,8 +11,10 @@ from __future__ import annotations
 import csv
 import io
 import random
+import sqlite3
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -202,6 +204,16 @@ def write_all(folder: Path) -> None:
     write_clicks(folder / "clicks.csv")
     write_products(folder / "products.csv")
     write_parts(folder / "published.csv")
+
+
+def database(path: Path, **tables: list[tuple[object, ...]]) -> str:
+    """Write a SQLite database from tables whose first rows are the names of their columns; return its URL."""
+    with closing(sqlite3.connect(path)) as connection:
+        for name, (head, *rows) in tables.items():
+            connection.execute(f"CREATE TABLE {name} ({', '.join(map(str, head))})")
+            connection.executemany(f"INSERT INTO {name} VALUES ({', '.join('?' * len(head))})", rows)
+        connection.commit()
+    return f"sqlite:///{path.name}"
 
 
 if __name__ == "__main__":

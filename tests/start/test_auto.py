@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +38,7 @@ from llmrec.start.auto import (
 )
 from llmrec.start.auto_trial import CandidateMember, TrialJob, TrialResult, run_trials
 from llmrec.start.options import AutoOptions, budget_seconds
+from tests.shop import database
 
 # Grids that are searched completely in a short time, so that no test depends on a budget.
 PLAIN: dict[str, Json] = {"weighting": "none", "shrinkage": 0.0, "asymmetry": 0.5}
@@ -408,10 +408,7 @@ def test_options_for_dates_and_query(tmp_path: Path) -> None:
     rows = [f"u{user},s{(user + step) % 9},0{1 + step}/0{1 + user % 9}/2024" for user in range(20) for step in range(5)]
     table = written(tmp_path / "t.csv", "user,item,day", rows)
     assert read(tmp_path, table=table, dates="month-first").interactions.height == 100
-    with closing(sqlite3.connect(tmp_path / "shop.db")) as shop:
-        shop.execute("CREATE TABLE sales (user TEXT, item TEXT, day TEXT)")
-        shop.executemany("INSERT INTO sales VALUES (?, ?, ?)", [row.split(",") for row in rows])
-        shop.commit()
+    database(tmp_path / "shop.db", sales=[("user", "item", "day"), *(tuple(row.split(",")) for row in rows)])
     url, query = f"sqlite:///{tmp_path / 'shop.db'}", "SELECT * FROM sales WHERE item != 's0'"
     assert 80 < read(tmp_path, table=url, dates="day-first", query=query).interactions.height < 100
 

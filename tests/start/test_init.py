@@ -6,10 +6,8 @@ import json
 import random
 import re
 import shlex
-import sqlite3
 import subprocess
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,11 +185,8 @@ def test_errors_are_one_paragraph_and_write_nothing(folder: Path, arguments: lis
 
 
 def test_database_with_a_query(folder: Path) -> None:
-    with closing(sqlite3.connect(folder / "shop.db")) as shop:
-        frame = pl.read_csv(folder / "clicks.csv")
-        shop.execute(f"CREATE TABLE clicks ({', '.join(frame.columns)})")
-        shop.executemany(f"INSERT INTO clicks VALUES ({', '.join('?' * frame.width)})", frame.rows())
-        shop.commit()
+    frame = pl.read_csv(folder / "clicks.csv")
+    shop.database(folder / "shop.db", clicks=[tuple(frame.columns), *frame.rows()])
     output = llmrec("init", "sqlite:///shop.db")
     assert output.startswith("error: ") and "SELECT * FROM clicks" in output and not (folder / "shop.yaml").exists()
     llmrec("init", "sqlite:///shop.db", "--query", "SELECT * FROM clicks", "--items", "products.csv")

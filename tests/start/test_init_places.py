@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +14,7 @@ from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.start.init import write_recipe
 from tests.facts import Facts, raises
+from tests.shop import database
 from tests.workbook import workbook
 
 
@@ -58,15 +57,6 @@ def test_wrong_sheet_or_file(book: Path, caplog: pytest.LogCaptureFixture) -> No
     assert "choose another with book.xlsx#SHEET: Clicks 2024, Items" in caplog.text
     with raises(DataError, Facts("exists", says="never overwritten")):
         write_recipe("book.xlsx#Clicks 2024", mend=book, force=True)
-
-
-def database(path: Path, **tables: list[tuple[object, ...]]) -> str:
-    with closing(sqlite3.connect(path)) as connection:
-        for name, (head, *rows) in tables.items():
-            connection.execute(f"CREATE TABLE {name} ({', '.join(map(str, head))})")
-            connection.executemany(f"INSERT INTO {name} VALUES ({', '.join('?' * len(head))})", rows)
-        connection.commit()
-    return f"sqlite:///{path.name}"
 
 
 def people(events: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
