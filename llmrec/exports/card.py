@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,47 +306,36 @@ def _score_cell(row: Row, name: str, *, full: bool) -> str:
     return format_with_interval(metric.value, metric.low, metric.high) if full else format_number(metric.value)
 
 
-def _agreement_table(agreement: Agreement) -> str:
-    """Return the table of metrics before and after the export."""
-    rows = []
+def _agreement_values(agreement: Agreement) -> Iterator[tuple[str, str, int, float, float, str]]:
+    """Yield task, metric (empty for the loss), number of cases, values before and after the export, and the change."""
     for entry in agreement.families:
         before, after = entry.loss
-        rows.append(
-            _agreement_row(entry.family, "loss, nats per target token", entry.rows, before, after, after - before, "")
-        )
+        yield entry.family, "", entry.rows, before, after, _format_signed(after - before)
         if entry.metric and entry.values and entry.difference:
             change, low, high = entry.difference
-            bounds = format_interval(low, high, sign=True)
-            rows.append(_agreement_row(entry.family, entry.metric, entry.cases, *entry.values, change, bounds))
+            text = f"{_format_signed(change)} {format_interval(low, high, sign=True)}".rstrip()
+            yield entry.family, entry.metric, entry.cases, *entry.values, text
+
+
+def _agreement_table(agreement: Agreement) -> str:
+    """Return the table of metrics before and after the export."""
+    rows = [
+        [
+            *(escape_cell(title(family)), escape_cell(metric or "loss, nats per target token"), format_count(n)),
+            *(f"{before:.4f}", f"{after:.4f}", change),
+        ]
+        for family, metric, n, before, after, change in _agreement_values(agreement)
+    ]
     return markdown_table(["Task", "Metric", "Cases", "Before", "After", "After − before"], rows, numeric_from=2)
 
 
 def agreement_lines(agreement: Agreement) -> dict[str, str]:
     """Return an `Agreement` as names and values for the terminal."""
     lines = {}
-    for entry in agreement.families:
-        before, after = entry.loss
-        change = f"{before:.4f} → {after:.4f} ({_format_signed(after - before)}) nats per token, {entry.rows} examples"
-        lines[f"{entry.family}: validation loss"] = change
-        if entry.metric and entry.values and entry.difference:
-            (first, second), (value, low, high) = entry.values, entry.difference
-            bounds = format_interval(low, high, sign=True)
-            change = f"{first:.4f} → {second:.4f} ({_format_signed(value)} {bounds}), {entry.cases} cases"
-            lines[f"{entry.family}: {entry.metric}"] = change
+    for family, metric, n, before, after, change in _agreement_values(agreement):
+        count = f", {n} cases" if metric else f" nats per token, {n} examples"
+        lines[f"{family}: {metric or 'validation loss'}"] = f"{before:.4f} → {after:.4f} ({change}){count}"
     return lines | {"largest difference of a logit": f"{agreement.logit:.2g}, {agreement.prompts} prompts"}
-
-
-def _agreement_row(
-    family: str, what: str, n: int, before: float, after: float, change: float, bounds: str
-) -> list[str]:
-    shown = [f"{value:.4f}" for value in (before, after)]
-    return [
-        escape_cell(title(family)),
-        escape_cell(what),
-        format_count(n),
-        *shown,
-        f"{_format_signed(change)} {bounds}".rstrip(),
-    ]
 
 
 def _format_signed(change: float) -> str:
