@@ -383,11 +383,6 @@ class Estimate:
     free_gb: float | None = None
     cpu: CpuMemory | None = None
 
-    @property
-    def stages(self) -> dict[str, float]:
-        """Seconds of training and of the whole evaluation."""
-        return {"training": self.train_seconds, "evaluation": sum(self.eval_seconds.values())}
-
 
 def estimate_run(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
     """Estimate time and memory from counted tokens and a speed measurement on this machine.
@@ -483,7 +478,7 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
         "parameters": f"{result.parameters:,}",
         "training": f"{result.train_tokens:,} tokens, {result.train_seconds:.0f} s",
         **arms,
-        "total time": format_minutes(sum(result.stages.values())),
+        "total time": format_minutes(result.train_seconds + sum(result.eval_seconds.values())),
         "memory": f"{result.memory_gb} GiB" + _describe_gpu_memory(result.memory_gb, result.free_gb),
     }
     if result.cpu is not None:

@@ -329,9 +329,9 @@ def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
 
 
 def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    ahead = [result for result in verdicts if result.control_leads]
-    if not ahead:
+    best = [(title(result.task), result.best) for result in verdicts]
+    named = [f"{task} ({label(row)})" for task, row in best if row is not None and row.arm == "baseline"]
+    if not named:
         return "No baseline is better than the best language model in any task."
-    named = [f"{title(result.task)} ({label(result.best)})" for result in ahead if result.best]
-    several = "the only task" if len(verdicts) == 1 else f"{len(ahead)} of {len(verdicts)} tasks"
+    several = "the only task" if len(verdicts) == 1 else f"{len(named)} of {len(verdicts)} tasks"
     return f"A baseline is better than every language model in {several}: {join_words(named)}."

@@ -296,11 +296,6 @@ class TaskVerdict:
     tuned: Comparison | None
     joined: bool = False
 
-    @property
-    def control_leads(self) -> bool:
-        """Whether a baseline is the best model."""
-        return self.best is not None and self.best.arm == "baseline"
-
 
 def orient_comparison(comparison: Comparison, first: str) -> Comparison:
     """Return a comparison in the direction ``first - other``."""

@@ -208,11 +208,6 @@ class ColumnProfile:
         return len(self.cells)
 
     @property
-    def per_value(self) -> float:
-        """Mean number of rows per value."""
-        return self.filled / max(self.distinct, 1)
-
-    @property
     def unique(self) -> bool:
         """Whether nearly all values are different."""
         return self.distinct >= 0.99 * self.filled and self.distinct > 1
@@ -402,7 +397,7 @@ def count_event_types(col: ColumnProfile) -> dict[str, int]:
 
 def describe_repetition(col: ColumnProfile) -> str:
     """Describe how often values repeat."""
-    return f"{col.distinct} values, {col.per_value:.1f} rows each"
+    return f"{col.distinct} values, {col.filled / max(col.distinct, 1):.1f} rows each"
 
 
 def describe_levels(col: ColumnProfile) -> str:

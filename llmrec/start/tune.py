@@ -57,11 +57,6 @@ class SearchSpace:
     high: float = 0.0
 
     @property
-    def start(self) -> Json:
-        """A value with which the key is checked before the search."""
-        return self.values[0] if self.values else self.low
-
-    @property
     def log(self) -> bool:
         """Whether the range is searched on a log scale."""
         return self.low > 0 and self.high / self.low >= _LOG_SCALE_FACTOR
@@ -240,7 +235,8 @@ def search_hyperparameters(
     page: Recipe | str = recipe or options.recipe
     base = as_recipe(page, options.overrides)
     for space in result:
-        as_recipe(page, [*options.overrides, *format_overrides({space.key: space.start})])
+        value = space.values[0] if space.values else space.low
+        as_recipe(page, [*options.overrides, *format_overrides({space.key: value})])
     family, metric = _select_metric(base, options.metric)
     out = options.out or Path("runs") / f"{base.name}-tune"
     with lock_folder(out, _OWN_FILES.__contains__):

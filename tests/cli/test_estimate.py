@@ -105,7 +105,6 @@ def test_seconds_are_work_times_speed(shop: Path, llama_folder: Path, monkeypatc
     expected = work.read * 1e-3 + work.scored * 1e-4 + work.written * (1e-2 + 1e-4) + 6.0
     assert result.eval_seconds["tuned"] == pytest.approx(expected)
     assert result.memory_gb > 0 and result.cost is None
-    assert result.stages["evaluation"] == pytest.approx(sum(result.eval_seconds.values()))
     # Only part of a repeated prompt is processed again.
     twice = estimate_eval_work(build_study(load("tasks.rating.strategies=[expected, parsed]")), encoder)["tuned"]
     assert work.asked * 1.9 < twice.asked and work.read < twice.read < 1.5 * work.read
