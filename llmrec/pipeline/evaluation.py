@@ -19,7 +19,6 @@ from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.rating import UserMean
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked_json
-from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
     RANDOM_BASELINE,
@@ -54,7 +53,7 @@ from llmrec.pipeline.row_specs import (
     unused_settings,
 )
 from llmrec.pipeline.study import Study
-from llmrec.pipeline.weighing import EnsembleUsers, ensemble_includes_model, ensemble_kinds, fit_base_ensembles
+from llmrec.pipeline.weighing import EnsembleUsers, ensemble_includes_model, ensemble_kinds, fit_task_ensemble
 from llmrec.progress import BatchProgress, Progress
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, ExamplePrompt, Shard
@@ -319,17 +318,8 @@ class Evaluation:
         if (stored := self._kept(spec, key)) is not None:
             return [stored]
         try:
-            answers = [ensemble_member(row) for row in able]
-            base_ensembles = fit_base_ensembles(self._study, spec.family, answers, self._weighing.cases(spec.family))
-            context = ContextFeatures(self._study.data)
-            model = fit_ensemble(
-                spec.predictor,
-                answers,
-                cases,
-                family_of(spec.family).answer,
-                base_ensembles=base_ensembles,
-                context=context,
-            )
+            members, every = [ensemble_member(row) for row in able], self._weighing.cases(spec.family)
+            model = fit_task_ensemble(self._study, spec.family, spec.predictor, members, cases, every)
             result = evaluate(model, self._study.cases(spec.family), **self._evaluation_arguments(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):

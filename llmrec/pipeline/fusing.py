@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
     PrecomputedMember,
     combined_reads,
     describe_ensemble_fit,
     ensemble_weights_record,
-    fit_ensemble,
 )
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
@@ -25,7 +23,7 @@ from llmrec.pipeline.resume import RUN_FILES, StageTimer, lock_folder
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.runs import read_finished_results, read_stored_row
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.weighing import EnsembleUsers, fit_base_ensembles
+from llmrec.pipeline.weighing import EnsembleUsers, fit_task_ensemble
 from llmrec.recipe.load import load_stored_recipe
 from llmrec.report.results import read_results_json
 from llmrec.results import Reads, Row
@@ -142,14 +140,11 @@ def _evaluate_ensembles(
 def _evaluate_ensemble(
     study: Study, weighing: EnsembleUsers, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
 ) -> ResultRow:
-    task, members = family_of(family), _uniquely_named_members(parts)
+    answer, members = family_of(family).answer, _uniquely_named_members(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    base_ensembles, context = fit_base_ensembles(study, family, members, every), ContextFeatures(study.data)
-    model = fit_ensemble(
-        ENSEMBLE_NAMES[kind], members, cases, task.answer, base_ensembles=base_ensembles, context=context
-    )
-    result = evaluate(model, study.cases(family), name=family, kind=task.answer, protocol=protocol_of(study, family))
+    model = fit_task_ensemble(study, family, ENSEMBLE_NAMES[kind], members, cases, every)
+    result = evaluate(model, study.cases(family), name=family, kind=answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
     figures = Row(

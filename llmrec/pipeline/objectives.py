@@ -13,7 +13,6 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.split import split_validation_users
-from llmrec.ensembles.context import ContextFeatures
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
     RANDOM_BASELINE,
@@ -21,7 +20,6 @@ from llmrec.ensembles.members import (
     baseline_reads,
     baseline_score_scale,
     combined_reads,
-    fit_ensemble,
 )
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
@@ -30,7 +28,7 @@ from llmrec.models.soft_prompt import TIED_METHODS, SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_candidate_sets, build_task
-from llmrec.pipeline.weighing import EnsembleUsers, ensemble_kinds, fit_base_ensembles
+from llmrec.pipeline.weighing import EnsembleUsers, ensemble_kinds, fit_task_ensemble
 from llmrec.recipe.schema import SOFT_PROMPT_METHODS, RewardSection
 from llmrec.registry import BASELINES, import_component, strategy_eval_options
 from llmrec.strategies.asking import Prompting, create_strategy
@@ -372,15 +370,7 @@ class CheckpointEvaluator:
                 parts.append(PrecomputedMember(section.label, reads, baseline_score_scale(section.name), answers, seen))
         for kind in ensemble_kinds(self.study, self.family) if weighers else ():
             able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
-            base_ensembles = fit_base_ensembles(self.study, self.family, able, weighers)
-            joined = fit_ensemble(
-                ENSEMBLE_NAMES[kind],
-                able,
-                weighers,
-                Ranking,
-                base_ensembles=base_ensembles,
-                context=ContextFeatures(self.study.data),
-            )
+            joined = fit_task_ensemble(self.study, self.family, ENSEMBLE_NAMES[kind], able, weighers, weighers)
             result[ENSEMBLE_NAMES[kind]] = self.figure(joined)
         return result
 

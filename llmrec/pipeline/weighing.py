@@ -121,24 +121,35 @@ class EnsembleUsers:
         return cases
 
 
-def fit_base_ensembles(
-    study: Study, family: str, parts: Sequence[PrecomputedMember], cases: Sequence[Case]
-) -> list[ListEnsemble | PredictionEnsemble]:
-    """Return ensembles of some of the members, on which larger ensembles can build.
+def fit_task_ensemble(
+    study: Study,
+    family: str,
+    name: str,
+    members: Sequence[PrecomputedMember],
+    cases: Sequence[Case],
+    every: Sequence[Case],
+) -> ListEnsemble | PredictionEnsemble:
+    """Fit an ensemble of a task's models, which can build on ensembles of those that read fewer kinds of input.
 
-    ``parts`` are baselines with answers to all cases, followed by other members.
+    Args:
+        study: The study.
+        family: The task.
+        name: The name of the ensemble.
+        members: Baselines, followed by other members.
+        cases: The cases for the weights.
+        every: The cases for the weights of the smaller ensembles, which all baselines have answered.
     """
-    results: list[ListEnsemble | PredictionEnsemble] = []
     answer, context = family_of(family).answer, ContextFeatures(study.data)
-    for kind in ensemble_kinds(study, family) if cases else ():
-        able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
-        if len(able) < len(parts):
-            results.append(
+    smaller: list[ListEnsemble | PredictionEnsemble] = []
+    for kind in ensemble_kinds(study, family) if every else ():
+        able = [part for part in members if combined_reads([part.reads, kind]) == kind]
+        if len(able) < len(members):
+            smaller.append(
                 fit_ensemble(
-                    ENSEMBLE_NAMES[kind], able, cases, answer, base_ensembles=results, ablate=False, context=context
+                    ENSEMBLE_NAMES[kind], able, every, answer, base_ensembles=smaller, ablate=False, context=context
                 )
             )
-    return results
+    return fit_ensemble(name, members, cases, answer, base_ensembles=smaller, context=context)
 
 
 def stored_ranking_ensembles(study: Study, rows: Sequence[Row]) -> list[StoredEnsemble]:
