@@ -177,16 +177,13 @@ class Actor:
 
     def __init__(self, folder: str, token: str, count: int) -> None:
         os.environ[QUIET] = "1"
-        node = require("ray", _EXTRA).util.get_node_ip_address()
-        self._worker = Worker(Path(folder), token, count, f"{node} ({_node_id()[:8]})", os.getpid())
+        ray = require("ray", _EXTRA)
+        node = f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
+        self._worker = Worker(Path(folder), token, count, node)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Run the shard that a row names."""
         return {"worked": self._worker.work(int(row["shard"])).as_json()}
-
-
-def _node_id() -> str:
-    return str(require("ray", _EXTRA).get_runtime_context().get_node_id())
 
 
 def run_on_actors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 import time
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from os import chdir
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def read_job(folder: Path, token: str) -> Job:
             column="--out",
         )
     try:
-        chdir(fields["at"])
+        os.chdir(fields["at"])
     except OSError as error:
         raise LlmrecError(
             f"{fields['at']}, where the command was started, cannot be opened here: {error.strerror}; start it in a "
@@ -175,7 +175,6 @@ class Worker:
         token: See `Job.write`.
         count: The number of shards.
         node: The name of this machine.
-        process: The id of this process.
         report: Called with the progress of a shard.
     """
 
@@ -185,11 +184,10 @@ class Worker:
         token: str,
         count: int,
         node: str,
-        process: int,
         report: Callable[[ShardProgress], None] = lambda _: None,
     ) -> None:
         self._folder, self._token, self._count = folder, token, count
-        self._node, self._process, self._report = node, process, report
+        self._node, self._report = node, report
         self._work: Callable[[Shard], Path] | None = None
         self._number = 0
 
@@ -204,10 +202,10 @@ class Worker:
         except Exception as error:
             wrong = as_fixable_error(error)
             text = str(wrong) if wrong else "".join(traceback.format_exception(error))
-            return ShardResult(number, self._node, self._process, time.monotonic() - begin, error=text)
+            return ShardResult(number, self._node, os.getpid(), time.monotonic() - begin, error=text)
         cost = facts.get("cost") or {}
         tokens = facts.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
-        return ShardResult(number, self._node, self._process, time.monotonic() - begin, tokens)
+        return ShardResult(number, self._node, os.getpid(), time.monotonic() - begin, tokens)
 
     def _advance(self, fraction: float) -> None:
         self._report(ShardProgress(self._number, fraction))

@@ -174,7 +174,7 @@ def run_worker(folder: Path, token: str, count: int, node: str, numbers: Sequenc
         def report(progress: ShardProgress) -> None:
             out.write(json.dumps(asdict(progress)) + "\n")
 
-        worker = Worker(folder, token, count, node, os.getpid(), report)
+        worker = Worker(folder, token, count, node, report)
         for number in numbers:
             out.write(worker.work(number).as_json() + "\n")
 

@@ -129,7 +129,8 @@ def write_run_index(study: Study, folder: Path) -> None:
 def summary_tables(built: SavedIndex) -> dict[str, dict[str, str]]:
     """Return a summary for the terminal: names and values by title."""
     result, titles = built.found, _item_titles(built.data)
-    rows = {name: _with_comma_separators(value) for name, value in index_summary.key_figures(result).items()}
+    # Numbers on the page have thin spaces.
+    rows = {name: value.replace("\u2009", ",") for name, value in index_summary.key_figures(result).items()}
     tables = {
         f"index {result.scheme} of {single_line(built.data.dataset.name)}": rows | {"Seconds": f"{built.seconds:.1f}"}
     }
@@ -199,10 +200,6 @@ def _example_rows(entries: Sequence[CodedItem]) -> dict[str, str]:
 
 def _shorten_line(text: str) -> str:
     return shorten_line(text, _MAX_LINE_WIDTH)
-
-
-def _with_comma_separators(value: str) -> str:
-    return value.replace("\u2009", ",")
 
 
 def _stored_digest(folder: Path) -> str:

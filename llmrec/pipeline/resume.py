@@ -98,8 +98,9 @@ def lock_folder(folder: Path, names: Iterable[str] | Callable[[str], bool] = ())
                 kind="busy",
                 at=folder,
             )
-        if names:
-            mark_lock_file(file)
+        if names and os.fstat(file.fileno()).st_size == 0:
+            file.write(_MARK)
+            file.flush()
         with note_written_path(folder):
             yield
 
@@ -157,13 +158,6 @@ def open_lock_file(folder: Path) -> IO[str]:
         )
     opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK_FLAGS, 0o666)
     return os.fdopen(opened, "a", encoding="utf-8")
-
-
-def mark_lock_file(lock: IO[str]) -> None:
-    """Mark a new lock file as created by llmrec."""
-    if os.fstat(lock.fileno()).st_size == 0:
-        lock.write(_MARK)
-        lock.flush()
 
 
 def _is_marked(folder: Path) -> bool:

@@ -136,7 +136,7 @@ def iterate_training_rows(
     tasks, users, seed = study.training_tasks, study.data.users(), study.training_seed
     sources = ExampleSources(tasks, study.training_examples, users, study.recipe.train, seed, paired)
     result, weights = row_streams(sources, study.shares, encoder, texts=texts)
-    for _, drawn in interleave(result, weights, seed, size=lambda drawn: _token_count(drawn[1])):
+    for _, drawn in interleave(result, weights, seed, size=lambda drawn: 0 if drawn[1] is None else len(drawn[1].ids)):
         yield drawn
 
 
@@ -149,10 +149,6 @@ def _families_with_validation(study: Study) -> list[str]:
     if study.recipe.train.method in TIED_METHODS or (rating is not None and rating.head is not None):
         return list(study.shares)
     return [family for family in study.tasks if study.section(family).weight > 0]
-
-
-def _token_count(row: TokenRow | None) -> int:
-    return 0 if row is None else len(row.ids)
 
 
 def _validation_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:

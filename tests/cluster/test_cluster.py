@@ -154,11 +154,11 @@ def test_published_job_is_read_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_error_of_a_node_without_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_keeper", None)
-    result = Worker(tmp_path / "elsewhere", "token", 2, "node 7", 1).work(1)
+    result = Worker(tmp_path / "elsewhere", "token", 2, "node 7").work(1)
     assert "all nodes share" in result.error and result.node == "node 7"
     job = job_in(tmp_path)
     with publish_job(job):
-        assert "all nodes share" in Worker(job_folder(job.target), "of another job", 2, "node 7", 1).work(1).error
+        assert "all nodes share" in Worker(job_folder(job.target), "of another job", 2, "node 7").work(1).error
     assert ShardResult.parse(result.as_json()) == result
 
 
@@ -178,7 +178,7 @@ def test_worker_waits_for_a_locked_shard(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "sleep", lambda _: holder.append(held.__exit__(None, None, None)))
     held.__enter__()
     with publish_job(job) as token:
-        result = Worker(job_folder(job.target), token, 1, "node", 1).work(1)
+        result = Worker(job_folder(job.target), token, 1, "node").work(1)
     assert (result.error, result.tokens, len(holder)) == ("", 12, 1)
 
 
@@ -208,7 +208,7 @@ def test_worker_ranks_as_one_process_with_one_engine(
     single = rank_file(replace(rank_options, out=tmp_path / "whole.jsonl"))
     job = Job("rank", rank_options.target, rank_options)
     with publish_job(job) as token:
-        worker = Worker(job_folder(job.target), token, 4, "node", 1)
+        worker = Worker(job_folder(job.target), token, 4, "node")
         done = run_all_shards(job, 4, lambda numbers: (worker.work(number) for number in reversed(numbers)))
     assert (
         started == ["hf", "hf"] and summarise_workers(done)[2] == single["prompt_tokens"] + single["completion_tokens"]
@@ -227,7 +227,7 @@ def test_worker_ranks_by_an_ensemble(trained_run: Path, tmp_path: Path, monkeypa
     single = rank_file(replace(rank_options, out=tmp_path / "whole.jsonl"))
     job = Job("rank", rank_options.target, rank_options)
     with publish_job(job) as token:
-        worker = Worker(job_folder(job.target), token, 3, "node", 1)
+        worker = Worker(job_folder(job.target), token, 3, "node")
         run_all_shards(job, 3, lambda numbers: (worker.work(number) for number in reversed(numbers)))
     assert single["ranked"] == len(users)
     assert merge_rank(rank_options.target)["sha256"] == single["sha256"] == sha256_of(rank_options.target)
@@ -273,7 +273,7 @@ def test_worker_keeps_its_engine(llama_folder: Path, tmp_path: Path, started: li
     single = augment(recipe_, tmp_path / "whole", quiet=True)
     job = Job("augment", tmp_path / "store", recipe_)
     with publish_job(job) as token:
-        worker = Worker(job_folder(job.target), token, 2, "node", 1)
+        worker = Worker(job_folder(job.target), token, 2, "node")
         done = run_all_shards(job, 2, lambda numbers: (worker.work(number) for number in numbers))
     assert (
         started == ["hf", "hf"]
@@ -290,7 +290,7 @@ def test_worker_evaluates_as_one_process(llama_folder: Path, tmp_path: Path, sta
     pipeline.run(recipe_, tmp_path / "whole", quiet=True, may_train=False)
     job = Job("eval", tmp_path / "run", recipe_)
     with publish_job(job) as token:
-        worker = Worker(job_folder(job.target), token, 2, "node", 1)
+        worker = Worker(job_folder(job.target), token, 2, "node")
         run_all_shards(job, 2, lambda numbers: (worker.work(number) for number in numbers))
     merge_run(job.target, quiet=True)
     assert started == ["hf", "hf"] and figures(job.target) == figures(tmp_path / "whole")

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from llmrec.backends.cache import StoredLedger
@@ -556,12 +556,13 @@ class EventLoopThread:
         A result counts as in progress until the next one is taken. After a failure no further job starts; those in
         progress are finished and yielded, then the first failure is raised. Closing the iterator cancels all jobs.
         """
-        done: SimpleQueue[_Received[T] | None] = SimpleQueue()
+        done: SimpleQueue[tuple[int, T, asyncio.Event] | None] = SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(_run_all_jobs(jobs, together, done), self._loop)
         try:
-            while (result := done.get()) is not None:
-                yield result.index, result.result
-                self._loop.call_soon_threadsafe(result.taken.set)
+            while (received := done.get()) is not None:
+                index, result, taken = received
+                yield index, result
+                self._loop.call_soon_threadsafe(taken.set)
             if (failure := work.result()) is not None:
                 raise failure
         finally:
@@ -576,30 +577,22 @@ class EventLoopThread:
             self._loop.close()
 
 
-@dataclass(frozen=True)
-class _Received(Generic[T]):
-    """A result, and a signal that it was received."""
-
-    index: int
-    result: T
-    taken: asyncio.Event
-
-
 async def _run_all_jobs(
-    jobs: Sequence[Callable[[], Awaitable[T]]], together: int, done: SimpleQueue[_Received[T] | None]
+    jobs: Sequence[Callable[[], Awaitable[T]]], together: int, done: SimpleQueue[tuple[int, T, asyncio.Event] | None]
 ) -> Exception | None:
+    """Run jobs, pass on their indices and results, each with an event to set when it is received, and end with None."""
     waiting = iter(enumerate(jobs))
     failures: list[Exception] = []
 
     async def work() -> None:
         for index, job in waiting:
             try:
-                result = _Received(index, await job(), asyncio.Event())
+                result, taken = await job(), asyncio.Event()
             except Exception as failure:
                 failures.append(failure)
                 return
-            done.put(result)
-            await result.taken.wait()
+            done.put((index, result, taken))
+            await taken.wait()
             if failures:
                 return
 

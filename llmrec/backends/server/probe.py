@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -291,12 +291,8 @@ async def _request_model_report(
 
 def _describe_capability_difference(one: ServerCapabilities, other: ServerCapabilities) -> str:
     """Return how the capabilities of two servers differ; empty if they are equal."""
-    names = [
-        name
-        for name in ("exact", "top", "named", "likelihood", "continues")
-        if getattr(one, name) != getattr(other, name)
-    ]
-    return ", ".join(f"{name} is {getattr(one, name)} and {getattr(other, name)}" for name in names)
+    there = asdict(other)
+    return ", ".join(f"{name} is {here} and {there[name]}" for name, here in asdict(one).items() if here != there[name])
 
 
 def _describe_model_difference(one: _ModelReport, other: _ModelReport) -> str:

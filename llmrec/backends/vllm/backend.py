@@ -263,9 +263,8 @@ def parse_output(output: Any, ask: EngineRequest, *, prefill: bool) -> list[floa
         BackendError: If the engine did not follow forced tokens.
     """
     text = output.outputs[0]
-    steps = [
-        [float(step[token].logprob) for token in row] for step, row in _requested_steps(text.logprobs, ask, prefill)
-    ]
+    requested = ask.targets[-1:] if prefill else ask.targets
+    steps = [[float(step[i].logprob) for i in row] for step, row in zip(text.logprobs, requested, strict=False)]
     if prefill and ask.forced:
         if (scores := output.prompt_token_id_logprobs) is None:
             return None
@@ -279,11 +278,6 @@ def parse_output(output: Any, ask: EngineRequest, *, prefill: bool) -> list[floa
             column="eval.scorer",
         )
     return [value for values in steps for value in values]
-
-
-def _requested_steps(steps: Sequence[Any], ask: EngineRequest, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """Yield the generated steps with the tokens requested for each."""
-    return zip(steps, ask.targets[-1:] if prefill else ask.targets, strict=False)
 
 
 log = logging.getLogger(__name__)

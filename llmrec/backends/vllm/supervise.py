@@ -140,7 +140,9 @@ class HealthCheck:
         """
         if now - self._last > 5 * self._limits.poll:
             # This process itself was paused (Ctrl-Z, a suspended machine), so the interval is ignored.
-            self._restart(now)
+            self._stepped = now
+            self._stopped.clear()
+            self._samples.clear()
         self._last = now
         if steps != self._steps:
             self._steps, self._stepped = steps, now
@@ -152,11 +154,6 @@ class HealthCheck:
             or self._quiet(now, seen)
             or self._endless_problem(now)
         )
-
-    def _restart(self, now: float) -> None:
-        self._stepped = now
-        self._stopped.clear()
-        self._samples.clear()
 
     def _ended(self, seen: Iterable[ProcessState]) -> str | None:
         ended = [s for s in seen if s.vital and s.state in ENDED_STATES]

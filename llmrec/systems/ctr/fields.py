@@ -98,17 +98,9 @@ class EncodedRows:
 
     def of(self, indices: NDArray[np.int64] | NDArray[np.bool_]) -> EncodedRows:
         """Return the selected rows."""
-        return EncodedRows(
-            self.users[indices],
-            self.items[indices],
-            self.user_names[indices],
-            self.item_names[indices],
-            tuple(of_user[indices] for of_user in self.of_users),
-            self.events[indices],
-            self.liked[indices],
-            self.numbers[indices],
-            self.truth[indices],
-        )
+        of_users = tuple(values[indices] for values in self.of_users)
+        columns = {name: values[indices] for name, values in vars(self).items() if name != "of_users"}
+        return EncodedRows(of_users=of_users, **columns)
 
 
 @dataclass(frozen=True)
