@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.baselines.parameters import InputHashes, input_hashes
+from llmrec.baselines.parameters import input_hashes
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
 from llmrec.durable import sha256_of, write_checked_json
@@ -151,13 +151,14 @@ def run_checks(
 def _cached_baseline_audit(study: Study, kept: Path) -> Check:
     """Check the baselines for leaks, or return the stored result."""
     used = {family: study.task_data(family) for family in study.tasks}
+    sections = [baseline for family in used for baseline in study.baselines(family)]
     key = fingerprint(
         "audit",
-        made_by=[(BASELINES, baseline.name) for family in used for baseline in study.baselines(family)],
+        made_by=[(BASELINES, baseline.name) for baseline in sections],
         modules=(leaks.__name__,),
         packages={name: version for name, version in package_versions().items() if name in _FITTING_PACKAGES},
         baselines={family: [baseline.label for baseline in study.baselines(family)] for family in used},
-        files=_baseline_file_hashes(study),
+        files=[read for item in sections if (read := input_hashes(item.name, item.parameters))],
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
@@ -174,11 +175,6 @@ def _cached_baseline_audit(study: Study, kept: Path) -> Check:
 def _parse_check(stored: Mapping[str, Any]) -> Check:
     result = stored["check"]
     return Check(**{**result, "examples": tuple(result["examples"])})
-
-
-def _baseline_file_hashes(study: Study) -> list[InputHashes]:
-    sections = [baseline for family in study.tasks for baseline in study.baselines(family)]
-    return [read for item in sections if (read := input_hashes(item.name, item.parameters))]
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:

@@ -282,10 +282,8 @@ class Engines:
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
 
     def _start(self, engine: str, folder: str, tokens: Callable[[], int], adapters: Sequence[Adapter] = ()) -> Backend:
-        encoder, build = (
-            self._encoder_of(folder),
-            cast("Callable[..., Backend]", import_component(BACKENDS, engine, "backend")),
-        )
+        build = cast("Callable[..., Backend]", import_component(BACKENDS, engine, "backend"))
+        encoder = self._encoder_of(folder)
         if is_plugin(BACKENDS, engine):
             return build(folder, encoder, model=self._model, section=self._section, seed=self._seed)
         if engine == "fake":

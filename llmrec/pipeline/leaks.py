@@ -11,8 +11,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, zip_longest
 from itertools import count as numbers
+from itertools import islice, zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -835,10 +835,12 @@ def audit_alignment(study: Study, count: int) -> Iterator[Check]:
         return
     task = study.tasks[FAMILY]
     held = study.held.items
-    secrets = _HeldOutItems(study, held)
     if FAMILY in study.shares:
         rows = islice(study.training_examples(FAMILY), count)
-        findings = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
+        titles = {item: display_title(item, study.data.dataset.items[item]) for item in held}
+        index = study.index
+        codes = {_normalise_line(index.encode(item)): item for item in held} if index is not None else {}
+        findings = [f"row {row.id}: {what}" for row in rows for what in _held_out_items_shown(row, titles, codes)]
         yield verdict("held-out items in training rows of alignment", f"{count:,} rows", findings)
     cases = study.cases(FAMILY)
     if is_arm_evaluated(study.recipe, FAMILY, "few-shot"):
@@ -854,24 +856,17 @@ def audit_alignment(study: Study, count: int) -> Iterator[Check]:
     )
 
 
-class _HeldOutItems:
-    """The titles and codes of held-out items."""
+def _held_out_items_shown(row: Example, titles: Mapping[str, str], codes: Mapping[str, str]) -> Iterator[str]:
+    """Yield the held-out items in an example, as declared or by both code and title.
 
-    def __init__(self, study: Study, held: frozenset[str]) -> None:
-        self._held = held
-        items, index = study.data.dataset.items, study.index
-        self._titles = {item: display_title(item, items[item]) for item in held}
-        self._items = {_normalise_line(index.encode(item)): item for item in held} if index is not None else {}
-
-    def shown(self, row: Example) -> Iterator[str]:
-        """Yield the held-out items in an example, as declared or by both code and title."""
-        yield from (f"item {item}" for _, item in row.pairs if item in self._held)
-        segments = chain(*(message.segments for message in row.messages), row.answer)
-        lines = {_normalise_line(segment.text) for segment in segments if segment.kind != "text"}
-        # A code of digits may equal a year by chance, so a code alone proves nothing.
-        for item in sorted(self._items[text] for text in lines & self._items.keys()):
-            if self._titles[item] in lines:
-                yield f"code and title of item {item}"
+    ``titles`` has the title of each held-out item, and ``codes`` the item of each code.
+    """
+    yield from (f"item {item}" for _, item in row.pairs if item in titles)
+    lines = {_normalise_line(segment.text) for segment in _segments(row.messages, row.answer) if segment.kind != "text"}
+    # A code of digits may equal a year by chance, so a code alone proves nothing.
+    for item in sorted(codes[text] for text in lines & codes.keys()):
+        if titles[item] in lines:
+            yield f"code and title of item {item}"
 
 
 def _normalise_line(text: str) -> str:

@@ -24,7 +24,7 @@ from llmrec.ensembles.members import (
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.models.soft_prompt import TIED_METHODS, SoftPrompt
+from llmrec.models.soft_prompt import TIED_METHODS
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_candidate_sets, build_task
@@ -141,13 +141,6 @@ def _label_answers(study: Study, family: str) -> Iterator[str]:
     for template in task.training_templates:
         if not (isinstance(task, RatingTask) and is_training_only(template)):
             yield from (text + template.tail for text in task.continuations(anybody, template=template.name))
-
-
-def build_soft_prompt(study: Study, labels: AnswerLabels) -> SoftPrompt:
-    """Return the soft prompt for the labels of the training examples."""
-    labels.closed = True
-    result = tuple(labels.ids)
-    return SoftPrompt(study.recipe.train.soft.prompts, result, tied=labels.tied, seed=study.training_seed)
 
 
 # Number of consecutive examples that are too long after which training stops with an error.

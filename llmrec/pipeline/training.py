@@ -18,7 +18,7 @@ from llmrec.fingerprint import code_digest, component_modules, fingerprint
 from llmrec.models.load import device, load_config, model_folder_hash, release_memory, weights_sha256
 from llmrec.models.memory import TRAINING_ADVICE, check_memory, convert_memory_errors
 from llmrec.models.rating_head import RatingHead, copy_rating_head
-from llmrec.models.soft_prompt import TIED_METHODS, copy_soft_prompt_files
+from llmrec.models.soft_prompt import TIED_METHODS, SoftPrompt, copy_soft_prompt_files
 from llmrec.models.text_encoder import text_embedder
 from llmrec.models.traits import is_encoder_decoder
 from llmrec.models.whole_words import copy_whole_words, raise_missing_encoder
@@ -26,7 +26,6 @@ from llmrec.pipeline import bundle, indexing
 from llmrec.pipeline.objectives import (
     CheckpointEvaluator,
     answer_labels,
-    build_soft_prompt,
     check_dropped_examples,
     listwise_settings,
     plan_reward_training,
@@ -115,8 +114,12 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Tr
     for numbers in steps.numbers():
         for n in numbers:
             counts[families[n]] += 1
-    # This must precede validation examples, whose labels must not initialise soft prompts.
-    soft = build_soft_prompt(study, labels) if labels is not None else None
+    soft = None
+    if labels is not None:
+        # This must precede validation examples, whose labels must not initialise soft prompts.
+        labels.closed = True
+        prompts, ids = study.recipe.train.soft.prompts, tuple(labels.ids)
+        soft = SoftPrompt(prompts, ids, tied=labels.tied, seed=study.training_seed)
     valid = {
         family: _validation_rows(study, family, encoder, paired=paired) for family in _families_with_validation(study)
     }

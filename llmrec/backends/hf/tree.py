@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,34 +21,6 @@ from llmrec.models.traits import cache_bytes_per_token, chosen_logprobs, is_enco
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
-
-# The part of a model that computes hidden states, without the head.
-#
-# In a causal model this is the decoder. In T5 it is the decoder after the encoder, with two peculiarities: positions
-# are an attention bias that counts columns, and hidden states are scaled before the head.
-
-
-class Body(Protocol):
-    """Computes hidden states for columns of token ids, starting with the prompts."""
-
-    def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Start with new prompts, and return the first token ids of each row."""
-        ...
-
-    def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Compute the hidden states of new tokens after the tokens in the key-value cache.
-
-        Args:
-            ids: Token ids, shape (rows, columns).
-            mask: 1 or 0 for every column so far, shape (rows, all columns), or values to add to
-                attention, shape (rows, 1, columns, all columns).
-            positions: Position ids, shape (rows, columns).
-            cache: The cache that the previous call returned; None at first.
-
-        Returns:
-            The input of the head, shape (rows, columns, d), and the extended cache.
-        """
-        ...
 
 
 def can_read_trees(model: torch.nn.Module) -> bool:
@@ -102,6 +74,10 @@ def can_score_states(model: torch.nn.Module) -> bool:
     return bool(torch.allclose(expected.float(), logits.float(), atol=1e-4, rtol=0.02))
 
 
+# The part of a model that computes hidden states, without the head: the decoder of a causal model, or that of T5 after
+# the encoder.
+
+
 class CausalBody:
     """The decoder of a causal language model."""
 
@@ -109,11 +85,22 @@ class CausalBody:
         self._decoder = model.get_decoder()
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Return the prompts unchanged, because a decoder reads them directly; see `Body`."""
+        """Start with new prompts, and return the first token ids of each row: the prompts, which a decoder reads."""
         return prompts
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Compute columns; see `Body`."""
+        """Compute the hidden states of new tokens after the tokens in the key-value cache.
+
+        Args:
+            ids: Token ids, shape (rows, columns).
+            mask: 1 or 0 for every column so far, shape (rows, all columns), or values to add to
+                attention, shape (rows, 1, columns, all columns).
+            positions: Position ids, shape (rows, columns).
+            cache: The cache that the previous call returned; None at first.
+
+        Returns:
+            The input of the head, shape (rows, columns, d), and the extended cache.
+        """
         out = self._decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
@@ -121,7 +108,10 @@ class CausalBody:
 
 
 class T5Body:
-    """The decoder of T5 after the encoded prompts, whose keys and values are computed once."""
+    """The decoder of T5 after the encoded prompts, whose keys and values are computed once.
+
+    Positions are an attention bias that counts columns, and hidden states are scaled before the head.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._torch = require("torch", "train")
@@ -141,7 +131,7 @@ class T5Body:
         return [(self._start,)] * len(prompts)
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Compute columns; see `Body`."""
+        """Compute columns; see `CausalBody.run`."""
         known = positions if self._positions is None else self._torch.cat([self._positions, positions], dim=1)
         self._positions = known
         out = self._model.get_decoder()(
@@ -197,7 +187,7 @@ class MaskedTree:
         """
         self._torch = require("torch", "train")
         self._model, self._pad, self._keep = model, pad, warm
-        self._body: Body = T5Body(model) if is_encoder_decoder(model.config) else CausalBody(model)
+        self._body = T5Body(model) if is_encoder_decoder(model.config) else CausalBody(model)
         self._cache: Any = None
         self._warm: tuple[tuple[int, ...], Any] | None = None
         self._prompts: list[tuple[int, ...]] = []

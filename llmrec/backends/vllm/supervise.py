@@ -355,8 +355,11 @@ class EngineProcesses:
             if process.pid in self._members or vllm_guard.is_resource_tracker(process.pid):
                 continue
             self._members[process.pid] = process
-            if self._guard is not None and (start := vllm_guard.start_time(process.pid)):
-                self._write_to_guard(f"{process.pid} {start}")
+            stream = None if self._guard is None else self._guard.stdin
+            if stream is not None and (start := vllm_guard.start_time(process.pid)):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.write(f"{process.pid} {start}\n".encode("ascii"))
+                    stream.flush()
 
     def _mark_engine_processes(self, engine: Any) -> None:
         """Keep the processes of the engine, and mark the vital ones.
@@ -416,12 +419,6 @@ class EngineProcesses:
                     return f" with exit code {core.exitcode}"
                 return ", killed by signal 9, as the kernel does when memory runs out" if core.exitcode else ""
         return ", as happens when memory runs out"
-
-    def _write_to_guard(self, line: str) -> None:
-        if self._guard is not None and self._guard.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._guard.stdin.write(f"{line}\n".encode("ascii"))
-                self._guard.stdin.flush()
 
     def _stop_guard(self) -> None:
         guard, self._guard = self._guard, None

@@ -145,15 +145,12 @@ class UBert(Baseline[UBertConfig, ReviewModel]):
         for user, item in ((users[user], items[item]) for user, item in pairs):
             of_users[user].add((user, item))
             of_items[item].add((user, item))
-        sides: tuple[tuple[Side, list[str], dict[str, set[Pair]]], ...] = (
-            ("user", users, of_users),
-            ("item", items, of_items),
-        )
-        one, other = (
-            Features(side, ids, model.vectors(side).numpy(), source, seen={k: frozenset(v) for k, v in seen.items()})
-            for side, ids, seen in sides
-        )
-        return one, other
+
+        def features(side: Side, ids: list[str], of_ids: dict[str, set[Pair]]) -> Features:
+            seen = {owner: frozenset(owned) for owner, owned in of_ids.items()}
+            return Features(side, ids, model.vectors(side).numpy(), source, seen=seen)
+
+        return features("user", users, of_users), features("item", items, of_items)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the weights and the projected tokens as arrays."""
