@@ -139,9 +139,6 @@ def opened(folder: Path, run: Path | None) -> Bundle:
         model=ModelSection(name=str(folder)),
         tasks=TasksSection(),
         templates={},
-        noun="items",
-        rating_scale=None,
-        seed=0,
         tuned=True,
     )
 

@@ -37,10 +37,10 @@ class Bundle:
     Attributes:
         folder: The weights: a folder, or a hub name. If the run has no language model (``eval.arms: []``), it is
             empty or the refreshed folder.
-        run: The run folder that it was opened from, if any; its recipe names the data.
         model: How to load the model; ``name`` is ``folder``.
         tasks: Settings of each family that it was tuned on; the defaults of ranking families for a plain model.
         templates: By family and name.
+        run: The run folder that it was opened from, if any; its recipe names the data.
         noun: The plural noun for items in prompts.
         rating_scale: Lowest and highest rating, if it predicts ratings.
         seed: Seed of the recipe that it was tuned with.
@@ -50,14 +50,14 @@ class Bundle:
     """
 
     folder: str
-    run: Path | None
     model: ModelSection
     tasks: TasksSection
     templates: Mapping[str, Mapping[str, Template]]
-    noun: str
-    rating_scale: tuple[float, float] | None
-    seed: int
-    tuned: bool
+    run: Path | None = None
+    noun: str = "items"
+    rating_scale: tuple[float, float] | None = None
+    seed: int = 0
+    tuned: bool = False
     index: ItemIndex | None = None
     weights: bool = True
 
@@ -222,21 +222,10 @@ def _bundle_without_model(run: Path, recipe: Recipe) -> Bundle:
         noun=recipe.data.noun or "items",
         rating_scale=recipe.data.rating_scale,
         seed=recipe.seed,
-        tuned=False,
         weights=False,
     )
 
 
 def _pretrained_bundle(folder: str, model: ModelSection) -> Bundle:
-    families = ("sequential", "direct")
-    return Bundle(
-        folder=folder,
-        run=None,
-        model=model,
-        tasks=TasksSection(sequential=SequentialSection(), direct=DirectSection()),
-        templates={family: load_templates(family) for family in families},
-        noun="items",
-        rating_scale=None,
-        seed=0,
-        tuned=False,
-    )
+    tasks = TasksSection(sequential=SequentialSection(), direct=DirectSection())
+    return Bundle(folder, model, tasks, {family: load_templates(family) for family in tasks.present()})

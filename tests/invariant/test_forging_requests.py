@@ -62,13 +62,11 @@ class Recorder(FakeBackend):
 def _bundle() -> Bundle:
     return Bundle(
         folder="nowhere",
-        run=None,
         model=ModelSection(),
         tasks=TasksSection(sequential=SequentialSection(), direct=DirectSection()),
         templates={family: load_templates(family) for family in ("sequential", "direct")},
         noun="films",
         rating_scale=(1.0, 5.0),
-        seed=0,
         tuned=True,
         index=ItemIndex("title", {}),
     )
