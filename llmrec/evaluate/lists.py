@@ -101,7 +101,8 @@ def list_figures(
         )
     k = min(_DEFAULT_CUTOFF if _DEFAULT_CUTOFF in protocol.cutoffs else max(protocol.cutoffs), lists.shape[1])
     index = {item: position for position, item in enumerate(background.items)}
-    held = [_known_indices([event.item_id for event in case.request.history], index) for case in cases]
+    histories = ([index.get(event.item_id, -1) for event in case.request.history] for case in cases)
+    held = [np.array([item for item in history if item >= 0], dtype=np.int64) for history in histories]
     users = [case.request.user_id for case in cases]
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
     hidden = held if seen == "excluded" else [held[0][:0]] * len(held)
@@ -142,10 +143,6 @@ def cold_target_figures(
 
 def _split_words(text: str) -> frozenset[str]:
     return frozenset(word for word in _WORD_SEPARATOR.split(text.strip().casefold()) if word)
-
-
-def _known_indices(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]:
-    return np.array([index[item] for item in items if item in index], dtype=np.int64)
 
 
 def _popular_lists(

@@ -94,7 +94,8 @@ def match_relevant(ranked: RequestItemValues, relevant: RequestItemValues, n: in
         raise ValueError("the gain of a relevant item must be above 0; remove items without gain")
     hits = _find_relevant(request, item, begins, goal_request, goal, goal_begins)
     starts, sizes, block = _tie_blocks(request, score, hits)
-    first = _run_starts(block)
+    # The first relevant item of each block; blocks are in ascending order.
+    first = np.flatnonzero(np.diff(block, prepend=-1))
     hit_blocks = block[first]
     hit_gains = _gains_of_hits(request, item, hits, goal_request, goal, gain)
     counts = np.diff(np.append(first, len(block)))
@@ -173,11 +174,6 @@ def _find_relevant(
         hits.append(np.flatnonzero(table[keys]) + begins[start])
         table[:] = False
     return np.concatenate(hits) if hits else np.empty(0, dtype=np.int64)
-
-
-def _run_starts(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the starts of runs of equal values."""
-    return np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])[: len(values)])
 
 
 def _tie_blocks(

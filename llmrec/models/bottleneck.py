@@ -42,7 +42,7 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
         part.register_forward_hook(_add_adapter_output)
     base = base_of(model)
     # The original files of the model remain readable for other programs that use transformers.
-    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_adapter_parameters(base)}
+    base._keys_to_ignore_on_save = set(_adapter_parameters(base)).union(base._keys_to_ignore_on_save or ())
 
 
 def weights_per_layer(width: int, rank: int) -> int:

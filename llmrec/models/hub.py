@@ -143,7 +143,8 @@ def _response_problem(
 ) -> tuple[ErrorKind, str] | None:
     """Return the error for a response of the hub; None if there was no response."""
     page = f"{_hub_url()}/{name}"
-    token = "the token in HF_TOKEN or of `hf auth login`" if _has_token() else "there is no token (HF_TOKEN)"
+    has_token = require("huggingface_hub", "train").get_token()
+    token = "the token in HF_TOKEN or of `hf auth login`" if has_token else "there is no token (HF_TOKEN)"
     if "HFValidationError" in kinds:
         return "unknown-name", f"it is neither a local folder nor a valid name on the hub ({text}); correct model.name"
     if "GatedRepoError" in kinds:
@@ -217,10 +218,6 @@ def _cache_folder() -> str:
 
 def _hub_constants() -> Any:
     return require("huggingface_hub.constants", "train")
-
-
-def _has_token() -> bool:
-    return bool(require("huggingface_hub", "train").get_token())
 
 
 def _free_gib(folder: str) -> float:

@@ -21,6 +21,7 @@ _DECODER_TYPES = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
 )
 _SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_LIBRARIES = ("torch", "transformers", "tokenizers")
 # Keys of models whose loading needs more than an architecture.
 _UNCOMMON_KEYS = ("auto_map", "quantization_config")
 # Tokenizer classes that use tokenizer.json unchanged.
@@ -38,7 +39,7 @@ def is_plain_decoder(folder: str, section: ModelSection) -> bool:
     config = _read_json_object(Path(folder) / "config.json")
     if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON_KEYS):
         return False
-    if config.get("model_type") not in _DECODER_TYPES or not _has_libraries():
+    if config.get("model_type") not in _DECODER_TYPES or not all(map(importlib.util.find_spec, _LIBRARIES)):
         return False
     sizes = [config.get(name) for name in _SIZE_KEYS]
     if not all(isinstance(size, int) and size >= 1 for size in sizes):
@@ -46,10 +47,6 @@ def is_plain_decoder(folder: str, section: ModelSection) -> bool:
     layers = config.get("layer_types")
     fits = layers is None or (isinstance(layers, list) and len(layers) == config["num_hidden_layers"])
     return fits and (bool(config.get("head_dim")) or config["hidden_size"] % config["num_attention_heads"] == 0)
-
-
-def _has_libraries() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "tokenizers"))
 
 
 class PlainTokenizer:

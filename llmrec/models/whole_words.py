@@ -109,7 +109,8 @@ def attach_whole_words(model: torch.nn.Module, table: Any, kinds: Sequence[int])
     words.register_buffer("kinds", torch.tensor(list(kinds), device=device), persistent=False)
     setattr(encoder, _WORDS_ATTRIBUTE, words)
     # The original files of the model remain readable for other programs that use transformers.
-    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_weight_names(base, words)}
+    names = {f"{name}.weight" for name, module in base.named_modules() if module is words}
+    base._keys_to_ignore_on_save = names.union(base._keys_to_ignore_on_save or ())
     if not known:
         encoder.register_forward_pre_hook(_add_word_embeddings, with_kwargs=True)
 
@@ -126,10 +127,6 @@ def raise_missing_encoder(model: str) -> NoReturn:
         kind="contradiction",
         column="model.whole_words",
     )
-
-
-def _weight_names(base: torch.nn.Module, words: Any) -> list[str]:
-    return [f"{name}.weight" for name, module in base.named_modules() if module is words]
 
 
 def _add_word_embeddings(

@@ -58,8 +58,13 @@ class CatalogueRanker:
         """
         answers: list[Answer] = []
         for part, prompts in self.asker.batches(requests):
-            for request in part:
-                _check_no_candidates(request)
+            if (other := next((request for request in part if request.candidates is not None), None)) is not None:
+                raise LlmrecError(
+                    f"request {other.id}: the strategy 'search' ranks the whole catalogue, but this request has "
+                    "candidates; use the strategy 'likelihood'",
+                    kind="contradiction",
+                    column="candidates",
+                )
             if not self._texts:
                 self._write(part[0])
             result = self.asker.backend.search(
@@ -110,16 +115,6 @@ class CatalogueRanker:
 
 def _history_items(request: Request) -> frozenset[str]:
     return frozenset(event.item_id for event in request.history)
-
-
-def _check_no_candidates(request: Request) -> None:
-    if request.candidates is not None:
-        raise LlmrecError(
-            f"request {request.id}: the strategy 'search' ranks the whole catalogue, but this request has candidates; "
-            "use the strategy 'likelihood'",
-            kind="contradiction",
-            column="candidates",
-        )
 
 
 class SearchedCatalogue:

@@ -126,10 +126,9 @@ class ShotPool:
             return FewShotDraw((), shown.events, shown.summary)
         length = max(1, history // 2)
         windows: list[Window] = []
-        latest, summary = shown.events, shown.summary
         if self._choice == "own":
             windows, latest = self._from_history(request.user_id, past, shots, length, history)
-            latest, summary = (latest, "") if windows else (shown.events, shown.summary)
+            shown = ShownHistory(latest) if windows else shown
         missing = shots - len(windows)
         rng = seeded_random(f"{self._family} shots", self._seed, request.id)
         if self._choice == "balanced":
@@ -144,7 +143,7 @@ class ShotPool:
                 for user, first in zip(users, least, strict=True)
             ]
         drawn = [Window(user, self._events[user][max(0, end - length - 1) : end]) for user, end in ends]
-        return FewShotDraw((*drawn, *windows), latest, summary)
+        return FewShotDraw((*drawn, *windows), shown.events, shown.summary)
 
     def _from_history(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
@@ -156,7 +155,7 @@ class ShotPool:
         end = min(usable, len(past) - kept)
         shots = min(shots, end // self._least)
         if shots == 0:
-            return [], tuple(past[-history:])
+            return [], ()
         size = min(length + 1, end // shots)
         starts = range(end - size * shots, end, size)
         windows = [Window(user, tuple(past[start : start + size])) for start in starts]

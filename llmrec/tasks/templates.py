@@ -142,8 +142,7 @@ def select_task_templates(
                 at=template.id,
                 column=f"tasks.{family}.templates",
             )
-    seen = [template for template in templates.values() if template.use == "seen" and not template.bare]
-    seen = [template for template in seen if reviews or not template.needs]
+    seen = [t for t in templates.values() if t.use == "seen" and not t.bare and (reviews or not t.needs)]
     coded = [template for template in seen if template.writes_codes]
     coded = [template for template in coded if not template.writes_titles] or coded
     plain = [template for template in seen if not template.writes_codes]

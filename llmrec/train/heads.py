@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,7 @@ class RatingHeadLoss:
 
 def restore_rating_head(head: RatingHead, checkpoint: Path) -> None:
     """Load the rating head of a checkpoint."""
-    weights: Mapping[str, Any] = load_file(checkpoint / HEAD_WEIGHTS_FILE)
-    head.linear.load_state_dict(weights)
+    head.linear.load_state_dict(load_file(checkpoint / HEAD_WEIGHTS_FILE))
 
 
 # Soft prompts, option tuning and option-adapter tuning (M6-Rec, Cui et al., arXiv 2205.08084, as in its section

@@ -361,8 +361,11 @@ def train(
     trainer.autocast = autocast_dtype(model, device) is not None and objective is None
     # The trainer has moved the model to its device, whose attention kernels must be checked.
     if steps and steps[0].bins:
+        instead = "train.packing=none"
+        if listwise is not None:
+            instead = "tasks.direct.loss=answer" if listwise.preference is None else "train.preference=null"
         for item in (model, *([taught.teacher] if taught else [])):
-            check_packing(item, "train.packing=none" if listwise is None else _setting_without_lists(listwise))
+            check_packing(item, instead)
     if objective is not None:
         check_packing(model, "train.reward=null")
     checkpoint = _checkpoint_to_resume(folder / "checkpoints", world, sharded=kind == SHARDED)
@@ -414,10 +417,6 @@ def train(
         kept_step=None if best is None else best.step,
         sparsity=magnitude.sparsity(model),
     )
-
-
-def _setting_without_lists(listwise: Listwise) -> str:
-    return "tasks.direct.loss=answer" if listwise.preference is None else "train.preference=null"
 
 
 def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
