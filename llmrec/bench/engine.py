@@ -193,18 +193,14 @@ def compare_models(page: Page, done: BenchmarkProgress) -> dict[str, Any]:
     pairs, comparisons, afterwards = list[BenchmarkPair](), list[BenchmarkPair](), list[BenchmarkPair]()
     for table, planned, more, results in zip(done.tables, by_table, explored_by_table, tested, strict=True):
         full, partial = iter(results.planned), iter(results.partial)
-        numbers = [
-            None if contrast is None else next(full if frame.items is None else partial) for frame, contrast in planned
-        ]
-        pairs += _fill_results(planned, numbers, done.parts, page.bootstrap)
+        pairs += _fill_results(planned, full, partial, done.parts, page.bootstrap)
         comparisons += [
             BenchmarkPair(table=table.name, metric=table.metric, **pair.as_json()) for pair in results.described
         ]
-        able = compare_exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
-        left = iter(able)
-        afterwards += _fill_results(
-            more, [None if contrast is None else next(left) for _, contrast in more], done.parts, page.bootstrap
+        able = iter(
+            compare_exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
         )
+        afterwards += _fill_results(more, able, able, done.parts, page.bootstrap)
     detectable = zip(done.tables, (results.detectable for results in tested), strict=True)
     return {
         "tables": tuple(table.model_copy(update={"detectable": text}) for table, text in detectable),
@@ -312,17 +308,19 @@ def _exploratory_contrasts(
 
 def _fill_results(
     comparisons: Sequence[tuple[BenchmarkPair, Contrast | None]],
-    numbers: Sequence[Pair | None],
+    full: Iterator[Pair],
+    partial: Iterator[Pair],
     parts: RequestSubsets,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
-    """Yield comparisons with their results, also on subsets of the requests."""
-    for (frame, contrast), pair in zip(comparisons, numbers, strict=True):
-        if contrast is None or pair is None:
+    """Yield comparisons with the next result on all requests or a part of them, also on subsets of the requests."""
+    for frame, contrast in comparisons:
+        if contrast is None:
             yield frame
             continue
-        slices = _compare_slices(contrast, parts, resamples) if parts.masks and frame.items is None else None
-        update = dict(pair) | ({} if slices is None else {"slices": slices})
+        update = dict(next(full if frame.items is None else partial))
+        if parts.masks and frame.items is None:
+            update["slices"] = _compare_slices(contrast, parts, resamples)
         yield frame.model_copy(update=update)
 
 

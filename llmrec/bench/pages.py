@@ -388,12 +388,8 @@ def _cost_cell(
     """Return the inference cost per request, including the members of an ensemble."""
     if row.arm == "baseline" and name != "seconds_per_request":
         return DASH
-    return f"{_total_with_members(entries, figures, name):{form}}"
-
-
-def _total_with_members(entries: Sequence[tuple[BenchmarkRow, RowFigures]], figures: RowFigures, name: str) -> float:
     members = [entry for row, entry in entries if row.name in figures.members]
-    return float(sum(getattr(entry, name) for entry in (figures, *members)))
+    return f"{float(sum(getattr(entry, name) for entry in (figures, *members))):{form}}"
 
 
 def _dialogue_cell(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:

@@ -59,16 +59,14 @@ def reference(name: str) -> Reference:
     Raises:
         RecipeError: If it does not exist.
     """
-    folder = resource("eval", "references")
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(page.stem for page in folder.glob("*.yaml")))
+    known = read_references()
+    if name not in known:
         raise RecipeError(
-            f"references: there is no file {name!r} in eval/references; known: {known}",
+            f"references: there is no file {name!r} in eval/references; known: {', '.join(known)}",
             kind="unknown-name",
             column="references",
         )
-    return read_reference_file(path)
+    return known[name]
 
 
 def read_reference_file(path: Path) -> Reference:

@@ -47,7 +47,7 @@ from llmrec.pipeline.study import load_split
 from llmrec.progress import Progress
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, compared_metrics, import_component
-from llmrec.results import Figure, FusionWeights
+from llmrec.results import Figure
 from llmrec.tasks.family import is_family_supported
 from llmrec.terminal import set_command_folder
 from llmrec.types import Case, Interaction, Probability, Rating
@@ -291,7 +291,10 @@ def evaluate_row(
         table = _average_figures(
             [run[name] for run in runs], [run[name] for run in (runs[0], *others)], suite.bootstrap
         )
-        fusion = _without_trees(ensemble_weights_record(choice.model))
+        fusion = ensemble_weights_record(choice.model)
+        if fusion is not None:
+            # The texts of trees are very large.
+            fusion = fusion.model_copy(update={"trees": None})
         chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": fusion}
         tables[name] = table.model_copy(update=chosen)
     result = BenchmarkRow(
@@ -308,11 +311,6 @@ def evaluate_row(
         memory_gb=round(memory[0] / 2**30, 2),
     )
     return FinishedModel(result, {name: _request_values([run[name] for run in runs]) for name in tables})
-
-
-def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
-    """Return ensemble weights without the texts of trees, which are very large."""
-    return weights and weights.model_copy(update={"trees": None})
 
 
 def _encoder_settings(row: SuiteRow) -> dict[str, dict[str, str]]:
