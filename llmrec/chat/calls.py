@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Set
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from llmrec.chat.facts import Facts
-from llmrec.chat.state import MAX_QUERY_CHARACTERS, State
+from llmrec.chat.state import MAX_QUERY_CHARACTERS, FrozenModel, State
 from llmrec.errors import DataError
 
 FixedSentence = Literal["hello", "thanks", "bye", "decline", "explained"]
@@ -27,11 +27,7 @@ _WORDS = re.compile(r"[\w'’-]+")
 _MAX_SEARCH_START, _MAX_SEARCH_WORDS = 40, 5
 
 
-class _Call(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Search(_Call):
+class Search(FrozenModel):
     """Find items by words."""
 
     tool: Literal["search"] = "search"
@@ -39,7 +35,7 @@ class Search(_Call):
     k: int = Field(20, ge=1, le=200)
 
 
-class Filter(_Call):
+class Filter(FrozenModel):
     """Keep items whose field has (or does not have) a value or is within a limit."""
 
     tool: Literal["filter"] = "filter"
@@ -48,28 +44,28 @@ class Filter(_Call):
     value: str = Field(max_length=1000)
 
 
-class Similar(_Call):
+class Similar(FrozenModel):
     """Find items that are often chosen together with given items."""
 
     tool: Literal["similar"] = "similar"
     items: tuple[int, ...] = Field((), max_length=20)
 
 
-class Rank(_Call):
+class Rank(FrozenModel):
     """Rank the candidates, the whole catalogue, or items of the list given by position."""
 
     tool: Literal["rank"] = "rank"
     items: tuple[int, ...] = Field((), max_length=20)
 
 
-class Explain(_Call):
+class Explain(FrozenModel):
     """State facts about an item of the list, and why it was recommended."""
 
     tool: Literal["explain"] = "explain"
     item: int = Field(ge=1, le=1000)
 
 
-class Show(_Call):
+class Show(FrozenModel):
     """End the turn by showing recommendations; if ``ask`` names a field, also ask about it."""
 
     tool: Literal["show"] = "show"
@@ -77,27 +73,27 @@ class Show(_Call):
     ask: str = Field("", max_length=100)
 
 
-class Ask(_Call):
+class Ask(FrozenModel):
     """End the turn with a question about a field."""
 
     tool: Literal["ask"] = "ask"
     field: str = Field(max_length=100)
 
 
-class ShowProfile(_Call):
+class ShowProfile(FrozenModel):
     """End the turn by showing the user's profile in words."""
 
     tool: Literal["profile"] = "profile"
 
 
-class Forget(_Call):
+class Forget(FrozenModel):
     """Delete a preference, or all preferences, from the profile, and end the turn."""
 
     tool: Literal["forget"] = "forget"
     wish: int = Field(0, ge=0, le=1000)
 
 
-class Say(_Call):
+class Say(FrozenModel):
     """End the turn with a fixed sentence."""
 
     tool: Literal["say"] = "say"
@@ -107,8 +103,6 @@ class Say(_Call):
 Call: TypeAlias = Annotated[
     Search | Filter | Similar | Rank | Explain | Show | Ask | ShowProfile | Forget | Say, Field(discriminator="tool")
 ]
-ENDINGS = (Show, Ask, ShowProfile, Forget, Say)
-"""Calls that end a turn; the others are tools."""
 _CALL_ADAPTER: TypeAdapter[Call] = TypeAdapter(Call)
 
 
@@ -129,8 +123,8 @@ def parse_call(text: str) -> Call:
 
 
 def is_ending_call(call: Call) -> bool:
-    """Whether a tool call ends the turn."""
-    return isinstance(call, ENDINGS)
+    """Whether a tool call ends the turn; the others are tools."""
+    return isinstance(call, Show | Ask | ShowProfile | Forget | Say)
 
 
 def allowed_calls(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending: bool = False) -> list[Call]:
@@ -149,13 +143,9 @@ def allowed_calls(state: State, facts: Facts, intents: Set[str] = frozenset(), *
     return results if ending else [*_tool_calls(state, facts), *results]
 
 
-def _last_user_message(state: State) -> str:
-    """Return the last user message."""
-    return next((line.text for line in reversed(state.lines) if line.role == "user"), "")
-
-
 def _tool_calls(state: State, facts: Facts) -> Iterator[Call]:
-    words = _WORDS.findall(_last_user_message(state))[:_MAX_SEARCH_START]
+    message = next((line.text for line in reversed(state.lines) if line.role == "user"), "")
+    words = _WORDS.findall(message)[:_MAX_SEARCH_START]
     spans = {" ".join(words[at : at + size]) for at in range(len(words)) for size in range(1, _MAX_SEARCH_WORDS + 1)}
     for text in sorted(span for span in spans if len(span) <= MAX_QUERY_CHARACTERS):
         yield from (Search(text=text, k=k) for k in SEARCH_COUNTS)

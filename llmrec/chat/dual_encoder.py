@@ -31,9 +31,7 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 CONTEXT_UTTERANCES = 3
 """Number of last utterances from which a conversation is encoded."""
 _METADATA_FILE, _MAPS_FILE = "dual-encoder.json", "maps.safetensors"
-_BATCH_SIZE, _LEARNING_RATE, _WEIGHT_DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
-# Maximum number of epochs, and epochs without a lower validation loss before training stops.
-_EPOCHS, _PATIENCE = 40, 3
+_BATCH_SIZE, _DROPOUT = 256, 0.2
 # Minimum number of dialogues: two are held out, so that the item of each is a negative of the other.
 _MIN_DIALOGUES = 20
 # Initial logarithm of the scale of cosines.
@@ -235,12 +233,12 @@ def train_dual_encoder(encoder: str, data: DialogueTurns, items: NDArray[np.floa
 
 @dataclass(frozen=True)
 class _TrainingParameters:
-    """The hyperparameters of training."""
+    """The hyperparameters of training; see `llmrec.baselines.neural.TrainingSettings`."""
 
-    learning_rate: float = _LEARNING_RATE
-    weight_decay: float = _WEIGHT_DECAY
-    epochs: int = _EPOCHS
-    patience: int = _PATIENCE
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    epochs: int = 40
+    patience: int = 3
     quiet: bool = True
 
 

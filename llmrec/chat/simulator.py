@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from llmrec.chat.conversation import Conversation
@@ -119,13 +119,12 @@ class SimulatedUser:
     seed: int
     asides: float = 0.0
     words: MessageTemplates = USUAL_MESSAGES
-    _left: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         # A separate generator, so that digressions do not change the other messages.
         self._aside = random.Random(self.seed + 1)
-        self._left = [(name, value) for name, values in self.knowledge.attributes.items() for value in values]
+        self._left = self._all_wishes()
         self._unwanted = list(self.knowledge.unwanted)
         self._likes = list(self.knowledge.likes)
 
@@ -164,9 +163,12 @@ class SimulatedUser:
         """Return a message without a preference; after a request to forget everything, the user starts again."""
         intent = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
         if intent == "forget":
-            self._left = [(name, value) for name, values in self.knowledge.attributes.items() for value in values]
+            self._left = self._all_wishes()
         index = self._aside.randrange(min(shown, len(_ORDINALS))) if shown else 0
         return self._aside.choice(self.words.asides[intent]).format(n=index + 1, nth=_ORDINALS[index])
+
+    def _all_wishes(self) -> list[tuple[str, str]]:
+        return [(name, value) for name, values in self.knowledge.attributes.items() for value in values]
 
     def _wish_message(self, name: str, value: str) -> str:
         if name in self.numeric:

@@ -30,7 +30,13 @@ _OPERATOR_WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at le
 _ITEM_OPERATOR_WORDS = {"is": "likes", "not": "does not want", "seen": "knows already"}
 
 
-class UserPreference(BaseModel):
+class FrozenModel(BaseModel):
+    """Base class of frozen records of conversations; unknown keys are rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UserPreference(FrozenModel):
     """A preference of the user.
 
     Attributes:
@@ -42,8 +48,6 @@ class UserPreference(BaseModel):
         turn: The turn, from 1.
         ban: Whether a bound comes from a negation: *nothing before 1999*.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     field: str = Field(max_length=100)
     op: Op
@@ -72,16 +76,14 @@ class UserPreference(BaseModel):
         return clean(text, TEXT_LIMIT)
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(FrozenModel):
     """A message of the user or the assistant."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: Literal["user", "assistant"]
     text: str = Field(max_length=4000)
 
 
-class State(BaseModel):
+class State(FrozenModel):
     """The state of a conversation between turns.
 
     Attributes:
@@ -94,8 +96,6 @@ class State(BaseModel):
         asked: Fields that the assistant has asked about.
         lines: The last messages of both sides.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     turn: int = Field(0, ge=0, le=MAX_TURNS)
     profile: tuple[UserPreference, ...] = Field((), max_length=MAX_PROFILE_WISHES)

@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from llmrec.chat.calls import Call
 from llmrec.chat.conversation import Conversation, Reply
-from llmrec.chat.state import State
+from llmrec.chat.state import FrozenModel, State
 from llmrec.durable import write_text
 from llmrec.errors import DataError
 
 
-class Turn(BaseModel):
+class Turn(FrozenModel):
     """A line of a transcript.
 
     Attributes:
@@ -24,8 +24,6 @@ class Turn(BaseModel):
         items: Ids of the list.
         text: The reply.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     user: str | None
     calls: tuple[Call, ...] = ()
