@@ -23,7 +23,33 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 
-class RandomNumbers:
+class _Numbers:
+    """Base class of schemes that number items."""
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Assign the next free numbers to new items; see `Scheme`.
+
+        Raises:
+            DataError: If the numbers do not fit into the tokens of a code.
+        """
+        start = int(index.settings["next"])
+        order = shuffle_by_hash(items, int(index.settings["seed"]))
+        digits, levels = (int(index.settings.get(key, 0)) for key in ("digits", "levels"))
+        if digits and start + len(items) > 10 ** (digits * levels):
+            raise DataError(
+                f"index {index.scheme}: {len(items)} more items, numbered from {start}, do not fit into {levels} "
+                f"tokens of {digits} digits; build the index again with these items, and fine-tune again",
+                kind="exhausted",
+            )
+        codes = {
+            item: _number_tokens(number, digits, levels) if digits else (str(number),)
+            for number, item in enumerate(order, start)
+        }
+        return index.adding(codes, next=start + len(items))
+
+
+class RandomNumbers(_Numbers):
     """Numbers assigned by a seeded hash of the item's id."""
 
     @staticmethod
@@ -31,13 +57,8 @@ class RandomNumbers:
         """Assign codes to items; see `Scheme`."""
         return _build_number_index("random", shuffle_by_hash(data.dataset.items, seed), section, seed)
 
-    @staticmethod
-    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Assign the next free numbers to new items; see `Scheme`."""
-        return _extend_number_index(index, items)
 
-
-class SequentialNumbers:
+class SequentialNumbers(_Numbers):
     """Numbers items in the order in which they first occur in the training histories.
 
     Consecutive items of a user get neighbouring numbers. Held-out interactions are not read: items without training
@@ -52,11 +73,6 @@ class SequentialNumbers:
         first = dict.fromkeys(item for user in sort_users(histories, section.order, seed) for item in histories[user])
         rest = [item for item in shuffle_by_hash(data.dataset.items, seed) if item not in first]
         return _build_number_index("sequential", [*first, *rest], section, seed)
-
-    @staticmethod
-    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Assign the next free numbers to new items; see `Scheme`."""
-        return _extend_number_index(index, items)
 
 
 class ItemTokens:
@@ -120,21 +136,3 @@ def _number_tokens(number: int, digits: int, levels: int) -> tuple[str, ...]:
     """Split a number into tokens of a fixed number of digits, such as 1023 into 10 and 23."""
     written = str(number).zfill(levels * digits)
     return tuple(level_token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
-
-
-def _extend_number_index(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    start = int(index.settings["next"])
-    numbers = dict(
-        zip(shuffle_by_hash(items, int(index.settings["seed"])), range(start, start + len(items)), strict=True)
-    )
-    digits, levels = (int(index.settings.get(key, 0)) for key in ("digits", "levels"))
-    if digits and start + len(items) > 10 ** (digits * levels):
-        raise DataError(
-            f"index {index.scheme}: {len(items)} more items, numbered from {start}, do not fit into {levels} tokens "
-            f"of {digits} digits; build the index again with these items, and fine-tune again",
-            kind="exhausted",
-        )
-    codes = {
-        item: _number_tokens(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()
-    }
-    return index.adding(codes, next=start + len(items))
