@@ -19,12 +19,10 @@ from llmrec.recipe.load import load_stored_recipe
 def write_parts(data: SplitDataset, folder: Path) -> None:
     """Write a split."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
-        rows = part.select("user_id", "item_id", position=pl.int_range(pl.len()).over("user_id"))
-        # Held-out interactions come after the known ones.
-        rows.with_columns(pl.col("position") + {"train": 0, "valid": 1_000_000, "test": 2_000_000}[name]).write_csv(
-            folder / f"{name}.csv"
-        )
+    # Held-out interactions come after the known ones.
+    for name, part, after in (("train", data.train, 0), ("valid", data.valid, 10**6), ("test", data.test, 2 * 10**6)):
+        position = after + pl.int_range(pl.len()).over("user_id")
+        part.select("user_id", "item_id", position=position).write_csv(folder / f"{name}.csv")
     data.test.select("user_id", "item_id").write_csv(folder / "truth.csv")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.campaign import good
-from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, Surface, cases
+from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, cases
 from eval.benchmarks.campaign.watch import SECONDS, Worker
 from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
@@ -40,8 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="llmrec-campaign-") as name:
         bases = write_bases(Path(name) / "bases")
         for surface in chosen.surface or SURFACES:
-            runner = _Runner(surface, SURFACES[surface], bases, Path(name) / "case", Worker(chosen.gib * 2**30))
-            results[surface] = runner.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
+            results[surface] = _tested(surface, bases, Path(name) / "case", chosen)
             _say(json.dumps({surface: results[surface]}, indent=1))
     if chosen.surface or (chosen.count and not chosen.further):
         return
@@ -97,63 +96,48 @@ def write_bases(bases: Path) -> Path:
     return bases
 
 
-class _Runner:
-    """Writes the inputs of one surface into a folder one after another, and counts the outcomes."""
+def _tested(surface: str, bases: Path, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Test every input of a surface, and return the counts and the distinct defects with an example each."""
+    worker, count = Worker(chosen.gib * 2**30), chosen.count or SURFACES[surface].count
 
-    def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, worker: Worker) -> None:
-        self._name, self._surface, self._bases, self._folder = name, surface, bases, folder
-        self._worker = worker
-
-    def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
-        """Test every input, and return the counts and the distinct defects with an example each."""
-        sound = [self._put(case, self._folder.with_name(f"sound {n}")) for n, case in enumerate(self._surface.sound)]
-        for request, outcome in zip(sound, self._worker.warm(sound), strict=True):
-            if outcome["how"] != "answered":
-                _say(f"{self._name}: a sound input is not answered: {request} {outcome}")
-                raise SystemExit(1)
-        counts: Counter[str] = Counter()
-        defects: dict[str, dict[str, Any]] = {}
-        for case in cases(self._name, self._surface, self._bases, seed, count):
-            outcome = self._worker.ask(self._put(case, self._folder))
-            # The folder of the inputs differs each time.
-            outcome |= {"says": outcome.get("says", "").replace(str(self._folder.parent), "")}
-            how = outcome["how"]
-            counts[how] += 1
-            unplaced = how == "refused" and not outcome["placed"]
-            counts["unplaced"] += unplaced
-            if how in ("traceback", "hang", "death"):
-                # A defect is identified by kind and location of the error.
-                key = (
-                    f"{outcome['says'].split(':')[0]} {outcome.get('at', '')}"
-                    if how == "traceback"
-                    else f"{how} {case.fault}"
-                )
-                entry = {
-                    "how": how,
-                    "says": outcome["says"][:_LONG],
-                    "at": outcome.get("at", ""),
-                    "input": case.fault[:_LONG],
-                }
-                defects.setdefault(key, {**entry, "times": 0})["times"] += 1
-            slow = outcome.get("seconds", 0.0) > SECONDS / 4
-            if how in show or (unplaced and "unplaced" in show) or (slow and "slow" in show):
-                _say(f"{how} {outcome.get('seconds', 0):.1f} s | {case.fault[:90]} | {outcome.get('says', '')[:300]}")
-        self._worker.close()
-        return {
-            "tried": count,
-            **{name: counts[how] for how, name in _HOWS.items()},
-            "refused_without_a_place": counts["unplaced"],
-            "defects": sorted(defects.values(), key=lambda defect: (-defect["times"], defect["at"], defect["input"])),
-        }
-
-    def _put(self, case: Case, folder: Path) -> dict[str, Any]:
+    def put(case: Case, folder: Path) -> dict[str, Any]:
         """Write an input into its folder and return the message for a worker."""
         if folder.exists():
             shutil.rmtree(folder)
-        shutil.copytree(self._bases / case.base, folder, symlinks=True)
+        shutil.copytree(bases / case.base, folder, symlinks=True)
         for name, content in case.files.items():
             _write(folder / name, content)
-        return {"surface": self._name, "folder": str(folder), "arguments": dict(case.arguments)}
+        return {"surface": surface, "folder": str(folder), "arguments": dict(case.arguments)}
+
+    sound = [put(case, folder.with_name(f"sound {n}")) for n, case in enumerate(SURFACES[surface].sound)]
+    for request, outcome in zip(sound, worker.warm(sound), strict=True):
+        if outcome["how"] != "answered":
+            _say(f"{surface}: a sound input is not answered: {request} {outcome}")
+            raise SystemExit(1)
+    counts: Counter[str] = Counter()
+    defects: dict[str, dict[str, Any]] = {}
+    for case in cases(surface, SURFACES[surface], bases, chosen.seed, count):
+        # The folder of the inputs differs each time.
+        outcome = {"at": "", "seconds": 0.0, "says": "", **worker.ask(put(case, folder))}
+        how, at, says = outcome["how"], outcome["at"], outcome["says"].replace(str(folder.parent), "")
+        counts[how] += 1
+        unplaced = how == "refused" and not outcome["placed"]
+        counts["unplaced"] += unplaced
+        if how in ("traceback", "hang", "death"):
+            # A defect is identified by kind and location of the error.
+            key = f"{says.split(':')[0]} {at}" if how == "traceback" else f"{how} {case.fault}"
+            entry = {"how": how, "says": says[:_LONG], "at": at, "input": case.fault[:_LONG]}
+            defects.setdefault(key, {**entry, "times": 0})["times"] += 1
+        slow = outcome["seconds"] > SECONDS / 4
+        if how in chosen.show or (unplaced and "unplaced" in chosen.show) or (slow and "slow" in chosen.show):
+            _say(f"{how} {outcome['seconds']:.1f} s | {case.fault[:90]} | {says[:300]}")
+    worker.close()
+    return {
+        "tried": count,
+        **{name: counts[how] for how, name in _HOWS.items()},
+        "refused_without_a_place": counts["unplaced"],
+        "defects": sorted(defects.values(), key=lambda defect: (-defect["times"], defect["at"], defect["input"])),
+    }
 
 
 def _write(path: Path, content: Content) -> None:

@@ -288,14 +288,16 @@ def _run(rng: random.Random, bases: Path) -> Case:
     return Case(f"{by}, {name}: {fault}", {**removed, f"run/{name}": content}, {"by": by, "overrides": []}, "run")
 
 
+_CHATS = {"models": good.MODELS, "chat": good.CHAT, "completions": None}
+
+
 def _server(rng: random.Random, bases: Path) -> Case:
-    chats = {"models": good.MODELS, "chat": good.CHAT, "completions": None}
     route = rng.choice(("chat", "chat", "chat", "chat", "models"))
     after = rng.choice((0, 0, 1, 3, 4, 5))
     status, headers = 200, {"Content-Type": "application/json"}
     way = rng.random()
     if way < 0.75:
-        fault, body = some_json(rng, chats[route])
+        fault, body = some_json(rng, _CHATS[route])
     elif way < 0.9:
         status = rng.choice((100, 204, 206, 301, 302, 307, 400, 401, 402, 403, 404, 408, 413, 429, 500, 502, 503, 599))
         fault, body = some_json(rng, rng.choice(good.REFUSALS))
@@ -305,7 +307,7 @@ def _server(rng: random.Random, bases: Path) -> Case:
         )
         fault = f"{status}, {name} {headers[name][:20]}: {fault}"
     else:
-        body = json_bytes(chats[route])
+        body = json_bytes(_CHATS[route])
         headers |= rng.choice(
             (
                 {"Content-Encoding": "gzip"},
@@ -321,14 +323,12 @@ def _server(rng: random.Random, bases: Path) -> Case:
             )
         )
         fault = f"headers {str(headers)[:60]}"
-    arguments = {"good": chats, "route": route, "after": after, "status": status, "headers": headers}
+    arguments = {"good": _CHATS, "route": route, "after": after, "status": status, "headers": headers}
     return Case(f"{route} after {after}: {fault}", {"answer": body}, arguments)
 
 
 _SOUND = {"route": "", "after": 0, "status": 200, "headers": {}}
-_CHATS = {"models": good.MODELS, "chat": good.CHAT, "completions": None}
-_FILE = {"by": "file", "file": "codes.csv"}
-_EXTERNAL = Case("", {"codes.csv": good.CODE_FILE}, {**_FILE, "events": "events.csv"})
+_EXTERNAL = Case("", {"codes.csv": good.CODE_FILE}, {"by": "file", "file": "codes.csv", "events": "events.csv"})
 _BOOK = Case("", {"book.xlsx": sheets.sound(good.EVENT_LINES)}, {"by": "init", "file": "book.xlsx"})
 _RUNS = tuple(
     Case("", {}, {"by": by, "overrides": []}, "run")

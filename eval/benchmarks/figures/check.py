@@ -71,10 +71,10 @@ def faults(root: Path) -> list[str]:
     for name in pages:
         text = (root / name).read_text(encoding="utf-8")
         messages += _page(name, text, [each for each in allowed if each.page == name], results)
-    for name, text in generated_pages(root).items():
-        path = root / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            messages.append(f"{name}: is not what its generator writes from the committed results; run make figures")
+    messages += [
+        f"{name}: is not what its generator writes from the committed results; run make figures"
+        for name in _stale(root)
+    ]
     messages += [
         f"docs/quickstart.md: its table was recorded with another recipes/quickstart.yaml: {each}; run make quickstart "
         "record"
@@ -120,7 +120,7 @@ def write(root: Path) -> list[str]:
     Raises:
         PointerError: If a pointer is invalid; then no page is written.
     """
-    results, pages = Results(root), {}
+    results, changed = Results(root), {}
     allowed = exceptions(root)
     for name in named(root):
         text = (root / name).read_text(encoding="utf-8")
@@ -129,18 +129,21 @@ def write(root: Path) -> list[str]:
         for bound in sorted(read(text, ranges).bound, key=lambda each: -each.figure.start):
             written = bound.figure.written(results.value(bound.expression))
             new = f"{new[: bound.figure.start]}{written}{new[bound.figure.end :]}"
-        pages[name] = (text, new)
-    changed = _put(root, {name: new for name, (old, new) in pages.items() if new != old})
+        if new != text:
+            changed[name] = new
+    _put(root, changed)
     # Generated parts are inside pages that may just have been written.
-    stale = {name: text for name, text in generated_pages(root).items() if _old(root / name) != text}
-    return sorted({*changed, *_put(root, stale)})
+    stale = _stale(root)
+    _put(root, stale)
+    return sorted({*changed, *stale})
 
 
-def _old(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
+def _stale(root: Path) -> dict[str, str]:
+    """Return the generated pages that differ from the files of a checkout."""
+    pages = generated_pages(root).items()
+    return {n: text for n, text in pages if not (root / n).exists() or (root / n).read_text(encoding="utf-8") != text}
 
 
-def _put(root: Path, texts: dict[str, str]) -> list[str]:
+def _put(root: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         (root / name).write_text(text, encoding="utf-8")
-    return list(texts)
