@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.data.hashing import digest_frame, hash64
-from llmrec.durable import Json, replace_atomically
+from llmrec.durable import Json, read_json, replace_atomically
 from llmrec.errors import DataError, ModelError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
 from llmrec.models.batching import group_by_length
@@ -225,8 +225,24 @@ def encoder_training_hash(name: str) -> str | None:
     # A feature store is not an encoder; it records from which interactions its texts were generated.
     if name == CHANCE_ENCODER or name.startswith("store:"):
         return None
-    file = Path(find_encoder(name)[0]) / TUNING_RECORD_FILE
-    return str(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.is_file() else None
+    record = read_tuning_record(Path(find_encoder(name)[0]))
+    return str(record["train"]) if record else None
+
+
+def read_tuning_record(folder: Path) -> dict[str, Any]:
+    """Return the record of the training data of an encoder that llmrec fine-tuned; empty for other folders.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    file = folder / TUNING_RECORD_FILE
+    if not file.is_file():
+        return {}
+    fix = "delete the folder, and fine-tune the encoder again with `llmrec tune-encoder`"
+    record = read_json(file, fix)
+    if "train" not in record:
+        raise DataError.at(file, "damaged", f" has no key 'train'; {fix}")
+    return record
 
 
 class Embedder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llmrec import __version__
@@ -10,7 +9,7 @@ from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.data.hashing import digest_frame
 from llmrec.data.split import split_validation_users
 from llmrec.durable import Json, replace_atomically, write_json
-from llmrec.models.text_encoder import TUNING_RECORD_FILE, find_encoder
+from llmrec.models.text_encoder import TUNING_RECORD_FILE, find_encoder, read_tuning_record
 from llmrec.pipeline.resume import check_foreign_files
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import Recipe
@@ -34,11 +33,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
         DataError: If no item has a text, or the encoder was fine-tuned on another split.
         ModelError: If the encoder is missing.
     """
-    written = (
-        json.loads((out / TUNING_RECORD_FILE).read_text(encoding="utf-8")).get("files", [])
-        if (out / TUNING_RECORD_FILE).is_file()
-        else []
-    )
+    written = read_tuning_record(out).get("files", [])
     check_foreign_files(out, lambda name: name == TUNING_RECORD_FILE or name in written)
     _, stamp = find_encoder(config.encoder)
     data = load_split(recipe.data, recipe.seed)

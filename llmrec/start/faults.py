@@ -118,7 +118,7 @@ def _time_error(peek: TableSample, roles: Roles) -> TableError | None:
     if form == "no times":
         return _cell_error(peek, col, first, "time", "which is neither a number nor a date", "", instead)
     if form == "dates with ambiguous day and month":
-        instead = f"set --dates day-first or --dates month-first. {instead}"
+        instead = f"set --dates day-first or --dates month-first, or {instead}"
         wrong = "in which day and month are ambiguous, as in all other rows"
         return _cell_error(peek, col, first, "time", wrong, "", instead)
     if not rows:

@@ -150,7 +150,8 @@ def write_recipe(
     events = events_of_table(roles)
     plan = plan_recipe(events, names, whole=used.whole, backend=backend)
     if only_data:
-        plan = replace(plan, tasks={**dict.fromkeys(FAMILIES, (False, "")), "sequential": (True, "")})
+        # No candidates are drawn, so a user may have interacted with every item.
+        plan = replace(plan, candidates=20, tasks={**dict.fromkeys(FAMILIES, (False, "")), "sequential": (True, "")})
     written = _path_in_recipe(path, target) if path is not None else table
     page = _recipe_values(name, called, written, query, items_path, target, roles, plan, whole=used.whole)
     check = not only_data and used.whole and plan.facts.rows <= _CHECKED_ROWS

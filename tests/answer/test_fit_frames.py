@@ -82,6 +82,13 @@ def test_kinds_of_user_arguments(rec: Loaded) -> None:
     assert rec.recommend([]).is_empty()
 
 
+def test_users_may_have_interacted_with_every_item() -> None:
+    rows = [{"user_id": f"u{user}", "item_id": f"i{item}", "timestamp": item} for user in range(5) for item in range(6)]
+    recommender = llmrec.fit(pl.DataFrame(rows), model="popularity")
+    assert recommender.recommend("u0").is_empty()
+    assert len(recommender.recommend("u0", exclude_seen=False)) == 6
+
+
 def test_histories_exclusion_and_rules(rec: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     result = rec.recommend([["i1", "i2"], []], k=12)
     assert result.columns[0] == "id" and set(result["id"]) == {"0", "1"}

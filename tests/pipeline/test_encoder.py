@@ -17,8 +17,8 @@ from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.baselines.parameters import input_hashes
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles.members import baseline_reads
-from llmrec.errors import DataError, LlmrecError
-from llmrec.models.text_encoder import TUNING_RECORD_FILE, encode_texts, text_embedder
+from llmrec.errors import DataError, ErrorKind, LlmrecError
+from llmrec.models.text_encoder import TUNING_RECORD_FILE, encode_texts, encoder_training_hash, text_embedder
 from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import StageTimer
@@ -76,6 +76,15 @@ def test_tuned_folder_records_its_training(table: Path, tuned: Path) -> None:
     texts = ["anvil a", "feather b"]
     before, after = encode_texts(tiny_encoder(), texts), encode_texts(str(tuned), texts)
     assert before.shape == after.shape and not np.allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize(("content", "kind"), [("{", "syntax"), ("{}", "damaged")])
+def test_damaged_record_is_an_error(content: str, kind: ErrorKind, table: Path, tuned: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
+    (folder / TUNING_RECORD_FILE).write_text(content, encoding="utf-8")
+    for use in (lambda: encoder_training_hash(str(folder)), lambda: _tune(table, folder)):
+        with raises(DataError, Facts(kind, TUNING_RECORD_FILE, says="llmrec tune-encoder")):
+            use()
 
 
 def test_rows_that_use_it_are_language_models(tuned: Path) -> None:

@@ -154,14 +154,14 @@ class HFBackend:
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
-        answers: list[Completion | None] = [None] * len(prompts)
+        answers: dict[int, Completion] = {}
         for stop in {prompt.stop for prompt in prompts}:
             chosen = [i for i, prompt in enumerate(prompts) if prompt.stop == stop]
             for batch in group_by_length([len(encoded[i]) + max_tokens for i in chosen], self.batch_tokens):
                 rows = [chosen[j] for j in batch]
                 for i, completion in zip(rows, self._decode([encoded[i] for i in rows], stop, max_tokens), strict=True):
                     answers[i] = completion
-        return [answer for answer in answers if answer is not None]
+        return [answers[i] for i in range(len(prompts))]
 
     @_with_memory_advice
     def score(
@@ -175,7 +175,7 @@ class HFBackend:
         ]
         if self._wide and self._states and self.exits is None:
             return self._score_wide(encoded, tails, closed=closed)
-        scores: list[Scores | None] = [None] * len(prompts)
+        scores: dict[int, Scores] = {}
         # Sort prompts so that those with a common prefix are adjacent and the prefix is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
             ids, texts = encoded[i], tails[i]
@@ -195,7 +195,7 @@ class HFBackend:
                     result, route = self._score_rows(ids, texts), "hf:rows"
             scores[i] = _candidate_scores(result, ids, texts, route)
             count_answers(1)
-        return [item for item in scores if item is not None]
+        return [scores[i] for i in range(len(prompts))]
 
     def _score_wide(
         self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]], *, closed: bool
@@ -209,7 +209,7 @@ class HFBackend:
             tail if label is None else [(token,) for token in label.distinct]
             for tail, label in zip(tails, labels, strict=True)
         ]
-        result: list[Scores | None] = [None] * len(encoded)
+        result: dict[int, Scores] = {}
         lengths = [len(ids) + sum(map(len, tail)) for ids, tail in zip(prompts, behind, strict=True)]
         for batch in group_by_length(lengths, self.batch_tokens):
             values = score_candidates(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
@@ -217,7 +217,7 @@ class HFBackend:
                 name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
                 result[i] = _candidate_scores(logprobs, encoded[i], behind[i], name)
             count_answers(len(batch))
-        return [item for item in result if item is not None]
+        return [result[i] for i in range(len(encoded))]
 
     @_with_memory_advice
     def search(
@@ -258,7 +258,7 @@ class HFBackend:
                 column="tasks.rating.strategies",
             )
         torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
-        result: list[HeadRating | None] = [None] * len(prompts)
+        result: dict[int, HeadRating] = {}
         for batch in group_by_length([len(ids) for ids in encoded], self.batch_tokens):
             ids, mask = self._padded([encoded[i] for i in batch])
             with torch.inference_mode():
@@ -266,7 +266,7 @@ class HFBackend:
             for i, value in zip(batch, values, strict=True):
                 result[i] = HeadRating(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
             count_answers(len(batch))
-        return [read for read in result if read is not None]
+        return [result[i] for i in range(len(prompts))]
 
     def close(self) -> None:
         """Free the model, and log how many scored answers could not use an early exit."""
