@@ -6,7 +6,7 @@ Each variant changes one setting of `transitions-tuned`. The data are Amazon 201
 start with "beauty-", and those on Goodreads with "books-". Test users are not used. The curve of a variant has NDCG@10
 after every 120 steps: for similarity to the latest items alone, and for `transitions-text`, whose weight of texts is
 chosen on 5,000 validation users and evaluated on the others.
-Finished variants are not run again.
+Finished variants are not run again. The seconds of 4-blocks include six minutes in which the process was stopped.
 """
 
 from __future__ import annotations
