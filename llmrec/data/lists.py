@@ -22,7 +22,7 @@ from llmrec.data.frames import as_arrow
 from llmrec.data.ranked import TREC_ENDINGS
 from llmrec.data.read import typed
 from llmrec.data.read.delimited import parse_rows
-from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, read_bytes
+from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, read_bytes, split_gz_ending
 from llmrec.data.read.limits import check_regular_file, format_error, format_names, format_value
 from llmrec.data.read.objects import parse_json_records
 from llmrec.data.read.parquet import open_parquet_file, table_from_arrow
@@ -389,7 +389,7 @@ def _open_source(
     if path.is_dir() or is_pattern(path):
         return strip_column_types(read_table(path))
     check_regular_file(path, "check the path", "the ranked lists" if what == "ranked" else "the file of relevant items")
-    ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    ending, _ = split_gz_ending(path)
     if ending in endings or (ending in ("", ".txt", *TREC_ENDINGS, *_QRELS_ENDINGS) and _is_trec(path, columns)):
         raw, sha256 = read_bytes(path)
         return _parse_trec(name, decode_file(name, raw), columns, sha256)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.cells import write_rows
-from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS
+from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, split_gz_ending
 from llmrec.data.request_file import SEPARATORS, file_ending
 from llmrec.durable import checksum, replace_atomically, write_text
 from llmrec.errors import DataError, RecipeError
@@ -210,8 +210,8 @@ def resolve_form(path: Path, requested: str) -> Form:
         RecipeError: If the two contradict each other.
         DataError: If the ending is unknown.
     """
-    ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    implied = FORM_ENDINGS.get(ending.lower())
+    ending, _ = split_gz_ending(path)
+    implied = FORM_ENDINGS.get(ending)
     if implied is not None and requested not in ("auto", implied):
         raise RecipeError(
             f"--form {requested}: {path} ends in {ending}, which means --form {implied}; choose another file name, or "
@@ -247,7 +247,7 @@ def write_lists(path: Path, records: Iterable[RankingRecord], form: Form, tag: s
         for index, (item, score) in enumerate(zip(record.items, record.scores, strict=True), start=1)
     )
     if form in _FORM_SEPARATORS:
-        with replace_atomically(path) as draft, _open_text_file(draft, packed=_is_packed(path)) as stream:
+        with replace_atomically(path) as draft, _open_text_file(draft, packed=split_gz_ending(path)[1]) as stream:
             stream.writelines(_separated_lines(path, rows, form, tag))
     else:
         _write_table(path, pa.schema(list(zip(FORM_COLUMNS[form], _FORM_TYPES, strict=True))), rows)
@@ -321,15 +321,11 @@ def _write_table(path: Path, schema: pa.Schema, rows: Iterator[tuple[Any, ...]])
                 while group := [dict(zip(columns, row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
                     writer.write_table(pa.Table.from_pylist(group, schema=schema))
             return
-        with _open_text_file(draft, packed=_is_packed(path)) as stream:
+        with _open_text_file(draft, packed=split_gz_ending(path)[1]) as stream:
             if suffix in JSON_LINES_ENDINGS:
                 stream.writelines(_json_line(dict(zip(columns, row, strict=True))) for row in rows)
             else:
                 write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
 
 
 @contextmanager

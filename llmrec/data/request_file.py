@@ -14,7 +14,7 @@ from typing import Any
 
 from llmrec.data.read import text
 from llmrec.data.read.delimited import BrokenRow, parse_rows
-from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, HashedFile
+from llmrec.data.read.files import JSON_LINES_ENDINGS, PARQUET_ENDINGS, HashedFile, split_gz_ending
 from llmrec.data.read.limits import check_regular_file, format_error, format_names
 from llmrec.data.read.objects import parse_json_object
 from llmrec.data.read.parquet import PARQUET_ERRORS, open_parquet_file
@@ -129,23 +129,21 @@ def file_ending(path: Path) -> str:
     Raises:
         DataError: If the suffix is unknown.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
+    suffix, packed = split_gz_ending(path)
     known = (*JSON_LINES_ENDINGS, *SEPARATORS) if packed else (*JSON_LINES_ENDINGS, *SEPARATORS, *PARQUET_ENDINGS)
-    if suffix[0] not in known:
+    if suffix not in known:
         inside = " inside .gz" if packed else ""
         raise DataError.at(
             path, "wrong-format", f": requests and rankings are files that end in {', '.join(known)}{inside}"
         )
-    return suffix[0]
+    return suffix
 
 
 # --------------------------------------------------------------------------- lines
 
 
 def _hashed_file(path: Path) -> HashedFile:
-    return HashedFile(path, ".gz" if path.suffix.lower() == ".gz" else "", fix="check --in")
+    return HashedFile(path, ".gz" if split_gz_ending(path)[1] else "", fix="check --in")
 
 
 def _line_blocks(source: HashedFile, stream: Any) -> LineBlocks:

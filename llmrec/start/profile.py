@@ -21,7 +21,13 @@ import pyarrow.parquet as pq
 
 from llmrec.data.dataset import PARTS
 from llmrec.data.read.delimited import detect_separator, read_delimited
-from llmrec.data.read.files import COMPRESSED_ENDINGS, JSON_LINES_ENDINGS, PARQUET_ENDINGS, InMemoryFile
+from llmrec.data.read.files import (
+    COMPRESSED_ENDINGS,
+    JSON_LINES_ENDINGS,
+    PARQUET_ENDINGS,
+    InMemoryFile,
+    split_gz_ending,
+)
 from llmrec.data.read.limits import READ_ERRORS, LimitedStream, describe_file_problem, format_error
 from llmrec.data.read.objects import read_json_lines
 from llmrec.data.read.parquet import PARQUET_ERRORS, check_declared_size, table_from_arrow
@@ -479,20 +485,18 @@ def read_sample(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, pa
     Raises:
         DataError: If it is missing, empty or malformed.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
+    kind, packed = split_gz_ending(path)
     # Several files, and formats without independent rows, are read completely.
-    whole = whole or path.is_dir() or is_pattern(path) or kind[0] in (".json", *COMPRESSED_ENDINGS)
+    whole = whole or path.is_dir() or is_pattern(path) or kind in (".json", *COMPRESSED_ENDINGS)
     size = 0 if describe_file_problem(path) else path.stat().st_size  # `read_table` raises the error
     if not whole and size:
         try:
-            if packed and kind[0] not in PARQUET_ENDINGS:
-                return _read_packed(path, kind[0], limit, part) or _read_whole(path)
-            if kind[0] in PARQUET_ENDINGS and not packed:
+            if packed and kind not in PARQUET_ENDINGS:
+                return _read_packed(path, kind, limit, part) or _read_whole(path)
+            if kind in PARQUET_ENDINGS and not packed:
                 return _read_row_groups(path) or _read_whole(path)
             if size > limit:
-                return _read_blocks(path, kind[0], size, part)
+                return _read_blocks(path, kind, size, part)
         except (*READ_ERRORS, *PARQUET_ERRORS) as error:
             raise DataError.at(
                 path, "damaged", f" cannot be read ({format_error(error)}); write the table again"

@@ -317,6 +317,12 @@ class DataFile:
             ) from error
 
 
+def split_gz_ending(path: Path) -> tuple[str, bool]:
+    """Return the ending of a file name without ``.gz``, in lower case, and whether the name ends in ``.gz``."""
+    packed = path.suffix.lower() == ".gz"
+    return (Path(path.stem) if packed else path).suffix.lower(), packed
+
+
 def normalise_file_name(name: str) -> str:
     """Return a file name without ``.gz``, and with ``.json`` for all extensions of JSON Lines."""
     name = name[:-3] if name.lower().endswith(".gz") else name
