@@ -83,7 +83,7 @@ def fit_key(model: Storable, data: SplitDataset, seed: int) -> str:
         files=input_hashes(model.name, model.config.model_dump()),
         bf16=cpu_has_bf16(),
         # GPUs compute sums in another order.
-        cuda="device" in config and config["device"] != "cpu" and has_cuda(),
+        cuda=config.get("device") != "cpu" and has_cuda(),
         versions={**package_versions(), "implicit": package_version("implicit")},
     )
 

@@ -620,12 +620,15 @@ class _SampledSoftmaxLoss:
 
     def __init__(self, warm: WarmItems, negatives: int, seed: int) -> None:
         self._probability = warm.popular / warm.popular.sum()
+        # As in Generator.choice, which would compute the sum over all items in every step.
+        self._cumulative = self._probability.cumsum()
+        self._cumulative /= self._cumulative[-1]
         self._negatives = negatives
         self._rng = np.random.default_rng([seed, 1])
 
     def __call__(self, vectors: Any, table: Any, targets: torch.Tensor) -> tuple[float, Any, Any]:
         torch = require("torch", "baselines")
-        sampled = self._rng.choice(len(self._probability), size=self._negatives, p=self._probability)
+        sampled = self._cumulative.searchsorted(self._rng.random(self._negatives), side="right")
         offset = torch.from_numpy(np.log(self._negatives * self._probability[sampled])).to(vectors)
         items = torch.from_numpy(sampled).to(targets.device)
         sampled_logits = vectors @ table[items].T - offset

@@ -225,6 +225,9 @@ class PairEpoch:
         self.encoder, self.pairs, self.config, self.rng = encoder, pairs, config, rng
         frequency = np.bincount(pairs.then, weights=pairs.weights, minlength=pairs.seen.shape[0])
         self.log_frequency = np.log(np.maximum(frequency, 1e-12))
+        # As in Generator.choice, which would compute the sum over all pairs in every step.
+        self._cumulative = pairs.weights.cumsum()
+        self._cumulative /= self._cumulative[-1]
         self._done = 0
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> float:
@@ -234,7 +237,7 @@ class PairEpoch:
             rate = min(1.0, (self._done + 1) / WARM_UP_STEPS) * (1 - self._done / (config.epochs * config.steps))
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * rate
-            drawn = self.rng.choice(len(self.pairs.first), config.batch, p=self.pairs.weights)
+            drawn = self._cumulative.searchsorted(self.rng.random(config.batch), side="right")
             optimiser.zero_grad(set_to_none=True)
             loss = self.loss(self.pairs.first[drawn], self.pairs.then[drawn])
             loss.backward()
@@ -246,10 +249,9 @@ class PairEpoch:
     def loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
         """Return the loss of the pairs of a batch in nats, a tensor with gradients."""
         torch = require("torch", "train")
-        logits = (
-            self.similarities(first, then) - LOG_FREQUENCY_SHARE * torch.from_numpy(self.log_frequency[then]).float()
-        )
-        return info_nce(logits, ~torch.from_numpy(self.pairs.unknown(first, then)))
+        similarities = self.similarities(first, then)
+        logits = similarities - LOG_FREQUENCY_SHARE * torch.from_numpy(self.log_frequency[then]).to(similarities)
+        return info_nce(logits, ~torch.from_numpy(self.pairs.unknown(first, then)).to(logits.device))
 
     def similarities(self, first: NDArray[np.int64], others: NDArray[np.int64]) -> Any:
         """Return similarities divided by the temperature, with gradients, shape (len(first), len(others))."""

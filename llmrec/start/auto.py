@@ -125,7 +125,10 @@ def fine_tuning_decision(results: Results) -> tuple[bool, str]:
     """Return whether the fine-tuned model improves the ensemble of baselines on validation users, and a sentence."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
-    parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
+    weights = [(row.fusion.form, part) for row in joined if row.fusion for part in row.fusion.parts]
+    if any(form == "alone" and part.name in models and part.weight for form, part in weights):
+        return True, "The fine-tuned language model is used: on validation users, no ensemble is better."
+    parts = [part for _, part in weights if part.name in models]
     if not parts or parts[0].loss is None:
         return False, "The fine-tuned language model is not used: its weight in the ensemble is 0."
     part = parts[0]
@@ -482,18 +485,16 @@ class _Search:
         for tried in self.tried.values():
             # An interrupted recommender has trials that were not yet reported.
             tried.trials = self._read(tried.part)
-        result = {label: (tried.part, tried.best) for label, tried in self.tried.items() if tried.best is not None}
-        if not result:
+        if not any(tried.best for tried in self.tried.values()):
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
             raise DataError(
                 f"no recommender was fitted within the budget ({notes or 'no time'}); increase --budget",
                 kind="too-few",
             )
-        baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
-        for part, trial in result.values():
-            # `quiet` affects output and is not a hyperparameter
-            named = {key: value for key, value in trial.parameters.items() if key != "quiet"}
-            baselines.append({"name": part.baseline, **named})
+        chosen = self._distinct()
+        controls = missing_controls("sequential", [tried.part.baseline for tried, _ in chosen])
+        baselines: list[dict[str, Json]] = [{"name": name} for name in controls]
+        baselines += [entry for _, entry in chosen]
         recipe = self.recipe.model_dump(mode="json")
         recipe["tasks"]["sequential"]["baselines"] = baselines
         recipe["eval"]["users"] = users
@@ -501,10 +502,22 @@ class _Search:
         write_text(self.state / "best.yaml", dump_recipe(best))
         return best
 
+    def _distinct(self) -> list[tuple[TunedMember, dict[str, Json]]]:
+        """Return the recommenders with their best hyperparameters; the first of several with the same ones."""
+        found: list[tuple[TunedMember, dict[str, Json]]] = []
+        for tried in self.tried.values():
+            if tried.best is not None:
+                # `quiet` affects output and is not a hyperparameter
+                named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
+                entry: dict[str, Json] = {"name": tried.part.baseline, **named}
+                if all(entry != other for _, other in found):
+                    found.append((tried, entry))
+        return found
+
     def best(self, recipe: Recipe, data: SplitDataset) -> Choice:
         """Return the recommender of a recipe with the best trial."""
         baselines = recipe.tasks.present()["sequential"].baselines
-        result = [tried.best.value for tried in self.tried.values() if tried.best is not None]
+        result = [tried.best.value for tried, _ in self._distinct() if tried.best is not None]
         figures = {
             f"sequential/baseline/{entry.label}": value
             for entry, value in zip(baselines[len(baselines) - len(result) :], result, strict=True)
@@ -579,7 +592,7 @@ class _Search:
         return read_trials(part.file(self.state / "trials"), self._key(part))
 
     def _key(self, part: CandidateMember) -> str:
-        return trial_key(self.data, part, _RESERVED)
+        return trial_key(self.data, part, _RESERVED, self.recipe.seed)
 
 
 @dataclass

@@ -88,10 +88,10 @@ def _parse_trials(stored: Mapping[str, Any]) -> list[TrialResult]:
     return [TrialResult(**entry) for entry in stored["trials"]]
 
 
-def trial_key(data: str, part: CandidateMember, reserved: float) -> str:
+def trial_key(data: str, part: CandidateMember, reserved: float, seed: int) -> str:
     """Return the cache key of trials; ``data`` is the fingerprint of the split."""
     made_by = [(BASELINES, part.baseline)]
-    return fingerprint("trials", made_by=made_by, data=data, fixed=dict(part.fixed), reserved=reserved)
+    return fingerprint("trials", made_by=made_by, data=data, fixed=dict(part.fixed), reserved=reserved, seed=seed)
 
 
 def run_trials(job: TrialJob) -> None:
@@ -106,7 +106,7 @@ def run_trials(job: TrialJob) -> None:
     for index, part in enumerate(job.parts):
         out = part.file(Path(job.folder))
         write_json(out.with_name(AT_FILE), index)
-        key = trial_key(data.fingerprint, part, job.reserved)
+        key = trial_key(data.fingerprint, part, job.reserved, recipe.seed)
         known = read_trials(out, key)
         if not (job.first and (known or _is_too_slow(part, choosing, recipe.seed, out, key, job.within))):
             _tune_member(part, choosing, recipe.seed, out, key, known, first=job.first)

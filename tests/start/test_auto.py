@@ -284,6 +284,20 @@ def test_trials_decide_on_the_time() -> None:
     assert tried.best == tried.trials[0]
 
 
+def test_recommenders_with_equal_hyperparameters_are_one_model(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = search_of(table, tmp_path, FEW[2:], ENDLESS, [])
+    trials = [TrialResult({"history": 200, "decay": 1.0}, 0.2, 1.0)]
+    monkeypatch.setattr(autos, "read_trials", lambda file, key: trials)
+    state.tried = {part.label: autos.TunedMember(part) for part in state.parts}
+    recipe = state.chosen(10)
+    baselines = recipe.tasks.present()["sequential"].baselines
+    assert sorted(entry.name for entry in baselines) == ["item-knn", "markov-1", "popularity", "random"]
+    best = state.best(recipe, load_split(recipe.data, recipe.seed))
+    assert best.figures == {"sequential/baseline/item-knn(decay=1.0, history=200)": 0.2}
+
+
 def test_reserves_time_for_learned_rankers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autos, "is_installed", lambda package: True)
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml")
@@ -354,6 +368,15 @@ def test_validation_decides_whether_a_model_is_kept(loss: float | None, low: flo
     joined = SimpleNamespace(predictor="fusion with models", arm="tuned", fusion=weights)
     decided, sentence = fine_tuning_decision(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
     assert decided is kept and ("is used" in sentence) is kept
+
+
+@pytest.mark.parametrize(("name", "kept"), [("search", True), ("markov", False)])
+def test_model_that_is_better_alone_is_kept(name: str, kept: bool) -> None:
+    parts = tuple(PartWeight(name=member, weight=float(member == name)) for member in ("markov", "search"))
+    model = SimpleNamespace(predictor="search", arm="tuned", fusion=None)
+    joined = SimpleNamespace(predictor="fusion", arm="tuned", fusion=FusionWeights(form="alone", parts=parts))
+    decided, _ = fine_tuning_decision(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
+    assert decided is kept
 
 
 def test_repairs_a_table_in_the_run_folder(tmp_path: Path) -> None:
