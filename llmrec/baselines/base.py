@@ -599,6 +599,6 @@ def _rank_request(request: Request, catalogue: Catalogue, scores: NDArray[np.flo
         indices = unseen_items(request, catalogue)
         return top_ranking(request, catalogue, indices, scores[indices])
     indices = catalogue.indices(request.candidates)
-    # Unknown candidates rank below all known ones.
+    # Unknown candidates get 0, the score of items without evidence, or rank last if known scores are below 0.
     lowest = scores.min(initial=0.0)
     return rank_by_score(request, request.candidates, np.where(indices >= 0, scores[indices], lowest - (lowest < 0)))

@@ -281,7 +281,10 @@ def top_unseen_items(model: CatalogueScorer, requests: Sequence[Request], count:
     for request, row in zip(requests, scores, strict=True):
         row[[column[event.item_id] for event in request.history if event.item_id in column]] = -np.inf
         noise = np.random.default_rng(hash_one("retrieved ties", 0, request.id)).random(len(row))
-        order = np.lexsort((noise, -row))[: min(count, int(np.isfinite(row).sum()))]
+        length = min(count, int(np.isfinite(row).sum()))
+        # The items from the last place on, including ties; sorting the whole catalogue would take much longer.
+        top = np.flatnonzero(row >= np.partition(row, -length)[-length]) if length else np.empty(0, dtype=np.int64)
+        order = top[np.lexsort((noise[top], -row[top]))][:length]
         results.append([model.items[index] for index in order])
     return results
 

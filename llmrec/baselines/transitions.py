@@ -36,8 +36,8 @@ NEIGHBOURS = 100
 """Number of neighbours of an item by text similarity."""
 # Maximum distance of a transition.
 _MAX_DISTANCE = 20
-# Rows per block of item-item similarities.
-_BLOCK_ROWS = 1024
+# Maximum numbers of rows and of values per block of item-item similarities.
+_BLOCK_ROWS, _BLOCK_VALUES = 1024, 2**27
 _BACKWARD_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -192,16 +192,21 @@ def nearest_neighbour_similarities(vectors: NDArray[np.floating[Any]], count: in
 
     Args:
         vectors: Item vectors of length 1, shape (items, d).
-        count: Number of neighbours per item; ties with the last one are added.
+        count: Number of neighbours per item; ties with the last one are added if the item then has at most ten times
+            as many, and left out otherwise, such as those of thousands of items with the same text.
     """
     items = len(vectors)
     count = min(count, items - 1)
     parts = [sparse.csr_array((0, items))]
-    for start in range(0, items if count > 0 else 0, _BLOCK_ROWS):
-        cosines = np.asarray(vectors[start : start + _BLOCK_ROWS] @ vectors.T, dtype=np.float64)
+    height = max(1, min(_BLOCK_ROWS, _BLOCK_VALUES // max(1, items)))
+    for start in range(0, items if count > 0 else 0, height):
+        cosines = np.asarray(vectors[start : start + height] @ vectors.T, dtype=np.float64)
         cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
-        border = np.partition(cosines, items - count, axis=1)[:, items - count, None]
-        parts.append(sparse.csr_array(np.where(cosines >= np.maximum(border, 1e-9), cosines, 0.0)))
+        border = np.maximum(np.partition(cosines, items - count, axis=1)[:, items - count, None], 1e-9)
+        kept = cosines >= border
+        crowded = kept.sum(axis=1) > 10 * count
+        kept[crowded] = cosines[crowded] > border[crowded]
+        parts.append(sparse.csr_array(np.where(kept, cosines, 0.0)))
     result = sparse.vstack(parts, format="csr")
     return result if result.shape[0] == items else sparse.csr_array((items, items))
 

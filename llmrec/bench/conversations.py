@@ -170,7 +170,8 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 def _read_or_run(setting: SharedSetting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ConversationData]:
     """Return stored conversations with the same cache key, or run and store them."""
     config = row.model_dump(mode="json", exclude={"name"})
-    key = fingerprint("chat", row=config, models=[_model_files(name) for name in (row.manager, row.ranker)], **shared)
+    files = [_model_files(name) for name in (row.manager, row.ranker)]
+    key = fingerprint("chat", modules=(__name__,), row=config, models=files, **shared)
 
     def make() -> Mapping[str, Any]:
         with Progress(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:

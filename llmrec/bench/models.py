@@ -133,10 +133,11 @@ class Models:
             return _recipe_inputs(self._recipe(row)[0])
         if row.baseline is not None:
             return [*self.read(row), *plugin_digests([(BASELINES, row.baseline)]).values()]
-        return [
-            [self._row_by_label(label).model_dump(mode="json"), self.inputs(self._row_by_label(label))]
-            for label in row.fuse
-        ]
+        return [[member.model_dump(mode="json"), self.inputs(member)] for member in self.members(row)]
+
+    def members(self, row: SuiteRow) -> list[SuiteRow]:
+        """Return the rows that an ensemble combines; empty for other rows."""
+        return [self._row_by_label(label) for label in row.fuse]
 
     def read(self, row: SuiteRow) -> list[InputHashes]:
         """Return hashes of the files that a baseline reads in addition to the data."""
@@ -149,7 +150,7 @@ class Models:
     def reads(self, row: SuiteRow) -> Reads:
         """Return which item data a model (or any member of an ensemble) reads."""
         if row.fuse:
-            return combined_reads([self.reads(self._row_by_label(label)) for label in row.fuse])
+            return combined_reads([self.reads(member) for member in self.members(row)])
         if row.baseline is not None:
             return baseline_reads(row.baseline, row.parameters)
         recipe = self._recipe(row)[0]
@@ -162,7 +163,7 @@ class Models:
         """Whether the result of a model depends on the seed."""
         if row.baseline is not None:
             return bool(import_component(BASELINES, row.baseline, "baseline").stochastic)
-        return not row.fuse or any(self.stochastic(self._row_by_label(label)) for label in row.fuse)
+        return not row.fuse or any(map(self.stochastic, self.members(row)))
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
         """Return a split with only the validation users for selecting hyperparameters and epochs."""

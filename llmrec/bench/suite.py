@@ -233,7 +233,8 @@ def _read_or_evaluate(
     path = models.folder / "rows" / f"{number:02d}-{row.label}.json"
     key = fingerprint(
         "suite",
-        made_by=[(BASELINES, row.baseline)] if row.baseline else [],
+        made_by=[(BASELINES, each.baseline) for each in (row, *models.members(row)) if each.baseline],
+        modules=("llmrec.ensembles.members",) if row.fuse else (),
         packages={name: version for name, version in package_versions().items() if name in _KEY_PACKAGES},
         # Without defaults, so that a new key does not invalidate stored results.
         row=row.model_dump(exclude_defaults=True),

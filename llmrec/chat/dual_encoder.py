@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,13 +89,17 @@ class DualEncoder:
     context: NDArray[np.float32]
     item: NDArray[np.float32]
 
+    @cached_property
+    def _embed(self) -> Embed:
+        return text_embedder(self.encoder)
+
     def embed_contexts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised vectors of conversation texts, shape (n, d)."""
-        return apply_linear_map(text_embedder(self.encoder)(texts), self.context)
+        return apply_linear_map(self._embed(texts), self.context)
 
     def embed_items(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised vectors of item texts, shape (n, d)."""
-        return apply_linear_map(text_embedder(self.encoder)(texts), self.item)
+        return apply_linear_map(self._embed(texts), self.item)
 
     def save(self, folder: Path) -> None:
         """Save the maps as safetensors, with the name of their text encoder."""
@@ -156,7 +161,8 @@ def load_embedders(name: str) -> tuple[Embed, Embed]:
     if (Path(name) / _METADATA_FILE).is_file():
         dual = DualEncoder.load(Path(name))
         return dual.embed_items, dual.embed_contexts
-    return text_embedder(name), text_embedder(name)
+    embed = text_embedder(name)
+    return embed, embed
 
 
 def apply_linear_map(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:

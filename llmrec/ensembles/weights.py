@@ -272,7 +272,9 @@ def _maximise_likelihood(
     begin: NDArray[np.float64] | None = None,
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
 ) -> NDArray[np.float64]:
-    """Return maximum-likelihood weights with a ridge penalty towards ``centre``."""
+    """Return maximum-likelihood weights with a ridge penalty towards ``centre``, which they equal without cases."""
+    if not logs.shape[1]:
+        return centre if centre.any() else np.full(len(logs), 1.0 / len(logs))
     spreads = np.array([float(row[row > _EXCLUDED_SCORE / 2].std(dtype=np.float64)) for row in logs])
     scales = np.maximum(spreads, 1e-6)
 
@@ -393,6 +395,9 @@ def extend_base(cells: CandidateScores, base: Weights, free: Sequence[int]) -> W
         free: Indices of the new members.
     """
     known, columns = cells.of(cells.hits), list(free)
+    if base.form == "alone":
+        # The raw scores of a single member become log scores, as those of the new members are.
+        base = replace(base, form="logit")
     if base.form == "pool":
         truth, seen, in_history = _member_probabilities(known)
         joined = [np.column_stack([item @ np.array(base.parts), item[:, columns]]) for item in (truth, seen)]

@@ -21,6 +21,8 @@ MIN_PROBABILITY = 1e-15
 
 CALIBRATION_BINS = 10
 """Number of bins of the calibration error."""
+# Maximum number of weights of answers in resamples that are held at the same time.
+_BLOCK_VALUES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
     starts = np.flatnonzero(np.r_[True, guess[1:] != guess[:-1]])
     count = int(owner.max()) + 1
 
-    def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+    def block(rows: NDArray[np.intp]) -> NDArray[np.float64]:
         weight = resample_counts(rows, count)[:, owner]
         yes = np.add.reduceat(weight * truth, starts, axis=1)
         no = np.add.reduceat(weight * (1 - truth), starts, axis=1)
@@ -182,6 +184,11 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
         pairs = yes.sum(axis=1) * no.sum(axis=1)
         values: NDArray[np.float64] = np.divide(won, pairs, out=np.full(len(rows), 0.5), where=pairs > 0)
         return values
+
+    size = max(1, _BLOCK_VALUES // len(guess))
+
+    def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        return np.concatenate([block(rows[start : start + size]) for start in range(0, max(1, len(rows)), size)])
 
     return statistic
 

@@ -268,7 +268,9 @@ def _half_sample_differences(
     drawn = []
     for rows in chunk_sizes(len(sizes), resamples):
         sums = _random_bits(rows, len(sizes), rng) @ columns
-        means = sums[:, :-1] / np.maximum(sums[:, -1:], 1)
+        # With one or two users, all halves can be empty.
+        sums = sums[sums[:, -1] > 0] if sums[:, -1].any() else columns.sum(axis=0, keepdims=True)
+        means = sums[:, :-1] / sums[:, -1:]
         drawn.append(means[:, 0] if statistic == "mean" else np.sqrt(means[:, 0]) - np.sqrt(means[:, 1]))
     return np.concatenate(drawn)
 

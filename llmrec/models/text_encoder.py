@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,15 @@ class LoadedEncoder:
         weights = mask[:, :, None].to(states.dtype)
         return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
+    def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one normalised vector for each text, shape (n, d)."""
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        for rows, states, mask in iterate_states(self, self.tokens(texts)):
+            vectors[rows] = self.pooled(states, mask).cpu().numpy()
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
+        return unit
+
 
 def load_text_encoder(folder: str) -> LoadedEncoder:
     """Load a text encoder.
@@ -134,18 +143,12 @@ def load_text_encoder(folder: str) -> LoadedEncoder:
 
 
 def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Return one normalised vector for each text, shape (n, d).
+    """Load a text encoder, and return one normalised vector for each text, shape (n, d).
 
     Raises:
         ModelError: See `load_text_encoder`.
     """
-    encoder = load_text_encoder(folder)
-    vectors = np.zeros((len(texts), encoder.model.config.hidden_size), dtype=np.float32)
-    for rows, states, mask in iterate_states(encoder, encoder.tokens(texts)):
-        vectors[rows] = encoder.pooled(states, mask).cpu().numpy()
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
-    return unit
+    return load_text_encoder(folder).vectors(texts)
 
 
 def iterate_states(encoder: LoadedEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
@@ -265,7 +268,7 @@ class Embedder:
     def _read(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector for each text, from the cache or the encoder."""
         tensors = require("safetensors.numpy", "train")
-        digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
+        digest = hashlib.sha256("\0".join([*self.record.values(), *texts]).encode()).hexdigest()[:32]
         file = cache_dir() / "vectors" / f"{digest}.safetensors"
         if file.is_file():
             try:
@@ -273,10 +276,14 @@ class Embedder:
                 return result
             except Exception as error:
                 log.warning("%s cannot be read (%s); computing the embeddings again", file, error)
-        vectors = encode_texts(self._folder, texts)
+        vectors = self._encoder.vectors(texts)
         with replace_atomically(file) as draft:
             tensors.save_file({"vectors": vectors}, draft, metadata=self.record)
         return vectors
+
+    @cached_property
+    def _encoder(self) -> LoadedEncoder:
+        return load_text_encoder(self._folder)
 
     @property
     def record(self) -> dict[str, str]:

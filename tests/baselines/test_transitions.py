@@ -102,6 +102,10 @@ def test_nearest_neighbours() -> None:
     neighbours = nearest_neighbour_similarities(vectors, 2).toarray()
     assert neighbours[0].tolist() == [0.0, 0.8, 0.0, 0.0] and np.allclose(neighbours[2], [0.0, 0.6, 0.0, 0.0])
     assert (np.diag(neighbours) == 0).all() and nearest_neighbour_similarities(vectors[:1], 5).shape == (1, 1)
+    # Ties with the last neighbour are added, but not those of many items with the same text.
+    same = np.ones((12, 1))
+    assert nearest_neighbour_similarities(same, 2).nnz == 12 * 11
+    assert nearest_neighbour_similarities(same, 1).nnz == 0
 
 
 def test_lsa_is_deterministic_and_groups_similar_texts() -> None:

@@ -239,6 +239,18 @@ def test_members_are_added_to_a_ranker() -> None:
     assert rest.ndcg(both.scores(rest)).mean() > rest.ndcg(base.scores(rest)).mean() + 0.03
 
 
+def test_members_are_added_to_a_single_member() -> None:
+    cells = _switched(np.random.default_rng(6))
+    alone, logit = (extend_base(cells, Weights(form, (1.0, 0.0)), [1]) for form in ("alone", "logit"))
+    assert alone == logit
+
+
+def test_without_hits_an_ensemble_stays_as_it_is() -> None:
+    cells = _switched(np.random.default_rng(6))
+    none = cells.of(np.arange(0))
+    assert extend_base(none, Weights("logit", (1.0, 0.0)), [1]).parts == (1.0, 0.0)
+
+
 def test_setting_is_restored_from_its_name() -> None:
     setting = TreeSetting("lambdarank", 40)
     assert parse_tree_setting(forms.EnsembleTrial("ranker", setting.name, 0.1)) == setting

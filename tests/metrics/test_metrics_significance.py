@@ -135,6 +135,12 @@ def test_interval_of_many_users_equals_the_bootstrap(statistic: Literal["mean", 
     assert [flipped.low, flipped.high] == pytest.approx([resampled.low, resampled.high], abs=0.1 * half)
 
 
+def test_few_users_have_no_empty_halves() -> None:
+    for users in (1, 4):
+        flipped = sign_flip_test(np.ones(users), np.zeros(users), resamples=500, seed=0).at()
+        assert (flipped.low, flipped.high) == (1.0, 1.0)
+
+
 @BOTH
 def test_equal_arms(compare: Callable[..., Difference]) -> None:
     values = np.random.default_rng(0).random(100)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,14 +87,19 @@ def test_vectors_of_a_set_of_texts_are_cached(tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("safetensors")
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     calls: list[list[str]] = []
+    loads: list[str] = []
 
-    def lengths(folder: str, texts: Sequence[str]) -> np.ndarray:
+    def lengths(texts: Sequence[str]) -> np.ndarray:
         calls.append(list(texts))
         return np.array([[len(text)] for text in texts], dtype=np.float32)
 
-    monkeypatch.setattr(text_encoder, "encode_texts", lengths)
+    def load(folder: str) -> Any:
+        loads.append(folder)
+        return SimpleNamespace(vectors=lengths)
+
+    monkeypatch.setattr(text_encoder, "load_text_encoder", load)
     embed = text_encoder.Embedder("folder", "stamp")
     assert embed(["bb", "a", "bb"]).tolist() == [[2.0], [1.0], [2.0]]
     assert embed(["a", "bb"]).tolist() == [[1.0], [2.0]]
     assert calls == [["a", "bb"]]
-    assert embed(["ccc"]).tolist() == [[3.0]]
+    assert embed(["ccc"]).tolist() == [[3.0]] and loads == ["folder"]
