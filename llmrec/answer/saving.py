@@ -17,7 +17,7 @@ import polars as pl
 from llmrec.answer.known import ITEMS_FILE
 from llmrec.data.assemble import write_items
 from llmrec.data.split import SplitDataset, split_validation_users
-from llmrec.durable import replace_atomically, write_json
+from llmrec.durable import read_json, replace_atomically, write_json
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import INTERACTIONS_FILE
 from llmrec.errors import DataError
@@ -29,6 +29,7 @@ MARK_FILE = "refreshed.json"
 
 INTERACTION_COLUMNS = ("user_id", "item_id", "rating", "timestamp", "part")
 """The columns of its interactions."""
+_OTHER_FOLDER_ADVICE = "choose another folder"
 
 
 def interactions_with_parts(data: SplitDataset, reserved: float) -> pl.DataFrame:
@@ -108,14 +109,47 @@ def draft_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish_folder(draft: Path, out: Path) -> None:
-    """Move a folder to its destination; an existing folder is replaced file by file, with interactions last."""
+def publish_folder(draft: Path, out: Path, *, keep: bool = False) -> None:
+    """Move a folder to its destination; an existing folder is replaced file by file, with interactions and mark last.
+
+    Files of the previous model that the new one does not have are removed first. Files that were not written by llmrec
+    remain.
+
+    Args:
+        draft: The folder.
+        out: The destination.
+        keep: Keep all files of the previous model: the draft has only those that change.
+
+    Raises:
+        DataError: If the mark of ``out`` cannot be read.
+    """
+    present, previous, mark = _file_names(out), _written_files(out), draft / MARK_FILE
+    # Files of a user remain theirs, even if the model was linked together with them.
+    written = _file_names(draft) - (present - previous) | (previous if keep else set())
+    write_json(mark, {**read_json(mark, _OTHER_FOLDER_ADVICE), "files": sorted(written)})
     if not out.exists():
         draft.rename(out)
         return
+    # In this order, a reader gets an error until the new model is complete: the recipe is removed before the
+    # interactions, and weights before their description.
+    for name in sorted(previous - written, reverse=True):
+        (out / name).unlink()
     for file in sorted(
         draft.rglob("*"), key=lambda path: (path.name == MARK_FILE, path.name == INTERACTIONS_FILE, str(path))
     ):
         if file.is_file():
             with replace_atomically(out / file.relative_to(draft)) as target:
                 shutil.move(file, target)
+
+
+def _written_files(folder: Path) -> set[str]:
+    """Return the names of the existing files that llmrec wrote to a folder."""
+    mark = folder / MARK_FILE
+    return _file_names(folder).intersection(
+        read_json(mark, _OTHER_FOLDER_ADVICE).get("files", ()) if mark.is_file() else ()
+    )
+
+
+def _file_names(folder: Path) -> set[str]:
+    """Return the names of all files of a folder, relative to it."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}

@@ -81,7 +81,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         rows = after.rows if _uses_early_stopping(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
         write_model_data(draft, str(options.model), after.items, rows, stored.without_reserved_users(measured))
         shutil.rmtree(draft / "training", ignore_errors=True)
-        publish_folder(draft, out)
+        publish_folder(draft, out, keep=model == out)
     if options.server is not None:
         _reload_service(options.server, options.key_env)
     return {

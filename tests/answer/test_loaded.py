@@ -87,6 +87,21 @@ def test_saved_language_model_gives_same_results(rec: Loaded, tmp_path: Path) ->
             assert again.rank(user="u01", k=4, model=name) == rec.rank(user="u01", k=4, model=name)
 
 
+def test_saving_replaces_the_previous_model(rec: Loaded, tmp_path: Path) -> None:
+    rows = pl.DataFrame([(f"u{n % 7}", f"i{n % 5}") for n in range(30)], ["user_id", "item_id"], orient="row")
+    classic = llmrec.fit(rows, model="popularity")
+    folder = classic.save(tmp_path / "saved")
+    classic_files = {path.name for path in folder.iterdir()}
+    (folder / "notes.txt").write_text("mine")
+    rec.save(folder)
+    with llmrec.load(folder, backend="hf", dtype="float32") as again:
+        assert again.models[0] == "tuned"
+        # The notes are not part of the model that is saved over itself.
+        again.save(folder)
+    classic.save(folder)
+    assert {path.name for path in folder.iterdir()} == {*classic_files, "notes.txt"}
+
+
 def test_rules_filter_lists(rec: Loaded) -> None:
     free = rec.rank(history=["k01"], k=5)
     barred = [free[0].item_id, free[2].item_id]
