@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
+from llmrec.answer.opening import reserved_fraction
 from llmrec.answer.saving import (
     INTERACTION_COLUMNS,
     MARK_FILE,
@@ -67,7 +68,8 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     bundle = bundles.read(options.model)
     out = _output_folder(options, bundle)
     measured = stored.read_ensembles(bundle.source_folder)
-    before = _read_model_data(bundle, measured.fusions[0].reserved if _uses_early_stopping(measured.fusions) else None)
+    early = _uses_early_stopping(bundle, measured.fusions)
+    before = _read_model_data(bundle, reserved_fraction(bundle) if early else None)
     after, added = _add_new_data(before, options, bundle.seed)
     model = Path(bundle.folder)
     with draft_folder(out) as draft:
@@ -78,7 +80,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
             shutil.copyfile((bundle.run or model) / STORED_RECIPE_FILE, draft / STORED_RECIPE_FILE)
         elif model != out:
             link_model_files(model, draft)
-        rows = after.rows if _uses_early_stopping(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
+        rows = after.rows if early else after.rows.with_columns(part=pl.lit("train"))
         write_model_data(draft, str(options.model), after.items, rows, stored.without_reserved_users(measured))
         shutil.rmtree(draft / "training", ignore_errors=True)
         publish_folder(draft, out, keep=model == out)
@@ -249,10 +251,11 @@ def _is_store(events: str) -> bool:
         return False
 
 
-def _uses_early_stopping(fusions: Sequence[stored.StoredEnsemble]) -> bool:
-    """Whether a member of an ensemble uses early stopping on validation interactions."""
-    named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
-    return any(stops_early(name) for name in named)
+def _uses_early_stopping(bundle: Bundle, fusions: Sequence[stored.StoredEnsemble]) -> bool:
+    """Whether a baseline of a task or a member of an ensemble uses early stopping on validation interactions."""
+    members = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
+    served = [baseline.name for section in bundle.tasks.present().values() for baseline in section.baselines]
+    return any(stops_early(name) for name in (*members, *served))
 
 
 def _continue_training(bundle: Bundle, state: _ModelData, options: RefreshOptions, folder: Path) -> Path:

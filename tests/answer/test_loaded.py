@@ -24,6 +24,7 @@ from llmrec.answer.predict.run import predict_file
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.users import rank_users
+from llmrec.baselines.sasrec import SASRec
 from llmrec.data.dataset import Dataset, conform_to_schema
 from llmrec.data.read.databases import read_query
 from llmrec.data.requests import parse_request
@@ -476,6 +477,18 @@ def test_refresh_keeps_validation_interactions_of_networks(tmp_path: Path) -> No
     events = _csv(tmp_path / "log.csv", f"{log}{user},{item},1\n")
     result = refresh(RefreshOptions(model=str(tmp_path / "live"), events=str(events)))
     assert result["new interactions"] == 0
+
+
+def test_refresh_keeps_validation_interactions_of_single_network(tmp_path: Path) -> None:
+    rows = pl.DataFrame([{"user_id": f"u{n % 30}", "item_id": f"i{n * n % 13}", "timestamp": n} for n in range(240)])
+    saved = llmrec.fit(rows, model=SASRec(quiet=True, dim=4, epochs=1)).save(tmp_path / "saved")
+    events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nu1,i3,999\n")
+    refresh(RefreshOptions(model=str(saved), events=str(events), out=tmp_path / "live"))
+    before, after = (
+        pl.read_parquet(folder / "interactions.parquet").filter(pl.col("part") == "valid").select("user_id", "item_id")
+        for folder in (saved, tmp_path / "live")
+    )
+    assert before.height and set(after.iter_rows()) == set(before.iter_rows())
 
 
 @pytest.mark.parametrize("unit", [1, 10**9])
