@@ -295,6 +295,18 @@ def test_rank_users_writes_parquet(rec: Loaded, run: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.parts"))
 
 
+def test_parts_of_other_options_do_not_allow_overwriting(run: Path, tmp_path: Path) -> None:
+    to, parts = tmp_path / "lists.csv", tmp_path / "lists.csv.parts"
+    options = RankOptions(model=str(run), all_users=True, to=str(to), by="popularity", top=2, backend="hf")
+    parts.mkdir()
+    (parts / "part-000000-0123456789abcdef.parquet").write_bytes(b"of a killed call")
+    rank_users(options)
+    assert not parts.exists()
+    to.write_text("edited by hand")
+    with raises(DataError, Facts(kind="exists", column="--to")):
+        rank_users(options)
+
+
 def test_rank_users_replaces_table_only_with_restart(rec: Loaded, run: Path, tmp_path: Path) -> None:
     to = tmp_path / "lists.db"
     options = RankOptions(model=str(run), all_users=True, to=str(to), by="item-knn", top=2, backend="hf")

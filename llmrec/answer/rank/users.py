@@ -70,8 +70,9 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         changing = [field.name for field in fields(RecommenderOptions) if field.name not in _NEUTRAL_OPTIONS]
         settings = {name: repr(getattr(options, name)) for name in changing}
         key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=settings)
-        if options.restart:
-            for path in _parts_folder(to).glob("part-*.parquet"):
+        # Unused parts of a killed call with other options would turn off the protection of the output.
+        for path in _parts_folder(to).iterdir():
+            if path.name != LOCK_FILE and _is_part_file(path.name) and (options.restart or key not in path.name):
                 path.unlink()
         paths = list(_rank_in_parts(rec, users, _parts_folder(to), key, k, options.strategy))
         table = pa.concat_tables([pq.read_table(path) for path in paths])
@@ -115,7 +116,7 @@ def _rank_in_parts(rec: Loaded, users: Sequence[str], folder: Path, key: str, k:
     with RankProgress(len(users)) as bar:
         for start in range(0, len(users), _PART_SIZE):
             part = users[start : start + _PART_SIZE]
-            path = folder / f"part-{start // _PART_SIZE:06d}-{key[:16]}.parquet"
+            path = folder / f"part-{start // _PART_SIZE:06d}-{key}.parquet"
             if path.is_file():
                 bar.skip(len(part))
             else:
