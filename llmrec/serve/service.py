@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import ChainMap
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -439,7 +440,7 @@ class Conversations:
             talk = self._make_conversation(body, loop)
             reply = talk.answer(body.state, body.text, called)
             # Items may have been added or removed since the conversation started.
-            known = {**self._service.catalogue.items, **talk.tools.facts.items}
+            known = ChainMap(talk.tools.facts.items, self._service.catalogue.items)
             shown = [known[name] for name in reply.items if name in known]
             return schema.ChatAnswer(
                 text=reply.text,
