@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.answer.known import digest_catalogue
 from llmrec.answer.prompting import NO_USER
 from llmrec.answer.recommender import RANK, AnnotatedAnswer, Kind, Question, Recommender, check_default_strategy
 from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.retrieve import shuffle_by_request, top_unseen_items
-from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest, format_few_names
 from llmrec.data.split import SplitDataset
 from llmrec.display import Displayed, Summary
@@ -190,7 +190,7 @@ class FittedBaseline(Displayed):
     @property
     def signature(self) -> str:
         """See `Recommender`."""
-        return digest_of(model=self.fingerprint, data=self.data.fingerprint, items=digest_items(self.items))
+        return digest_of(model=self.fingerprint, data=self.data.fingerprint, items=digest_catalogue(self.items))
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None

@@ -14,6 +14,7 @@ from llmrec.answer.classic import (
     rank_top_items,
     recommendable_mask,
 )
+from llmrec.answer.known import digest_catalogue
 from llmrec.answer.recommender import (
     EXPLAIN,
     RANK,
@@ -27,7 +28,6 @@ from llmrec.answer.recommender import (
 from llmrec.answer.strategy import TaskStrategy
 from llmrec.baselines.fits import fit_baseline
 from llmrec.baselines.parameters import input_hashes
-from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles.context import ContextFeatures
@@ -118,7 +118,7 @@ class Ensemble:
     def signature(self) -> str:
         """See `Recommender`."""
         model = None if self._model is None else self._model.signature
-        return digest_of(fused=self.identity, model=model, items=digest_items(self._items))
+        return digest_of(fused=self.identity, model=model, items=digest_catalogue(self._items))
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None

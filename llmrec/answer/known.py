@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llmrec.answer.rules import Rules
 from llmrec.baselines.parameters import baseline_config
-from llmrec.data.assemble import read_items
+from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.dataset import Dataset, conform_to_schema
 from llmrec.data.described import items_with_stored_texts, stored_user_text
 from llmrec.data.features import FeatureStore
@@ -209,11 +209,28 @@ class Histories:
 
 
 class Items(Displayed, dict[str, Item]):
-    """A catalogue by id."""
+    """A catalogue by id, to be changed by `change` only."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the items; all models of a catalogue share it."""
+        return digest_items(self)
+
+    def change(self, put: Mapping[str, Item], removed: Iterable[str]) -> None:
+        """Add, replace and remove items."""
+        for name in removed:
+            self.pop(name, None)
+        self.update(put)
+        self.__dict__.pop("digest", None)
 
     def _summary(self) -> Summary:
         rows = [(item.item_id, item.title) for item in islice(self.values(), MAX_ROWS)]
         return Summary(f"{len(self):,} items", header=("item_id", "title"), rows=rows)
+
+
+def digest_catalogue(items: Mapping[str, Item]) -> str:
+    """Return a hash of a catalogue, which `Items` keep until they change."""
+    return items.digest if isinstance(items, Items) else digest_items(items)
 
 
 @dataclass(frozen=True, repr=False)

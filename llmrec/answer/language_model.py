@@ -32,6 +32,7 @@ from llmrec.answer.known import (
     KnownEntities,
     Profile,
     build_known_entities,
+    digest_catalogue,
     parse_request_with_history,
     profile_lookup,
     read_catalogue,
@@ -60,7 +61,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.adapters import Adapter
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.baselines.retrieve import check_retriever
-from llmrec.data.assemble import digest_items, read_items
+from llmrec.data.assemble import read_items
 from llmrec.data.dataset import Dataset
 from llmrec.data.requests import CANDIDATES_IGNORED, PastEvent, RankRequest, first_untitled_id, request_identity
 from llmrec.display import shorten_text
@@ -275,7 +276,7 @@ class LanguageModel:
             "index": bundle.index.digest if bundle.index else None,
             "noun": bundle.noun,
             "seed": bundle.seed,
-            "items": None if self.items is None else digest_items(self.items),
+            "items": None if self.items is None else digest_catalogue(self.items),
             "top": options.top,
             "batch": options.batch,
             "whole": (options.beams, options.exact) if options.ranks_catalogue else None,

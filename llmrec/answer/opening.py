@@ -68,13 +68,13 @@ class Models(Displayed):
     """
 
     opened: dict[str, Recommender]
-    items: dict[str, Item]
+    items: Items
     data: SplitDataset | None
     scale: tuple[float, float] | None
     blank: SplitDataset
     _similar: dict[str, Recommender] = field(default_factory=dict)
     _languages: Mapping[str, LanguageModel] = field(default_factory=dict)
-    # A signature hashes the whole catalogue, so it is computed only once per state of the catalogue.
+    # A signature covers the whole catalogue, so it is computed only once per state of the catalogue.
     _cards: dict[str, Card] = field(default_factory=dict)
 
     def _summary(self) -> Summary:
@@ -185,9 +185,7 @@ class Models(Displayed):
 
     def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> tuple[Card, ...]:
         """Add, replace and remove items of the catalogue, and return the descriptions of all models."""
-        for name in removed:
-            self.items.pop(name, None)
-        self.items.update(put)
+        self.items.change(put, removed)
         for model in self._languages.values():
             model.changed()
         # Text similarity is computed again for new items.

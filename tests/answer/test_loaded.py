@@ -19,6 +19,8 @@ from llmrec.answer.known import Histories, profile_lookup, with_stored_data
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import is_cold
 from llmrec.answer.loaded import Loaded
+from llmrec.answer.opening import open_models
+from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.predict.run import predict_file
 from llmrec.answer.rank.options import RankOptions
@@ -571,6 +573,18 @@ def test_items_seen_by_title_are_excluded(rec: Loaded, model: str) -> None:
     titles = [rec._models.items[item].title for item in ("k01", "k02")]
     ranking = rec.rank(history=[{"title": title} for title in titles], k=40, model=model)
     assert not {each.item_id for each in ranking} & {"k01", "k02"}
+
+
+def test_models_share_the_hash_of_the_catalogue(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr("llmrec.answer.known.digest_items", lambda items: sizes.append(len(items)) or str(len(items)))
+    options = RecommenderOptions(model=str(run), backend="hf")
+    models = open_models(options, ["tuned", "popularity", "item-knn"])
+    before, size = models.cards(), len(models.items)
+    after = models.change_items({"new": Item(item_id="new", title="New")})
+    models.close()
+    assert sizes == [size, size + 1]
+    assert all(old.signature != new.signature for old, new in zip(before, after, strict=True))
 
 
 def test_request_cannot_change_fields_of_rules(rec: Loaded) -> None:

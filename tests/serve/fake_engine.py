@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.answer.known import Histories, KnownEntities
+from llmrec.answer.known import Histories, Items, KnownEntities
 from llmrec.answer.opening import Models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import AnnotatedAnswer, Kind, Question, Recommender
@@ -57,7 +57,7 @@ ITEMS = {f"i{n}": Item(item_id=f"i{n}", title=f"Item {n}") for n in range(8)}
 class Model:
     """Ranks items in the order of the catalogue."""
 
-    items: dict[str, Item]
+    items: Items
     name: str = "fake"
     kind: Kind = "classic"
     verbs: tuple[str, ...] = ("rank",)
@@ -112,7 +112,7 @@ def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
         raise ModelError("the model cannot be loaded", kind="damaged")
     if start.get("dies"):
         os.kill(os.getpid(), signal.SIGKILL)
-    items = dict(ITEMS)
+    items = Items(ITEMS)
     return FakeModels(opened={"fake": Model(items)}, items=items, data=None, scale=None, blank=cast(Any, None))
 
 
