@@ -5,7 +5,6 @@ Items and interactions come from the run's data or the exported folder, and from
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.dataset import Dataset, conform_to_schema
 from llmrec.data.described import items_with_stored_texts, stored_user_text
 from llmrec.data.features import FeatureStore
-from llmrec.data.hashing import digest_strings
+from llmrec.data.hashing import digest_frame, digest_strings
 from llmrec.data.read.codes import values_and_codes
 from llmrec.data.read.limits import format_value
 from llmrec.data.read.typed import time_units_per_second
@@ -177,10 +176,9 @@ class Histories:
     @cached_property
     def digest(self) -> str:
         """Hash of all histories."""
-        result = hashlib.sha256(digest_strings([*self.users.to_list(), *self.items.cast(pl.String).to_list()]).encode())
-        for numbers in (self.starts, self.ratings, self.times):
-            result.update(numbers.tobytes())
-        return result.hexdigest()[:32]
+        rows = {"items": self.items.cast(pl.String), "ratings": self.ratings, "times": self.times}
+        tables = ({"users": self.users}, {"starts": self.starts}, rows)
+        return digest_strings([digest_frame(pl.DataFrame(table)) for table in tables])[:32]
 
     @cached_property
     def per_second(self) -> float:

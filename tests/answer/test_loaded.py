@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -555,6 +556,20 @@ def test_histories_have_the_order_of_the_split(rec: Loaded) -> None:
     for user in data.users()[:20]:
         learned = [event.item_id for event in data.train_events(user)]
         assert [event.item_id for event in rec.known.histories.of_user(user)][: len(learned)] == learned
+
+
+def test_hash_of_histories_covers_every_value() -> None:
+    base = Histories(
+        pl.Series(["u1", "u2"]), np.array([0, 1, 2]), pl.Series(["i1", "i2"]), np.array([1.0, np.nan]), np.ones(2)
+    )
+    changed = (
+        replace(base, users=pl.Series(["u1", "u3"])),
+        replace(base, starts=np.array([0, 2, 2])),
+        replace(base, items=pl.Series(["i1i", "2"])),
+        replace(base, ratings=np.array([1.0, 2.0])),
+        replace(base, times=np.array([1.0, 2.0])),
+    )
+    assert len({each.digest for each in (base, replace(base), Histories.none(), *changed)}) == 2 + len(changed)
 
 
 def test_refresh_adds_repeated_event_once(rec: Loaded, run: Path, tmp_path: Path) -> None:
