@@ -171,7 +171,7 @@ def _add_new_data(before: _ModelData, options: RefreshOptions, seed: int) -> tup
         try:
             put, removed = store.item_changes()
             items.update(put)
-            erased = [user for user in rows["user_id"].unique().to_list() if store.erased(user)]
+            erased = store.erased_among(rows["user_id"].unique())
             rows = rows.filter(~pl.col("user_id").is_in(erased) & ~pl.col("item_id").is_in(list(removed)))
             items = {name: item for name, item in items.items() if name not in removed}
             events = [(event.user_id, event.item_id, event.rating, event.timestamp) for event in store.all_events()]

@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,6 +175,11 @@ class ServiceStore:
     def erased(self, user_id: str) -> bool:
         """Whether a user was ever deleted, even if there are newer interactions."""
         return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
+
+    def erased_among(self, users: Iterable[str]) -> list[str]:
+        """Return the users that were ever deleted, with one query; see `erased`."""
+        keys = {key for (key,) in self._read("SELECT user_key FROM llmrec_erased")}
+        return [user for user in users if self._key(user) in keys]
 
     def put_items(self, items: Sequence[Item]) -> int:
         """Add or replace items, including removed ones.

@@ -252,6 +252,14 @@ def test_erased_user_may_come_back(where: str) -> None:
         assert items_of(store, "bob") == ["2"]
 
 
+def test_erased_users_are_read_with_one_query(store: ServiceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ann", "gone", "bob"):
+        store.erase(name)
+    database, read, queries = store._database, store._database.read, []
+    monkeypatch.setattr(database, "read", lambda *args: queries.append(args) or read(*args))
+    assert store.erased_among(["bob", "carl", "ann"]) == ["bob", "ann"] and len(queries) == 1
+
+
 def test_hash_of_an_erased_user_is_salted(where: str, tmp_path: Path) -> None:
     hashes = []
     for path in (where, str(tmp_path / "other.db")):
