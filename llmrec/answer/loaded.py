@@ -201,13 +201,18 @@ class Loaded(Displayed):
             library of ``users``; for a list, that of the interactions of `llmrec.fit`, or polars.
 
         Raises:
-            LlmrecError: If a request cannot be answered; for a frame, if it cannot be read, or no column has users,
-                histories or candidates.
+            LlmrecError: If a request cannot be answered, or ids and histories are mixed; for a frame, if it cannot be
+                read, or no column has users, histories or candidates.
         """
         spec = ListSpec(k, model, strategy, exclude_seen, Rules.read(where or {}))
         if (sequence := _as_list(self.users if users is None else users)) is None:
             return convert_like(users, self._table(as_arrow(users, "requests frame").to_pylist(), spec))
-        histories = any(not isinstance(entry, str | int | float | None) for entry in sequence)
+        are_ids = {isinstance(entry, str | int | float | None) for entry in sequence}
+        if len(are_ids) > 1:
+            raise DataError(
+                "users: ids and histories are mixed; pass only ids, or only histories", kind="bad-value", column="users"
+            )
+        histories = are_ids == {False}
         if not histories:
             self._warn_of_unknown_users(sequence)
         rows = [

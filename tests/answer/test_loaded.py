@@ -197,6 +197,12 @@ def test_k_must_be_a_positive_integer(rec: Loaded) -> None:
             ask([], k=k)
 
 
+@pytest.mark.parametrize("users", [["u01", ["k01", "k02"]], [["k01"], None]])
+def test_ids_and_histories_cannot_be_mixed(rec: Loaded, users: Any) -> None:
+    with raises(DataError, Facts(kind="bad-value", column="users")):
+        rec.recommend(users, k=3, model="popularity")
+
+
 def test_invalid_requests_are_refused(rec: Loaded) -> None:
     with raises(RecipeError, Facts(kind="unknown-name", column="model")):
         rec.rank(history=["k01"], model="markow")
