@@ -15,7 +15,6 @@ from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any
 
 from llmrec.answer.checks import (
@@ -47,7 +46,7 @@ from llmrec.answer.prompting import (
     ranking_notes,
 )
 from llmrec.answer.rationales import RATIONALE_TOKENS, Explainer
-from llmrec.answer.recommender import RANK, AnnotatedAnswer, Kind, Question, Reasons, Recommender
+from llmrec.answer.recommender import RANK, AnnotatedAnswer, Closeable, Kind, Question, Reasons, Recommender
 from llmrec.answer.strategy import (
     TWO_STEP,
     TaskStrategy,
@@ -104,7 +103,7 @@ class RankingSteps:
 
 
 @dataclass
-class LanguageModel:
+class LanguageModel(Closeable):
     """An open language model, fine-tuned or pretrained; use it as a context manager, or close it.
 
     It is thread-safe; calls are serialised, as an engine serves one call at a time.
@@ -229,14 +228,6 @@ class LanguageModel:
             self.engines.close()
             if self.store is not None:
                 self.store.close()
-
-    def __enter__(self) -> LanguageModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------------- identity
 

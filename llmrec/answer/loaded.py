@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -36,7 +35,7 @@ from llmrec.answer.listing import ListSpec, recommendation_steps
 from llmrec.answer.opening import Models, open_models, reserved_fraction
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.prompting import answer_value
-from llmrec.answer.recommender import RANK, AnnotatedAnswer, Question, check_verb, require_ranking
+from llmrec.answer.recommender import RANK, AnnotatedAnswer, Closeable, Question, check_verb, require_ranking
 from llmrec.answer.rules import Rules
 from llmrec.answer.saving import (
     check_other_files,
@@ -132,7 +131,7 @@ def load(folder: str | Path, *, models: Sequence[str] = (), frame: Any = None, *
     return Loaded(chosen, open_models(chosen, models), frame=frame)
 
 
-class Loaded(Displayed):
+class Loaded(Displayed, Closeable):
     """A recommender: open models over one catalogue, returned by `llmrec.fit` and `llmrec.load`.
 
     It is thread-safe; calls of a language model are serialised.
@@ -461,14 +460,6 @@ class Loaded(Displayed):
     def close(self) -> None:
         """Stop the engines."""
         self._models.close()
-
-    def __enter__(self) -> Loaded:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------------- internals
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from types import TracebackType
 
 from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.known import Histories, KnownEntities
@@ -15,7 +14,7 @@ from llmrec.answer.loaded import Loaded
 from llmrec.answer.opening import Models, default_model_names, language_model_name, open_baselines, open_models
 from llmrec.answer.options import ModelOptions, RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.recommender import AnnotatedAnswer
+from llmrec.answer.recommender import AnnotatedAnswer, Closeable
 from llmrec.data.requests import RankRequest, request_identity
 from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.errors import DataError, LlmrecError, RecipeError
@@ -153,7 +152,7 @@ def _open_baseline_models(options: RankOptions) -> Models:
     return open_baselines(recipe, [str(options.baseline)], options.items)
 
 
-class _NamedRanker:
+class _NamedRanker(Closeable):
     """Ranks with a named model: the candidates, or the whole catalogue if a request has none.
 
     A request without a history gets the stored history of its user, or the most popular items if the user is
@@ -213,12 +212,7 @@ class _NamedRanker:
         advance(len(requests))
         return answers
 
-    def __enter__(self) -> _NamedRanker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._loaded.close()
 
 
